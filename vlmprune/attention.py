@@ -1,0 +1,110 @@
+"""Attention of pruned layers: their masks, and our attention function that lets a probe look at queries and keys.
+
+Nothing here computes attention of its own for the model: every call goes on to the implementation the model was loaded with.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vlmprune.kernels.attention_mass import attention_mass
+
+KEY = "vlmprune"
+"""Our key in transformers' registry of attention functions, which is made for additions; it must not contain "flash"."""
+
+Observer = Callable[..., None]
+"""Called as observer(query, key, attention_mask, scaling=…, **kwargs), shapes as in `rows_attention`."""
+
+
+def pruned_mask(
+    query_slots: Tensor,
+    query_valid: Tensor,
+    key_slots: Tensor,
+    key_valid: Tensor,
+    dense: bool,
+    implementation: str,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """The causal mask of a shortened sequence, in the form the attention implementation expects.
+
+    Args:
+        query_slots, query_valid: `[batch, query]` logical positions, and False on left padding.
+        key_slots, key_valid: `[batch, key]` the same of all stored entries, the queries' own last.
+        dense: no padding among queries and keys.
+        implementation: the model's own: sdpa (bool mask), eager (additive mask) or flash_attention_* (2-D mask).
+        dtype: dtype of an additive mask.
+
+    Returns:
+        None where the implementation is causal by itself, else `[batch, 1, query, key]` (flash: `[batch, key]`).
+    """
+    queries, keys = query_slots.shape[1], key_slots.shape[1]
+    if "flash" in implementation:
+        return None if dense else key_valid
+    if dense and (queries == 1 or queries == keys) and implementation != "eager":
+        return None
+    visible = (key_slots[:, None, :] <= query_slots[:, :, None]) & key_valid[:, None, :]
+    if not dense:
+        # Padding rows see themselves: an empty row would be NaN, and NaN times zero is NaN in the rows that matter.
+        own = torch.arange(keys - queries, keys, device=visible.device)
+        visible[:, torch.arange(queries, device=visible.device), own] |= ~query_valid
+    visible = visible[:, None]
+    if implementation == "eager":
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
+    return visible
+
+
+def rows_attention(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float, rows: Tensor) -> Tensor:
+    """`[batch, head, key]` fp32 attention of one query row per sample, under the mask the layer itself uses.
+
+    Args:
+        query, key: `[batch, head, query, dim]`, `[batch, kv_head, key, dim]`.
+        attention_mask: None (causal), bool or additive `[batch or 1, 1, query, key]`.
+        rows: `[batch]` index of the query row.
+    """
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    chosen = query.gather(2, rows.view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[3]))
+    if attention_mask is None:
+        visible = torch.arange(keys, device=key.device) <= (rows + keys - queries)[:, None]
+    else:
+        mask = attention_mask.expand(batch, -1, -1, -1)[:, 0]
+        row = mask.gather(1, rows.view(-1, 1, 1).expand(-1, 1, keys))[:, 0]
+        visible = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+    return attention_mass(chosen, key, scaling, visible[:, None])
+
+
+def observed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """The model's own attention; on the way the module's observer sees queries and keys (registered under `KEY`)."""
+    config: Any = module.config
+    implementation, observer = config.vlmprune_observer
+    observer(query, key, attention_mask, **kwargs)
+    # "eager" is not in the registry: every modelling file brings its own.
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    own = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    return own(module, query, key, value, attention_mask, **kwargs)
+
+
+def observe(module: nn.Module, observer: Observer) -> Callable[[], None]:
+    """Route one attention module through `observed_attention`; the returned function undoes it.
+
+    Only this module's reference to its config is replaced, by a copy: masks are still made for the implementation the model
+    was loaded with, and no other layer notices.
+    """
+    AttentionInterface.register(KEY, observed_attention)
+    original: Any = module.config
+    config = copy.copy(original)
+    config.vlmprune_observer = (original._attn_implementation, observer)
+    config._attn_implementation_internal = KEY
+    module.config = config
+
+    def undo() -> None:
+        module.config = original
+
+    return undo

@@ -1,0 +1,155 @@
+"""The KV cache of a pruned layer: fewer entries than the conversation has tokens, and it knows which.
+
+The state of a pruned sequence lives on the cache layer, so beams, cropping, several turns and several conversations follow
+by themselves. A pruned layer reports its *logical* length, because `generate` slices its inputs by it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from vlmprune.errors import UsageError
+
+
+class PrunedLayer(DynamicLayer):
+    """A dynamic cache layer whose prefix has gaps; everything after the prefix (decoding) is stored token by token.
+
+    Attributes:
+        slots: `[batch, prefix]` logical position of each stored entry of the prefix.
+        valid: `[batch, prefix]` bool, False where a ragged batch is padded.
+        dense: every entry of the prefix is valid.
+        logical_prefix: tokens of the conversation that the prefix stands for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots: Tensor | None = None
+        self.valid: Tensor | None = None
+        self.dense = True
+        self.logical_prefix = 0
+
+    @staticmethod
+    def adopt(layer: DynamicLayer, real: Tensor | None) -> PrunedLayer:
+        """Take over a layer that was filled without pruning. `real` `[batch, length]` bool is False on padding."""
+        pruned = PrunedLayer()
+        length = layer.get_seq_length()
+        if length:
+            assert layer.keys is not None
+            assert layer.values is not None
+            pruned.lazy_initialization(layer.keys, layer.values)
+            pruned.keys, pruned.values = layer.keys, layer.values
+            batch, device = layer.keys.shape[0], layer.keys.device
+            slots = torch.arange(length, device=device).expand(batch, length)
+            valid = torch.ones_like(slots, dtype=torch.bool) if real is None else real[:, :length].to(device)
+            pruned._set_prefix(slots, valid, bool(valid.all()), length)
+        return pruned
+
+    def _set_prefix(self, slots: Tensor, valid: Tensor, dense: bool, logical: int) -> None:
+        self.slots, self.valid, self.dense, self.logical_prefix = slots, valid, dense, logical
+
+    def _stored(self) -> int:
+        return 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[-2]
+
+    def _tail(self) -> int:
+        """Entries after the prefix."""
+        return self._stored() - (0 if self.slots is None else self.slots.shape[1])
+
+    def get_seq_length(self) -> int:
+        """Logical length: tokens of the conversation so far, kept or not."""
+        return self.logical_prefix + self._tail()
+
+    def entries(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Logical position and validity of every stored entry, `[batch, stored]` each."""
+        tail, start = self._tail(), self.logical_prefix
+        slots = torch.arange(start, start + tail, device=device).expand(batch, tail)
+        valid = torch.ones(batch, tail, dtype=torch.bool, device=device)
+        if self.slots is None or self.valid is None:
+            return slots, valid
+        return torch.cat((self.slots, slots), dim=1), torch.cat((self.valid, valid), dim=1)
+
+    def announce(self, slots: Tensor, valid: Tensor, dense: bool, tokens: int) -> tuple[Tensor, Tensor, bool]:
+        """Say which of the next `tokens` tokens the coming `update` stores.
+
+        Args:
+            slots: `[batch, kept]` logical positions.
+            valid: `[batch, kept]` bool.
+            dense: every entry of `valid` is True.
+            tokens: length of the call's full sequence.
+
+        Returns:
+            Slots, validity and density of everything stored after the update.
+        """
+        logical = self.get_seq_length() + tokens
+        old_slots, old_valid = self.entries(slots.shape[0], slots.device)
+        slots, valid = torch.cat((old_slots, slots), dim=1), torch.cat((old_valid, valid), dim=1)
+        self._set_prefix(slots, valid, self.dense and dense, logical)
+        return slots, valid, self.dense
+
+    def reset(self) -> None:
+        super().reset()
+        self.slots = self.valid = None
+        self.dense, self.logical_prefix = True, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens (assisted decoding). A negative number, as in transformers.
+
+        Raises:
+            UsageError: it would cut into the part of the prompt where tokens were dropped.
+        """
+        remove = abs(tokens_to_remove)
+        from_prefix = remove - self._tail()
+        if remove and self.slots is not None and self.valid is not None and from_prefix > 0:
+            kept = self.slots.shape[1] - from_prefix
+            expected = torch.arange(self.logical_prefix - from_prefix, self.logical_prefix, device=self.slots.device)
+            if kept < 0 or not bool((self.slots[:, kept:] == expected).all() & self.valid[:, kept:].all()):
+                raise UsageError(
+                    f"cannot crop {remove} tokens: the cut would reach a part of the prompt whose visual tokens were "
+                    "pruned; crop less, or start the conversation anew."
+                )
+            self._set_prefix(self.slots[:, :kept], self.valid[:, :kept], self.dense, self.logical_prefix - from_prefix)
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.slots is not None and self.valid is not None:
+            self.slots = self.slots.repeat_interleave(repeats, dim=0)
+            self.valid = self.valid.repeat_interleave(repeats, dim=0)
+
+    def _select(self, indices: Tensor) -> None:
+        if self.slots is not None and self.valid is not None:
+            indices = indices.to(self.slots.device)
+            self.slots, self.valid = self.slots[indices], self.valid[indices]
+
+
+def pruned_layer(cache: Cache, index: int, real: Tensor | None = None) -> PrunedLayer:
+    """The cache's layer `index` as a `PrunedLayer`, put in place of an ordinary one on first use.
+
+    `real` `[batch, tokens so far]` tells padding in what an ordinary layer already holds.
+
+    Raises:
+        UsageError: the cache is of a kind whose layers cannot have different lengths.
+    """
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if isinstance(layer, PrunedLayer):
+        return layer
+    if type(layer) is not DynamicLayer or cache.offloading:
+        found = "an offloaded cache" if cache.offloading else f"a {type(layer).__name__}"
+        raise UsageError(
+            f"pruning inside the language model needs a plain DynamicCache, found {found}: pass cache_implementation=None "
+            "(the default of generate)."
+        )
+    adopted = cache.layers[index] = PrunedLayer.adopt(layer, real)
+    return adopted

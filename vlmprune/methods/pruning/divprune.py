@@ -1,0 +1,32 @@
+"""DivPrune. Alvar et al., CVPR 2025, arXiv:2503.02175, algorithm 1. Written from the formula.
+
+    S = argmax_{|S|=K} min_{i≠j∈S} d(i, j),   d = 1 − cosine of the tokens entering the language model, solved greedily
+
+Differs from the official code in: fp32 distances whatever the model's dtype, no token picked twice, one selection per
+picture, and positions: survivors keep theirs where the official code renumbers them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlmprune.kernels.select_diverse import select_diverse
+from vlmprune.methods.base import Pruner
+from vlmprune.schedule import at
+from vlmprune.view import View
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivPrune(Pruner):
+    """Keep the most diverse tokens, whatever the question."""
+
+    name = "divprune"
+    paper = "arXiv:2503.02175 (CVPR 2025)"
+    note = "original positions; official LLaVA code renumbers"
+    needs = frozenset({"features"})
+    default = at(layer=0, fraction=0.098)  # 56 of 576
+
+    def select(self, see: View, keep: int) -> Tensor:
+        return select_diverse(see.features, keep)

@@ -1,0 +1,50 @@
+"""Random tokens: the reference every method has to beat, and after the information horizon the method of choice.
+
+    S ~ uniform over the subsets of size K
+
+Drawn per picture from (seed, layer, prompt, n-th picture of the prompt): the same set whatever the batch, different sets for
+different prompts, and never the same fixed positions for a whole benchmark.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import UsageError
+from vlmprune.methods.base import Pruner
+from vlmprune.schedule import at
+from vlmprune.view import View
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Pruner):
+    """Keep a uniformly random subset.
+
+    Args:
+        seed: whole number; another seed gives another draw.
+    """
+
+    name = "random"
+    paper = "baseline; deep layers: arXiv:2512.07580"
+    needs = frozenset({"identity"})
+    default = at(layer=0, fraction=0.25)
+
+    seed: int = 0
+
+    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None) -> None:
+        super().__post_init__(layer, tokens, fraction)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise UsageError(f"random: seed must be a whole number, found {self.seed!r}.")
+
+    def select(self, see: View, keep: int) -> Tensor:
+        drawn = [self._draw(identity, see.layer, see.visual)[:keep].sort().values for identity in see.identity]
+        return torch.stack(drawn).to(see.position.device)
+
+    def _draw(self, identity: int, layer: int, visual: int) -> Tensor:
+        digest = hashlib.blake2b(f"{self.seed}/{layer}/{identity}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.randperm(visual, generator=generator)

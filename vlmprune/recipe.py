@@ -1,0 +1,218 @@
+"""A recipe: methods in the order of their cuts, as Python, as a string, or as a JSON file. All three mean the same.
+
+string   name:key=value,key=value + name:…        fastv:layer=2,fraction=0.25
+                                                  divprune:tokens=64 + random:layer=20,fraction=0.1,seed=0
+         several cuts of one method               random:layer=8|16,fraction=0.5|0.25
+JSON     {"schema": 1, "methods": [{"method": "fastv", "layer": 2, "fraction": 0.25}]}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from vlmprune.errors import UsageError, unknown
+from vlmprune.methods import METHODS, Pruner
+from vlmprune.schedule import Budget, Schedule, Stage, check_shrinks
+
+SCHEMA = 1
+FILE = "vlmprune.json"
+CUT_KEYS = ("layer", "tokens", "fraction")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Methods applied together.
+
+    Raises:
+        UsageError: no method, two methods cutting at one layer, or a later cut that keeps more than an earlier one.
+    """
+
+    methods: tuple[Pruner, ...]
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise UsageError("a recipe needs at least one method, for example 'divprune:fraction=0.25'.")
+        for (before, first), (after, second) in pairwise(self.cuts()):
+            if before.layer == after.layer:
+                raise UsageError(
+                    f"{first.name} and {second.name} both cut at layer {after.layer}: move one of them to another layer."
+                )
+            check_shrinks(before, after)
+
+    def cuts(self) -> list[tuple[Stage, Pruner]]:
+        """All stages with their methods, by layer."""
+        return sorted(((stage, method) for method in self.methods for stage in method.cuts), key=lambda cut: cut[0].layer)
+
+    @staticmethod
+    def of(*parts: Recipe | Pruner | str) -> Recipe:
+        """Anything `wrap` accepts, as one recipe.
+
+        Raises:
+            UsageError: a part is neither a method, a recipe nor a recipe string.
+        """
+        methods: list[Pruner] = []
+        for part in parts:
+            if isinstance(part, str):
+                methods += Recipe.parse(part).methods
+            elif isinstance(part, Recipe):
+                methods += part.methods
+            elif isinstance(part, Pruner):
+                methods.append(part)
+            else:
+                raise UsageError(
+                    f"expected a method, a recipe or a recipe string, found {part!r}; for example vlmprune.FastV(layer=2)."
+                )
+        return Recipe(tuple(methods))
+
+    @staticmethod
+    def parse(text: str) -> Recipe:
+        """Read the string form.
+
+        Raises:
+            UsageError: an unknown method or key (with the nearest names), or a value that cannot be read.
+        """
+        return Recipe(tuple(_parse_method(part.strip()) for part in text.split("+")))
+
+    def __str__(self) -> str:
+        return " + ".join(_method_string(method) for method in self.methods)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"schema": SCHEMA, "methods": [_method_dict(method) for method in self.methods]}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Recipe:
+        """Read the JSON form.
+
+        Raises:
+            UsageError: a newer schema, unknown keys, or anything `parse` refuses.
+        """
+        if not isinstance(data, Mapping) or "methods" not in data or "schema" not in data:
+            raise UsageError('a recipe file holds {"schema": 1, "methods": […]}: a key is missing.')
+        for key in data:
+            if key not in ("schema", "methods"):
+                raise unknown("key in a recipe file", key, ("schema", "methods"))
+        if not isinstance(data["schema"], int) or data["schema"] > SCHEMA:
+            raise UsageError(
+                f"the recipe has schema {data['schema']!r}, this vlmprune reads up to {SCHEMA}: upgrade vlmprune, or save the "
+                "recipe with the older version."
+            )
+        if not isinstance(data["methods"], list) or not all(isinstance(entry, Mapping) for entry in data["methods"]):
+            raise UsageError(f'"methods" must be a list of objects, found {data["methods"]!r}.')
+        return Recipe(tuple(_build(dict(entry)) for entry in data["methods"]))
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write `vlmprune.json` into a directory (beside a model's own files, for example)."""
+        path = Path(directory) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        return path
+
+    @staticmethod
+    def from_pretrained(source: str | Path) -> Recipe:
+        """Read a recipe from a JSON file, a directory with `vlmprune.json`, or a repository on the Hugging Face hub.
+
+        Raises:
+            UsageError: nothing is there, it is no JSON, or `from_dict` refuses it.
+        """
+        path = Path(source)
+        if path.is_dir():
+            path = path / FILE
+        if not path.is_file():
+            path = _from_hub(str(source))
+        try:
+            data = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is not a JSON file ({error}).") from error
+        return Recipe.from_dict(data)
+
+
+def _from_hub(repository: str) -> Path:
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(repository, FILE)
+    except OSError as error:
+        raise UsageError(
+            f"no recipe at {repository!r}: looked for a JSON file, a directory with {FILE}, and a hub repository with {FILE}."
+        ) from error
+    return Path(str(found))
+
+
+def _parse_method(text: str) -> Pruner:
+    name, _, arguments = text.partition(":")
+    entry: dict[str, Any] = {"method": name.strip()}
+    for pair in filter(None, (piece.strip() for piece in arguments.split(","))):
+        key, equals, value = (piece.strip() for piece in pair.partition("="))
+        if not equals or not key or not value:
+            raise UsageError(f"cannot read {pair!r} in {text!r}: write name:key=value,key=value.")
+        if key in entry:
+            raise UsageError(f"{key!r} stands twice in {text!r}.")
+        values = [_number(piece.strip(), key) for piece in value.split("|")]
+        entry[key] = values[0] if len(values) == 1 else values
+    return _build(entry)
+
+
+def _number(text: str, key: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise UsageError(f"{key} must be a number, found {text!r}.")
+
+
+def _build(entry: dict[str, Any]) -> Pruner:
+    """A method from its JSON form."""
+    name = entry.pop("method", None)
+    if name not in METHODS:
+        raise unknown("method", str(name), METHODS)
+    method = METHODS[name]
+    own = [field.name for field in fields(method) if field.name != "schedule"]
+    for key in entry:
+        if key not in (*CUT_KEYS, *own):
+            raise unknown(f"parameter of {name}", key, (*CUT_KEYS, *own))
+    cut = {key: entry.pop(key) for key in CUT_KEYS if key in entry}
+    for key, value in entry.items():
+        if isinstance(value, list):
+            raise UsageError(f"{name}: {key} takes one value, found {value}.")
+    if any(isinstance(value, list) for value in cut.values()):
+        return method(schedule=_schedule(name, cut), **entry)
+    return method(**cut, **entry)
+
+
+def _schedule(name: str, cut: dict[str, Any]) -> Schedule:
+    """Several cuts: every key given as a list of one length."""
+    lengths = {len(value) if isinstance(value, list) else 1 for value in cut.values()}
+    if len(lengths) != 1 or "layer" not in cut or len(cut) != 2:
+        raise UsageError(
+            f"{name}: several cuts need as many layers as budgets, for example layer=8|16,fraction=0.5|0.25; found "
+            + ", ".join(f"{key}={value}" for key, value in cut.items())
+            + "."
+        )
+    (unit,) = set(cut) - {"layer"}
+    pairs = zip(cut["layer"], cut[unit], strict=True)
+    return Schedule(tuple(Stage(layer, Budget(**{unit: value})) for layer, value in pairs))
+
+
+def _method_dict(method: Pruner) -> dict[str, Any]:
+    stages = method.cuts.stages
+    unit = "tokens" if stages[0].budget.tokens is not None else "fraction"
+    layers, budgets = [stage.layer for stage in stages], [getattr(stage.budget, unit) for stage in stages]
+    if None in budgets:
+        raise UsageError(f"{method.name}: a recipe file cannot mix tokens and fraction in one method's schedule.")
+    one = len(stages) == 1
+    own = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "schedule"}
+    return {"method": method.name, "layer": layers[0] if one else layers, unit: budgets[0] if one else budgets, **own}
+
+
+def _method_string(method: Pruner) -> str:
+    entry = _method_dict(method)
+    name = entry.pop("method")
+    values = {k: "|".join(f"{x:g}" for x in v) if isinstance(v, list) else f"{v:g}" for k, v in entry.items()}
+    return f"{name}:" + ",".join(f"{key}={value}" for key, value in values.items())

@@ -1,0 +1,113 @@
+"""When tokens are dropped and how many are kept, as data. All rounding happens here.
+
+A *stage* is one cut at the input of decoder layer `layer`: that layer is the first one to see the shorter sequence, and
+layer 0 means "before the language model". Budgets say what is *kept*, per image, and count from the image's original
+number of visual tokens: `fraction=0.25` at a second stage is a quarter of all tokens, not of the survivors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from vlmprune.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many visual tokens of one image are kept: either `tokens`, or a `fraction` of the image's original tokens.
+
+    Raises:
+        UsageError: both or neither given, `tokens` negative or not whole, `fraction` outside [0, 1].
+    """
+
+    tokens: int | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tokens is None) == (self.fraction is None):
+            found = "both" if self.tokens is not None else "neither"
+            raise UsageError(f"a budget is either tokens=… or fraction=…: found {found}; give exactly one.")
+        if self.tokens is not None:
+            if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 0:
+                raise UsageError(f"tokens must be a whole number >= 0, found {self.tokens!r}.")
+        elif isinstance(self.fraction, bool) or not isinstance(self.fraction, int | float):
+            raise UsageError(f"fraction must be a number in [0, 1], found {self.fraction!r}.")
+        elif not 0.0 <= self.fraction <= 1.0:  # also refuses NaN
+            raise UsageError(f"fraction must lie in [0, 1], found {self.fraction!r}; it is what is kept.")
+
+    def resolve(self, visual: int) -> int:
+        """Tokens kept of an image with `visual` tokens: rounded half up, at least 1 unless the budget is zero."""
+        if self.tokens is not None:
+            return min(self.tokens, visual)
+        assert self.fraction is not None
+        kept = math.floor(self.fraction * visual + 0.5)
+        return min(max(kept, 1 if self.fraction > 0 else 0), visual)
+
+    def __str__(self) -> str:
+        return f"tokens={self.tokens}" if self.tokens is not None else f"fraction={self.fraction:g}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One cut: `layer` is the 0-based index of the first decoder layer that sees only the kept tokens."""
+
+    layer: int
+    budget: Budget
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
+            raise UsageError(f"layer must be a whole number >= 0 (0 is before the language model), found {self.layer!r}.")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Stages in the order of their layers.
+
+    Raises:
+        UsageError: no stage, two stages at one layer, or a later stage that keeps more than an earlier one.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise UsageError("a schedule needs at least one stage.")
+        for before, after in zip(self.stages, self.stages[1:], strict=False):
+            if after.layer <= before.layer:
+                raise UsageError(f"stages must have different layers in rising order: found {before.layer} then {after.layer}.")
+            check_shrinks(before, after)
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self.stages)
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+
+def check_shrinks(before: Stage, after: Stage) -> None:
+    """Refuse a later stage that is known to keep more than an earlier one (like budgets only: tokens against fraction
+    depends on the image, and the smaller count then wins at run time)."""
+    for unit in ("tokens", "fraction"):
+        first, second = getattr(before.budget, unit), getattr(after.budget, unit)
+        if first is not None and second is not None and second > first:
+            raise UsageError(
+                f"the stage at layer {after.layer} keeps {unit}={second:g}, but layer {before.layer} already left only "
+                f"{unit}={first:g}: a later stage cannot keep more."
+            )
+
+
+def at(layer: int, tokens: int | None = None, fraction: float | None = None) -> Schedule:
+    """A single cut: `at(layer=2, fraction=0.5)`."""
+    return Schedule((Stage(layer, Budget(tokens, fraction)),))
+
+
+def stages(kept: Mapping[int, int | float]) -> Schedule:
+    """Several cuts: `stages({8: 0.5, 16: 0.25})` keeps fractions (floats), `stages({2: 300, 6: 200})` tokens (ints)."""
+    return Schedule(
+        tuple(
+            Stage(layer, Budget(fraction=kept[layer]) if isinstance(kept[layer], float) else Budget(tokens=kept[layer]))  # type: ignore[arg-type]
+            for layer in sorted(kept)
+        )
+    )
