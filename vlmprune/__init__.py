@@ -13,13 +13,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlmprune.attach import Run, wrap
     from vlmprune.errors import UsageError
     from vlmprune.methods import METHODS, Pruner, ScorePruner
     from vlmprune.methods.pruning import CLS, DivPrune, FastV, Random
     from vlmprune.recipe import Recipe
     from vlmprune.run import Report
     from vlmprune.schedule import Schedule, at, stages
-    from vlmprune.attach import Run, wrap
 
 __version__ = "0.1.0"
 

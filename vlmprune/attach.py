@@ -181,9 +181,10 @@ class Run:
                 f"attention implementation {implementation!r} is not supported (supported: {', '.join(supported)}): call "
                 'model.set_attn_implementation("sdpa").'
             )
-        if "attention_from_last" in self._needs and "flash" in implementation:
+        looking = [method.name for method in self.recipe.methods if "attention_from_last" in method.needs]
+        if looking and "flash" in implementation:
             raise UsageError(
-                f"{self._cuts[0][1].name} looks at attention in the language model, which {implementation!r} does not offer "
+                f"{looking[0]} looks at attention in the language model, which {implementation!r} does not offer "
                 'yet: call model.set_attn_implementation("sdpa").'
             )
 

@@ -29,7 +29,7 @@ class Random(Pruner):
     """
 
     name = "random"
-    paper = "baseline; deep layers: arXiv:2512.07580"
+    paper = "the baseline"
     needs = frozenset({"identity"})
     default = at(layer=0, fraction=0.25)
 

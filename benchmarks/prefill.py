@@ -1,0 +1,113 @@
+"""Prefill time, un-pruned against pruned, on the embedded VLM and on a LLaVA-shaped random model of about 100 M parameters.
+
+    python benchmarks/prefill.py [--rounds 9] [--threads 1] [--out benchmarks/results/prefill-cpu]
+
+Both models run SDPA with and without pruning; rounds are interleaved; the pictures are encoded beforehand, so the figures are
+the language model's. Results are medians with quartiles, and the ratio is taken within rounds.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from vlmprune import tiny
+from vlmprune.cli import environment
+from vlmprune.evals.speed import Timing, prefill
+from vlmprune.tiny.scenes import make_scene
+
+TOKENS = 64
+RECIPES = tuple(f"{name},tokens={TOKENS}" for name in ("random:layer=0", "cls:layer=0", "divprune:layer=0", "fastv:layer=2"))
+TEXT = 60
+"""Text tokens around the picture, as in a short LLaVA prompt."""
+
+
+def llava_shaped(
+    dim: int = 768, layers: int = 12, image_token: int = 1
+) -> tuple[LlavaForConditionalGeneration, dict[str, Any]]:
+    """A random LLaVA of about 100 M parameters with 576 visual tokens, and inputs for it."""
+    vision = CLIPVisionConfig(
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        image_size=336,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=dim,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=dim // 64,
+        num_key_value_heads=dim // 64,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_token, image_seq_length=576)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    words = torch.randint(10, 4096, (TEXT,))
+    ids = torch.cat((words[:35], torch.full((576,), image_token), words[35:]))[None]
+    return model, {"input_ids": ids, "pixel_values": torch.randn(1, 3, 336, 336)}
+
+
+def tiny_with_question() -> tuple[Any, dict[str, Any]]:
+    """The embedded VLM and one of its scenes."""
+    model, processor = tiny.load()
+    scene = make_scene(1)
+    return model, dict(processor(images=scene.image, text=tiny.prompt(scene.questions[0].text), return_tensors="pt"))
+
+
+def table(results: dict[str, tuple[str, list[Timing]]]) -> str:
+    lines = ["| model | recipe | prefill ms (quartiles) | faster | FLOPs ratio | KV KiB |", "|---|---|---:|---:|---:|---:|"]
+    for name, (_, timings) in results.items():
+        for timing in timings:
+            low, high = timing.quartiles
+            recipe = timing.recipe if timing.recipe == "un-pruned" else f"`{timing.recipe}`"
+            lines.append(
+                f"| {name} | {recipe} | {timing.ms:.1f} ({low:.1f}–{high:.1f}) | {timing.ratio:.2f}× | "
+                f"{1 / timing.flops:.2f}× | {timing.kv_bytes / 1024:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=3)] = 9,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = Path("benchmarks/results/prefill-cpu"),
+) -> None:
+    torch.set_num_threads(threads)
+    results: dict[str, tuple[str, list[Timing]]] = {}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for name, build in (("embedded VLM", tiny_with_question), ("LLaVA-shaped, random", llava_shaped)):
+            model, inputs = build()
+            task = progress.add_task(name, total=(rounds + 1) * (len(RECIPES) + 1))
+            parameters = sum(weight.numel() for weight in model.parameters())
+            timings = prefill(model, inputs, RECIPES, rounds, lambda task=task: progress.advance(task))
+            results[f"{name}, {parameters / 1e6:.0f} M"] = (model.config.text_config._attn_implementation, timings)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    command = f"python benchmarks/prefill.py --rounds {rounds} --threads {threads}"
+    data = {
+        "date": stamp,
+        "command": command,
+        "environment": environment(),
+        "results": {
+            name: {"attention": attention, "timings": [vars(timing) for timing in timings]}
+            for name, (attention, timings) in results.items()
+        },
+    }
+    out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    text = f"{table(results)}\n\n{stamp}, `{command}`, {environment()['torch']}, n = {rounds} rounds.\n"
+    out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,153 @@
+"""Accuracy of recipes on the embedded VLM, per skill, beside the un-pruned model and beside random: no network needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import vlmprune
+from vlmprune.tiny.answers import Accuracy, Record, accuracy_by_skill, mean_over_skills
+from vlmprune.tiny.evaluate import records
+from vlmprune.tiny.scenes import held_out
+
+UNPRUNED = "un-pruned"
+FRACTIONS = (0.5, 0.25, 0.1, 0.05)
+METHODS = ("random:layer=0", "cls:layer=0", "divprune:layer=0", "fastv:layer=2")
+DEFAULT = tuple(f"{method},fraction={fraction:g}" for method in METHODS for fraction in FRACTIONS)
+RESAMPLES = 2_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe's result.
+
+    Attributes:
+        recipe: the recipe, or "un-pruned".
+        by_skill: accuracy of every skill with its interval.
+        mean: unweighted mean over skills, with `interval` (95 %, pictures resampled).
+        lost: points of the mean lost against the un-pruned answers to the same questions, with `lost_interval` (paired).
+        loyalty: share of answers equal to the un-pruned model's.
+    """
+
+    recipe: str
+    by_skill: dict[str, Accuracy]
+    mean: float
+    interval: tuple[float, float]
+    lost: float
+    lost_interval: tuple[float, float]
+    loyalty: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    recipes: Sequence[str] = DEFAULT,
+    images: int = 150,
+    split: str = "test",
+    tick: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """Ask every question of `images` held-out scenes under every recipe; the first row is the un-pruned model.
+
+    Raises:
+        vlmprune.UsageError: a recipe cannot be read or applied; before anything is computed.
+    """
+    plan = [None, *(vlmprune.Recipe.parse(recipe) for recipe in recipes)]
+    answers: list[list[Record]] = []
+    for recipe in plan:
+        with vlmprune.wrap(model, recipe) if recipe else nullcontext():
+            answers.append(records(model, processor, held_out(images, split)))
+        tick()
+    names = [UNPRUNED, *recipes]
+    return [_row(name, given, answers[0]) for name, given in zip(names, answers, strict=True)]
+
+
+def _row(name: str, given: list[Record], reference: list[Record]) -> Row:
+    by_skill = accuracy_by_skill(given)
+    draws, lost = _resampled(given), _resampled(reference)
+    mean = mean_over_skills(by_skill)
+    return Row(
+        recipe=name,
+        by_skill=by_skill,
+        mean=mean,
+        interval=_interval(draws),
+        lost=mean_over_skills(accuracy_by_skill(reference)) - mean,
+        lost_interval=_interval(lost - draws),
+        loyalty=sum(a.given == b.given for a, b in zip(given, reference, strict=True)) / len(given),
+    )
+
+
+def _resampled(given: Sequence[Record], seed: int = 0) -> np.ndarray:
+    """Mean over skills in bootstrap draws of whole pictures; equal draws for every recipe, so differences are paired."""
+    images = sorted({record.image for record in given})
+    skills = list(dict.fromkeys(record.skill for record in given))
+    right, asked = np.zeros((len(images), len(skills))), np.zeros((len(images), len(skills)))
+    place = {image: number for number, image in enumerate(images)}
+    for record in given:
+        cell = place[record.image], skills.index(record.skill)
+        asked[cell] += 1
+        right[cell] += record.right
+    drawn = np.random.default_rng(seed).integers(0, len(images), (RESAMPLES, len(images)))
+    return (right[drawn].sum(1) / np.maximum(asked[drawn].sum(1), 1)).mean(1)
+
+
+def _interval(draws: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a table: accuracy in percent per skill, the mean and what was lost with their 95 % intervals."""
+    skills = list(rows[0].by_skill)
+    lines = [
+        "| recipe | " + " | ".join(skills) + " | mean | lost against un-pruned | same answer |",
+        "|---|" + "---:|" * (len(skills) + 3),
+    ]
+    for row in rows:
+        cells = [f"{100 * row.by_skill[skill].value:.1f}" for skill in skills]
+        lost = "—" if row.recipe == UNPRUNED else f"{100 * row.lost:.1f} {_percent(row.lost_interval)}"
+        mean = f"{100 * row.mean:.1f} {_percent(row.interval)}"
+        name = row.recipe if row.recipe == UNPRUNED else f"`{row.recipe}`"
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {mean} | {lost} | {100 * row.loyalty:.1f} |")
+    counts = ", ".join(f"{skill} {accuracy.n}" for skill, accuracy in rows[0].by_skill.items())
+    return "\n".join([*lines, "", f"Questions per skill: {counts}."])
+
+
+def _percent(interval: tuple[float, float]) -> str:
+    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Mean accuracy against the share of tokens kept, one line per method (single-stage fraction recipes only)."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    lines: dict[str, list[tuple[float, Row]]] = {}
+    for row in rows:
+        if row.recipe == UNPRUNED:
+            axes.axhspan(100 * row.interval[0], 100 * row.interval[1], color="0.9")
+            axes.axhline(100 * row.mean, color="0.4", linewidth=1, label=UNPRUNED)
+            continue
+        (stage, method), *more = vlmprune.Recipe.parse(row.recipe).cuts()
+        if not more and stage.budget.fraction is not None:
+            lines.setdefault(f"{method.name}, layer {stage.layer}", []).append((stage.budget.fraction, row))
+    for name, points in lines.items():
+        points.sort(key=lambda point: point[0])
+        x, y = [100 * fraction for fraction, _ in points], [100 * row.mean for _, row in points]
+        below = [100 * (row.mean - row.interval[0]) for _, row in points]
+        above = [100 * (row.interval[1] - row.mean) for _, row in points]
+        axes.errorbar(x, y, yerr=[below, above], marker="o", markersize=4, capsize=2, linewidth=1.5, label=name)
+    axes.set(xscale="log", xlabel="visual tokens kept (%)", ylabel="accuracy, mean over skills (%)")
+    ticks = sorted({100 * fraction for points in lines.values() for fraction, _ in points})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,75 @@
+"""Masks of shortened sequences in every form an attention implementation expects."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vlmprune.attention import pruned_mask, rows_attention
+from vlmprune.kernels.attention_mass import attention_mass
+
+SLOTS = torch.tensor([[0, 2, 5, 6], [9, 1, 3, 6]])  # row 1 begins with padding
+VALID = torch.tensor([[True, True, True, True], [False, True, True, True]])
+
+
+def test_dense_sequences_need_no_mask():
+    """None lets SDPA and flash attention use their causal kernels; one query sees everything anyway."""
+    for implementation in ("sdpa", "flash_attention_2"):
+        assert pruned_mask(SLOTS[:1], VALID[:1], SLOTS[:1], VALID[:1], True, implementation, torch.float32) is None
+        assert pruned_mask(SLOTS[:1, -1:], VALID[:1, -1:], SLOTS[:1], VALID[:1], True, implementation, torch.float32) is None
+
+
+def test_bool_mask_is_causal_and_hides_padding():
+    mask = pruned_mask(SLOTS, VALID, SLOTS, VALID, False, "sdpa", torch.float32)
+    assert mask.shape == (2, 1, 4, 4)
+    assert mask[0, 0].tolist() == torch.ones(4, 4).tril().bool().tolist()
+    assert mask[1, 0, 1:].tolist() == [[False, True, False, False], [False, True, True, False], [False, True, True, True]]
+    assert mask[1, 0, 0, 0], "a padding row must see itself, or it becomes NaN"
+
+
+def test_additive_mask_says_the_same():
+    visible = pruned_mask(SLOTS, VALID, SLOTS, VALID, False, "sdpa", torch.float32)
+    additive = pruned_mask(SLOTS, VALID, SLOTS, VALID, False, "eager", torch.bfloat16)
+    assert additive.dtype == torch.bfloat16
+    assert torch.equal(additive == 0, visible)
+    assert additive.min() == torch.finfo(torch.bfloat16).min
+
+
+def test_continuation_sees_the_gapped_prefix():
+    """Two new tokens at 7 and 8 on a prefix that kept 0, 2, 5, 6."""
+    slots = torch.cat((SLOTS[:1], torch.tensor([[7, 8]])), dim=1)
+    valid = torch.ones_like(slots, dtype=torch.bool)
+    mask = pruned_mask(slots[:, -2:], valid[:, -2:], slots, valid, True, "sdpa", torch.float32)
+    assert mask[0, 0].tolist() == [[True] * 5 + [False], [True] * 6]
+
+
+def test_flash_takes_padding_as_two_dimensions():
+    assert pruned_mask(SLOTS, VALID, SLOTS, VALID, False, "flash_attention_2", torch.float32) is VALID
+
+
+@pytest.mark.parametrize("form", ["none", "bool", "additive"])
+def test_rows_attention_equals_the_full_map(form):
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 7, 8)  # grouped heads, two keys from an earlier turn
+    visible = torch.ones(5, 7).tril(2).bool().expand(2, 1, 5, 7).clone()
+    if form != "none":
+        visible[1, :, :, 0] = False
+    mask = {
+        "none": None,
+        "bool": visible,
+        "additive": torch.zeros(2, 1, 5, 7).masked_fill(~visible, torch.finfo(torch.float32).min),
+    }[form]
+    scores = query @ key.repeat_interleave(2, dim=1).transpose(-1, -2) * 0.3
+    full = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    rows = torch.tensor([4, 2])
+    found = rows_attention(query, key, mask, 0.3, rows)
+    assert torch.allclose(found, torch.stack([full[0, :, 4], full[1, :, 2]]), atol=1e-6)
+
+
+def test_attention_mass_sums_rows_in_fp32():
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 2, 3, 4).half(), torch.randn(1, 2, 5, 4).half()
+    expected = (query.float() @ key.float().transpose(-1, -2) * 0.5).softmax(-1).sum(2)
+    found = attention_mass(query, key, 0.5)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, expected, atol=1e-6)

@@ -1,0 +1,177 @@
+"""What a user can get wrong is answered with one clear sentence, before the first token."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import IMAGE, build, make_inputs, shared
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+import vlmprune as vp
+from vlmprune.layout import Layout
+from vlmprune.view import View
+
+RECIPE = "random:layer=1,fraction=0.5"
+
+
+def refused(model, recipe, sentence):
+    with pytest.raises(vp.UsageError) as error:
+        vp.wrap(model, recipe)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_family():
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    refused(LlamaForCausalLM(config), RECIPE, "unknown model family: looked for config.model_type among llava, qwen2_5_vl")
+    refused(LlamaForCausalLM(config), RECIPE, "found 'llama'")
+    refused(nn.Linear(2, 2), RECIPE, "found None")
+
+
+def test_layer_out_of_range():
+    refused(shared("llava"), "random:layer=6,fraction=0.5", "random cuts at layer 6, but the model has layers 0 to 5")
+
+
+def test_cls_without_cls_token():
+    refused(shared("qwen2_5_vl"), "cls:fraction=0.5", "its vision tower has no CLS token")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'full'"),
+        ({"vision_feature_layer": [-2, -1]}, "its features come from several tower layers"),
+        ({"vision_feature_layer": 0}, "its features are the tower's embeddings"),
+    ],
+    ids=str,
+)
+def test_cls_with_other_features(change, sentence):
+    model = build("llava")
+    for key, value in change.items():
+        setattr(model.config, key, value)
+    refused(model, "cls:fraction=0.5", sentence)
+
+
+def test_cls_with_another_tower():
+    model = build("llava")
+    del model.model.vision_tower.embeddings.class_embedding
+    refused(model, "cls:fraction=0.5", "(clip_vision_model) has no CLS token")
+
+
+def test_attention_implementations():
+    model = build("llava")
+    text = model.model.language_model.config
+    text._attn_implementation_internal = "flex_attention"
+    refused(model, RECIPE, "attention implementation 'flex_attention' is not supported")
+    text._attn_implementation_internal = "flash_attention_2"
+    refused(model, "random:layer=0,fraction=0.5 + fastv:layer=2,fraction=0.2", "fastv looks at attention in the language model")
+    vp.wrap(model, RECIPE).remove()  # choosing without attention needs no scores
+
+
+def test_sliding_windows():
+    model = build("qwen2_5_vl")
+    text = model.model.language_model.config
+    text.sliding_window, text.layer_types = 8, ["sliding_attention"] * 6
+    refused(model, RECIPE, "the language model has sliding-window layers")
+
+
+def called(model, sentence, recipe=RECIPE, **inputs):
+    with vp.wrap(model, recipe), torch.no_grad(), pytest.raises(vp.UsageError) as error:
+        model(**inputs)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_prompt_without_image(family):
+    model = shared(family)
+    inputs = make_inputs(family, model, [["text5"]])
+    called(model, "the prompt has no image: there is nothing to prune", **inputs)
+    with vp.wrap(model, RECIPE) as run, torch.no_grad():
+        run.enabled = False
+        model(**inputs)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_image_tokens_do_not_match(family):
+    model = shared(family)
+    inputs = make_inputs(family, model, [["text2", "image", "text2"]])
+    place = (inputs["input_ids"] == IMAGE).nonzero()[0]
+    inputs["input_ids"][tuple(place)] = 9
+    called(model, "the prompt has 15 image tokens, but the 1 picture(s) make 16 (16)", **inputs)
+
+
+def test_image_tokens_in_the_wrong_rows():
+    visual = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    with pytest.raises(vp.UsageError, match="would be spread over samples 0 and 1"):
+        Layout.find(visual, [2, 2], torch.ones_like(visual))
+
+
+def test_embeddings_without_ids():
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+    called(model, "pass input_ids, not inputs_embeds", inputs_embeds=embeddings, **inputs)
+
+
+def test_videos():
+    model = shared("qwen2_5_vl")
+    inputs = make_inputs("qwen2_5_vl", model, [["text2", "image", "text2"]])
+    called(model, "videos are not pruned yet", pixel_values_videos=inputs["pixel_values"], **inputs)
+
+
+def test_four_dimensional_mask():
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
+    inputs["attention_mask"] = torch.ones(1, 1, 20, 20).tril().bool()
+    called(model, "needs a 2-D attention mask [batch, tokens] or None, found a 4-D tensor", **inputs)
+
+
+def test_static_cache():
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
+    called(model, "needs a plain DynamicCache, found a StaticLayer", past_key_values=StaticCache(model.config, 64), **inputs)
+
+
+def test_features_encoded_before_wrapping():
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
+    with torch.no_grad():
+        encoded = model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+    called(
+        model,
+        "the CLS attention of a picture is unknown",
+        "cls:fraction=0.5",
+        mm_encoder_outputs={"image": copy.copy(encoded)},
+        **inputs,
+    )
+
+
+def test_crop_into_the_pruned_prompt():
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text2", "image", "text3"]])
+    cache = DynamicCache(config=model.config.text_config)
+    with vp.wrap(model, "random:layer=0,tokens=3"), torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        cache.crop(-3)
+        assert cache.get_seq_length() == 18
+        with pytest.raises(vp.UsageError, match="cannot crop 12 tokens"):
+            cache.crop(-12)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+
+
+def test_method_that_looks_where_it_did_not_declare():
+    view = View(0, 4, torch.zeros(1, 4, dtype=torch.long), {})
+    with pytest.raises(AttributeError, match="add it to its .needs"):
+        view.features  # noqa: B018
+
+
+def test_method_with_a_wrong_count(monkeypatch):
+    """A broken method is a programming error, and loud."""
+    monkeypatch.setattr(vp.Random, "select", lambda self, see, keep: torch.zeros(1, keep + 1, dtype=torch.long))
+    model = shared("llava")
+    with vp.wrap(model, RECIPE), torch.no_grad(), pytest.raises(RuntimeError, match="random.select returned shape"):
+        model(**make_inputs("llava", model, [["text2", "image", "text2"]]))

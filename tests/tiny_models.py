@@ -1,0 +1,216 @@
+"""Small random-weight models of real Transformers classes, and inputs for them.
+
+The weights are drawn with standard deviation 0.2 instead of 0.02: attention then is peaked and every token matters, so
+that a token too many or too few, or at a wrong position, changes the logits (standard deviation 1) by a few tenths,
+while rounding changes them by at most 2e-5.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+FAMILIES = ("llava", "qwen2_5_vl")
+LAYERS = 6
+VOCAB = 96
+PAD, IMAGE, VIDEO, VISION_START, VISION_END = 0, 1, 2, 3, 4
+FIRST_WORD = 8
+SUPPRESS = list(range(FIRST_WORD))
+"""Tokens a random model must not emit: a generated image token would ask for pixels."""
+
+LLAVA_GRID = (4, 4)
+QWEN_GRIDS = ((4, 4), (4, 6))
+"""Merged (rows, columns) of even and odd images: 16 and 24 visual tokens."""
+QWEN_PATCH, QWEN_MERGE, QWEN_TIME = 4, 2, 2
+
+
+def build(family: str, attn: str = "sdpa", seed: int = 0):
+    """A fresh model in evaluation mode (float32); the same seed gives the same weights for every ``attn``."""
+    config = {"llava": _llava_config, "qwen2_5_vl": _qwen_config}[family]()
+    config._attn_implementation = attn
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        cls = {"llava": LlavaForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}[family]
+        model = cls(config)
+        for name, weight in model.named_parameters():
+            norm = "norm" in name.lower() or name.endswith("ln_q.weight")
+            deviation = 0.05 if norm else 0.125 if "lm_head" in name else 0.2
+            torch.nn.init.normal_(weight, float(norm and name.endswith("weight")), deviation)
+    settings = model.generation_config
+    settings.eos_token_id = None
+    settings.bos_token_id = None
+    settings.pad_token_id = PAD
+    settings.suppress_tokens = SUPPRESS
+    settings.do_sample = False
+    return model.float().eval()
+
+
+@functools.cache
+def shared(family: str, attn: str = "sdpa", seed: int = 0):
+    """One model per arguments for a whole test run, with Transformers' own permanent capture hooks already installed.
+
+    Wrap it only in a ``with`` statement.
+    """
+    model = build(family, attn, seed)
+    warm_up(model, family)
+    return model
+
+
+def warm_up(model, family: str) -> None:
+    """Let Transformers install the hooks that it adds on first use and never removes."""
+    with torch.no_grad():
+        inputs = make_inputs(family, model, [["text2", "image", "text2"]])
+        # the flags matter: without one, no hook is installed
+        model(**inputs, output_hidden_states=True)
+        model.generate(**inputs, max_new_tokens=2)
+
+
+def make_inputs(family: str, model, samples: list[list[str]], seed: int = 0, pad: str = "left", first: int = 0) -> dict:
+    """Inputs for ``model(**inputs)`` and ``model.generate(**inputs)``.
+
+    ``samples`` holds for every row its parts: ``"image"`` or ``"textN"`` (N random words).  Sample ``i`` depends only
+    on ``seed`` and ``first + i``: the batch of one ``make_inputs(..., samples[i:i + 1], first=i)`` has the same tokens
+    and pixels as row ``i`` of the batch.
+    """
+    rows, pixels, grids = [], [], []
+    for index, parts in enumerate(samples, start=first):
+        random = torch.Generator().manual_seed(1_000_003 * seed + index)
+        ids: list[int] = []
+        images = 0
+        for part in parts:
+            if part.startswith("text"):
+                words = torch.randint(FIRST_WORD, VOCAB, (int(part.removeprefix("text")),), generator=random)
+                ids += words.tolist()
+            elif part == "image":
+                tokens, values, grid = _image(family, random, index + images)
+                images += 1
+                ids += tokens
+                pixels.append(values)
+                grids.append(grid)
+            else:
+                raise ValueError(f"unknown part {part!r}")
+        rows.append(ids)
+
+    length = max(len(ids) for ids in rows)
+    input_ids = torch.full((len(rows), length), PAD)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(rows):
+        place = slice(length - len(ids), length) if pad == "left" else slice(0, len(ids))
+        input_ids[row, place] = torch.tensor(ids)
+        attention_mask[row, place] = 1
+
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if pixels:
+        inputs["pixel_values"] = torch.cat(pixels)
+    if family == "qwen2_5_vl":
+        inputs["mm_token_type_ids"] = (input_ids == IMAGE).long()
+        if pixels:
+            inputs["image_grid_thw"] = torch.tensor(grids)
+    return inputs
+
+
+def make_single(family: str, model, samples: list[list[str]], row: int, seed: int = 0) -> dict:
+    """Row ``row`` of ``make_inputs(family, model, samples, seed)``, alone and without padding."""
+    return make_inputs(family, model, samples[row : row + 1], seed, first=row)
+
+
+def image_lengths(family: str, samples: list[list[str]], first: int = 0) -> list[list[int]]:
+    """Per sample, the number of visual tokens of each of its images."""
+    out = []
+    for index, parts in enumerate(samples, start=first):
+        count = sum(part == "image" for part in parts)
+        out.append([_grid(family, index + n)[0] * _grid(family, index + n)[1] for n in range(count)])
+    return out
+
+
+def _grid(family: str, number: int) -> tuple[int, int]:
+    return LLAVA_GRID if family == "llava" else QWEN_GRIDS[number % 2]
+
+
+def _image(family: str, random: torch.Generator, number: int) -> tuple[list[int], torch.Tensor, list[int]]:
+    """Prompt tokens, pixel values and (time, height, width) grid of one random image."""
+    rows, columns = _grid(family, number)
+    if family == "llava":
+        side = 8 * rows
+        return [IMAGE] * (rows * columns), torch.randn(1, 3, side, side, generator=random), [1, rows, columns]
+    height, width = rows * QWEN_MERGE, columns * QWEN_MERGE
+    values = torch.randn(height * width, 3 * QWEN_TIME * QWEN_PATCH**2, generator=random)
+    return [VISION_START, *[IMAGE] * (rows * columns), VISION_END], values, [1, height, width]
+
+
+def _llava_config() -> LlavaConfig:
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=8 * LLAVA_GRID[0],
+        patch_size=8,
+        projection_dim=32,
+    )
+    text = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE,
+        image_seq_length=LLAVA_GRID[0] * LLAVA_GRID[1],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+
+
+def _qwen_config() -> Qwen2_5_VLConfig:
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 4,
+        "in_channels": 3,
+        "patch_size": QWEN_PATCH,
+        "spatial_merge_size": QWEN_MERGE,
+        "temporal_patch_size": QWEN_TIME,
+        "window_size": 3 * QWEN_MERGE * QWEN_PATCH,  # windows of 3x3 merged tokens: none of the grids is a multiple
+        "out_hidden_size": 64,
+        "fullatt_block_indexes": [1],
+    }
+    text = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": PAD,
+    }
+    return Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )

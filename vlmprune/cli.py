@@ -1,0 +1,235 @@
+"""The command line: `vlmprune demo | run | eval | methods | env`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from vlmprune.errors import UsageError, unknown
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make vision-language models cheaper and more truthful without training them.",
+)
+console = Console()
+DEMO_RECIPE = "fastv:layer=2,fraction=0.1"
+
+LOOKS_AT = {
+    "features": "token features",
+    "attention_from_last": "attention of the last prompt token",
+    "attention_from_cls": "attention of the tower's CLS token",
+    "identity": "nothing",
+}
+"""Probes in a reader's words."""
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit code 2, never a traceback."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading weights; our own progress bars stay
+    try:
+        app()
+    except UsageError as error:
+        print(f"vlmprune: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def demo(
+    recipe: Annotated[str, typer.Option(help="What to prune.")] = DEMO_RECIPE,
+    images: Annotated[int, typer.Option(min=1, help="Held-out pictures to ask about.")] = 4,
+    out: Annotated[Path, typer.Option(help="Folder for the drawn pictures.")] = Path("demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Ask the embedded VLM about a few held-out pictures, un-pruned and pruned, and draw what was kept."""
+    from vlmprune.demo import run_demo
+
+    result = run_demo(recipe, images, out)
+    if as_json:
+        _print_json(result)
+        return
+    table = Table("picture", "question", "truth", "un-pruned", "pruned", title=f"embedded VLM, {recipe}")
+    for row in result["answers"]:
+        cells = [_judged(row[which], row["truth"]) for which in ("unpruned", "pruned")]
+        table.add_row(str(row["picture"]), row["question"], row["truth"], *cells)
+    console.print(table)
+    console.print(_cost_table(result["unpruned"], result["pruned"]))
+    console.print(
+        f"Right: un-pruned {result['unpruned']['right']} of {len(result['answers'])}, "
+        f"pruned {result['pruned']['right']} of {len(result['answers'])}. "
+        f"The picture with the kept patches is {result['picture']}"
+    )
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Option(help="Folder or hub id of a VLM; 'tiny' is the embedded one.")],
+    image: Annotated[Path, typer.Option(help="A picture.")],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    recipe: Annotated[str, typer.Option(help="A recipe string, or a JSON file or folder of one.")] = DEMO_RECIPE,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    draw: Annotated[Path | None, typer.Option(help="Write the picture with the kept patches here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a model about one picture, un-pruned and pruned."""
+    from vlmprune.demo import ask_once
+
+    result = ask_once(model, image, prompt, recipe, max_new_tokens, device, draw)
+    if as_json:
+        _print_json(result)
+        return
+    console.print(f"un-pruned  {result['unpruned']['answer']}", highlight=False)
+    console.print(f"pruned     {result['pruned']['answer']}", highlight=False)
+    console.print(_cost_table(result["unpruned"], result["pruned"]))
+    if draw:
+        console.print(f"The picture with the kept patches is {draw}")
+
+
+@app.command("eval")
+def evaluate(
+    recipe: Annotated[list[str] | None, typer.Option(help="A recipe; may be repeated. Default: 4 methods × 4 budgets.")] = None,
+    images: Annotated[int, typer.Option(min=2, help="Held-out scenes; each asks about a dozen questions.")] = 150,
+    split: Annotated[str, typer.Option(help="test, or dev for choosing settings.")] = "test",
+    out: Annotated[Path | None, typer.Option(help="Folder for the table, the figure and the numbers.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy of recipes on the embedded VLM, per skill, beside the un-pruned model."""
+    from rich.progress import Progress
+
+    from vlmprune import tiny
+    from vlmprune.evals import offline
+    from vlmprune.tiny.scenes import SPLITS
+
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    model, processor = tiny.load()
+    recipes = recipe or list(offline.DEFAULT)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("recipes", total=len(recipes) + 1)
+        rows = offline.evaluate(model, processor, recipes, images, split, lambda: progress.advance(task))
+    numbers = {"images": images, "split": split, "environment": environment(), "rows": [row.to_dict() for row in rows]}
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "accuracy.json").write_text(json.dumps(numbers, indent=1) + "\n")
+        (out / "accuracy.md").write_text(offline.markdown(rows) + "\n")
+        offline.plot(rows, out / "accuracy.png")
+    if as_json:
+        _print_json(numbers)
+        return
+    skills = list(rows[0].by_skill)
+    title = f"accuracy in %, {images} held-out scenes ({split})"
+    table = Table(Column("recipe", overflow="fold", min_width=22), *skills, "mean", "lost", title=title)
+    for row in rows:
+        cells = [f"{100 * row.by_skill[skill].value:.1f}" for skill in skills]
+        low, high = row.lost_interval
+        lost = "" if row is rows[0] else f"{100 * row.lost:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        table.add_row(row.recipe, *cells, f"{100 * row.mean:.1f}", lost)
+    console.print(table)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """The methods there are, with their papers and defaults."""
+    rows = method_rows()
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("method", "paper", "looks at", "default", "note")
+    for row in rows:
+        table.add_row(row["method"], row["paper"], row["looks_at"], row["default"], row["note"])
+    console.print(table)
+
+
+@app.command()
+def env(as_json: AsJson = False) -> None:
+    """Versions and devices, for bug reports and result files."""
+    found = environment()
+    if as_json:
+        _print_json(found)
+        return
+    table = Table(show_header=False)
+    for key, value in found.items():
+        table.add_row(key, str(value))
+    console.print(table)
+
+
+def method_rows() -> list[dict[str, str]]:
+    """One row per method; the README's table is made from the same rows."""
+    from vlmprune.methods import METHODS
+
+    return [
+        {
+            "method": name,
+            "paper": method.paper,
+            "looks_at": ", ".join(sorted(LOOKS_AT[need] for need in method.needs)),
+            "default": ", ".join(f"layer={stage.layer},{stage.budget}" for stage in method.default),
+            "note": method.note,
+        }
+        for name, method in sorted(METHODS.items())
+    ]
+
+
+def methods_markdown() -> str:
+    """The table of the README."""
+    lines = ["| method | paper | looks at | default | note |", "|---|---|---|---|---|"]
+    lines += [f"| `{r['method']}` | {r['paper']} | {r['looks_at']} | `{r['default']}` | {r['note']} |" for r in method_rows()]
+    return "\n".join(lines)
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on."""
+    import platform
+
+    import torch
+    import transformers
+
+    import vlmprune
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "vlmprune": vlmprune.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "gpu": ", ".join(gpus) or "none",
+    }
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2))
+
+
+def _judged(given: str, truth: str) -> str:
+    return f"[green]{given}[/]" if given == truth else f"[red]{given or '(nothing)'}[/]"
+
+
+def _cost_table(unpruned: dict[str, Any], pruned: dict[str, Any]) -> Table:
+    table = Table("", "un-pruned", "pruned", "ratio")
+    rows = (
+        ("visual tokens kept per picture", "visual_tokens", "{:.0f}"),
+        ("language-model prefill, ms", "prefill_ms", "{:.2f}"),
+        ("language-model prefill, MFLOPs", "mflops", "{:.1f}"),
+        ("KV cache after prefill, KiB", "kv_kib", "{:.1f}"),
+    )
+    for label, key, form in rows:
+        share = unpruned[key] / pruned[key] if pruned[key] else float("inf")
+        table.add_row(label, form.format(unpruned[key]), form.format(pruned[key]), f"{share:.2f}×")
+    return table
+
+
+if __name__ == "__main__":
+    main()
