@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
 from vlmprune import tiny
 from vlmprune.cli import environment
 from vlmprune.evals.speed import Timing, prefill

@@ -233,8 +233,9 @@ class Run:
     # -- hooks, in the order of a forward pass ---------------------------------------------------------------------------
 
     def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        # generate() asks for the logits of the last prompt token and of everything after it.
-        last = kwargs.get("logits_to_keep", 0)
+        # With pictures encoded beforehand, this is generate(), and it asks for the logits of the last prompt token and of
+        # everything after it; in a plain call the number means nothing of the kind.
+        last = kwargs.get("logits_to_keep", 0) if kwargs.get("mm_encoder_outputs") else 0
         return args, {**kwargs, TUNNEL: Call(tail=last - 1 if isinstance(last, int) and last > 1 else 0)}
 
     def _enter_base(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -519,7 +520,14 @@ def _rotary(call: Call, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tens
 def _encoded_counts(kwargs: dict[str, Any]) -> list[int] | None:
     """Visual tokens of each picture, where `generate` has encoded them already."""
     encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-    return None if encoded is None else [features.shape[0] for features in encoded.pooler_output]
+    if encoded is None:
+        return None
+    if encoded.last_hidden_state is None:  # generate() cuts features up for a chunked prefill, and leaves this out
+        raise UsageError(
+            "where one picture ends and the next begins is unknown, because the encoded features are in pieces: chunked "
+            "prefill is not supported (prefill_chunk_size=None); pass on what get_image_features returned as it is."
+        )
+    return [features.shape[0] for features in encoded.pooler_output]
 
 
 def _tower_with_cls(family: Any, base: nn.Module) -> Any:
