@@ -165,7 +165,7 @@ def test_crop_into_the_pruned_prompt():
 
 def test_method_that_looks_where_it_did_not_declare():
     view = View(0, 4, torch.zeros(1, 4, dtype=torch.long), {})
-    with pytest.raises(AttributeError, match="add it to its .needs"):
+    with pytest.raises(AttributeError, match=r"add it to its .needs"):
         view.features  # noqa: B018
 
 
@@ -173,5 +173,5 @@ def test_method_with_a_wrong_count(monkeypatch):
     """A broken method is a programming error, and loud."""
     monkeypatch.setattr(vp.Random, "select", lambda self, see, keep: torch.zeros(1, keep + 1, dtype=torch.long))
     model = shared("llava")
-    with vp.wrap(model, RECIPE), torch.no_grad(), pytest.raises(RuntimeError, match="random.select returned shape"):
+    with vp.wrap(model, RECIPE), torch.no_grad(), pytest.raises(RuntimeError, match=r"random.select returned shape"):
         model(**make_inputs("llava", model, [["text2", "image", "text2"]]))

@@ -42,7 +42,7 @@ from vlmprune.view import View
 TUNNEL = "vlmprune"
 """Name of the keyword argument that carries the `Call`."""
 
-CLS_MEMORY = 4096
+CLS_MEMORY = 1024
 """Pictures whose CLS attention is remembered between the vision tower and the language model."""
 
 
@@ -219,15 +219,16 @@ class Run:
             self._cls.popitem(last=False)
 
     def _recall_cls(self, layout: Layout, embeddings: Tensor) -> list[Tensor]:
-        found = []
-        for image in layout.images:
-            (name,) = _fingerprints(embeddings[image.sample, image.positions][None])
-            if name not in self._cls:
-                raise UsageError(
-                    "the CLS attention of a picture is unknown: its features were computed before the model was wrapped; "
-                    "pass pixel_values instead of encoded features."
-                )
-            found.append(self._cls[name])
+        found: list[Tensor] = [embeddings] * len(layout.images)
+        for group in group_by_size([(len(image),) for image in layout.images]):
+            features = torch.stack([embeddings[layout.images[i].sample, layout.images[i].positions] for i in group])
+            for image, name in zip(group, _fingerprints(features), strict=True):
+                if name not in self._cls:
+                    raise UsageError(
+                        "the CLS attention of a picture is unknown: its features were computed before the model was wrapped; "
+                        "pass pixel_values instead of encoded features."
+                    )
+                found[image] = self._cls[name]
         return found
 
     # -- hooks, in the order of a forward pass ---------------------------------------------------------------------------

@@ -83,24 +83,24 @@ def rows_attention(query: Tensor, key: Tensor, attention_mask: Tensor | None, sc
 def observed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """The model's own attention; on the way the module's observer sees queries and keys (registered under `KEY`)."""
     config: Any = module.config
-    implementation, observer = config.vlmprune_observer
+    original, observer = config.vlmprune_observer
     observer(query, key, attention_mask, **kwargs)
     # "eager" is not in the registry: every modelling file brings its own.
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    own = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    own = ALL_ATTENTION_FUNCTIONS.get_interface(original._attn_implementation, eager)
     return own(module, query, key, value, attention_mask, **kwargs)
 
 
 def observe(module: nn.Module, observer: Observer) -> Callable[[], None]:
     """Route one attention module through `observed_attention`; the returned function undoes it.
 
-    Only this module's reference to its config is replaced, by a copy: masks are still made for the implementation the model
-    was loaded with, and no other layer notices.
+    Only this module's reference to its config is replaced, by a copy: masks are still made for the model's own
+    implementation (which may be switched meanwhile), and no other layer notices.
     """
     AttentionInterface.register(KEY, observed_attention)
     original: Any = module.config
     config = copy.copy(original)
-    config.vlmprune_observer = (original._attn_implementation, observer)
+    config.vlmprune_observer = (original, observer)
     config._attn_implementation_internal = KEY
     module.config = config
 

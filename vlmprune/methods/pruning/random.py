@@ -2,8 +2,8 @@
 
     S ~ uniform over the subsets of size K
 
-Drawn per picture from (seed, layer, prompt, n-th picture of the prompt): the same set whatever the batch, different sets for
-different prompts, and never the same fixed positions for a whole benchmark.
+Drawn per picture from (seed, layer, prompt, n-th picture of the prompt): the same set whatever the batch, and another one for
+another prompt. Where every picture is asked the same question they share one draw per seed, so average over seeds there.
 """
 
 from __future__ import annotations
