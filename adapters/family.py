@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,33 @@ class Tower:
     refusal: Callable[[nn.Module], str | None]
 
 
+def llama_queries_and_keys(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What a Llama-like decoder layer would compute from the hidden states that enter it (also with M-RoPE, whose sections
+    transformers has put together in `rotary` already).
+
+    Args:
+        hidden: `[batch, token, dim]`.
+        rotary: cosines and sines, `[batch or 1, token, head_dim]`.
+        rows: `[batch, row]` tokens whose queries are wanted.
+
+    Returns:
+        Queries `[batch, head, row, head_dim]` and keys `[batch, kv_head, token, head_dim]`, after rotary embedding.
+    """
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in rotary)
+
+    def pick(x: Tensor) -> Tensor:
+        return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+
+    def heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        first, second = x.chunk(2, dim=-1)
+        return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+    return heads(attention.q_proj(pick(normed)), pick(cos), pick(sin)), heads(attention.k_proj(normed), cos, sin)
+
+
 @dataclass(frozen=True)
 class Family:
     """Where things are in one model family.
@@ -38,6 +66,7 @@ class Family:
         tokens_per_image: visual tokens of each picture, from the arguments of a call that carries pixels.
         image_grid: rows and columns of each picture's tokens, from the processor's output and the config (for drawing).
         language_model, layers, attention: module names, from the base model, the language model and a decoder layer.
+        queries_and_keys: what a decoder layer would compute from hidden states, for methods that look one layer ahead.
         tower: the vision tower, where it has a CLS token.
     """
 
@@ -48,4 +77,5 @@ class Family:
     language_model: str = "language_model"
     layers: str = "layers"
     attention: str = "self_attn"
+    queries_and_keys: Callable[[Any, Tensor, tuple[Tensor, Tensor], Tensor], tuple[Tensor, Tensor]] = llama_queries_and_keys
     tower: Tower | None = None

@@ -19,13 +19,14 @@ LEVELS = [
     {"vlmprune.methods.pruning"},
     {"vlmprune.methods"},
     {"vlmprune.recipe", "vlmprune.run"},
+    {"vlmprune.probes"},
     {"vlmprune.attach"},
     {"vlmprune", "vlmprune.tiny"},  # the public names; the embedded model knows nothing of the library
     {"vlmprune.evals", "vlmprune.demo"},
     {"vlmprune.cli"},
 ]
-MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.attach", "vlmprune.recipe", "vlmprune.demo"}
-MAY_IMPORT_TRANSFORMERS |= {"vlmprune.cli", "vlmprune.tiny"}
+MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.probes", "vlmprune.attach"}
+MAY_IMPORT_TRANSFORMERS |= {"vlmprune.recipe", "vlmprune.demo", "vlmprune.cli", "vlmprune.tiny"}
 
 
 def room(module: str) -> str:

@@ -135,6 +135,16 @@ def test_static_cache():
     called(model, "needs a plain DynamicCache, found a StaticLayer", past_key_values=StaticCache(model.config, 64), **inputs)
 
 
+def test_cache_pruned_by_another_recipe():
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
+    with vp.wrap(model, "random:layer=1,fraction=0.5"), torch.no_grad():
+        cache = model(**inputs).past_key_values
+    sentence = "was pruned at layer(s) 1, this recipe cuts at 0, 3"
+    recipe = "random:layer=0|3,fraction=0.5|0.2"
+    called(model, sentence, recipe, input_ids=torch.full((1, 1), 9), past_key_values=cache)
+
+
 def test_features_encoded_before_wrapping():
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text2", "image", "text2"]])

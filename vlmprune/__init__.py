@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vlmprune.attach import Run, wrap
     from vlmprune.errors import UsageError
     from vlmprune.methods import METHODS, Pruner, ScorePruner
-    from vlmprune.methods.pruning import CLS, DivPrune, FastV, Random
+    from vlmprune.methods.pruning import CLS, AdaptInfer, DivPrune, FastV, PDrop, Random, Uniform
     from vlmprune.recipe import Recipe
     from vlmprune.run import Report
     from vlmprune.schedule import Schedule, at, stages
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(("CLS", "DivPrune", "FastV", "Random"), "vlmprune.methods.pruning"),
+    **dict.fromkeys(("CLS", "AdaptInfer", "DivPrune", "FastV", "PDrop", "Random", "Uniform"), "vlmprune.methods.pruning"),
     **dict.fromkeys(("METHODS", "Pruner", "ScorePruner"), "vlmprune.methods"),
     **dict.fromkeys(("Schedule", "at", "stages"), "vlmprune.schedule"),
     **dict.fromkeys(("Run", "wrap"), "vlmprune.attach"),
@@ -36,8 +36,10 @@ _HOME = {
 __all__ = [
     "CLS",
     "METHODS",
+    "AdaptInfer",
     "DivPrune",
     "FastV",
+    "PDrop",
     "Pruner",
     "Random",
     "Recipe",
@@ -45,6 +47,7 @@ __all__ = [
     "Run",
     "Schedule",
     "ScorePruner",
+    "Uniform",
     "UsageError",
     "at",
     "stages",

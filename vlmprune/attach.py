@@ -12,12 +12,10 @@ the model to every attention function):
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from hashlib import blake2b
+from functools import cache, partial
 from threading import local
 from typing import Any
 
@@ -26,24 +24,21 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vlmprune.adapters.registry import family_of
-from vlmprune.attention import observe, pruned_mask, rows_attention
-from vlmprune.cache import PrunedLayer, pruned_layer
+from vlmprune.attention import observe, pruned_mask
+from vlmprune.cache import PrunedLayer, check_same_cuts, pruned_layer
 from vlmprune.cost import DecoderShape
 from vlmprune.errors import UsageError
 from vlmprune.kernels.attention_mass import attention_mass
 from vlmprune.layout import Layout, group_by_size, real_tokens
 from vlmprune.methods import Pruner
+from vlmprune.probes import BEFORE_THE_CUT, ClsMemory, attention_ahead, build_view, see_attention
 from vlmprune.recipe import Recipe
 from vlmprune.reduction import Reduction
 from vlmprune.run import Call, Clock, Kept, Prefill, Report, no_prefill
 from vlmprune.schedule import Budget
-from vlmprune.view import View
 
 TUNNEL = "vlmprune"
 """Name of the keyword argument that carries the `Call`."""
-
-CLS_MEMORY = 1024
-"""Pictures whose CLS attention is remembered between the vision tower and the language model."""
 
 
 def wrap(model: nn.Module, *methods: Recipe | Pruner | str) -> Run:
@@ -79,10 +74,11 @@ class Run:
         self.last: Prefill | None = None
         self._budget: Budget | None = None
         self._cuts = recipe.cuts()
+        self._layers = tuple(stage.layer for stage, _ in self._cuts)
         self._needs = frozenset().union(*(method.needs for _, method in self._cuts))
         self._undo: list[Callable[[], None]] = []
         self._thread = _PerThread()
-        self._cls: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self._cls = ClsMemory()
         self._attach()
 
     # -- what a user does with it ----------------------------------------------------------------------------------------
@@ -139,9 +135,11 @@ class Run:
         self._text_config = text.config
         self._check(len(layers), text.config)
         observed: list[tuple[Any, Callable[..., None]]] = []
-        if "attention_from_last" in self._needs:
-            before = [stage.layer - 1 for stage, method in self._cuts if "attention_from_last" in method.needs]
-            observed += [(layers[index].get_submodule(family.attention), partial(self._see_last, index)) for index in before]
+        for stage, method in self._cuts:
+            if method.needs & BEFORE_THE_CUT:
+                index = stage.layer - 1
+                seer = partial(self._see_attention, index, method.needs)
+                observed.append((layers[index].get_submodule(family.attention), seer))
         if "attention_from_cls" in self._needs:
             tower = _tower_with_cls(family, base)
             block = base.get_submodule(tower.blocks)[tower.feature_block(base.config)]
@@ -150,12 +148,12 @@ class Run:
         _replace_earlier_run(base)
         self._undo += [observe(module, observer) for module, observer in observed]
         if "attention_from_cls" in self._needs:
-            self._hook(base.get_submodule(tower.projector).register_forward_hook(self._remember_cls))
+            self._hook(base.get_submodule(tower.projector).register_forward_hook(self._leave_projector))
         if base is not self.model:
             self._hook(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         self._hook(base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
         self._hook(text.register_forward_pre_hook(self._enter_text, with_kwargs=True))
-        for index in range(self._cuts[0][0].layer, len(layers)):
+        for index in range(self._layers[0], len(layers)):
             self._hook(layers[index].register_forward_pre_hook(partial(self._enter_layer, index), with_kwargs=True))
         self._hook(text.register_forward_hook(self._leave_text, with_kwargs=True))
 
@@ -181,7 +179,7 @@ class Run:
                 f"attention implementation {implementation!r} is not supported (supported: {', '.join(supported)}): call "
                 'model.set_attn_implementation("sdpa").'
             )
-        looking = [method.name for method in self.recipe.methods if "attention_from_last" in method.needs]
+        looking = [method.name for method in self.recipe.methods if method.needs & (BEFORE_THE_CUT | {"attention_of_layer"})]
         if looking and "flash" in implementation:
             raise UsageError(
                 f"{looking[0]} looks at attention in the language model, which {implementation!r} does not offer "
@@ -190,46 +188,28 @@ class Run:
 
     # -- probes ----------------------------------------------------------------------------------------------------------
 
-    def _see_last(
-        self, layer: int, query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
+    def _see_attention(
+        self,
+        layer: int,
+        needs: frozenset[str],
+        query: Tensor,
+        key: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float,
+        **kwargs: Any,
     ) -> None:
-        """Attention of the last prompt token, in the layer before a cut; prefills only."""
+        """Observer of the attention before a cut; prefills only, and not where the choice is made already."""
         call: Call | None = kwargs.get(TUNNEL)
-        if call is None or call.layout is None or layer + 1 in call.chosen:
-            return
-        assert call.prompt_end is not None
-        with _timed(call, query.device):
-            rows = call.prompt_end.to(query.device)
-            if call.reduction is not None:  # left-padded, so the end is the same row everywhere
-                rows = torch.full_like(rows, query.shape[2] - 1 - call.tail)
-            attention = rows_attention(query, key, attention_mask, scaling, rows)
-            call.attention[layer] = attention[:, :, -query.shape[2] :]  # what an earlier turn left in the cache is no candidate
+        if call is not None and call.layout is not None and layer + 1 not in call.chosen:
+            with _timed(call, query.device):
+                see_attention(call, layer, needs, query, key, attention_mask, scaling)
 
     def _see_cls(self, query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any) -> None:
-        self._thread.cls = attention_mass(query[:, :, :1], key, scaling)[:, :, 1:]  # of the CLS row, to all but itself
+        """Observer of the tower's block: what CLS pays to all but itself."""
+        self._thread.cls = attention_mass(query[:, :, :1], key, scaling)[:, :, 1:]
 
-    def _remember_cls(self, _: nn.Module, args: tuple[Any, ...], features: Tensor) -> None:
-        """Bind CLS attention to the features it belongs to: beams, batching and caching of features all move the features, so
-        their content is the one name that survives until the language model sees them."""
-        attention: Tensor = self._thread.cls
-        for name, scores in zip(_fingerprints(features), attention, strict=True):
-            self._cls[name] = scores
-            self._cls.move_to_end(name)
-        while len(self._cls) > CLS_MEMORY:
-            self._cls.popitem(last=False)
-
-    def _recall_cls(self, layout: Layout, embeddings: Tensor) -> list[Tensor]:
-        found: list[Tensor] = [embeddings] * len(layout.images)
-        for group in group_by_size([(len(image),) for image in layout.images]):
-            features = torch.stack([embeddings[layout.images[i].sample, layout.images[i].positions] for i in group])
-            for image, name in zip(group, _fingerprints(features), strict=True):
-                if name not in self._cls:
-                    raise UsageError(
-                        "the CLS attention of a picture is unknown: its features were computed before the model was wrapped; "
-                        "pass pixel_values instead of encoded features."
-                    )
-                found[image] = self._cls[name]
-        return found
+    def _leave_projector(self, _: nn.Module, args: tuple[Any, ...], features: Tensor) -> None:
+        self._cls.remember(features, self._thread.cls)
 
     # -- hooks, in the order of a forward pass ---------------------------------------------------------------------------
 
@@ -242,6 +222,7 @@ class Run:
     def _enter_base(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         call: Call = kwargs.get(TUNNEL) or Call()
         cache = kwargs.get("past_key_values")
+        check_same_cuts(cache, self._layers)
         call.past = cache.get_seq_length() if cache is not None else 0
         mask = kwargs.get("attention_mask")
         call.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -306,16 +287,16 @@ class Run:
         call.record.prefill.start = Clock.now(embeddings.device)
         if "attention_from_cls" in self._needs:
             with _timed(call, embeddings.device):
-                call.cls = self._recall_cls(call.layout, embeddings)
+                call.cls = self._cls.recall(call.layout, embeddings)
 
-    def _enter_layer(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: Call | None = kwargs.get(TUNNEL)
         if call is None:
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values")
         if call.layout is not None:
-            hidden = self._cut(index, call, hidden)
+            hidden = self._cut(index, module, call, hidden, kwargs)
         if call.reduction is None:
             layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
             if not isinstance(layer, PrunedLayer):
@@ -331,10 +312,11 @@ class Run:
     def _shortened(self, index: int, call: Call, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer that computes fewer tokens than the conversation has."""
         batch, device, implementation = hidden.shape[0], hidden.device, self._text_config._attn_implementation
-        group = sum(stage.layer <= index for stage, _ in self._cuts)  # masks are equal in all layers between two stages
+        group = sum(layer <= index for layer in self._layers)  # masks are equal in all layers between two stages
         layer = None
         if cache is not None:
-            layer = pruned_layer(cache, index, None if call.mask is None else call.mask[:, : call.past].bool())
+            real = None if call.mask is None else call.mask[:, : call.past].bool()
+            layer = pruned_layer(cache, index, self._layers, real)
         if layer is not None and call.reduction is None and hidden.shape[1] == 1:  # decoding: the cache appends by itself
             if group not in call.masks:
                 slots, valid = layer.entries(batch, device)
@@ -384,21 +366,26 @@ class Run:
 
     # -- the cut ---------------------------------------------------------------------------------------------------------
 
-    def _cut(self, index: int, call: Call, hidden: Tensor) -> Tensor:
-        """At a stage: let its method choose, and shorten the hidden states `[batch, tokens, dim]`."""
+    def _cut(self, index: int, module: nn.Module, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """At a stage: let its method choose, and shorten the hidden states `[batch, token, dim]`."""
         for stage, method in self._cuts:
             if stage.layer == index:
                 with _timed(call, hidden.device):
-                    return self._apply(index, method, self._budget or stage.budget, call, hidden)
+                    if index not in call.chosen:
+                        rotary, stored = kwargs["position_embeddings"], kwargs.get("past_key_values")
+                        now = rotary if call.reduction is None else _rotary(call, rotary)
+                        ahead = partial(attention_ahead, call, self._family, module, index, hidden, now, stored)
+                        budget = self._budget or stage.budget
+                        call.chosen[index] = self._choose(index, method, budget, call, hidden, cache(ahead))
+                    return self._shorten(index, method, call, hidden)
         return hidden
 
-    def _apply(self, index: int, method: Pruner, budget: Budget, call: Call, hidden: Tensor) -> Tensor:
+    def _shorten(self, index: int, method: Pruner, call: Call, hidden: Tensor) -> Tensor:
+        """Drop what was not chosen."""
         assert call.layout is not None
         assert call.record is not None
         images = call.layout.images
         before = sum(map(len, call.remaining))
-        if index not in call.chosen:
-            call.chosen[index] = self._choose(index, method, budget, call, hidden)
         call.remaining = call.chosen[index]
         call.record.kept += [
             Kept(index, method.name, image.sample, image.ordinal, len(image), remaining)
@@ -417,7 +404,9 @@ class Run:
         call.rotary.clear()
         return hidden
 
-    def _choose(self, index: int, method: Pruner, budget: Budget, call: Call, hidden: Tensor) -> list[Tensor]:
+    def _choose(
+        self, index: int, method: Pruner, budget: Budget, call: Call, hidden: Tensor, ahead: Callable[[], Tensor]
+    ) -> list[Tensor]:
         """What remains of every picture after this stage; pictures of one size are decided together."""
         assert call.layout is not None
         images, remaining = call.layout.images, list(call.remaining)
@@ -429,7 +418,7 @@ class Run:
             if keep == 0:
                 chosen = remaining[group[0]].new_empty(len(group), 0)
             else:
-                chosen = method.select(self._view(index, method, call, group, original, hidden), keep)
+                chosen = method.select(build_view(call, index, method.needs, group, hidden, ahead), keep)
                 if chosen.shape != (len(group), keep):
                     raise RuntimeError(
                         f"{method.name}.select returned shape {tuple(chosen.shape)}, expected {(len(group), keep)}."
@@ -437,37 +426,6 @@ class Run:
             for image, row in zip(group, chosen, strict=True):
                 remaining[image] = remaining[image][row.to(remaining[image].device)]
         return remaining
-
-    def _view(self, index: int, method: Pruner, call: Call, group: Sequence[int], original: int, hidden: Tensor) -> View:
-        assert call.layout is not None
-        images = [call.layout.images[i] for i in group]
-        position = torch.stack([call.remaining[i] for i in group])  # [image, visual]
-        samples = torch.tensor([image.sample for image in images], device=position.device)
-        places = torch.stack([image.positions for image in images]).gather(1, position)  # in the call's sequence
-        if call.reduction is not None:
-            places = call.reduction.places(samples, places)
-        probes: dict[str, Tensor | tuple[int, ...]] = {}
-        if "features" in method.needs:
-            probes["features"] = hidden[samples[:, None].to(hidden.device), places.to(hidden.device)]
-        if "attention_from_last" in method.needs:
-            attention = call.attention[index - 1]
-            mine = attention[samples.to(attention.device)]  # [image, head, key]
-            probes["attention_from_last"] = mine.gather(2, places.to(mine.device)[:, None].expand(-1, mine.shape[1], -1))
-        if "attention_from_cls" in method.needs:
-            mine = torch.stack([call.cls[i] for i in group])
-            probes["attention_from_cls"] = mine.gather(2, position.to(mine.device)[:, None].expand(-1, mine.shape[1], -1))
-        if "identity" in method.needs:
-            probes["identity"] = tuple(self._identity(call, image.sample, image.ordinal) for image in images)
-        return View(index, original, position, probes)
-
-    def _identity(self, call: Call, sample: int, ordinal: int) -> int:
-        """Equal for equal prompts, whatever the batch, the padding, or candidates of assisted decoding."""
-        assert call.ids is not None
-        assert call.layout is not None
-        assert call.prompt_end is not None
-        end = int(call.prompt_end[sample]) + 1
-        ids = call.ids[sample, :end][call.layout.real[sample, :end]]
-        return int.from_bytes(blake2b(f"{ordinal}/{ids.tolist()}".encode(), digest_size=8).digest(), "little")
 
 
 class _PerThread(local):
@@ -538,15 +496,6 @@ def _tower_with_cls(family: Any, base: nn.Module) -> Any:
             f"this {family.name} model has no usable CLS attention: {reason}; choose a method that does not need it."
         )
     return family.tower
-
-
-def _fingerprints(features: Tensor) -> list[tuple[int, ...]]:
-    """A name for the content of each picture's features `[image, visual, dim]`: two sums over their bits."""
-    bits = features.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[features.element_size()])
-    bits = bits.flatten(1).long()
-    place = torch.arange(bits.shape[1], device=bits.device) * 2654435761 % 2147483647  # order matters
-    sums = torch.stack((bits.sum(dim=1), (bits * place).sum(dim=1)), dim=1)
-    return [tuple(row) for row in sums.tolist()]
 
 
 def _replace_earlier_run(base: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmprune.kernels.attention_mass import attention_mass
+from vlmprune.kernels.attention_mass import attention_rows
 
 KEY = "vlmprune"
 """Our key in transformers' registry of attention functions, which is made for additions; it must not contain "flash"."""
@@ -62,22 +62,22 @@ def pruned_mask(
 
 
 def rows_attention(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float, rows: Tensor) -> Tensor:
-    """`[batch, head, key]` fp32 attention of one query row per sample, under the mask the layer itself uses.
+    """`[batch, head, row, key]` fp32 attention of chosen query rows, under the mask the layer itself uses.
 
     Args:
         query, key: `[batch, head, query, dim]`, `[batch, kv_head, key, dim]`.
         attention_mask: None (causal), bool or additive `[batch or 1, 1, query, key]`.
-        rows: `[batch]` index of the query row.
+        rows: `[batch, row]` indices of query rows.
     """
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-    chosen = query.gather(2, rows.view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[3]))
+    chosen = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
     if attention_mask is None:
-        visible = torch.arange(keys, device=key.device) <= (rows + keys - queries)[:, None]
+        visible = torch.arange(keys, device=key.device) <= (rows + keys - queries)[:, :, None]
     else:
         mask = attention_mask.expand(batch, -1, -1, -1)[:, 0]
-        row = mask.gather(1, rows.view(-1, 1, 1).expand(-1, 1, keys))[:, 0]
-        visible = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
-    return attention_mass(chosen, key, scaling, visible[:, None])
+        visible = mask.gather(1, rows[:, :, None].expand(-1, -1, keys))
+        visible = visible if visible.dtype == torch.bool else visible > torch.finfo(visible.dtype).min / 2
+    return attention_rows(chosen, key, scaling, visible)
 
 
 def observed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:

@@ -21,19 +21,22 @@ class PrunedLayer(DynamicLayer):
         valid: `[batch, prefix]` bool, False where a ragged batch is padded.
         dense: every entry of the prefix is valid.
         logical_prefix: tokens of the conversation that the prefix stands for.
+        cuts: layers of the recipe's stages. A conversation goes on only under cuts at the same layers, because these decide
+            which layers have equal entries.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cuts: tuple[int, ...]) -> None:
         super().__init__()
+        self.cuts = cuts
         self.slots: Tensor | None = None
         self.valid: Tensor | None = None
         self.dense = True
         self.logical_prefix = 0
 
     @staticmethod
-    def adopt(layer: DynamicLayer, real: Tensor | None) -> PrunedLayer:
+    def adopt(layer: DynamicLayer, cuts: tuple[int, ...], real: Tensor | None) -> PrunedLayer:
         """Take over a layer that was filled without pruning. `real` `[batch, length]` bool is False on padding."""
-        pruned = PrunedLayer()
+        pruned = PrunedLayer(cuts)
         length = layer.get_seq_length()
         if length:
             assert layer.keys is not None
@@ -131,7 +134,21 @@ class PrunedLayer(DynamicLayer):
             self.slots, self.valid = self.slots[indices], self.valid[indices]
 
 
-def pruned_layer(cache: Cache, index: int, real: Tensor | None = None) -> PrunedLayer:
+def check_same_cuts(cache: Cache | None, cuts: tuple[int, ...]) -> None:
+    """Refuse to go on with a conversation that was pruned at other layers.
+
+    Raises:
+        UsageError: the cache's pruned layers begin elsewhere.
+    """
+    last = cache.layers[-1] if cache is not None and cache.layers else None  # pruned if any layer is
+    if isinstance(last, PrunedLayer) and last.cuts != cuts:
+        raise UsageError(
+            f"the conversation in this cache was pruned at layer(s) {', '.join(map(str, last.cuts))}, this recipe cuts at "
+            f"{', '.join(map(str, cuts))}: go on with the recipe it began with, or start with an empty cache."
+        )
+
+
+def pruned_layer(cache: Cache, index: int, cuts: tuple[int, ...], real: Tensor | None = None) -> PrunedLayer:
     """The cache's layer `index` as a `PrunedLayer`, put in place of an ordinary one on first use.
 
     `real` `[batch, tokens so far]` tells padding in what an ordinary layer already holds.
@@ -151,5 +168,5 @@ def pruned_layer(cache: Cache, index: int, real: Tensor | None = None) -> Pruned
             f"pruning inside the language model needs a plain DynamicCache, found {found}: pass cache_implementation=None "
             "(the default of generate)."
         )
-    adopted = cache.layers[index] = PrunedLayer.adopt(layer, real)
+    adopted = cache.layers[index] = PrunedLayer.adopt(layer, cuts, real)
     return adopted

@@ -25,6 +25,9 @@ DEMO_RECIPE = "fastv:layer=2,fraction=0.1"
 LOOKS_AT = {
     "features": "token features",
     "attention_from_last": "attention of the last prompt token",
+    "attention_from_text": "attention of the text",
+    "attention_among_text": "attention within the text",
+    "attention_of_layer": "attention of the last prompt token, one layer on",
     "attention_from_cls": "attention of the tower's CLS token",
     "identity": "nothing",
 }

@@ -21,7 +21,7 @@ from vlmprune.schedule import Budget, Schedule, Stage, check_shrinks
 
 SCHEMA = 1
 FILE = "vlmprune.json"
-CUT_KEYS = ("layer", "tokens", "fraction")
+CUT_KEYS = ("layer", "tokens", "fraction", "preset")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _parse_method(text: str) -> Pruner:
             raise UsageError(f"cannot read {pair!r} in {text!r}: write name:key=value,key=value.")
         if key in entry:
             raise UsageError(f"{key!r} stands twice in {text!r}.")
-        values = [_number(piece.strip(), key) for piece in value.split("|")]
+        values = [piece.strip() if key == "preset" else _number(piece.strip(), key) for piece in value.split("|")]
         entry[key] = values[0] if len(values) == 1 else values
     return _build(entry)
 

@@ -102,7 +102,9 @@ class Call:
         past: tokens in the cache before this call.
         remaining: per picture, indices that are still there.
         reduction: what the current layer computes; None while nothing was dropped.
-        attention: per decoder layer, `[batch, head, key]` attention of the last prompt token.
+        attention: per decoder layer, `[batch, head, key]` attention of the last prompt token to this call's rows.
+        text: the prompt's text after its last picture, as rows of the call's sequence.
+        text_attention: per decoder layer, `[batch, head, text, key]` attention of these rows.
         masks: per group of layers between two stages, the mask of that group.
         rotary: gathered rotary embeddings, by the identity of the full ones (models may have several).
         chosen: per stage's layer, what remains of every picture; filled from the start when generation without a cache runs
@@ -122,6 +124,8 @@ class Call:
     remaining: list[Tensor] = field(default_factory=list)
     reduction: Reduction | None = None
     attention: dict[int, Tensor] = field(default_factory=dict)
+    text: Reduction | None = None
+    text_attention: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor | None] = field(default_factory=dict)
     rotary: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     chosen: dict[int, list[Tensor]] = field(default_factory=dict)

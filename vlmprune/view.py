@@ -13,6 +13,10 @@ from torch import Tensor
 PROBES: dict[str, str] = {
     "features": "[image, visual, dim] hidden states entering the layer of the cut (layer 0: the projector's output)",
     "attention_from_last": "[image, head, visual] fp32 attention of the last prompt token, in the layer before the cut",
+    "attention_of_layer": "[image, head, visual] the same, as the layer of the cut itself would pay it to what enters it",
+    "attention_from_text": "[image, head, text, visual] fp32 attention of the text after the prompt's last picture, in the "
+    "layer before the cut; zero on rows that pad a shorter text",
+    "attention_among_text": "[image, head, text, text] fp32 attention of the same rows to each other; zero where padded",
     "attention_from_cls": "[image, head, visual] fp32 attention of the vision tower's CLS token, in the block whose output "
     "feeds the projector",
     "identity": "one whole number per picture, equal for equal prompts whatever the batch: a seed for random choices",
@@ -51,6 +55,18 @@ class View:
     @property
     def attention_from_last(self) -> Tensor:
         return self._probe("attention_from_last")  # type: ignore[return-value]
+
+    @property
+    def attention_from_text(self) -> Tensor:
+        return self._probe("attention_from_text")  # type: ignore[return-value]
+
+    @property
+    def attention_among_text(self) -> Tensor:
+        return self._probe("attention_among_text")  # type: ignore[return-value]
+
+    @property
+    def attention_of_layer(self) -> Tensor:
+        return self._probe("attention_of_layer")  # type: ignore[return-value]
 
     @property
     def attention_from_cls(self) -> Tensor:

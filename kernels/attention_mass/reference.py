@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-def attention_mass(query: Tensor, key: Tensor, scaling: float, visible: Tensor | None = None) -> Tensor:
-    """Sum of the softmax attention of some query rows, per key.
+def attention_rows(query: Tensor, key: Tensor, scaling: float, visible: Tensor | None = None) -> Tensor:
+    """Softmax attention of some query rows.
 
     Args:
         query: `[batch, head, row, dim]` the chosen rows, after rotary embedding.
@@ -19,7 +19,7 @@ def attention_mass(query: Tensor, key: Tensor, scaling: float, visible: Tensor |
         visible: `[batch, row, key]` bool, False where a row must not look; every row needs one True.
 
     Returns:
-        `[batch, head, key]` fp32. Costs one read of the keys and `2 · batch · head · row · key · dim` FLOPs.
+        `[batch, head, row, key]` fp32. Costs one read of the keys and `2 · batch · head · row · key · dim` FLOPs.
     """
     batch, heads, rows, dim = query.shape
     kv_heads = key.shape[1]
@@ -27,4 +27,9 @@ def attention_mass(query: Tensor, key: Tensor, scaling: float, visible: Tensor |
     scores = (grouped @ key.float().transpose(-1, -2)).reshape(batch, heads, rows, key.shape[2]) * scaling
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None], torch.finfo(torch.float32).min)
-    return scores.softmax(dim=-1).sum(dim=2)
+    return scores.softmax(dim=-1)
+
+
+def attention_mass(query: Tensor, key: Tensor, scaling: float, visible: Tensor | None = None) -> Tensor:
+    """`[batch, head, key]` fp32: the attention of `attention_rows`, summed over the rows."""
+    return attention_rows(query, key, scaling, visible).sum(dim=2)

@@ -6,12 +6,13 @@ paper, and `vlmprune methods` and the README print them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.errors import UsageError
+from vlmprune.errors import UsageError, unknown
 from vlmprune.schedule import Budget, Schedule, Stage
 from vlmprune.view import View
 
@@ -25,9 +26,10 @@ class Pruner:
         tokens: visual tokens kept per picture.
         fraction: or the share of the picture's original tokens that is kept.
         schedule: or several cuts, see `vlmprune.stages`.
+        preset: or the name of a schedule its paper publishes.
 
     Raises:
-        UsageError: a budget out of range, or a schedule given beside layer, tokens or fraction.
+        UsageError: a budget out of range, an unknown preset, or more than one way of saying when and how many.
     """
 
     name: ClassVar[str]
@@ -36,17 +38,23 @@ class Pruner:
     needs: ClassVar[frozenset[str]]
     default: ClassVar[Schedule]
     first_layer: ClassVar[int] = 0
+    presets: ClassVar[Mapping[str, Schedule]] = {}
 
     schedule: Schedule | None = None
     layer: InitVar[int | None] = None
     tokens: InitVar[int | None] = None
     fraction: InitVar[float | None] = None
+    preset: InitVar[str | None] = None
 
-    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None) -> None:
+    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
+        single = (layer, tokens, fraction) != (None, None, None)
+        if (self.schedule is not None) + (preset is not None) + single > 1:
+            raise UsageError(f"{self.name}: give schedule=…, preset=…, or layer, tokens and fraction; only one of these.")
+        if preset is not None and preset not in self.presets:
+            raise unknown(f"preset of {self.name}", preset, self.presets)
         if self.schedule is None:
-            object.__setattr__(self, "schedule", self._from_defaults(layer, tokens, fraction))
-        elif (layer, tokens, fraction) != (None, None, None):
-            raise UsageError(f"{self.name}: give either schedule=… or layer, tokens and fraction, not both.")
+            schedule = self.presets[preset] if preset is not None else self._from_defaults(layer, tokens, fraction)
+            object.__setattr__(self, "schedule", schedule)
         earliest = self.cuts.stages[0].layer
         if earliest < self.first_layer:
             raise UsageError(
@@ -61,6 +69,8 @@ class Pruner:
         return self.schedule
 
     def _from_defaults(self, layer: int | None, tokens: int | None, fraction: float | None) -> Schedule:
+        if (layer, tokens, fraction) == (None, None, None):
+            return self.default
         default = self.default.stages[0]
         given = tokens is not None or fraction is not None
         budget = Budget(tokens, fraction) if given else default.budget

@@ -35,8 +35,8 @@ class Random(Pruner):
 
     seed: int = 0
 
-    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None) -> None:
-        super().__post_init__(layer, tokens, fraction)
+    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
+        super().__post_init__(layer, tokens, fraction, preset)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise UsageError(f"random: seed must be a whole number, found {self.seed!r}.")
 

@@ -1,0 +1,47 @@
+"""AdaptInfer. arXiv:2508.06084, section 3.2.2. Text-to-text attention decides which words may vote for visual tokens.
+
+    M' = M + Mᵀ − diag(M)           M = A[T, T], text after the picture, in the layer before the cut
+    w  = Σ_rows M'                  one weight per head and text token
+    s_j = Σ_h Σ_t w_h,t · A^h[t, j]
+
+Differs from the official code in: exactly K tokens (there min(K, v − 1)), shares of the picture's original tokens instead of
+chained ratios, positions (survivors keep theirs; the LLaVA code renumbers), any batch. Stages stand one layer later than in the
+paper, which cuts after a layer: its layers 1, 10, 20 are 2, 11, 21 here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlmprune.methods.base import ScorePruner
+from vlmprune.schedule import stages
+from vlmprune.view import View
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptInfer(ScorePruner):
+    """Keep what the words attend to that attend to each other. The presets are the published schedules."""
+
+    name = "adaptinfer"
+    paper = "arXiv:2508.06084"
+    note = "original positions; official LLaVA code renumbers"
+    needs = frozenset({"attention_from_text", "attention_among_text"})
+    default = stages({2: 133, 11: 27, 21: 3})
+    first_layer = 1
+    presets = {  # noqa: RUF012
+        "llava-128": stages({2: 290, 11: 72, 21: 18}),
+        "llava-64": stages({2: 133, 11: 27, 21: 3}),
+        "llava-48": stages({2: 80, 11: 24, 21: 2}),
+        "llava-32": stages({2: 40, 11: 12, 21: 0}),
+        "qwen2-vl-10": stages({1: 0.17, 10: 0.17 * 0.6, 20: 0.17 * 0.6 * 0.3}),
+        "qwen2-vl-30": stages({1: 0.5, 10: 0.5 * 0.6, 20: 0.5 * 0.6 * 0.3}),
+        "qwen2-vl-50": stages({1: 0.7, 10: 0.7 * 0.9, 20: 0.7 * 0.9 * 0.3}),
+    }
+
+    def score(self, see: View) -> Tensor:  # [image, visual]
+        among = see.attention_among_text  # [image, head, text, text]
+        symmetric = among + among.transpose(-1, -2) - among.diagonal(dim1=-2, dim2=-1).diag_embed()
+        weight = symmetric.sum(dim=-1)
+        return (weight[..., None] * see.attention_from_text).sum(dim=(1, 2))
