@@ -148,12 +148,13 @@ def test_keep_all_is_bit_identical(family, recipe, batch):
     inputs = make_inputs(family, model, BATCHES[batch])
     real = inputs["attention_mask"].bool()
     plain = model(**inputs).logits
-    _, sequence, logits = generate_logits(model, inputs)
+    output, sequence, logits = generate_logits(model, inputs)
     with vp.wrap(model, recipe):
         assert torch.equal(model(**inputs).logits[real], plain[real])
-        _, sequence_kept, logits_kept = generate_logits(model, inputs)
+        output_kept, sequence_kept, logits_kept = generate_logits(model, inputs)
     assert torch.equal(sequence_kept, sequence)
     assert torch.equal(logits_kept, logits)
+    assert physical_lengths(output_kept.past_key_values) == physical_lengths(output.past_key_values)
 
 
 @families

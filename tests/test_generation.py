@@ -426,34 +426,46 @@ def test_cache_outlives_the_wrap():
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------
-def in_threads(*jobs):
-    """Results of the jobs, run at the same time; the first exception is raised here."""
+def in_threads(*jobs, meet_in=()):
+    """Results of the jobs, run at the same time; the first exception is raised here.
+
+    In every forward of the modules ``meet_in``, the threads wait for each other, so that they are surely inside the same
+    model at once: all jobs must then call these modules equally often.
+    """
     results: list = [None] * len(jobs)
     errors: list[BaseException] = []
-    start = threading.Barrier(len(jobs))
+    meeting = threading.Barrier(len(jobs), timeout=60)
 
     def work(index):
         try:
-            start.wait()
+            meeting.wait()
             results[index] = jobs[index]()
         except BaseException as error:
             errors.append(error)
+            meeting.abort()
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(len(jobs))]
+
+    def meet(module, args, output):
+        meeting.wait()
+
+    handles = [module.register_forward_hook(meet) for module in meet_in]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    for handle in handles:
+        handle.remove()
     if errors:
         raise errors[0]
     return results
 
 
-def several_generations(family, model, seeds):
+def several_generations(family, model, seeds, **strategy):
     out = []
     for seed in seeds:
         inputs = make_inputs(family, model, RAGGED if seed % 2 else ONE, seed)
-        out.append(model.generate(**inputs, max_new_tokens=6))
+        out.append(model.generate(**inputs, max_new_tokens=6, **strategy))
     return out
 
 
@@ -485,15 +497,31 @@ def test_two_models_in_two_threads(others):
         assert_same(ours, theirs)
 
 
-@families
-@pytest.mark.parametrize("recipe", ["fastv:layer=2,fraction=0.4", "random:layer=1|3,fraction=0.6|0.3,seed=0"])
-def test_one_model_in_two_threads(family, recipe):
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        ("llava", "fastv:layer=2,fraction=0.4"),
+        ("llava", "cls:layer=0,fraction=0.4"),
+        ("llava", RECIPES["two stages"]),
+        ("qwen2_5_vl", "fastv:layer=2,fraction=0.4"),
+        ("qwen2_5_vl", RECIPES["two stages"]),
+    ],
+)
+def test_one_model_in_two_threads(family, recipe, use_cache):
     """Red: the state of a call lives on the run or on the model, so that two callers mix their prompts."""
     model = shared(family)
+    layers = decoder_layers(model)
+    meet_in = [layers[0], layers[2]]
+    if family == "llava":
+        meet_in.append(model.model.vision_tower.encoder.layers[-1])
     with vp.wrap(model, recipe):
-        jobs = [lambda seed=seed: several_generations(family, model, range(seed, seed + 4)) for seed in (0, 100)]
+        jobs = [
+            lambda seed=seed: several_generations(family, model, range(seed, seed + 2), use_cache=use_cache)
+            for seed in (0, 100)
+        ]
         expected = [job() for job in jobs]
-        got = in_threads(*jobs)
+        got = in_threads(*jobs, meet_in=meet_in)
     for ours, theirs in zip(got, expected, strict=True):
         assert_same(ours, theirs)
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import IMAGE, make_inputs, shared
+from tiny_models import IMAGE, build, make_inputs, shared
 
 import vlmprune as vp
 from vlmprune.schedule import Budget
@@ -83,18 +83,15 @@ def test_pictures_do_not_meet(name):
 
 
 @pytest.mark.parametrize(("name", "family"), CASES)
-def test_half_precision_is_scored_in_full(name, family):
-    """A bfloat16 model runs, keeps exact counts, and hands probes of attention over in float32."""
-    model = shared(family).to(torch.bfloat16)
-    try:
-        inputs = make_inputs(family, model, RAGGED)
-        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
-        with vp.wrap(model, TINY[name]) as run, torch.no_grad():
-            model(**inputs)
-        for kept in run.last.kept:
-            assert len(kept.index) == Budget(fraction=0.4).resolve(kept.original)
-    finally:
-        model.float()
+def test_half_precision(name, family):
+    """A bfloat16 model runs and keeps exact counts."""
+    model = build(family).to(torch.bfloat16)  # of its own: rounding a shared model would change it for other tests
+    inputs = make_inputs(family, model, RAGGED)
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    with vp.wrap(model, TINY[name]) as run, torch.no_grad():
+        model(**inputs)
+    for kept in run.last.kept:
+        assert len(kept.index) == Budget(fraction=0.4).resolve(kept.original)
 
 
 def top(scores: list[float], keep: int) -> list[int]:
@@ -199,8 +196,7 @@ def test_attention_of_layer_is_what_the_layer_computes(family, layer):
         for kept in (kept for kept in run.last.kept if kept.sample == row):
             scores = maps[row, visual[start : start + kept.original]]
             start += kept.original
-            # Peaked attention leaves ranks beyond rounding in the tail: the best five weigh the same, whichever they are.
-            assert scores[kept.index].sum() >= scores.topk(5).values.sum() - 1e-5
+            assert kept.index.tolist() == top(scores.tolist(), 5)
 
 
 @pytest.mark.parametrize("before", [None, "random:layer=3,fraction=0.6"], ids=["un-pruned", "pruned"])
