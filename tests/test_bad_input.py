@@ -173,6 +173,14 @@ def test_crop_into_the_pruned_prompt():
     assert cache.get_seq_length() == 0
 
 
+def test_copying_a_wrapped_model():
+    """A copy would share hooks with the original; it is refused, and works again after removal."""
+    model = shared("llava")
+    with vp.wrap(model, RECIPE), pytest.raises(vp.UsageError, match="cannot be copied or pickled"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)
+
+
 def test_method_that_looks_where_it_did_not_declare():
     view = View(0, 4, torch.zeros(1, 4, dtype=torch.long), {})
     with pytest.raises(AttributeError, match=r"add it to its .needs"):

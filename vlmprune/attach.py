@@ -90,6 +90,9 @@ class Run:
         self._thread = _PerThread()
         self._cls.clear()
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise UsageError("a wrapped model cannot be copied or pickled: call run.remove() first, and wrap the copy.")
+
     def __enter__(self) -> Run:
         return self
 
