@@ -61,9 +61,9 @@ def test_rows_attention_equals_the_full_map(form):
     }[form]
     scores = query @ key.repeat_interleave(2, dim=1).transpose(-1, -2) * 0.3
     full = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-    rows = torch.tensor([4, 2])
+    rows = torch.tensor([[4, 0], [2, 3]])
     found = rows_attention(query, key, mask, 0.3, rows)
-    assert torch.allclose(found, torch.stack([full[0, :, 4], full[1, :, 2]]), atol=1e-6)
+    assert torch.allclose(found, torch.stack([full[0][:, [4, 0]], full[1][:, [2, 3]]]), atol=1e-6)
 
 
 def test_attention_mass_sums_rows_in_fp32():

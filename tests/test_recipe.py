@@ -45,7 +45,7 @@ def test_published_defaults():
     ("text", "sentence"),
     [
         ("fastvv:layer=2", "unknown method 'fastvv': did you mean 'fastv'?"),
-        ("zzz", "unknown method 'zzz': known: cls, divprune, fastv, random."),
+        ("zzz", "unknown method 'zzz': known: adaptinfer, cls, divprune, fastv, pdrop, random, uniform."),
         ("", "unknown method ''"),
         ("fastv + ", "unknown method ''"),
         ("fastv:leyer=2", "unknown parameter of fastv 'leyer': did you mean 'layer'?"),
@@ -122,5 +122,5 @@ def test_mixed_budgets_cannot_be_written():
 
 
 def test_schedule_beside_a_budget_is_refused():
-    with pytest.raises(vp.UsageError, match="either schedule=… or layer, tokens and fraction"):
+    with pytest.raises(vp.UsageError, match="only one of these"):
         vp.FastV(schedule=vp.at(2, tokens=3), tokens=4)

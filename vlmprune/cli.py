@@ -171,13 +171,14 @@ def env(as_json: AsJson = False) -> None:
 def method_rows() -> list[dict[str, str]]:
     """One row per method; the README's table is made from the same rows."""
     from vlmprune.methods import METHODS
+    from vlmprune.recipe import Recipe
 
     return [
         {
             "method": name,
             "paper": method.paper,
-            "looks_at": ", ".join(sorted(LOOKS_AT[need] for need in method.needs)),
-            "default": ", ".join(f"layer={stage.layer},{stage.budget}" for stage in method.default),
+            "looks_at": ", ".join(sorted(LOOKS_AT[need] for need in method.needs)) or "nothing",
+            "default": str(Recipe((method(),))),
             "note": method.note,
         }
         for name, method in sorted(METHODS.items())
@@ -187,7 +188,9 @@ def method_rows() -> list[dict[str, str]]:
 def methods_markdown() -> str:
     """The table of the README."""
     lines = ["| method | paper | looks at | default | note |", "|---|---|---|---|---|"]
-    lines += [f"| `{r['method']}` | {r['paper']} | {r['looks_at']} | `{r['default']}` | {r['note']} |" for r in method_rows()]
+    for row in method_rows():
+        default = row["default"].replace("|", "\\|")
+        lines.append(f"| `{row['method']}` | {row['paper']} | {row['looks_at']} | `{default}` | {row['note']} |")
     return "\n".join(lines)
 
 

@@ -214,5 +214,5 @@ def _method_dict(method: Pruner) -> dict[str, Any]:
 def _method_string(method: Pruner) -> str:
     entry = _method_dict(method)
     name = entry.pop("method")
-    values = {k: "|".join(f"{x:g}" for x in v) if isinstance(v, list) else f"{v:g}" for k, v in entry.items()}
+    values = {key: "|".join(map(str, value)) if isinstance(value, list) else value for key, value in entry.items()}
     return f"{name}:" + ",".join(f"{key}={value}" for key, value in values.items())

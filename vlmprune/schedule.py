@@ -45,9 +45,6 @@ class Budget:
         kept = math.floor(self.fraction * visual + 0.5)
         return min(max(kept, 1 if self.fraction > 0 else 0), visual)
 
-    def __str__(self) -> str:
-        return f"tokens={self.tokens}" if self.tokens is not None else f"fraction={self.fraction:g}"
-
 
 @dataclass(frozen=True)
 class Stage:
