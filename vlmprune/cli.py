@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Make vision-language models cheaper and more truthful without training them.",
 )
 console = Console()
-DEMO_RECIPE = "fastv:layer=2,fraction=0.1"
+DEMO_RECIPE = "divprune:fraction=0.1"
 
 LOOKS_AT = {
     "features": "token features",
@@ -131,14 +131,15 @@ def evaluate(
     if as_json:
         _print_json(numbers)
         return
-    skills = list(rows[0].by_skill)
+    # Seven skills need room; a narrow terminal gets the mean, files and --json always get everything.
+    skills = list(rows[0].by_skill) if console.width >= 130 else []
     title = f"accuracy in %, {images} held-out scenes ({split})"
-    table = Table(Column("recipe", overflow="fold", min_width=22), *skills, "mean", "lost", title=title)
+    table = Table(Column("recipe", overflow="fold"), *skills, "mean", "lost", "same answer", title=title)
     for row in rows:
         cells = [f"{100 * row.by_skill[skill].value:.1f}" for skill in skills]
         low, high = row.lost_interval
         lost = "" if row is rows[0] else f"{100 * row.lost:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-        table.add_row(row.recipe, *cells, f"{100 * row.mean:.1f}", lost)
+        table.add_row(row.recipe, *cells, f"{100 * row.mean:.1f}", lost, f"{100 * row.loyalty:.1f}")
     console.print(table)
 
 

@@ -38,7 +38,8 @@ def run_demo(recipe: str, images: int, out: Path) -> dict[str, Any]:
     answers, drawings, costs = [], [], []
     scenes = list(held_out(images, "test"))
     for number, scene in enumerate(track(scenes, "asking", console=Console(stderr=True), transient=True)):
-        cells = []
+        whole = draw.kept_patches(scene.image, (1, 1), [0], width=300)
+        cells = [draw.captioned(whole, [("what the model sees", "black"), (recipe, "grey")])]
         for question in _one_per_skill(scene.questions, number):
             inputs = processor(images=scene.image, text=tiny.prompt(question.text), return_tensors="pt")
             plain, pruned, kept = compare(model, processor, inputs, plan, max_new_tokens=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from textwrap import wrap
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -34,13 +35,15 @@ def kept_patches(picture: Image.Image, grid: tuple[int, int], kept: Iterable[int
 
 
 def captioned(picture: Image.Image, lines: Sequence[tuple[str, str]]) -> Image.Image:
-    """The picture over lines of text, each with its colour."""
+    """The picture over lines of text, each with its colour; long lines are broken."""
     font = ImageFont.load_default(size=15)
+    characters = int(picture.width / font.getlength("n"))
+    broken = [(part, colour) for text, colour in lines for part in wrap(text, characters) or [""]]
     line_height = 21
-    sheet = Image.new("RGB", (picture.width, picture.height + line_height * len(lines) + 10), "white")
+    sheet = Image.new("RGB", (picture.width, picture.height + line_height * len(broken) + 10), "white")
     sheet.paste(picture, (0, 0))
     pen = ImageDraw.Draw(sheet)
-    for number, (text, colour) in enumerate(lines):
+    for number, (text, colour) in enumerate(broken):
         pen.text((4, picture.height + 5 + number * line_height), text, fill=colour, font=font)
     return sheet
 

@@ -1,0 +1,43 @@
+"""A vision-language model small enough for a repository and a CPU, with the scenes it was trained on.
+
+The model is an ordinary ``LlavaForConditionalGeneration`` of about three million parameters, trained from scratch by
+``python -m vlmprune.tiny.train`` on procedurally drawn scenes. It answers questions in seven skills well enough that
+losing visual tokens shows, which makes it a test-bed for pruning where nothing can be downloaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+"""The trained weights (bfloat16), tokenizer and processor that come with the package."""
+
+__all__ = ["CHECKPOINT", "load", "prompt"]
+
+
+def prompt(question: str) -> str:
+    """The full prompt for a question about one picture."""
+    return f"USER: <image>\n{question} ASSISTANT:"
+
+
+def load(
+    device: str | torch.device = "cpu", dtype: torch.dtype | None = None, checkpoint: str | Path = CHECKPOINT, **kwargs: Any
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load the tiny model and its processor from disk, without network and without torchvision.
+
+    ``dtype`` is float32 unless given: the weights are stored in bfloat16, but a CPU computes faster and more
+    accurately in float32. Further keyword arguments go to ``from_pretrained``, e.g. ``attn_implementation="eager"``.
+    """
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=torch.float32 if dtype is None else dtype, local_files_only=True, **kwargs
+    )
+    model.to(device)  # type: ignore[arg-type]  # Transformers wraps Module.to without its signature
+    return model.eval(), AutoProcessor.from_pretrained(checkpoint, local_files_only=True)

@@ -1,0 +1,106 @@
+"""Ask a model questions about pictures and score its answers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlmprune.tiny import prompt
+from vlmprune.tiny.questions import SKILLS
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import ProcessorMixin
+
+LONGEST_ANSWER = 3
+"""Words in the longest answer; generation stops there, or earlier when every answer of a batch has ended."""
+_RESAMPLES = 2_000
+
+
+@dataclass(frozen=True)
+class Record:
+    """One answered question; records with the same ``image`` number come from the same picture."""
+
+    image: int
+    skill: str
+    expected: str
+    given: str
+
+    @property
+    def right(self) -> bool:
+        return self.given == self.expected
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of ``n`` answers that are exactly right, with a 95 % bootstrap interval."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}] (n={self.n})"
+
+
+def answer(
+    model: Any,
+    processor: ProcessorMixin,
+    pairs: Sequence[tuple[Image.Image, str]],
+    batch_size: int = 64,
+    **generate: Any,
+) -> list[str]:
+    """Answer each (picture, question) by greedy decoding in left-padded batches.
+
+    Only ``processor(...)`` and ``model.generate(...)`` are called, so any model or wrapper with that interface works.
+    Further keyword arguments go to ``generate``.
+    """
+    import torch
+
+    given: list[str] = []
+    for start in range(0, len(pairs), batch_size):
+        chunk = pairs[start : start + batch_size]
+        inputs = processor(
+            images=[picture for picture, _ in chunk],
+            text=[prompt(question) for _, question in chunk],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        with torch.inference_mode():
+            tokens = model.generate(**{"do_sample": False, "max_new_tokens": LONGEST_ANSWER, **inputs, **generate})
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        given += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    return given
+
+
+def accuracy(records: Sequence[Record], seed: int = 0) -> Accuracy:
+    """Accuracy over records; the interval resamples pictures, because questions about one picture are not independent."""
+    if not records:
+        return Accuracy(float("nan"), 0, float("nan"), float("nan"))
+    right: dict[int, list[bool]] = defaultdict(list)
+    for record in records:
+        right[record.image].append(record.right)
+    hits = np.array([sum(answers) for answers in right.values()])
+    asked = np.array([len(answers) for answers in right.values()])
+    drawn = np.random.default_rng(seed).integers(0, len(hits), (_RESAMPLES, len(hits)))
+    low, high = np.quantile(hits[drawn].sum(1) / asked[drawn].sum(1), [0.025, 0.975])
+    return Accuracy(float(hits.sum() / asked.sum()), int(asked.sum()), float(low), float(high))
+
+
+def accuracy_by_skill(records: Iterable[Record], seed: int = 0) -> dict[str, Accuracy]:
+    """Accuracy of every skill that occurs in the records, in the order of ``SKILLS``."""
+    records = list(records)
+    chosen = {skill: [record for record in records if record.skill == skill] for skill in SKILLS}
+    return {skill: accuracy(own, seed) for skill, own in chosen.items() if own}
+
+
+def mean_over_skills(by_skill: dict[str, Accuracy]) -> float:
+    """Unweighted mean of the skills' accuracies."""
+    return float(np.mean([entry.value for entry in by_skill.values()]))

@@ -1,0 +1,1 @@
+"""How the tiny model is trained; nothing here is needed to load or use it."""

@@ -1,0 +1,193 @@
+"""Stage 2: the language model learns to answer, on frozen visual tokens.
+
+About fifteen questions share one picture: they are packed behind its visual tokens into one sequence in which every
+question sees the picture and itself only. Auxiliary losses, which fade out, start circuits that next-word prediction
+alone finds late or never: one head is to look from the last word of a noun phrase at the word before it, two heads of
+some layers from a word at the patches it means, and a linear probe is to find in that last word where the object is.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from vlmprune.tiny.architecture import TEXT_WIDTH, VOCABULARY
+from vlmprune.tiny.questions import COLUMNS, ROWS, SKILLS
+from vlmprune.tiny.scenes import COLOURS, SHAPES, Scene, compose
+from vlmprune.tiny.training.code import FIELDS, SCALE, directions, target
+from vlmprune.tiny.training.packing import PREFIX, SINGULAR, Batch, Looks, pack, pose
+from vlmprune.tiny.training.vision import pixels, projected
+
+WORD_LAYER, NOUN_LAYER = 1, 3
+"""Layers whose first heads are helped to look at patches: from a colour or shape word at those that say it, and from the
+last word of a noun phrase at what it means. One layer later, the tokens that a digit follows are helped to look at it."""
+_GROUNDED_HEADS = 2
+_HELP, _HELP_UNTIL = 0.3, 0.6
+"""Weight of the auxiliary losses at the start, and the share of the stage after which they have faded out."""
+
+
+def initialise(model: LlavaForConditionalGeneration, seed: int) -> None:
+    """Start where attention compares like with like and copies what it finds.
+
+    Keys equal queries and output projections undo value projections; the words for colours, shapes and places point
+    where the visual tokens say them, on the way in and on the way out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    language = model.model.language_model
+    with torch.no_grad():
+        for block in language.layers:
+            attention, mlp = block.self_attn, block.mlp
+            attention.q_proj.weight.normal_(0, TEXT_WIDTH**-0.5, generator=generator)
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            nn.init.orthogonal_(attention.v_proj.weight, generator=generator)
+            attention.o_proj.weight.copy_(0.5 * attention.v_proj.weight.T)
+            for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+                linear.weight.normal_(0, 0.5 * linear.in_features**-0.5, generator=generator)
+        spoken = torch.zeros(len(VOCABULARY), TEXT_WIDTH)
+        code = directions(TEXT_WIDTH) * SCALE
+        for words, field in ((COLOURS, "colour"), (SHAPES, "shape"), (SINGULAR, "shape"), (COLUMNS, "column"), (ROWS, "row")):
+            for word, direction in zip(words, code[FIELDS[field]], strict=True):
+                spoken[VOCABULARY[word]] = direction
+        language.embed_tokens.weight.normal_(0, 0.4, generator=generator).add_(spoken)
+        model.lm_head.weight.normal_(0, 0.02, generator=generator).add_(0.05 * spoken)
+
+
+def read(
+    model: LlavaForConditionalGeneration,
+    visual: Tensor,
+    batch: Batch,
+    on_layer: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Hidden states ``[B, Q, D]`` of packed questions behind visual tokens ``[B, P, D]``, before the final norm.
+
+    Does what the stock forward does with a block mask, but lets ``on_layer(index, hidden, queries, keys)`` see each
+    layer's input ``[B, PREFIX + Q, D]``, the questions' scaled queries ``[B, H, Q, d]`` and all keys ``[B, H, PREFIX + Q, d]``.
+    """
+    language = model.model.language_model
+    size = batch.ids.shape[0]
+    start = language.embed_tokens(torch.tensor([VOCABULARY["<s>"], VOCABULARY["USER:"]]))
+    hidden = torch.cat([start.expand(size, -1, -1), visual, language.embed_tokens(batch.ids)], 1)
+    positions = torch.cat([torch.arange(PREFIX).expand(size, -1), batch.position_ids], 1)
+    rotation = language.rotary_emb(hidden, positions)
+    head = language.layers[0].self_attn.head_dim
+    causal = _penalty(torch.ones(PREFIX, PREFIX, dtype=torch.bool).tril(), hidden.dtype)
+    forbidden = _penalty(batch.mask, hidden.dtype)
+    for index, block in enumerate(language.layers):
+        attention = block.self_attn
+        x = _normed(block.input_layernorm, hidden)
+        queries, keys, values = (
+            linear(x).unflatten(2, (-1, head)).transpose(1, 2)
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        queries, keys = apply_rotary_pos_emb(queries, keys, *rotation)
+        queries = queries * head**-0.5
+        asking = queries[:, :, PREFIX:]
+        if on_layer is not None:
+            on_layer(index, hidden, asking, keys)
+        seen = _attend(queries[:, :, :PREFIX], keys[:, :, :PREFIX], values[:, :, :PREFIX], causal)
+        told = _attend(asking, keys, values, forbidden)
+        hidden = hidden + attention.o_proj(torch.cat([seen, told], 2).transpose(1, 2).flatten(2))
+        hidden = hidden + block.mlp(_normed(block.post_attention_layernorm, hidden))
+    return hidden[:, PREFIX:]
+
+
+def _penalty(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, -1e4)
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, penalty: Tensor) -> Tensor:
+    """Attention written out: at this size the backward of PyTorch's fused CPU kernel takes several times longer."""
+    return (queries @ keys.mT + penalty).softmax(-1) @ values
+
+
+def _normed(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
+    """A Llama norm through PyTorch's fused operator."""
+    return functional.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+class LanguageStage:
+    """Loss of one batch of packed questions; see ``vlmprune.tiny.training.loop`` for the contract of a stage."""
+
+    name = "language"
+
+    def __init__(self, model: LlavaForConditionalGeneration, seed: int, batch: int) -> None:
+        initialise(model, seed)
+        torch.manual_seed(seed + 1)
+        self.model, self.batch = model, batch
+        self.probe = nn.Linear(TEXT_WIDTH, 2)
+        self.trained = nn.ModuleDict({"language": model.model.language_model, "lm_head": model.lm_head, "probe": self.probe})
+
+    def visual(self, scenes: list[Scene]) -> Tensor:
+        """Visual tokens of the scenes from the frozen tower and projector: ``[B, P, D]``."""
+        with torch.no_grad():
+            return projected(self.model, pixels(scenes))[0].float()
+
+    def loss(self, seed: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(seed)
+        scenes = [compose(seed + index) for index in range(self.batch)]
+        batch = pack(scenes, [target(scene) for scene in scenes], [pose(scene, rng) for scene in scenes])
+        help_weight = _HELP * max(0.0, 1 - progress / _HELP_UNTIL)
+        helped: dict[str, Tensor] = {}
+
+        def on_layer(index: int, hidden: Tensor, queries: Tensor, keys: Tensor) -> None:
+            if help_weight:
+                helped.update(self._help(index, batch, hidden, queries, keys))
+
+        hidden = read(self.model, self.visual(scenes), batch, on_layer)
+        final = _normed(self.model.model.language_model.norm, hidden[batch.picture, batch.token])
+        logits = self.model.lm_head(final).float()
+        loss = functional.cross_entropy(logits, batch.labels)
+        if helped:
+            loss = loss + help_weight * torch.stack(list(helped.values())).sum()
+        return loss, {**{name: term.item() for name, term in helped.items()}, **_right_by_skill(logits, batch)}
+
+    def _help(self, layer: int, batch: Batch, hidden: Tensor, queries: Tensor, keys: Tensor) -> dict[str, Tensor]:
+        """Auxiliary losses of one layer."""
+        if layer == WORD_LAYER:
+            scores = _log_attention(queries, keys, batch, batch.words)[:, :_GROUNDED_HEADS, :PREFIX]
+            # Any patch that says the word will do, so what counts is the attention on all of them together.
+            mass = scores.masked_fill(batch.words.wanted[:, None] == 0, -1e4).logsumexp(-1)
+            before = _log_attention(queries, keys, batch, batch.nouns)[:, _GROUNDED_HEADS]
+            column = PREFIX + batch.nouns.token - 1
+            return {"word": -mass.mean(), "phrase": -before.gather(1, column[:, None]).mean()}
+        if layer == NOUN_LAYER:
+            return {"noun": _looking_elsewhere(queries, keys, batch, batch.nouns)}
+        if layer == NOUN_LAYER + 1:
+            terms = {}
+            if len(batch.digits.token):
+                terms["digit"] = _looking_elsewhere(queries, keys, batch, batch.digits)
+            if len(batch.placed):
+                nouns = batch.nouns
+                guess = self.probe(hidden[nouns.picture[batch.placed], PREFIX + nouns.token[batch.placed]]).float()
+                terms["place"] = 4 * functional.mse_loss(guess, batch.places)
+            return terms
+        return {}
+
+
+def _log_attention(queries: Tensor, keys: Tensor, batch: Batch, looks: Looks) -> Tensor:
+    """Log-attention of the given tokens in all heads: ``[n, H, PREFIX + Q]``."""
+    scores = queries.float() @ keys.float().mT
+    return scores.masked_fill(~batch.mask, -1e4).log_softmax(-1)[looks.picture, :, looks.token]
+
+
+def _looking_elsewhere(queries: Tensor, keys: Tensor, batch: Batch, looks: Looks) -> Tensor:
+    """Cross-entropy between the attention of the grounded heads and where they should look."""
+    scores = _log_attention(queries, keys, batch, looks)[:, :_GROUNDED_HEADS, :PREFIX]
+    return -(scores * looks.wanted[:, None]).sum(-1).mean()
+
+
+def _right_by_skill(logits: Tensor, batch: Batch) -> dict[str, float]:
+    """Share of answers predicted right to the last token, per skill."""
+    wrong = torch.zeros(len(batch.skills)).index_add(0, batch.question, (logits.argmax(1) != batch.labels).float())
+    shares = {}
+    for skill in SKILLS:
+        own = [w == 0 for w, s in zip(wrong.tolist(), batch.skills, strict=True) if s == skill]
+        if own:
+            shares[skill] = sum(own) / len(own)
+    return shares

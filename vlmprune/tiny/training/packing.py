@@ -1,0 +1,181 @@
+"""Many questions about each picture, laid out as one sequence, with what the auxiliary losses want to see."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmprune.tiny.architecture import VOCABULARY
+from vlmprune.tiny.questions import Question, ask
+from vlmprune.tiny.scenes import COLOURS, GRID, SHAPES, SIZE, Scene
+from vlmprune.tiny.training.code import DIGIT_SLOTS, FIELDS, Target
+
+PATCHES = GRID * GRID
+PREFIX = 2 + PATCHES
+"""Tokens before the question: ``<s> USER:`` and the picture."""
+MIXTURE = {
+    "existence": 0.10,
+    "colour": 0.09,
+    "shape": 0.10,
+    "counting": 0.23,
+    "position": 0.15,
+    "relation": 0.23,
+    "reading": 0.10,
+}
+"""Share of each skill in the questions tried; counting and relation need the most practice."""
+QUESTIONS_TRIED = 24
+"""Questions tried per scene; about fifteen are left when the impossible and the repeated ones are dropped."""
+SINGULAR = {("crosses" if shape == "cross" else f"{shape}s"): shape for shape in SHAPES}
+_COUNT_RULER = 2.0
+"""Attention left on ``<s>`` while counting, in units of one object: the share on the objects then tells the count."""
+
+Look = tuple[int, int, np.ndarray]
+"""A picture, a token, and the distribution over the prefix that this token should attend to: ``[PREFIX]``."""
+
+
+@dataclass
+class Looks:
+    """Tokens (by picture and place in the packed questions) and where in the prefix they should look ``[n, PREFIX]``."""
+
+    picture: Tensor
+    token: Tensor
+    wanted: Tensor
+
+    @classmethod
+    def of(cls, looks: list[Look]) -> Looks:
+        wanted = np.stack([look[2] for look in looks]) if looks else np.zeros((0, PREFIX), np.float32)
+        return cls(_integers([look[0] for look in looks]), _integers([look[1] for look in looks]), torch.from_numpy(wanted))
+
+
+@dataclass
+class Batch:
+    """Packed questions about ``B`` pictures, padded to ``Q`` tokens each.
+
+    ``ids`` and ``position_ids`` are ``[B, Q]``; ``mask`` is bool ``[B, 1, Q, PREFIX + Q]``: every question sees the prefix
+    and itself. The tokens ``picture, token`` have to predict ``labels`` and belong to question number ``question``;
+    ``skills`` has one entry per question. ``words``, ``nouns`` and ``digits`` are colour and shape words, last words of noun
+    phrases, and tokens that a digit of the answer follows. The nouns ``placed`` (row numbers of ``nouns``) mean one object
+    each, at ``places`` ``[n, 2]`` in -1..1.
+    """
+
+    ids: Tensor
+    position_ids: Tensor
+    mask: Tensor
+    picture: Tensor
+    token: Tensor
+    labels: Tensor
+    question: Tensor
+    skills: list[str]
+    words: Looks
+    nouns: Looks
+    digits: Looks
+    placed: Tensor
+    places: Tensor
+
+
+def pose(scene: Scene, rng: random.Random) -> list[Question]:
+    """Different questions about one scene, skills drawn from ``MIXTURE``."""
+    asked: dict[str, Question] = {}
+    for skill in rng.choices(list(MIXTURE), list(MIXTURE.values()), k=QUESTIONS_TRIED):
+        if question := ask(skill, scene.objects, scene.sign, rng):
+            asked.setdefault(question.text, question)
+    return list(asked.values())
+
+
+def pack(scenes: list[Scene], targets: list[Target], questions: list[list[Question]]) -> Batch:
+    """Lay out the questions about each scene one after the other."""
+    tokens: list[list[int]] = [[] for _ in scenes]
+    places_in_question: list[list[int]] = [[] for _ in scenes]
+    owners: list[list[int]] = [[] for _ in scenes]
+    answers: list[tuple[int, int, int, int]] = []
+    skills: list[str] = []
+    words: list[Look] = []
+    nouns: list[Look] = []
+    digits: list[Look] = []
+    placed: list[int] = []
+    places: list[tuple[float, float]] = []
+    middle = (SIZE - 1) / 2
+    for picture, (scene, known, asked) in enumerate(zip(scenes, targets, questions, strict=True)):
+        for question in asked:
+            start = len(tokens[picture])
+            text, answer = question.text.split(), question.answer.split()
+            answer_from = start + len(text)
+            sequence = [VOCABULARY[word] for word in (*text, "ASSISTANT:", *answer)]
+            for offset, word in enumerate((*answer, "</s>")):
+                answers.append((picture, answer_from + offset, VOCABULARY[word], len(skills)))
+            tokens[picture] += sequence
+            places_in_question[picture] += range(len(sequence))
+            owners[picture] += [len(skills)] * len(sequence)
+            skills.append(question.skill)
+
+            for offset, word in enumerate(text):
+                if (patches := _saying(word, known)) is not None:
+                    words.append((picture, start + offset, _distribution(patches)))
+            for noun in question.nouns:
+                if len(noun.objects) == 1 and question.skill != "counting":
+                    thing = scene.objects[noun.objects[0]]
+                    placed.append(len(nouns))
+                    places.append(((thing.x - middle) / middle, (thing.y - middle) / middle))
+                nouns.append((picture, start + noun.word, _meant(question, text[noun.word], noun.objects, known)))
+            if question.skill == "reading":
+                for slot in range(DIGIT_SLOTS):
+                    digits.append((picture, answer_from + slot, _distribution(known.slots[:, slot] >= 0)))
+
+    length = -(-max(map(len, tokens)) // 16) * 16
+    owner = _padded(owners, length, -1)
+    own = (owner[:, :, None] == owner[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
+    picture_of, token_of, labels, question_of = (_integers(list(column)) for column in zip(*answers, strict=True))
+    return Batch(
+        ids=_padded(tokens, length, VOCABULARY["<pad>"]),
+        position_ids=PREFIX + _padded(places_in_question, length, 0),
+        mask=torch.cat([torch.ones(len(scenes), length, PREFIX, dtype=torch.bool), own], 2)[:, None],
+        picture=picture_of,
+        token=token_of,
+        labels=labels,
+        question=question_of,
+        skills=skills,
+        words=Looks.of(words),
+        nouns=Looks.of(nouns),
+        digits=Looks.of(digits),
+        placed=_integers(placed),
+        places=torch.tensor(places).reshape(-1, 2),
+    )
+
+
+def _integers(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long)
+
+
+def _padded(rows: list[list[int]], length: int, filler: int) -> Tensor:
+    return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
+
+
+def _distribution(patches: np.ndarray, start: float = 0.0) -> np.ndarray:
+    """A distribution over the prefix from weights per patch, with ``start`` on ``<s>`` (all of it if nothing else)."""
+    wanted = np.zeros(PREFIX, np.float32)
+    wanted[2:] = patches
+    wanted[0] = start if start or patches.any() else 1
+    return wanted / wanted.sum()
+
+
+def _saying(word: str, known: Target) -> np.ndarray | None:
+    """Patches that say a colour or a shape word, or None for other words."""
+    if word in COLOURS:
+        return known.code[:, FIELDS["colour"].start + COLOURS.index(word)]
+    shape = SINGULAR.get(word, word)
+    return known.code[:, FIELDS["shape"].start + SHAPES.index(shape)] if shape in SHAPES else None
+
+
+def _meant(question: Question, word: str, objects: tuple[int, ...], known: Target) -> np.ndarray:
+    """Where the last word of a noun phrase should look: at what it means, or at ``<s>`` if there is no such thing."""
+    if word == "number":
+        by_slot = known.slots >= 0
+        return _distribution((by_slot / np.maximum(by_slot.sum(0), 1)).sum(1))
+    belongs = np.isin(known.object_of, objects)
+    if question.skill == "counting":
+        return _distribution(known.centre & belongs, _COUNT_RULER)
+    return _distribution(known.core & belongs)
