@@ -97,7 +97,15 @@ def test_methods_and_env(monkeypatch, capsys):
         (("run", "--image", "{text}"), "is not a picture that can be read"),
         (("run", "--recipe", "fastvv"), "unknown method 'fastvv': did you mean 'fastv'?"),
         (("run", "--recipe", "fastv:layer=99"), "fastv cuts at layer 99, but the model has layers 0 to 7"),
+        (("run", "--image", "{cut}"), "is not a picture that can be read"),
         (("run", "--model", "{tmp}"), "no model at"),
+        (("run", "--model", "{folder}"), "no model at"),
+        (("run", "--prompt", "<image> <image> hi"), "image tokens do not match the picture: 2 <image> for one picture"),
+        (("run", "--prompt", " "), "the prompt is empty"),
+        (("run", "--draw", "kept.foo"), "cannot draw to kept.foo"),
+        (("run", "--recipe", "nowhere.json"), "no recipe at 'nowhere.json'"),
+        (("demo", "--out", "{text}"), "cannot write to"),
+        (("eval", "--out", "{text}"), "cannot write to"),
         (("run", "--model", "{llama}"), "unknown model family"),
         (("demo", "--recipe", "divprune:tokens=-4"), "tokens must be a whole number >= 0, found -4"),
         (("demo", "--recipe", "divprune:fraction=4"), "fraction must lie in [0, 1], found 4"),
@@ -109,9 +117,18 @@ def test_methods_and_env(monkeypatch, capsys):
 )
 def test_mistakes(monkeypatch, capsys, tmp_path, picture, arguments, sentence):
     (tmp_path / "text.png").write_text("this is no picture")
+    Image.effect_noise((64, 64), 80).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1500])
     (tmp_path / "llama").mkdir()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
-    places = {"text": tmp_path / "text.png", "tmp": tmp_path / "empty", "llama": tmp_path / "llama"}
+    places = {
+        "cut": tmp_path / "cut.png",
+        "folder": tmp_path,
+        "text": tmp_path / "text.png",
+        "tmp": tmp_path / "empty",
+        "llama": tmp_path / "llama",
+    }
     arguments = [argument.format(**places) for argument in arguments]
     if arguments[0] == "run":
         for option, value in (("--model", "tiny"), ("--image", picture), ("--prompt", "is there a red star ?")):

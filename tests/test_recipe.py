@@ -87,6 +87,10 @@ def test_bad_strings_get_one_sentence(text, sentence):
         ({"schema": 1, "methods": ["fastv"]}, "must be a list of objects"),
         ({"schema": 1, "methods": [{"method": "fastv", "ratio": 0.5}]}, "unknown parameter of fastv 'ratio'"),
         ({"schema": 1, "methods": [{"layer": 2}]}, "unknown method 'None'"),
+        ({"schema": 1, "methods": [{"method": ["a"]}]}, "unknown method"),
+        ({"schema": True, "methods": []}, "schema True"),
+        ({"schema": 0, "methods": []}, "schema 0"),
+        ({"schema": 1, "methods": [{"method": "random", "layer": [2], "fraction": 0.5}]}, "as many layers as budgets"),
     ],
     ids=str,
 )

@@ -79,7 +79,7 @@ def demo(
 def run(
     model: Annotated[str, typer.Option(help="Folder or hub id of a VLM; 'tiny' is the embedded one.")],
     image: Annotated[Path, typer.Option(help="A picture.")],
-    prompt: Annotated[str, typer.Option(help="The question.")],
+    prompt: Annotated[str, typer.Option(help="The question; or, with the image token in it, the whole prompt.")],
     recipe: Annotated[str, typer.Option(help="A recipe string, or a JSON file or folder of one.")] = DEMO_RECIPE,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
@@ -112,11 +112,14 @@ def evaluate(
     from rich.progress import Progress
 
     from vlmprune import tiny
+    from vlmprune.demo import make_folder
     from vlmprune.evals import offline
     from vlmprune.tiny.scenes import SPLITS
 
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
+    if out:
+        make_folder(out)
     model, processor = tiny.load()
     recipes = recipe or list(offline.DEFAULT)
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -124,7 +127,6 @@ def evaluate(
         rows = offline.evaluate(model, processor, recipes, images, split, lambda: progress.advance(task))
     numbers = {"images": images, "split": split, "environment": environment(), "rows": [row.to_dict() for row in rows]}
     if out:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "accuracy.json").write_text(json.dumps(numbers, indent=1) + "\n")
         (out / "accuracy.md").write_text(offline.markdown(rows) + "\n")
         offline.plot(rows, out / "accuracy.png")
@@ -150,7 +152,7 @@ def methods(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table("method", "paper", "looks at", "default", "note")
+    table = Table("method", *(Column(name, overflow="fold") for name in ("paper", "looks at", "default", "note")))
     for row in rows:
         table.add_row(row["method"], row["paper"], row["looks_at"], row["default"], row["note"])
     console.print(table)

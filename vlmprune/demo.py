@@ -8,12 +8,13 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vlmprune import draw, tiny
 from vlmprune.adapters.registry import family_of
 from vlmprune.attach import Run, wrap
 from vlmprune.errors import UsageError
+from vlmprune.methods import METHODS
 from vlmprune.recipe import Recipe
 
 KEEP_ALL = "random:layer=0,fraction=1"
@@ -34,6 +35,7 @@ def run_demo(recipe: str, images: int, out: Path) -> dict[str, Any]:
     from vlmprune.tiny.scenes import held_out
 
     plan = Recipe.of(recipe)
+    make_folder(out)
     model, processor = tiny.load()
     answers, drawings, costs = [], [], []
     scenes = list(held_out(images, "test"))
@@ -58,7 +60,6 @@ def run_demo(recipe: str, images: int, out: Path) -> dict[str, Any]:
             lines = [(question.text, "black"), (f"pruned: {pruned['answer']}", "darkgreen" if right else "firebrick")]
             cells.append(draw.captioned(picture, lines))
         drawings.append(draw.side_by_side(cells))
-    out.mkdir(parents=True, exist_ok=True)
     target = out / "kept.png"
     draw.stacked(drawings).save(target)
     totals = [
@@ -79,7 +80,12 @@ def ask_once(
     Raises:
         UsageError: the picture, the model, the prompt or the recipe cannot be used; says why.
     """
-    plan = Recipe.from_pretrained(recipe) if Path(recipe).exists() else Recipe.of(recipe)
+    is_file = recipe.endswith(".json") or (recipe.partition(":")[0].strip() not in METHODS and Path(recipe).exists())
+    plan = Recipe.from_pretrained(recipe) if is_file else Recipe.of(recipe)
+    if not prompt.strip():
+        raise UsageError("the prompt is empty: ask something about the picture.")
+    if target is not None and target.suffix.lower() not in Image.registered_extensions():
+        raise UsageError(f"cannot draw to {target}: give a file name with a picture's ending, for example kept.png.")
     picture = open_picture(image)
     model, processor = load_model(model_name, device)
     inputs = processor(images=picture, text=_prompt_text(processor, prompt), return_tensors="pt").to(device)
@@ -128,6 +134,18 @@ def compare(
     return sides[0], sides[1], KeptHere(run, inputs)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for results, before anything is computed.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to {path}: give the path of a folder that exists or can be made.") from error
+
+
 def open_picture(path: Path) -> Image.Image:
     """Read a picture.
 
@@ -139,7 +157,7 @@ def open_picture(path: Path) -> Image.Image:
             return picture.convert("RGB")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UsageError(f"there is no picture at {path}: give the path of an image file.") from error
-    except UnidentifiedImageError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # unknown, cut off, or not sane
         raise UsageError(f"{path} is not a picture that can be read: give a PNG, JPEG or similar file.") from error
 
 
@@ -161,14 +179,20 @@ def load_model(name: str, device: str) -> tuple[Any, Any]:
         family_of(AutoConfig.from_pretrained(name))  # refuse before gigabytes are read
         model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
         return model.to(device).eval(), AutoProcessor.from_pretrained(name)
-    except OSError as error:
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"no model at {name!r}: give a folder with a saved model, a hub id, or 'tiny'.") from error
 
 
 def _prompt_text(processor: Any, prompt: str) -> str:
     token = getattr(processor, "image_token", None)
-    if token and token in prompt:
-        return prompt  # the user wrote the whole prompt
+    if token and token in prompt:  # the user wrote the whole prompt
+        if prompt.count(token) != 1:
+            raise UsageError(
+                f"image tokens do not match the picture: {prompt.count(token)} {token} for one picture; write one."
+            )
+        return prompt
     if getattr(processor, "chat_template", None) is None:
         raise UsageError(
             f"the prompt has no image and the processor no chat template: put {token or '<image>'} into the prompt."

@@ -97,7 +97,7 @@ class Recipe:
         for key in data:
             if key not in ("schema", "methods"):
                 raise unknown("key in a recipe file", key, ("schema", "methods"))
-        if not isinstance(data["schema"], int) or data["schema"] > SCHEMA:
+        if type(data["schema"]) is not int or not 1 <= data["schema"] <= SCHEMA:
             raise UsageError(
                 f"the recipe has schema {data['schema']!r}, this vlmprune reads up to {SCHEMA}: upgrade vlmprune, or save the "
                 "recipe with the older version."
@@ -123,11 +123,13 @@ class Recipe:
         path = Path(source)
         if path.is_dir():
             path = path / FILE
+        if path.suffix == ".json" and not path.is_file() and not Path(source).is_dir():
+            raise UsageError(f"no recipe at {str(source)!r}: there is no such file.")
         if not path.is_file():
             path = _from_hub(str(source))
         try:
             data = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is not a JSON file ({error}).") from error
         return Recipe.from_dict(data)
 
@@ -170,7 +172,7 @@ def _number(text: str, key: str) -> int | float:
 def _build(entry: dict[str, Any]) -> Pruner:
     """A method from its JSON form."""
     name = entry.pop("method", None)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise unknown("method", str(name), METHODS)
     method = METHODS[name]
     own = [field.name for field in fields(method) if field.name != "schedule"]
@@ -189,7 +191,7 @@ def _build(entry: dict[str, Any]) -> Pruner:
 def _schedule(name: str, cut: dict[str, Any]) -> Schedule:
     """Several cuts: every key given as a list of one length."""
     lengths = {len(value) if isinstance(value, list) else 1 for value in cut.values()}
-    if len(lengths) != 1 or "layer" not in cut or len(cut) != 2:
+    if len(lengths) != 1 or "layer" not in cut or len(cut) != 2 or not all(isinstance(value, list) for value in cut.values()):
         raise UsageError(
             f"{name}: several cuts need as many layers as budgets, for example layer=8|16,fraction=0.5|0.25; found "
             + ", ".join(f"{key}={value}" for key, value in cut.items())
