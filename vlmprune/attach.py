@@ -318,8 +318,7 @@ class Run:
         group = sum(layer <= index for layer in self._layers)  # masks are equal in all layers between two stages
         layer = None
         if cache is not None:
-            real = None if call.mask is None else call.mask[:, : call.past].bool()
-            layer = pruned_layer(cache, index, self._layers, real)
+            layer = pruned_layer(cache, index, self._layers, call.mask)
         if layer is not None and call.reduction is None and hidden.shape[1] == 1:  # decoding: the cache appends by itself
             if group not in call.masks:
                 slots, valid = layer.entries(batch, device)

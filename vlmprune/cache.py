@@ -35,7 +35,7 @@ class PrunedLayer(DynamicLayer):
 
     @staticmethod
     def adopt(layer: DynamicLayer, cuts: tuple[int, ...], real: Tensor | None) -> PrunedLayer:
-        """Take over a layer that was filled without pruning. `real` `[batch, length]` bool is False on padding."""
+        """Take over a layer that was filled without pruning. `real` `[batch, length or more]` is 0 on padding."""
         pruned = PrunedLayer(cuts)
         length = layer.get_seq_length()
         if length:
@@ -45,7 +45,7 @@ class PrunedLayer(DynamicLayer):
             pruned.keys, pruned.values = layer.keys, layer.values
             batch, device = layer.keys.shape[0], layer.keys.device
             slots = torch.arange(length, device=device).expand(batch, length)
-            valid = torch.ones_like(slots, dtype=torch.bool) if real is None else real[:, :length].to(device)
+            valid = torch.ones_like(slots, dtype=torch.bool) if real is None else real[:, :length].to(device, torch.bool)
             pruned._set_prefix(slots, valid, bool(valid.all()), length)
         return pruned
 
@@ -151,7 +151,7 @@ def check_same_cuts(cache: Cache | None, cuts: tuple[int, ...]) -> None:
 def pruned_layer(cache: Cache, index: int, cuts: tuple[int, ...], real: Tensor | None = None) -> PrunedLayer:
     """The cache's layer `index` as a `PrunedLayer`, put in place of an ordinary one on first use.
 
-    `real` `[batch, tokens so far]` tells padding in what an ordinary layer already holds.
+    `real` `[batch, tokens so far or more]`, the 2-D attention mask, tells padding in what an ordinary layer already holds.
 
     Raises:
         UsageError: the cache is of a kind whose layers cannot have different lengths.

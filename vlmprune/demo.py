@@ -84,14 +84,15 @@ def ask_once(
     plan = Recipe.from_pretrained(recipe) if is_file else Recipe.of(recipe)
     if not prompt.strip():
         raise UsageError("the prompt is empty: ask something about the picture.")
-    if target is not None and target.suffix.lower() not in Image.registered_extensions():
-        raise UsageError(f"cannot draw to {target}: give a file name with a picture's ending, for example kept.png.")
+    if target is not None:
+        if target.suffix.lower() not in Image.registered_extensions():
+            raise UsageError(f"cannot draw to {target}: give a file name with a picture's ending, for example kept.png.")
+        make_folder(target.parent)
     picture = open_picture(image)
     model, processor = load_model(model_name, device)
     inputs = processor(images=picture, text=_prompt_text(processor, prompt), return_tensors="pt").to(device)
     plain, pruned, kept = compare(model, processor, inputs, plan, max_new_tokens)
     if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
         draw.kept_patches(_as_seen(processor, inputs, picture), kept.grid, kept.index).save(target)
     return {"model": model_name, "recipe": str(plan), "unpruned": plain, "pruned": pruned, "kept": kept.index}
 

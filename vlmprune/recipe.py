@@ -190,8 +190,8 @@ def _build(entry: dict[str, Any]) -> Pruner:
 
 def _schedule(name: str, cut: dict[str, Any]) -> Schedule:
     """Several cuts: every key given as a list of one length."""
-    lengths = {len(value) if isinstance(value, list) else 1 for value in cut.values()}
-    if len(lengths) != 1 or "layer" not in cut or len(cut) != 2 or not all(isinstance(value, list) for value in cut.values()):
+    lists = [value for value in cut.values() if isinstance(value, list)]
+    if len(lists) != len(cut) or len({len(values) for values in lists}) != 1 or "layer" not in cut or len(cut) != 2:
         raise UsageError(
             f"{name}: several cuts need as many layers as budgets, for example layer=8|16,fraction=0.5|0.25; found "
             + ", ".join(f"{key}={value}" for key, value in cut.items())
