@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlmprune.view import Facts
+
+NO_TOWER = Facts()
+
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower that has a CLS token.
+    """A vision tower that methods may look into.
 
     Attributes:
         blocks: path of the list of blocks, from the base model.
         attention: name of a block's attention module.
         projector: path of the module whose output enters the language model, from the base model.
         feature_block: index of the block whose output feeds the projector.
+        whole: blocks whose attention sees the whole picture.
         refusal: why this model's CLS attention cannot be used, or None.
     """
 
@@ -26,7 +31,8 @@ class Tower:
     attention: str
     projector: str
     feature_block: Callable[[Any], int]
-    refusal: Callable[[nn.Module], str | None]
+    whole: Callable[[Any], Sequence[int]]
+    refusal: Callable[[nn.Module], str | None] = lambda base: None
 
 
 def llama_queries_and_keys(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +73,10 @@ class Family:
         image_grid: rows and columns of each picture's tokens, from the processor's output and the config (for drawing).
         language_model, layers, attention: module names, from the base model, the language model and a decoder layer.
         queries_and_keys: what a decoder layer would compute from hidden states, for methods that look one layer ahead.
-        tower: the vision tower, where it has a CLS token.
+        rotary, final_norm: names of the rotary embedding and of the last norm, from the language model.
+        facts: what methods may know of its vision tower.
+        tower: the vision tower.
+        newline: name of the parameter that separates the rows of a packed picture, from the base model.
     """
 
     name: str
@@ -77,5 +86,9 @@ class Family:
     language_model: str = "language_model"
     layers: str = "layers"
     attention: str = "self_attn"
+    rotary: str = "rotary_emb"
+    final_norm: str = "norm"
     queries_and_keys: Callable[[Any, Tensor, tuple[Tensor, Tensor], Tensor], tuple[Tensor, Tensor]] = llama_queries_and_keys
+    facts: Facts = NO_TOWER
     tower: Tower | None = None
+    newline: str | None = None

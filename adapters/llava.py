@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vlmprune.adapters.family import Family, Tower
+from vlmprune.view import Facts
 
 
 def _grid(pixel_values: Any, config: Any) -> tuple[int, int]:
@@ -47,16 +48,20 @@ def _refusal(base: nn.Module) -> str | None:
     return None
 
 
+CLIP = Tower(
+    blocks="vision_tower.encoder.layers",
+    attention="self_attn",
+    projector="multi_modal_projector",
+    feature_block=_feature_block,
+    whole=lambda config: range(config.vision_config.num_hidden_layers),
+    refusal=_refusal,
+)
+
 LLAVA = Family(
     name="llava",
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_tokens_per_image,
     image_grid=_image_grid,
-    tower=Tower(
-        blocks="vision_tower.encoder.layers",
-        attention="self_attn",
-        projector="multi_modal_projector",
-        feature_block=_feature_block,
-        refusal=_refusal,
-    ),
+    facts=Facts(cls=True),
+    tower=CLIP,
 )

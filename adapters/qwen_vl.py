@@ -1,11 +1,13 @@
-"""Qwen2.5-VL (`model_type: qwen2_5_vl`): any resolution, 2×2 patches merged into one token, M-RoPE, no CLS token."""
+"""Qwen2-VL and Qwen2.5-VL (`model_type: qwen2_vl`, `qwen2_5_vl`): any resolution, 2×2 patches merged into one token, M-RoPE, no
+CLS token. Most blocks of Qwen2.5-VL's tower see windows only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vlmprune.adapters.family import Family
+from vlmprune.adapters.family import Family, Tower
+from vlmprune.view import Facts
 
 
 def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
@@ -20,9 +22,30 @@ def _image_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]
     return [(height // merge, width // merge) for _, height, width in inputs["image_grid_thw"].tolist()]
 
 
+def _tower(whole: Callable[[Any], Sequence[int]]) -> Tower:
+    return Tower(
+        blocks="visual.blocks",
+        attention="attn",
+        projector="visual.merger",
+        feature_block=lambda config: config.vision_config.depth - 1,
+        whole=whole,
+    )
+
+
+QWEN2_VL = Family(
+    name="qwen2_vl",
+    image_token=lambda config: config.image_token_id,
+    tokens_per_image=_tokens_per_image,
+    image_grid=_image_grid,
+    facts=Facts(unit=4),
+    tower=_tower(lambda config: range(config.vision_config.depth)),
+)
+
 QWEN2_5_VL = Family(
     name="qwen2_5_vl",
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_tokens_per_image,
     image_grid=_image_grid,
+    facts=Facts(unit=4, windows=True),
+    tower=_tower(lambda config: config.vision_config.fullatt_block_indexes),
 )

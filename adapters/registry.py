@@ -6,10 +6,11 @@ from typing import Any
 
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.llava import LLAVA
-from vlmprune.adapters.qwen_vl import QWEN2_5_VL
+from vlmprune.adapters.llava_next import LLAVA_NEXT
+from vlmprune.adapters.qwen_vl import QWEN2_5_VL, QWEN2_VL
 from vlmprune.errors import UsageError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA, QWEN2_5_VL)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA, LLAVA_NEXT, QWEN2_VL, QWEN2_5_VL)}
 
 
 def family_of(config: Any) -> Family:

@@ -240,7 +240,7 @@ def divprune(features: torch.Tensor, keep: int) -> list[int]:
 @torch.no_grad()
 def projected_features(model, inputs: dict) -> list[torch.Tensor]:
     """Per image of the batch, in order, the features [visual, dim] that enter the language model."""
-    wanted = {"pixel_values", "image_grid_thw"} & inputs.keys()
+    wanted = {"pixel_values", "image_grid_thw", "image_sizes"} & inputs.keys()
     output = model.model.get_image_features(**{name: inputs[name] for name in wanted}, return_dict=True)
     return list(output.pooler_output)
 
@@ -289,9 +289,12 @@ def keep_from_record(model, inputs: dict, last) -> Keep:
 def columns_of_image(model, inputs: dict, row: int, ordinal: int) -> torch.Tensor:
     """Columns of the n-th image of a row."""
     columns = image_columns(model, inputs["input_ids"])[row].nonzero()[:, 0]
-    if "image_grid_thw" not in inputs:
+    if "image_grid_thw" in inputs:
+        per_image = (inputs["image_grid_thw"].prod(1) // model.config.vision_config.spatial_merge_size**2).tolist()
+    elif "image_sizes" in inputs:
+        per_image = [len(features) for features in projected_features(model, inputs)]
+    else:
         return columns.split(model.config.image_seq_length)[ordinal]
-    per_image = (inputs["image_grid_thw"].prod(1) // model.config.vision_config.spatial_merge_size**2).tolist()
     before, taken = int(image_columns(model, inputs["input_ids"])[:row].sum()), 0
     while taken < before:
         taken += per_image.pop(0)

@@ -15,11 +15,22 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+    unpad_image,
 )
 
 FAMILIES = ("llava", "qwen2_5_vl")
+"""The families that most tests run on."""
+ALL_FAMILIES = (*FAMILIES, "llava_next", "qwen2_vl")
 LAYERS = 6
 VOCAB = 96
 PAD, IMAGE, VIDEO, VISION_START, VISION_END = 0, 1, 2, 3, 4
@@ -28,18 +39,27 @@ SUPPRESS = list(range(FIRST_WORD))
 """Tokens a random model must not emit: a generated image token would ask for pixels."""
 
 LLAVA_GRID = (4, 4)
+LLAVA_PATCH = 8
+NEXT_GRID = (3, 3)
+"""Patches of one crop of LLaVA-NeXT: 24 pixels a side."""
+NEXT_PINPOINTS = [[24, 48], [48, 24], [48, 48]]
+NEXT_SIZES = ((20, 20), (46, 30))
+"""(height, width) in pixels of even and odd pictures of LLaVA-NeXT; both lose padding, so the packing matters.
+
+The square one becomes an overview and 2 crops, 9 + 3 * (4 + 1) = 24 visual tokens (a newline ends each row); the tall
+one an overview and 2x2 crops, 9 + 6 * (4 + 1) = 39 visual tokens."""
 QWEN_GRIDS = ((4, 4), (4, 6))
-"""Merged (rows, columns) of even and odd images: 16 and 24 visual tokens."""
+"""Merged (rows, columns) of even and odd images of both Qwen families: 16 and 24 visual tokens."""
 QWEN_PATCH, QWEN_MERGE, QWEN_TIME = 4, 2, 2
 
 
 def build(family: str, attn: str = "sdpa", seed: int = 0):
     """A fresh model in evaluation mode (float32); the same seed gives the same weights for every ``attn``."""
-    config = {"llava": _llava_config, "qwen2_5_vl": _qwen_config}[family]()
+    cls, make_config = _MODELS[family]
+    config = make_config()
     config._attn_implementation = attn
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        cls = {"llava": LlavaForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}[family]
         model = cls(config)
         for name, weight in model.named_parameters():
             norm = "norm" in name.lower() or name.endswith("ln_q.weight")
@@ -79,7 +99,7 @@ def make_inputs(family: str, model, samples: list[list[str]], seed: int = 0, pad
 
     ``samples`` holds for every row its parts: ``"image"`` or ``"textN"`` (N random words).  Sample ``i`` depends only
     on ``seed`` and ``first + i``: the batch of one ``make_inputs(..., samples[i:i + 1], first=i)`` has the same tokens
-    and pixels as row ``i`` of the batch.
+    and pixels as row ``i`` of the batch (LLaVA-NeXT: besides empty crops behind the picture's own).
     """
     rows, pixels, grids = [], [], []
     for index, parts in enumerate(samples, start=first):
@@ -110,8 +130,10 @@ def make_inputs(family: str, model, samples: list[list[str]], seed: int = 0, pad
 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if pixels:
-        inputs["pixel_values"] = torch.cat(pixels)
-    if family == "qwen2_5_vl":
+        inputs["pixel_values"] = _stack_crops(pixels) if family == "llava_next" else torch.cat(pixels)
+    if family == "llava_next" and pixels:
+        inputs["image_sizes"] = torch.tensor(grids)
+    if family in ("qwen2_5_vl", "qwen2_vl"):
         inputs["mm_token_type_ids"] = (input_ids == IMAGE).long()
         if pixels:
             inputs["image_grid_thw"] = torch.tensor(grids)
@@ -125,39 +147,66 @@ def make_single(family: str, model, samples: list[list[str]], row: int, seed: in
 
 def image_lengths(family: str, samples: list[list[str]], first: int = 0) -> list[list[int]]:
     """Per sample, the number of visual tokens of each of its images."""
-    out = []
-    for index, parts in enumerate(samples, start=first):
-        count = sum(part == "image" for part in parts)
-        out.append([_grid(family, index + n)[0] * _grid(family, index + n)[1] for n in range(count)])
-    return out
+    return [
+        [visual_tokens(family, index + n) for n in range(sum(part == "image" for part in parts))]
+        for index, parts in enumerate(samples, start=first)
+    ]
 
 
-def _grid(family: str, number: int) -> tuple[int, int]:
-    return LLAVA_GRID if family == "llava" else QWEN_GRIDS[number % 2]
+def visual_tokens(family: str, number: int) -> int:
+    """Visual tokens of image ``number``."""
+    if family == "llava_next":
+        return packed_tokens(NEXT_SIZES[number % 2])
+    rows, columns = LLAVA_GRID if family == "llava" else QWEN_GRIDS[number % 2]
+    return rows * columns
+
+
+def packed_tokens(size: tuple[int, int]) -> int:
+    """Visual tokens of a LLaVA-NeXT picture of ``size`` (height, width): overview, un-padded crops, one newline per row.
+
+    From the functions that the stock model packs with.
+    """
+    down, across = get_anyres_image_grid_shape(size, NEXT_PINPOINTS, NEXT_GRID[0] * LLAVA_PATCH)
+    rows, columns = unpad_image(torch.empty(1, down * NEXT_GRID[0], across * NEXT_GRID[1]), size).shape[1:]
+    return NEXT_GRID[0] * NEXT_GRID[1] + rows * (columns + 1)
 
 
 def _image(family: str, random: torch.Generator, number: int) -> tuple[list[int], torch.Tensor, list[int]]:
-    """Prompt tokens, pixel values and (time, height, width) grid of one random image."""
-    rows, columns = _grid(family, number)
+    """Of one random image: prompt tokens, pixel values and (time, height, width) grid (LLaVA-NeXT: size in pixels)."""
+    tokens = [IMAGE] * visual_tokens(family, number)
     if family == "llava":
-        side = 8 * rows
-        return [IMAGE] * (rows * columns), torch.randn(1, 3, side, side, generator=random), [1, rows, columns]
-    height, width = rows * QWEN_MERGE, columns * QWEN_MERGE
+        rows, columns = LLAVA_GRID
+        values = torch.randn(1, 3, LLAVA_PATCH * rows, LLAVA_PATCH * columns, generator=random)
+        return tokens, values, [1, rows, columns]
+    if family == "llava_next":
+        size, side = NEXT_SIZES[number % 2], NEXT_GRID[0] * LLAVA_PATCH
+        crops = image_size_to_num_patches(size, NEXT_PINPOINTS, side)
+        return tokens, torch.randn(crops, 3, side, side, generator=random), list(size)
+    height, width = (side * QWEN_MERGE for side in QWEN_GRIDS[number % 2])
     values = torch.randn(height * width, 3 * QWEN_TIME * QWEN_PATCH**2, generator=random)
-    return [VISION_START, *[IMAGE] * (rows * columns), VISION_END], values, [1, height, width]
+    return [VISION_START, *tokens, VISION_END], values, [1, height, width]
 
 
-def _llava_config() -> LlavaConfig:
-    vision = CLIPVisionConfig(
+def _stack_crops(pictures: list[torch.Tensor]) -> torch.Tensor:
+    """[picture, crop, 3, side, side]: pictures with fewer crops end in zeros, as the stock processor pads them."""
+    most = max(len(crops) for crops in pictures)
+    return torch.stack([torch.cat([crops, crops.new_zeros(most - len(crops), *crops.shape[1:])]) for crops in pictures])
+
+
+def _clip(grid: tuple[int, int]) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,
-        image_size=8 * LLAVA_GRID[0],
-        patch_size=8,
+        image_size=LLAVA_PATCH * grid[0],
+        patch_size=LLAVA_PATCH,
         projection_dim=32,
     )
-    text = LlamaConfig(
+
+
+def _llama() -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=96,
@@ -169,9 +218,12 @@ def _llava_config() -> LlavaConfig:
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def _llava_config() -> LlavaConfig:
     return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=_clip(LLAVA_GRID),
+        text_config=_llama(),
         image_token_id=IMAGE,
         image_seq_length=LLAVA_GRID[0] * LLAVA_GRID[1],
         vision_feature_layer=-2,
@@ -179,21 +231,32 @@ def _llava_config() -> LlavaConfig:
     )
 
 
-def _qwen_config() -> Qwen2_5_VLConfig:
-    vision = {
+def _llava_next_config() -> LlavaNextConfig:
+    return LlavaNextConfig(
+        vision_config=_clip(NEXT_GRID),
+        text_config=_llama(),
+        image_token_index=IMAGE,
+        image_seq_length=NEXT_GRID[0] * NEXT_GRID[1],
+        image_grid_pinpoints=NEXT_PINPOINTS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+
+
+def _qwen_vision() -> dict:
+    """What both Qwen towers share, but for the name of their widths."""
+    return {
         "depth": 3,
-        "hidden_size": 32,
-        "intermediate_size": 64,
         "num_heads": 4,
         "in_channels": 3,
         "patch_size": QWEN_PATCH,
         "spatial_merge_size": QWEN_MERGE,
         "temporal_patch_size": QWEN_TIME,
-        "window_size": 3 * QWEN_MERGE * QWEN_PATCH,  # windows of 3x3 merged tokens: none of the grids is a multiple
-        "out_hidden_size": 64,
-        "fullatt_block_indexes": [1],
     }
-    text = {
+
+
+def _qwen_text() -> dict:
+    return {
         "vocab_size": VOCAB,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -206,11 +269,35 @@ def _qwen_config() -> Qwen2_5_VLConfig:
         "eos_token_id": None,
         "pad_token_id": PAD,
     }
-    return Qwen2_5_VLConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-    )
+
+
+_QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+
+
+def _qwen2_5_vl_config() -> Qwen2_5_VLConfig:
+    vision = _qwen_vision() | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "window_size": 3 * QWEN_MERGE * QWEN_PATCH,  # windows of 3x3 merged tokens: none of the grids is a multiple
+        "out_hidden_size": 64,
+        "fullatt_block_indexes": [1],
+    }
+    return Qwen2_5_VLConfig(vision_config=vision, text_config=_qwen_text(), **_QWEN_TOKENS)
+
+
+def _qwen2_vl_config() -> Qwen2VLConfig:
+    vision = _qwen_vision() | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}  # hidden_size: the language model's
+    return Qwen2VLConfig(vision_config=vision, text_config=_qwen_text(), **_QWEN_TOKENS)
+
+
+_MODELS = {
+    "llava": (LlavaForConditionalGeneration, _llava_config),
+    "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, _qwen2_5_vl_config),
+    "llava_next": (LlavaNextForConditionalGeneration, _llava_next_config),
+    "qwen2_vl": (Qwen2VLForConditionalGeneration, _qwen2_vl_config),
+}

@@ -15,18 +15,57 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmprune.attach import Run, wrap
     from vlmprune.errors import UsageError
-    from vlmprune.methods import METHODS, Pruner, ScorePruner
-    from vlmprune.methods.pruning import CLS, AdaptInfer, DivPrune, FastV, PDrop, Random, Uniform
+    from vlmprune.methods import METHODS, Choice, Pruner, ScorePruner
+    from vlmprune.methods.pruning import (
+        CLS,
+        DART,
+        AdaptInfer,
+        CDPruner,
+        DivPrune,
+        FastV,
+        FlowCut,
+        HoloV,
+        MustDrop,
+        PDrop,
+        Random,
+        SparseVLM,
+        ToMe,
+        Uniform,
+        VisionZip,
+        VScan,
+    )
+    from vlmprune.methods.pruning.cdpruner import ClipRelevance
     from vlmprune.recipe import Recipe
     from vlmprune.run import Report
-    from vlmprune.schedule import Schedule, at, stages
+    from vlmprune.schedule import Budget, Schedule, Stage, at, stages
 
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(("CLS", "AdaptInfer", "DivPrune", "FastV", "PDrop", "Random", "Uniform"), "vlmprune.methods.pruning"),
-    **dict.fromkeys(("METHODS", "Pruner", "ScorePruner"), "vlmprune.methods"),
-    **dict.fromkeys(("Schedule", "at", "stages"), "vlmprune.schedule"),
+    **dict.fromkeys(
+        (
+            "AdaptInfer",
+            "CDPruner",
+            "CLS",
+            "DART",
+            "DivPrune",
+            "FastV",
+            "FlowCut",
+            "HoloV",
+            "MustDrop",
+            "PDrop",
+            "Random",
+            "SparseVLM",
+            "ToMe",
+            "Uniform",
+            "VScan",
+            "VisionZip",
+        ),
+        "vlmprune.methods.pruning",
+    ),
+    "ClipRelevance": "vlmprune.methods.pruning.cdpruner",
+    **dict.fromkeys(("METHODS", "Choice", "Pruner", "ScorePruner"), "vlmprune.methods"),
+    **dict.fromkeys(("Budget", "Schedule", "Stage", "at", "stages"), "vlmprune.schedule"),
     **dict.fromkeys(("Run", "wrap"), "vlmprune.attach"),
     "Recipe": "vlmprune.recipe",
     "Report": "vlmprune.run",
@@ -35,10 +74,18 @@ _HOME = {
 
 __all__ = [
     "CLS",
+    "DART",
     "METHODS",
     "AdaptInfer",
+    "Budget",
+    "CDPruner",
+    "Choice",
+    "ClipRelevance",
     "DivPrune",
     "FastV",
+    "FlowCut",
+    "HoloV",
+    "MustDrop",
     "PDrop",
     "Pruner",
     "Random",
@@ -47,8 +94,13 @@ __all__ = [
     "Run",
     "Schedule",
     "ScorePruner",
+    "SparseVLM",
+    "Stage",
+    "ToMe",
     "Uniform",
     "UsageError",
+    "VScan",
+    "VisionZip",
     "at",
     "stages",
     "wrap",

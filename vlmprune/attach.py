@@ -4,17 +4,18 @@ A forward pass, from hook to hook (`Call` carries the state as an extra keyword 
 the model to every attention function):
 
     model             how many of the last tokens are no prompt (assisted decoding)
+    vision tower      blocks: attention that methods look at, shorter sequences; projector: what is remembered of each token
     base model        which positions are visual tokens of which picture
-    language model    padding, probes of the vision tower, the clock
+    language model    padding, what the tower knew, the clock
     decoder layers    from the first stage on: cut at a stage; shorten masks and rotary embeddings; tell the KV cache
-    language model    put the rows back in their places, so that logits have the length of the prompt
+    language model    put the rows back in their places, so that logits have the length of the prompt; shorten the cache
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from threading import local
 from typing import Any
@@ -28,14 +29,16 @@ from vlmprune.attention import observe, pruned_mask
 from vlmprune.cache import PrunedLayer, check_same_cuts, pruned_layer
 from vlmprune.cost import DecoderShape
 from vlmprune.errors import UsageError
-from vlmprune.kernels.attention_mass import attention_mass
 from vlmprune.layout import Layout, group_by_size, real_tokens
-from vlmprune.methods import Pruner
-from vlmprune.probes import BEFORE_THE_CUT, ClsMemory, attention_ahead, build_view, see_attention
+from vlmprune.methods import Choice, Pruner
+from vlmprune.methods.base import TowerPruner
+from vlmprune.probes import Part, Tools, attention_ahead, build_view, recall_tower, see_attention
 from vlmprune.recipe import Recipe
 from vlmprune.reduction import Reduction
-from vlmprune.run import Call, Clock, Kept, Prefill, Report, no_prefill
-from vlmprune.schedule import Budget
+from vlmprune.run import Call, Chosen, Clock, Kept, Prefill, Report, no_prefill
+from vlmprune.schedule import Budget, Stage, share
+from vlmprune.tower import RowMemory, TowerPass
+from vlmprune.view import BEFORE_THE_CUT, FROM_TOWER, Facts
 
 TUNNEL = "vlmprune"
 """Name of the keyword argument that carries the `Call`."""
@@ -73,12 +76,9 @@ class Run:
         self.enabled = True
         self.last: Prefill | None = None
         self._budget: Budget | None = None
-        self._cuts = recipe.cuts()
-        self._layers = tuple(stage.layer for stage, _ in self._cuts)
-        self._needs = frozenset().union(*(method.needs for _, method in self._cuts))
         self._undo: list[Callable[[], None]] = []
         self._thread = _PerThread()
-        self._cls = ClsMemory()
+        self._memory = RowMemory()
         self._attach()
 
     # -- what a user does with it ----------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ class Run:
         while self._undo:
             self._undo.pop()()
         self._thread = _PerThread()
-        self._cls.clear()
+        self._memory.clear()
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise UsageError("a wrapped model cannot be copied or pickled: call run.remove() first, and wrap the copy.")
@@ -106,9 +106,10 @@ class Run:
         Raises:
             UsageError: the recipe has several stages, so that one number would be ambiguous; or a budget out of range.
         """
-        if len(self._cuts) != 1:
+        cutting = [cut for cut in self._cuts if cut.stage.budget.fraction != 1.0]
+        if len(cutting) != 1:
             raise UsageError(
-                f"override needs a recipe with one stage, found {len(self._cuts)} ({self.recipe}): wrap again instead."
+                f"override needs a recipe with one stage, found {len(cutting)} ({self.recipe}): wrap again instead."
             )
         before, self._budget = self._budget, Budget(tokens, fraction)
         try:
@@ -133,25 +134,24 @@ class Run:
         base: Any = getattr(self.model, "base_model", self.model)
         text: Any = base.get_submodule(family.language_model)
         layers: Any = text.get_submodule(family.layers)
-        self._family, self._config = family, base.config
+        self._family, self._config, self._base, self._text = family, base.config, base, text
         self._shape = DecoderShape.of(text.config)
-        self._text_config = text.config
-        self._check(len(layers), text.config)
+        self._facts = _facts(family, base)
+        self._plan()
+        self._check(len(layers))
         observed: list[tuple[Any, Callable[..., None]]] = []
-        for stage, method in self._cuts:
-            if method.needs & BEFORE_THE_CUT:
-                index = stage.layer - 1
-                seer = partial(self._see_attention, index, method.needs)
+        for cut in self._cuts:
+            if cut.needs & BEFORE_THE_CUT:
+                index = cut.stage.layer - 1
+                seer = partial(self._see_attention, index, cut.needs)
                 observed.append((layers[index].get_submodule(family.attention), seer))
-        if "attention_from_cls" in self._needs:
-            tower = _tower_with_cls(family, base)
-            block = base.get_submodule(tower.blocks)[tower.feature_block(base.config)]
-            observed.append((block.get_submodule(tower.attention), self._see_cls))
+        if self._uses_tower:
+            observed += self._observed_blocks()
         # Nothing can be refused any more: from here on the model changes.
         _replace_earlier_run(base)
         self._undo += [observe(module, observer) for module, observer in observed]
-        if "attention_from_cls" in self._needs:
-            self._hook(base.get_submodule(tower.projector).register_forward_hook(self._leave_projector))
+        if self._uses_tower:
+            self._hook_tower()
         if base is not self.model:
             self._hook(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         self._hook(base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
@@ -163,12 +163,36 @@ class Run:
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
 
-    def _check(self, layers: int, text_config: Any) -> None:
+    def _plan(self) -> None:
+        """The recipe's stages for this model, and what they ask of it."""
+        self._cuts = []
+        for stage, method in self.recipe.cuts(self._facts):
+            needs = method.needs_at(stage) if stage.site == "llm" else frozenset()
+            if method.per_view and self._facts.crops:
+                needs |= {"cell"}  # brings with it which view a token belongs to
+            variant = method.variant(self._facts)
+            self._cuts.append(_Cut(stage, method, needs, f"{method.name} ({variant})" if variant else method.name))
+        self._layers = tuple(sorted({cut.stage.layer for cut in self._cuts}))
+        self._cache_cut = next((cut for cut in self._cuts if cut.stage.site == "cache"), None)
+        self._needs: frozenset[str] = frozenset().union(*(cut.needs for cut in self._cuts))
+        self._seen_in_tower = self._needs & FROM_TOWER
+        inside = [cut for cut in self._cuts if cut.stage.site == "vision" or "flow" in cut.needs]
+        self._tower_cut = inside[0] if inside else None
+        self._uses_tower = bool(self._seen_in_tower) or self._tower_cut is not None
+
+    def _check(self, layers: int) -> None:
         """Refuse what cannot work, before the model is touched."""
-        for stage, method in self._cuts:
-            if stage.layer >= layers:
+        text_config = self._text.config
+        for cut in self._cuts:
+            if cut.stage.layer >= layers:
                 raise UsageError(
-                    f"{method.name} cuts at layer {stage.layer}, but the model has layers 0 to {layers - 1}: choose one."
+                    f"{cut.method.name} cuts at layer {cut.stage.layer}, but the model has layers 0 to {layers - 1}: "
+                    "choose one."
+                )
+            if cut.method.positions == "compact" and "mrope_section" in (getattr(text_config, "rope_parameters", None) or {}):
+                raise UsageError(
+                    f'{cut.method.name}: positions="compact" has no meaning for the M-RoPE of {self._family.name}, whose '
+                    'positions are places in the picture: use positions="original".'
                 )
         if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=text_config).layers):
             raise UsageError(
@@ -182,14 +206,123 @@ class Run:
                 f"attention implementation {implementation!r} is not supported (supported: {', '.join(supported)}): call "
                 'model.set_attn_implementation("sdpa").'
             )
-        looking = [method.name for method in self.recipe.methods if method.needs & (BEFORE_THE_CUT | {"attention_of_layer"})]
+        looking = [cut.method.name for cut in self._cuts if cut.needs & (BEFORE_THE_CUT | {"attention_of_layer"})]
         if looking and "flash" in implementation:
             raise UsageError(
                 f"{looking[0]} looks at attention in the language model, which {implementation!r} does not offer "
                 'yet: call model.set_attn_implementation("sdpa").'
             )
+        if self._uses_tower and "flash" in (found := str(self._config.vision_config._attn_implementation)):
+            raise UsageError(
+                f"{self.recipe} looks at attention in the vision tower, which {found!r} does not offer yet: call "
+                'model.set_attn_implementation({"vision_config": "sdpa"}).'
+            )
 
-    # -- probes ----------------------------------------------------------------------------------------------------------
+    # -- the vision tower ------------------------------------------------------------------------------------------------
+
+    def _blocks(self) -> Any:
+        assert self._family.tower is not None
+        return self._base.get_submodule(self._family.tower.blocks)
+
+    def _observed_blocks(self) -> list[tuple[Any, Callable[..., None]]]:
+        """The attention modules of the tower that somebody looks at."""
+        tower = self._family.tower
+        assert tower is not None
+        blocks, feature = self._blocks(), tower.feature_block(self._config)
+        probes: dict[int, list[str]] = {}
+        for name, index in (
+            ("attention_from_cls", feature),
+            ("attention_from_cls_early", max(len(blocks) // 4 - 1, 0)),
+            ("attention_from_cls_final", len(blocks) - 1),
+            ("tower_keys", feature),
+        ):
+            if name in self._seen_in_tower:
+                probes.setdefault(index, []).append(name)
+        if self._tower_cut is not None:
+            for index in tower.whole(self._config):
+                if index < self._last_block():
+                    probes.setdefault(index, [])
+        return [
+            (blocks[index].get_submodule(tower.attention), partial(self._see_block, index, names))
+            for index, names in sorted(probes.items())
+        ]
+
+    def _last_block(self) -> int:
+        """The block before which the sequence has its final length: what feeds the projector, or in a packed tower its end."""
+        assert self._family.tower is not None
+        return self._family.tower.feature_block(self._config) + (0 if self._facts.cls else 1)
+
+    def _hook_tower(self) -> None:
+        tower = self._family.tower
+        assert tower is not None
+        blocks, projector = self._blocks(), self._base.get_submodule(tower.projector)
+        first = tower.whole(self._config)[0] if self._tower_cut is not None else 0
+        self._hook(blocks[first].register_forward_pre_hook(self._begin_tower, with_kwargs=True))
+        if self._tower_cut is not None and self._tower_cut.stage.site == "vision":
+            for index in range(1, len(blocks)):
+                self._hook(blocks[index].register_forward_pre_hook(partial(self._enter_block, index), with_kwargs=True))
+            if not self._facts.cls:
+                self._hook(projector.register_forward_pre_hook(self._enter_merger))
+        self._hook(projector.register_forward_hook(self._leave_projector))
+
+    def _begin_tower(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        lengths = [hidden.shape[1] - 1] if self._facts.cls else kwargs["cu_seqlens"].diff().tolist()
+        cut = self._tower_cut if self.enabled else None
+        inside = cut is not None and cut.stage.site == "vision"
+        self._thread.tower = TowerPass(
+            facts=self._facts,
+            last=self._last_block(),
+            wanted=self._seen_in_tower,
+            pruner=cut.method if cut is not None and isinstance(cut.method, TowerPruner) else None,
+            budget=self._budget_of(cut) if cut is not None and inside else None,
+            cuts=inside,
+            lengths=lengths,
+            views=hidden.shape[0] if self._facts.cls else 1,
+            device=hidden.device,
+        )
+
+    def _see_block(
+        self,
+        index: int,
+        probes: list[str],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float,
+        **_: Any,
+    ) -> None:
+        """Observer of a block of the tower."""
+        tower = self._thread.tower
+        tower.see(index, query, key, value, scaling)
+        for probe in probes:
+            tower.note(probe, query, key, scaling)
+
+    def _enter_block(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Shorten what enters a block of the tower."""
+        tower = self._thread.tower
+        if tower.pruner is None:
+            return None
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if self._facts.cls:
+            hidden = tower.shorten_views(index, hidden)
+            mask = tower.mask(self._config.vision_config._attn_implementation, hidden.dtype)
+            return (hidden, mask, *args[2:]), kwargs  # transformers hands the mask over by position
+        hidden = tower.shorten_packed(index, hidden)
+        return (hidden, *args[1:]), tower.packed_arguments(kwargs)
+
+    def _enter_merger(self, _: nn.Module, args: tuple[Any, ...]) -> Any:
+        tower = self._thread.tower
+        return None if tower.pruner is None else (tower.shorten_packed(len(self._blocks()), args[0]), *args[1:])
+
+    def _leave_projector(self, _: nn.Module, args: tuple[Any, ...], features: Tensor) -> Tensor:
+        tower = self._thread.tower
+        if self._seen_in_tower:
+            self._memory.remember(features.flatten(0, -2), tower.known(features, args[0]))
+        return tower.restore(features)
+
+    # -- attention in the language model ---------------------------------------------------------------------------------
 
     def _see_attention(
         self,
@@ -197,22 +330,16 @@ class Run:
         needs: frozenset[str],
         query: Tensor,
         key: Tensor,
+        value: Tensor,
         attention_mask: Tensor | None,
         scaling: float,
         **kwargs: Any,
     ) -> None:
         """Observer of the attention before a cut; prefills only, and not where the choice is made already."""
         call: Call | None = kwargs.get(TUNNEL)
-        if call is not None and call.layout is not None and layer + 1 not in call.chosen:
+        if call is not None and call.layout is not None and not call.replayed:
             with _timed(call, query.device):
-                see_attention(call, layer, needs, query, key, attention_mask, scaling)
-
-    def _see_cls(self, query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any) -> None:
-        """Observer of the tower's block: what CLS pays to all but itself."""
-        self._thread.cls = attention_mass(query[:, :, :1], key, scaling)[:, :, 1:]
-
-    def _leave_projector(self, _: nn.Module, args: tuple[Any, ...], features: Tensor) -> None:
-        self._cls.remember(features, self._thread.cls)
+                see_attention(call, layer, needs, query, key, value, attention_mask, scaling)
 
     # -- hooks, in the order of a forward pass ---------------------------------------------------------------------------
 
@@ -258,7 +385,6 @@ class Run:
         call.batch, call.sequence = ids.shape
         real = real_tokens(call.mask, call.batch, call.sequence, ids.device)
         call.layout = Layout.find(ids == self._family.image_token(self._config), counts, real)
-        call.remaining = [torch.arange(len(image), device=ids.device) for image in call.layout.images]
         place = torch.arange(call.sequence, device=ids.device)
         call.prompt_end = (place * real).amax(dim=1) - call.tail
         self._replay_uncached(call, kwargs.get("mm_encoder_outputs"), cached=kwargs.get("past_key_values") is not None)
@@ -266,31 +392,54 @@ class Run:
     def _replay_uncached(self, call: Call, encoded: Any, cached: bool) -> None:
         """Generation without a cache runs the whole prompt again for every token, with the same encoded pictures: the choice
         made at the first token stays."""
+        if self._cache_cut is not None and (call.tail or (not cached and encoded is not None)):
+            raise UsageError(
+                f"{self._cache_cut.method.name} forgets tokens in the KV cache after prefill, which needs use_cache=True and "
+                "no assisted decoding; or turn that stage off."
+            )
         if cached or encoded is None:
             return
         assert call.ids is not None
         known = self._thread.uncached
         if known is None or known.encoded is not encoded or not known.is_prefix_of(call.ids):
             known = self._thread.uncached = _Uncached(encoded, call.ids, {})
-        call.chosen = known.chosen
+        call.chosen, call.replayed = known.chosen, bool(known.chosen)
 
     def _enter_text(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call: Call | None = kwargs.get(TUNNEL)
         if call is None or call.layout is None:
             return
         embeddings: Tensor = kwargs["inputs_embeds"]
+        self._set_newlines_apart(call, embeddings)
+        images = call.layout.images
+        call.remaining = [torch.arange(len(image), device=image.positions.device) for image in images]
+        call.alive, call.entered = call.layout.real, list(map(len, images))
         call.record = Prefill(
             batch=call.batch,
             sequence=call.sequence,
             past=call.past,
-            visual=sum(map(len, call.layout.images)),
+            visual=sum(map(len, images)),
             shape=self._shape,
             itemsize=embeddings.element_size(),
+            newlines=0 if call.newlines is None else int(call.newlines.sum()),
         )
         call.record.prefill.start = Clock.now(embeddings.device)
-        if "attention_from_cls" in self._needs:
-            with _timed(call, embeddings.device):
-                call.cls = self._cls.recall(call.layout, embeddings)
+        with _timed(call, embeddings.device):
+            if self._seen_in_tower:
+                recall_tower(call, self._memory, embeddings)
+            if self._needs & {"embeddings", "text_embeddings"}:
+                call.embeddings = embeddings
+
+    def _set_newlines_apart(self, call: Call, embeddings: Tensor) -> None:
+        """Row separators stand among a picture's placeholders but show nothing: they count as text."""
+        if self._family.newline is None:
+            return
+        assert call.layout is not None
+        assert call.ids is not None
+        newline = getattr(self._base, self._family.newline).to(embeddings)
+        call.newlines = (embeddings == newline).all(dim=-1).to(call.ids.device)
+        call.newlines &= call.ids == self._family.image_token(self._config)
+        call.layout = call.layout.without(call.newlines)
 
     def _enter_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: Call | None = kwargs.get(TUNNEL)
@@ -299,12 +448,12 @@ class Run:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values")
         if call.layout is not None:
-            hidden = self._cut(index, module, call, hidden, kwargs)
+            hidden = self._cut_here(index, module, call, hidden, kwargs)
         if call.reduction is None:
             layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
             if not isinstance(layer, PrunedLayer):
                 return None
-            if hidden.shape[1] == 1 and layer.dense and call.layout is None:
+            if hidden.shape[1] == 1 and layer.dense and layer.shift is None and call.layout is None:
                 # Decoding without padding: every stored entry is visible, no mask is needed.
                 return None if kwargs.get("attention_mask") is None else (args, {**kwargs, "attention_mask": None})
         changed = self._shortened(index, call, hidden, cache, kwargs)
@@ -314,11 +463,13 @@ class Run:
 
     def _shortened(self, index: int, call: Call, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer that computes fewer tokens than the conversation has."""
-        batch, device, implementation = hidden.shape[0], hidden.device, self._text_config._attn_implementation
+        batch, device, implementation = hidden.shape[0], hidden.device, self._text.config._attn_implementation
         group = sum(layer <= index for layer in self._layers)  # masks are equal in all layers between two stages
         layer = None
         if cache is not None:
             layer = pruned_layer(cache, index, self._layers, call.mask)
+        # position_ids serve only flash attention's search for packed sequences, which gaps would mislead.
+        changed = {**kwargs, "position_ids": None, "position_embeddings": self._rotary(index, call, hidden, layer, kwargs)}
         if layer is not None and call.reduction is None and hidden.shape[1] == 1:  # decoding: the cache appends by itself
             if group not in call.masks:
                 slots, valid = layer.entries(batch, device)
@@ -333,22 +484,40 @@ class Run:
                     implementation,
                     hidden.dtype,
                 )
-            return {**kwargs, "attention_mask": call.masks[group], "position_ids": None}
+            return {**changed, "attention_mask": call.masks[group]}
         rows = call.reduction or _every_row(call, hidden)
         slots, valid, dense = rows.rows.to(device) + call.past, rows.valid.to(device), rows.dense
         keys, keys_valid, keys_dense = slots, valid, dense
         if layer is not None:
             keys, keys_valid, keys_dense = layer.announce(slots, valid, dense, call.sequence or hidden.shape[1])
+            if call.shift is not None:
+                layer.shift = call.shift[:, -1] + (0 if layer.shift is None else layer.shift)
         if group not in call.masks:
             call.masks[group] = pruned_mask(slots, valid, keys, keys_valid, keys_dense, implementation, hidden.dtype)
         if call.record is not None:
             call.record.entering.append(hidden.shape[1])
             call.record.stored.append(keys.shape[1])
-        # position_ids serve only flash attention's search for packed sequences, which gaps would mislead.
-        changed = {**kwargs, "attention_mask": call.masks[group], "position_ids": None}
-        if call.reduction is not None:
-            changed["position_embeddings"] = _rotary(call, kwargs["position_embeddings"])
-        return changed
+        return {**changed, "attention_mask": call.masks[group]}
+
+    def _rotary(
+        self, index: int, call: Call, hidden: Tensor, layer: PrunedLayer | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The rotary embeddings of the rows that a layer computes; some models hand different ones to different layers."""
+        full: tuple[Tensor, Tensor] = kwargs["position_embeddings"]
+        carried = None if layer is None else layer.shift
+        if call.reduction is None and call.shift is None and carried is None:
+            return full
+        name = id(full[0]), sum(layer <= index for layer in self._layers)
+        if name not in call.rotary:  # the full ones are held with their name, so that it cannot be given to another tensor
+            shift = carried if carried is None else carried[:, None]
+            if call.shift is not None:
+                shift = call.shift + (0 if shift is None else shift)
+            moved = full
+            if shift is not None:  # "compact": everything behind a dropped token moves up
+                moved = self._text.get_submodule(self._family.rotary)(hidden, kwargs["position_ids"] - shift)
+            rows = call.reduction
+            call.rotary[name] = full, moved if rows is None else (rows.gather(moved[0]), rows.gather(moved[1]))
+        return call.rotary[name][1]
 
     def _leave_text(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call: Call | None = kwargs.get(TUNNEL)
@@ -362,78 +531,139 @@ class Run:
         full = self._shape.layers - len(record.entering)
         record.entering[:0] = [call.sequence] * full
         record.stored[:0] = [call.past + call.sequence] * full
+        record.resident = list(record.stored)
+        if self._cache_cut is not None and call.reduction is not None:
+            self._cut_cache(self._cache_cut, call, kwargs.get("past_key_values"))
         record.prefill.end = Clock.now(hidden.device)
         self.last = record
         return output
 
     # -- the cut ---------------------------------------------------------------------------------------------------------
 
-    def _cut(self, index: int, module: nn.Module, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """At a stage: let its method choose, and shorten the hidden states `[batch, token, dim]`."""
-        for stage, method in self._cuts:
-            if stage.layer == index:
-                with _timed(call, hidden.device):
-                    if index not in call.chosen:
-                        rotary, stored = kwargs["position_embeddings"], kwargs.get("past_key_values")
-                        now = rotary if call.reduction is None else _rotary(call, rotary)
-                        ahead = partial(attention_ahead, call, self._family, module, index, hidden, now, stored)
-                        budget = self._budget or stage.budget
-                        call.chosen[index] = self._choose(index, method, budget, call, hidden, cache(ahead))
-                    return self._shorten(index, method, call, hidden)
+    def _cut_here(self, index: int, module: nn.Module, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """At a layer's stages: let their methods choose, and shorten the hidden states `[batch, token, dim]`."""
+        for number, cut in enumerate(self._cuts):
+            if cut.stage.layer != index or cut.stage.site == "cache":
+                continue
+            with _timed(call, hidden.device):
+                if cut.stage.site == "vision":
+                    call.chosen[number] = _left_by_tower(call, hidden)
+                    call.entered = list(map(len, call.chosen[number].remaining))
+                elif number not in call.chosen:
+                    cache_ = kwargs.get("past_key_values")
+                    layer = cache_.layers[index] if call.past and cache_ is not None else None
+                    pruned = layer if isinstance(layer, PrunedLayer) else None
+                    now = partial(self._rotary, index, call, hidden, pruned, kwargs)
+                    tools = Tools(
+                        ahead=cache(lambda: attention_ahead(call, self._family, module, index, hidden, now(), cache_)),  # noqa: B023
+                        rotary=now,
+                        norm=self._text.get_submodule(self._family.final_norm),
+                        project=self._projector(),
+                    )
+                    call.chosen[number] = self._choose(cut, call, hidden, tools)
+                hidden = self._shorten(cut, call, call.chosen[number], hidden)
         return hidden
 
-    def _shorten(self, index: int, method: Pruner, call: Call, hidden: Tensor) -> Tensor:
-        """Drop what was not chosen."""
+    def _projector(self) -> Any:
+        tower = self._family.tower
+        return None if tower is None else self._base.get_submodule(tower.projector).forward  # no hooks: nothing is remembered
+
+    def _budget_of(self, cut: _Cut) -> Budget:
+        """The stage's budget, or what stands in its place inside `override`."""
+        return cut.stage.budget if self._budget is None or cut.stage.budget.fraction == 1.0 else self._budget
+
+    def _choose(self, cut: _Cut, call: Call, hidden: Tensor, tools: Tools) -> Chosen:
+        """What remains of every picture after this stage; pictures of one size are decided together."""
+        assert call.layout is not None
+        index, method, budget = cut.stage.layer, cut.method, self._budget_of(cut)
+        parts = [
+            part
+            for image, original in enumerate(map(len, call.layout.images))
+            for part in _parts(call, image, budget.resolve(original), method.per_view)
+        ]
+        kept: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in call.layout.images]
+        for group in group_by_size([part.size for part in parts]):
+            visual, keep = len(parts[group[0]].index), min(parts[group[0]].keep, len(parts[group[0]].index))
+            chosen: Choice | Tensor
+            if keep == 0:
+                chosen = torch.empty(len(group), 0, dtype=torch.long)
+            elif keep == visual and not method.adaptive:
+                chosen = torch.arange(visual).expand(len(group), visual)
+            else:
+                chosen = method.select(build_view(call, index, cut.needs, [parts[i] for i in group], hidden, tools), keep)
+            choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
+            _check_choice(method, choice, len(group), keep)
+            for number, part in enumerate(parts[i] for i in group):
+                rows = choice.index[number].to(part.index.device)
+                kept[part.image].append((part.index[rows], None if choice.features is None else choice.features[number]))
+        joined = [_join(pieces) for pieces in kept]
+        return Chosen([index for index, _ in joined], [features for _, features in joined])
+
+    def _shorten(self, cut: _Cut, call: Call, chosen: Chosen, hidden: Tensor) -> Tensor:
+        """Drop what was not chosen, after what was merged has taken its place."""
         assert call.layout is not None
         assert call.record is not None
-        images = call.layout.images
-        before = sum(map(len, call.remaining))
-        call.remaining = call.chosen[index]
+        assert call.alive is not None
+        images, layer = call.layout.images, cut.stage.layer
+        hidden = _merged(call, chosen, hidden)
         call.record.kept += [
-            Kept(index, method.name, image.sample, image.ordinal, len(image), remaining)
-            for image, remaining in zip(images, call.remaining, strict=True)
+            Kept(layer, cut.label, cut.stage.site, image.sample, image.ordinal, len(image), remaining, features)
+            for image, remaining, features in zip(images, chosen.remaining, chosen.features, strict=True)
         ]
-        alive = call.layout.real.clone()
-        for image, remaining in zip(images, call.remaining, strict=True):
+        changed = any(len(now) != len(before) for now, before in zip(chosen.remaining, call.remaining, strict=True))
+        call.remaining = chosen.remaining
+        before, alive = call.alive, call.alive.clone()
+        for image, remaining in zip(images, chosen.remaining, strict=True):
             alive[image.sample, image.positions] = False
             alive[image.sample, image.positions[remaining]] = True
-        call.record.keep[index] = alive
-        if sum(map(len, call.remaining)) == before:
+        if call.newlines is not None and not cut.method.keeps_newlines and call.record.newlines_kept:
+            alive &= ~call.newlines
+            call.record.newlines_kept = False
+            changed = True
+        call.record.keep[layer] = alive
+        if not changed:
             return hidden  # everything kept: the layer runs exactly as without us
+        if cut.method.positions == "compact":
+            moved = (before & ~alive).cumsum(dim=1)
+            call.shift = moved if call.shift is None else call.shift + moved
         shorter = Reduction.keeping(alive)
         hidden = shorter.after(call.reduction).gather(hidden)
-        call.reduction = shorter
+        call.reduction, call.alive = shorter, alive
         call.rotary.clear()
         return hidden
 
-    def _choose(
-        self, index: int, method: Pruner, budget: Budget, call: Call, hidden: Tensor, ahead: Callable[[], Tensor]
-    ) -> list[Tensor]:
-        """What remains of every picture after this stage; pictures of one size are decided together."""
+    def _cut_cache(self, cut: _Cut, call: Call, cache_: Any) -> None:
+        """After prefill, forget in the layers from the stage's on what the last cut dropped."""
+        assert call.alive is not None
         assert call.layout is not None
-        images, remaining = call.layout.images, list(call.remaining)
-        for group in group_by_size([(len(image), len(left)) for image, left in zip(images, remaining, strict=True)]):
-            original, visual = len(images[group[0]]), len(remaining[group[0]])
-            keep = min(budget.resolve(original), visual)
-            if keep == visual:
-                continue
-            if keep == 0:
-                chosen = remaining[group[0]].new_empty(len(group), 0)
-            else:
-                chosen = method.select(build_view(call, index, method.needs, group, hidden, ahead), keep)
-                if chosen.shape != (len(group), keep):
-                    raise RuntimeError(
-                        f"{method.name}.select returned shape {tuple(chosen.shape)}, expected {(len(group), keep)}."
-                    )
-            for image, row in zip(group, chosen, strict=True):
-                remaining[image] = remaining[image][row.to(remaining[image].device)]
-        return remaining
+        assert call.record is not None
+        if cache_ is None:
+            return
+        for index in range(cut.stage.layer, self._shape.layers):
+            layer = pruned_layer(cache_, index, self._layers, call.mask)
+            layer.keep_only(call.alive.to(layer.keys.device), call.past)  # type: ignore[union-attr]
+            call.record.resident[index] = layer.keys.shape[-2]  # type: ignore[union-attr]
+        call.record.keep_cache[cut.stage.layer] = call.alive
+        call.record.kept += [
+            Kept(cut.stage.layer, cut.label, "cache", image.sample, image.ordinal, len(image), remaining)
+            for image, remaining in zip(call.layout.images, call.remaining, strict=True)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """One stage of a recipe on this model: its method, what that looks at, and how the report names it."""
+
+    stage: Stage
+    method: Pruner
+    needs: frozenset[str]
+    label: str
 
 
 class _PerThread(local):
     """What one thread carries from call to call."""
 
-    cls: Tensor  # [picture, head, visual] from a tower block to the projector
+    tower: TowerPass
     uncached: _Uncached | None = None
 
 
@@ -443,7 +673,7 @@ class _Uncached:
 
     encoded: Any
     ids: Tensor
-    chosen: dict[int, list[Tensor]]
+    chosen: dict[int, Chosen]
 
     def is_prefix_of(self, ids: Tensor) -> bool:
         length = self.ids.shape[1]
@@ -469,13 +699,61 @@ def _every_row(call: Call, hidden: Tensor) -> Reduction:
     return call.every_row
 
 
-def _rotary(call: Call, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The rotary embeddings of the surviving rows; some models hand different ones to different layers."""
-    assert call.reduction is not None
-    name = id(embeddings[0])
-    if name not in call.rotary:  # the full ones are held with their name, so that it cannot be given to another tensor
-        call.rotary[name] = (embeddings, tuple(call.reduction.gather(part) for part in embeddings))
-    return call.rotary[name][1]
+def _left_by_tower(call: Call, hidden: Tensor) -> Chosen:
+    """What the vision tower left of every picture: the rest are rows of NaN."""
+    assert call.layout is not None
+    remaining = [
+        (~hidden[image.sample, image.positions.to(hidden.device), 0].isnan()).nonzero()[:, 0].to(image.positions.device)
+        for image in call.layout.images
+    ]
+    return Chosen(remaining, [None] * len(remaining))
+
+
+def _parts(call: Call, image: int, keep: int, per_view: bool) -> list[Part]:
+    """What is decided together of one picture: all of it, or each of its views with its share of the budget."""
+    assert call.layout is not None
+    index, original, entered = call.remaining[image], len(call.layout.images[image]), call.entered[image]
+    if not per_view or not call.tower or "view" not in call.tower[image]:
+        return [Part(image, index, original, entered, keep)]
+    view = call.tower[image]["view"].to(index.device)
+    sizes = torch.unique_consecutive(view.sort().values, return_counts=True)
+    shares = share(keep, sizes[1].tolist())
+    return [
+        Part(image, index[view[index] == number], size, entered, kept)
+        for number, size, kept in zip(sizes[0].tolist(), sizes[1].tolist(), shares, strict=True)
+    ]
+
+
+def _join(pieces: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """The parts of one picture in one, in rising order."""
+    if len(pieces) == 1:
+        return pieces[0]
+    index, order = torch.cat([index for index, _ in pieces]).sort()
+    features = [features for _, features in pieces if features is not None]
+    return index, torch.cat(features)[order.to(features[0].device)] if len(features) == len(pieces) else None
+
+
+def _check_choice(method: Pruner, choice: Choice, images: int, keep: int) -> None:
+    """A method that chooses another number than it was asked for is a bug of the method."""
+    counts = [len(row) for row in choice.index]
+    wrong = len(counts) != images or any(count > keep if method.adaptive else count != keep for count in counts)
+    if wrong or (choice.features is not None and list(choice.features.shape[:2]) != [images, keep]):
+        raise RuntimeError(f"{method.name}.select chose {counts} tokens of {images} pictures, expected {keep} of each.")
+
+
+def _merged(call: Call, chosen: Chosen, hidden: Tensor) -> Tensor:
+    """Hidden states `[batch, token, dim]` with merged features in the places of the kept tokens that stand for several."""
+    assert call.layout is not None
+    if all(features is None for features in chosen.features):
+        return hidden
+    hidden = hidden.clone()
+    for image, remaining, features in zip(call.layout.images, chosen.remaining, chosen.features, strict=True):
+        if features is not None:
+            places = image.positions[remaining][None]
+            if call.reduction is not None:
+                places = call.reduction.places(torch.tensor([image.sample], device=places.device), places)
+            hidden[image.sample, places[0].to(hidden.device)] = features.to(hidden)
+    return hidden
 
 
 def _encoded_counts(kwargs: dict[str, Any]) -> list[int] | None:
@@ -491,13 +769,10 @@ def _encoded_counts(kwargs: dict[str, Any]) -> list[int] | None:
     return [features.shape[0] for features in encoded.pooler_output]
 
 
-def _tower_with_cls(family: Any, base: nn.Module) -> Any:
-    reason = "its vision tower has no CLS token" if family.tower is None else family.tower.refusal(base)
-    if reason is not None:
-        raise UsageError(
-            f"this {family.name} model has no usable CLS attention: {reason}; choose a method that does not need it."
-        )
-    return family.tower
+def _facts(family: Any, base: nn.Module) -> Facts:
+    """What methods may know of this very model: its checkpoint may lack what its family usually has."""
+    refusal = None if family.tower is None else family.tower.refusal(base)
+    return family.facts if refusal is None else replace(family.facts, cls=False, refusal=refusal)
 
 
 def _replace_earlier_run(base: nn.Module) -> None:

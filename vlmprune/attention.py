@@ -21,7 +21,7 @@ KEY = "vlmprune"
 """Our key in transformers' registry of attention functions, which is made for additions; it must not contain "flash"."""
 
 Observer = Callable[..., None]
-"""Called as observer(query, key, attention_mask, scaling=…, **kwargs), shapes as in `rows_attention`."""
+"""Called as observer(query, key, value, attention_mask, scaling=…, **kwargs), shapes as in `rows_attention`."""
 
 
 def pruned_mask(
@@ -84,7 +84,7 @@ def observed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Ten
     """The model's own attention; on the way the module's observer sees queries and keys (registered under `KEY`)."""
     config: Any = module.config
     original, observer = config.vlmprune_observer
-    observer(query, key, attention_mask, **kwargs)
+    observer(query, key, value, attention_mask, **kwargs)
     # "eager" is not in the registry: every modelling file brings its own.
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     own = ALL_ATTENTION_FUNCTIONS.get_interface(original._attn_implementation, eager)

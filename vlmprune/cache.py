@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from vlmprune.errors import UsageError
+from vlmprune.reduction import Reduction
 
 
 class PrunedLayer(DynamicLayer):
@@ -21,6 +22,7 @@ class PrunedLayer(DynamicLayer):
         valid: `[batch, prefix]` bool, False where a ragged batch is padded.
         dense: every entry of the prefix is valid.
         logical_prefix: tokens of the conversation that the prefix stands for.
+        shift: `[batch]` by how much rotary positions of later tokens move up, or None where all keep their own.
         cuts: layers of the recipe's stages. A conversation goes on only under cuts at the same layers, because these decide
             which layers have equal entries.
     """
@@ -32,6 +34,7 @@ class PrunedLayer(DynamicLayer):
         self.valid: Tensor | None = None
         self.dense = True
         self.logical_prefix = 0
+        self.shift: Tensor | None = None
 
     @staticmethod
     def adopt(layer: DynamicLayer, cuts: tuple[int, ...], real: Tensor | None) -> PrunedLayer:
@@ -90,9 +93,24 @@ class PrunedLayer(DynamicLayer):
         self._set_prefix(slots, valid, self.dense and dense, logical)
         return slots, valid, self.dense
 
+    def keep_only(self, alive: Tensor, past: int) -> None:
+        """Forget stored entries of the last prompt for good (site "cache").
+
+        Args:
+            alive: `[batch, sequence]` bool over the tokens of the last call.
+            past: tokens of the conversation before that call; their entries stay.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        slots, valid = self.entries(alive.shape[0], alive.device)
+        here = (slots - past).clamp(0, alive.shape[1] - 1)
+        stays = Reduction.keeping(valid & ((slots < past) | alive.gather(1, here)))
+        self.keys, self.values = stays.gather(self.keys), stays.gather(self.values)
+        self._set_prefix(slots.gather(1, stays.rows), stays.valid, stays.dense, self.get_seq_length())
+
     def reset(self) -> None:
         super().reset()
-        self.slots = self.valid = None
+        self.slots = self.valid = self.shift = None
         self.dense, self.logical_prefix = True, 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -127,11 +145,15 @@ class PrunedLayer(DynamicLayer):
         if self.slots is not None and self.valid is not None:
             self.slots = self.slots.repeat_interleave(repeats, dim=0)
             self.valid = self.valid.repeat_interleave(repeats, dim=0)
+        if self.shift is not None:
+            self.shift = self.shift.repeat_interleave(repeats, dim=0)
 
     def _select(self, indices: Tensor) -> None:
         if self.slots is not None and self.valid is not None:
             indices = indices.to(self.slots.device)
             self.slots, self.valid = self.slots[indices], self.valid[indices]
+        if self.shift is not None:
+            self.shift = self.shift[indices.to(self.shift.device)]
 
 
 def check_same_cuts(cache: Cache | None, cuts: tuple[int, ...]) -> None:

@@ -79,6 +79,14 @@ class Layout:
             start += count
         return Layout(tuple(images), real)
 
+    def without(self, dropped: Tensor) -> Layout:
+        """The same pictures without the tokens at some positions `[batch, sequence]` (bool)."""
+        images = (
+            Image(image.sample, image.ordinal, image.positions[~dropped[image.sample, image.positions]])
+            for image in self.images
+        )
+        return Layout(tuple(images), self.real)
+
 
 def group_by_size(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:
     """Indices of equal entries together, in order of first appearance: pictures of one size are decided in one batch."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -16,68 +16,144 @@ from vlmprune.attention import rows_attention
 from vlmprune.cache import PrunedLayer
 from vlmprune.errors import UsageError
 from vlmprune.kernels.attention_mass import attention_rows
-from vlmprune.layout import Layout, group_by_size
 from vlmprune.reduction import Reduction
-from vlmprune.run import Call
-from vlmprune.view import View
-
-TEXT = frozenset({"attention_from_text", "attention_among_text"})
-BEFORE_THE_CUT = TEXT | {"attention_from_last"}
-"""Probes that look into the attention of the layer before a cut."""
-
-CLS_MEMORY = 1024
-"""Pictures whose CLS attention is remembered between the vision tower and the language model."""
+from vlmprune.run import Call, Projections
+from vlmprune.tower import RowMemory
+from vlmprune.view import FROM_TOWER, PROJECTIONS, TEXT_ROWS, View
 
 
-def build_view(
-    call: Call, layer: int, needs: frozenset[str], group: Sequence[int], hidden: Tensor, ahead: Callable[[], Tensor]
-) -> View:
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Tokens that are decided together: a picture, or one view of it.
+
+    Attributes:
+        image: index of the picture in the call.
+        index: `[visual]` tokens of the picture that are still there.
+        original: tokens there were before any pruning.
+        entered: tokens of the picture that entered the language model.
+        keep: tokens to keep.
+    """
+
+    image: int
+    index: Tensor
+    original: int
+    entered: int
+    keep: int
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Parts of one size are decided in one batch."""
+        return self.original, self.entered, len(self.index), self.keep
+
+
+@dataclass(frozen=True, eq=False)
+class Tools:
+    """Pieces of the model that probes are made with.
+
+    Attributes:
+        ahead: gives `attention_ahead` of this cut.
+        norm: the language model's final norm.
+        rotary: gives cosines and sines of the rows that enter the layer of the cut, `[batch or 1, token, dim]` each.
+        project: the projector.
+    """
+
+    ahead: Callable[[], Tensor]
+    norm: Callable[[Tensor], Tensor]
+    rotary: Callable[[], tuple[Tensor, Tensor]]
+    project: Callable[[Tensor], Tensor] | None
+
+
+def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Part], hidden: Tensor, tools: Tools) -> View:
     """What a method sees of some pictures of equal size.
 
     Args:
         call: the running forward pass.
         layer: decoder layer of the cut.
         needs: probes the method declares.
-        group: indices of the pictures.
+        group: the pictures, or views of them.
         hidden: `[batch, token, dim]` entering the layer.
-        ahead: gives `attention_ahead` of this cut.
+        tools: pieces of the model.
     """
     assert call.layout is not None
-    images = [call.layout.images[i] for i in group]
-    position = torch.stack([call.remaining[i] for i in group])  # [image, visual]
+    images = [call.layout.images[part.image] for part in group]
+    position = torch.stack([part.index for part in group])  # [image, visual]
     samples = torch.tensor([image.sample for image in images], device=position.device)
-    places = torch.stack([image.positions for image in images]).gather(1, position)  # in the call's sequence
-    if call.reduction is not None:
-        places = call.reduction.places(samples, places)
+    places = torch.stack([image.positions[part.index] for image, part in zip(images, group, strict=True)])
+    here = places if call.reduction is None else call.reduction.places(samples, places)  # rows of `hidden`
+
+    def rows(x: Tensor, index: Tensor) -> Tensor:
+        """Rows `[image, …, row, dim]` of `[batch, …, token, dim]`."""
+        chosen, index = x[samples.to(x.device)], index.to(x.device)
+        between = [1] * (x.ndim - 3)
+        return chosen.gather(-2, index.view(len(index), *between, -1, 1).expand(*chosen.shape[:-2], -1, x.shape[-1]))
+
+    def words(x: Tensor, text: Tensor) -> Tensor:
+        """The same of the text `[batch, text]`; zero where padded."""
+        valid = text_after_pictures(call).valid[samples].to(x.device)
+        chosen = rows(x, text[samples.to(text.device)])
+        return chosen.masked_fill(~valid.view(len(valid), *[1] * (x.ndim - 3), -1, 1), 0)
 
     def columns(attention: Tensor, index: Tensor) -> Tensor:
-        """Columns of `[image, …, key]` by `[image, column]`."""
+        """Columns `[image, …, column]` of `[image, …, key]`."""
         index = index.to(attention.device)
-        shape = (index.shape[0], *[1] * (attention.ndim - 2), index.shape[1])
-        return attention.gather(-1, index.view(shape).expand(*attention.shape[:-1], -1))
+        between = [1] * (attention.ndim - 2)
+        return attention.gather(-1, index.view(len(index), *between, -1).expand(*attention.shape[:-1], -1))
 
-    probes: dict[str, Tensor | tuple[int, ...]] = {}
-    if "features" in needs:
-        probes["features"] = hidden[samples[:, None].to(hidden.device), places.to(hidden.device)]
-    if "attention_from_last" in needs:
-        last = call.attention[layer - 1]
-        probes["attention_from_last"] = columns(last[samples.to(last.device)], places)
-    if "attention_of_layer" in needs:
-        last = ahead()
-        probes["attention_of_layer"] = columns(last[samples.to(last.device)], places)
-    if needs & TEXT:
-        text = text_after_pictures(call)
-        rows = call.text_attention[layer - 1][samples.to(hidden.device)]  # [image, head, text, key]
-        valid = text.valid[samples].to(rows.device)
-        rows = rows.masked_fill(~valid[:, None, :, None], 0)
-        among = columns(rows, in_shortened(call, text.rows)[samples])
-        probes["attention_from_text"] = columns(rows, places)
-        probes["attention_among_text"] = among.masked_fill(~valid[:, None, None], 0)
-    if "attention_from_cls" in needs:
-        probes["attention_from_cls"] = columns(torch.stack([call.cls[i] for i in group]), position)
-    if "identity" in needs:
-        probes["identity"] = tuple(identity(call, image.sample, image.ordinal) for image in images)
-    return View(layer, len(images[0]), position, probes)
+    def of_last(attention: Tensor) -> Tensor:
+        return columns(attention[samples.to(attention.device)], here)
+
+    def of_text() -> Tensor:
+        """`[image, head, text, key]`."""
+        attention = call.text_attention[layer - 1]
+        valid = text_after_pictures(call).valid[samples].to(attention.device)
+        return attention[samples.to(attention.device)].masked_fill(~valid[:, None, :, None], 0)
+
+    def among_text() -> Tensor:
+        attention = columns(of_text(), text()[samples])
+        return attention.masked_fill(~text_after_pictures(call).valid[samples].to(attention.device)[:, None, None], 0)
+
+    def text() -> Tensor:
+        return in_shortened(call, text_after_pictures(call).rows)
+
+    def seen() -> Projections:
+        return call.projections[layer - 1]
+
+    def embeddings() -> Tensor:
+        assert call.embeddings is not None
+        return call.embeddings
+
+    def turns() -> Tensor:
+        return torch.cat(tools.rotary(), dim=-1).expand(hidden.shape[0], -1, -1)
+
+    take: dict[str, Callable[[], Any]] = {
+        "features": lambda: rows(hidden, here),
+        "text_features": lambda: words(hidden, text()),
+        "text_valid": lambda: text_after_pictures(call).valid[samples],
+        "text_ids": lambda: words(call.ids[..., None], text_after_pictures(call).rows)[..., 0],  # type: ignore[index]
+        "normed_features": lambda: tools.norm(rows(hidden, here)),
+        "normed_text_features": lambda: tools.norm(words(hidden, text())),
+        "embeddings": lambda: rows(embeddings(), torch.stack([image.positions for image in images])),
+        "text_embeddings": lambda: words(embeddings(), text_after_pictures(call).rows),
+        "attention_from_last": lambda: of_last(call.attention[layer - 1]),
+        "attention_of_layer": lambda: of_last(tools.ahead()),
+        "attention_from_text": lambda: columns(of_text(), here),
+        "attention_among_text": among_text,
+        "query_of_last": lambda: seen().query_of_last[samples],
+        "value_of_last": lambda: seen().value_of_last[samples],
+        "keys": lambda: rows(seen().key, here),
+        "values": lambda: rows(seen().value, here),
+        "text_keys": lambda: words(seen().key, text()),
+        "rotary": lambda: rows(turns(), here).unflatten(-1, (2, -1)),
+        "text_rotary": lambda: words(turns(), text()).unflatten(-1, (2, -1)),
+        "project": lambda: tools.project,
+        "identity": lambda: tuple(identity(call, image.sample, image.ordinal) for image in images),
+    }
+    probes = {name: take[name]() for name in needs - FROM_TOWER}
+    for name in needs & FROM_TOWER:
+        known = torch.stack([call.tower[part.image][name][part.index.to(hidden.device)] for part in group])
+        probes[name] = known.transpose(1, 2) if name.startswith("attention") else known  # [image, head, visual]
+    side = int(call.tower[group[0].image]["side"][0]) if "cell" in needs else 0
+    return View(layer, group[0].original, position, probes, group[0].entered, side)
 
 
 def see_attention(
@@ -86,17 +162,36 @@ def see_attention(
     needs: frozenset[str],
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
 ) -> None:
-    """Note attention of the last prompt token, or of the prompt's text, in the layer before a cut."""
+    """Note what a method wants to know of the attention in the layer before a cut."""
     here = query.shape[2]  # what an earlier turn left in the cache stands before these keys, and is no candidate
+    last = prompt_end(call, here).to(query.device)
     if "attention_from_last" in needs:
-        rows = prompt_end(call, here).to(query.device)[:, None]
-        call.attention[layer] = rows_attention(query, key, attention_mask, scaling, rows)[:, :, 0, -here:]
-    if needs & TEXT:
+        call.attention[layer] = rows_attention(query, key, attention_mask, scaling, last[:, None])[:, :, 0, -here:]
+    if needs & TEXT_ROWS:
         rows = in_shortened(call, text_after_pictures(call).rows).to(query.device)
         call.text_attention[layer] = rows_attention(query, key, attention_mask, scaling, rows)[..., -here:]
+    if needs & PROJECTIONS:
+        key, value = key[:, :, -here:], value[:, :, -here:]
+        samples = torch.arange(len(last), device=last.device)
+        call.projections[layer] = Projections(query[samples, :, last], value[samples, :, last], key, value)
+
+
+def recall_tower(call: Call, memory: RowMemory, embeddings: Tensor) -> None:
+    """Fetch what the vision tower knew of every picture of a call, by what enters the language model."""
+    assert call.layout is not None
+    for image in call.layout.images:
+        features = embeddings[image.sample, image.positions.to(embeddings.device)]
+        there = ~features[:, 0].isnan()  # the rest was dropped inside the tower
+        call.tower.append(
+            {
+                name: value.new_zeros(len(features), *value.shape[1:]).index_put((there,), value)
+                for name, value in memory.recall(features[there]).items()
+            }
+        )
 
 
 def attention_ahead(
@@ -150,6 +245,8 @@ def text_after_pictures(call: Call) -> Reduction:
             last[image.sample] = image.positions[-1]
         place = torch.arange(call.sequence, device=last.device)
         text = call.layout.real & (place > last[:, None]) & (place <= call.prompt_end[:, None])
+        if call.newlines is not None:  # the last row separator stands behind the last visual token
+            text &= ~call.newlines
         pictured = sorted({image.sample for image in call.layout.images})
         if not bool(text[pictured].any(dim=1).all()):
             raise UsageError(
@@ -175,52 +272,3 @@ def identity(call: Call, sample: int, ordinal: int) -> int:
     end = int(call.prompt_end[sample]) + 1
     ids = call.ids[sample, :end][call.layout.real[sample, :end]]
     return int.from_bytes(blake2b(f"{ordinal}/{ids.tolist()}".encode(), digest_size=8).digest(), "little")
-
-
-class ClsMemory:
-    """CLS attention on its way from the vision tower to the language model.
-
-    Beams, batching and caching of features all copy and move the features, so their content is the one name that survives until
-    the language model sees them. The oldest pictures are forgotten.
-    """
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
-
-    def remember(self, features: Tensor, attention: Tensor) -> None:
-        """File attention `[image, head, visual]` under features `[image, visual, dim]`."""
-        for name, scores in zip(_fingerprints(features), attention, strict=True):
-            self._known[name] = scores
-            self._known.move_to_end(name)
-        while len(self._known) > max(CLS_MEMORY, len(features)):
-            self._known.popitem(last=False)
-
-    def recall(self, layout: Layout, embeddings: Tensor) -> list[Tensor]:
-        """The attention of every picture of a call, from what enters the language model `[batch, sequence, dim]`.
-
-        Raises:
-            UsageError: a picture's features did not come from the wrapped model's tower.
-        """
-        found: list[Tensor] = [embeddings] * len(layout.images)
-        for group in group_by_size([(len(image),) for image in layout.images]):
-            features = torch.stack([embeddings[layout.images[i].sample, layout.images[i].positions] for i in group])
-            for image, name in zip(group, _fingerprints(features), strict=True):
-                if name not in self._known:
-                    raise UsageError(
-                        "the CLS attention of a picture is unknown: its features were computed before the model was wrapped; "
-                        "pass pixel_values instead of encoded features."
-                    )
-                found[image] = self._known[name]
-        return found
-
-    def clear(self) -> None:
-        self._known.clear()
-
-
-def _fingerprints(features: Tensor) -> list[tuple[int, ...]]:
-    """A name for the content of each picture's features `[image, visual, dim]`: two sums over their bits."""
-    bits = features.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[features.element_size()])
-    bits = bits.flatten(1).long()
-    place = torch.arange(bits.shape[1], device=bits.device) * 2654435761 % 2147483647  # order matters
-    sums = torch.stack((bits.sum(dim=1), (bits * place).sum(dim=1)), dim=1)
-    return [tuple(row) for row in sums.tolist()]

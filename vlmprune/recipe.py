@@ -17,11 +17,12 @@ from typing import Any
 
 from vlmprune.errors import UsageError, unknown
 from vlmprune.methods import METHODS, Pruner
-from vlmprune.schedule import Budget, Schedule, Stage, check_shrinks
+from vlmprune.schedule import SITES, Budget, Schedule, Stage, check_shrinks
+from vlmprune.view import Facts
 
 SCHEMA = 1
 FILE = "vlmprune.json"
-CUT_KEYS = ("layer", "tokens", "fraction", "preset")
+CUT_KEYS = ("layer", "tokens", "fraction", "preset", "site")
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,26 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.methods:
             raise UsageError("a recipe needs at least one method, for example 'divprune:fraction=0.25'.")
-        for (before, first), (after, second) in pairwise(self.cuts()):
-            if before.layer == after.layer:
+        self.cuts()
+
+    def cuts(self, facts: Facts | None = None) -> list[tuple[Stage, Pruner]]:
+        """All stages with their methods, in the order in which they run.
+
+        Args:
+            facts: what is known of the model; a method may plan other stages for another vision tower.
+
+        Raises:
+            UsageError: two methods cut at one place, a later cut keeps more than an earlier one, or a method cannot work.
+        """
+        plans = [(method.cuts if facts is None else method.plan(facts), method) for method in self.methods]
+        cuts = sorted(((stage, method) for plan, method in plans for stage in plan), key=lambda cut: cut[0].order)
+        for (before, first), (after, second) in pairwise(cuts):
+            if before.order == after.order:
                 raise UsageError(
-                    f"{first.name} and {second.name} both cut at layer {after.layer}: move one of them to another layer."
+                    f"{first.name} and {second.name} both cut at {after.place}: move one of them to another layer."
                 )
             check_shrinks(before, after)
-
-    def cuts(self) -> list[tuple[Stage, Pruner]]:
-        """All stages with their methods, by layer."""
-        return sorted(((stage, method) for method in self.methods for stage in method.cuts), key=lambda cut: cut[0].layer)
+        return cuts
 
     @staticmethod
     def of(*parts: Recipe | Pruner | str) -> Recipe:
@@ -155,18 +166,20 @@ def _parse_method(text: str) -> Pruner:
             raise UsageError(f"cannot read {pair!r} in {text!r}: write name:key=value,key=value.")
         if key in entry:
             raise UsageError(f"{key!r} stands twice in {text!r}.")
-        values = [piece.strip() if key == "preset" else _number(piece.strip(), key) for piece in value.split("|")]
+        values = [_value(piece.strip(), key) for piece in value.split("|")]
         entry[key] = values[0] if len(values) == 1 else values
     return _build(entry)
 
 
-def _number(text: str, key: str) -> int | float:
+def _value(text: str, key: str) -> int | float | str:
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             continue
-    raise UsageError(f"{key} must be a number, found {text!r}.")
+    if key in ("layer", "tokens", "fraction", "seed"):
+        raise UsageError(f"{key} must be a number, found {text!r}.")
+    return text
 
 
 def _build(entry: dict[str, Any]) -> Pruner:
@@ -178,28 +191,33 @@ def _build(entry: dict[str, Any]) -> Pruner:
     own = [field.name for field in fields(method) if field.name != "schedule"]
     for key in entry:
         if key not in (*CUT_KEYS, *own):
-            raise unknown(f"parameter of {name}", key, (*CUT_KEYS, *own))
+            raise unknown(f"parameter of {name}", key, (*(known for known in CUT_KEYS if known != "site"), *own))
     cut = {key: entry.pop(key) for key in CUT_KEYS if key in entry}
     for key, value in entry.items():
         if isinstance(value, list):
             raise UsageError(f"{name}: {key} takes one value, found {value}.")
-    if any(isinstance(value, list) for value in cut.values()):
+    if "site" in cut or any(isinstance(value, list) for value in cut.values()):
         return method(schedule=_schedule(name, cut), **entry)
     return method(**cut, **entry)
 
 
 def _schedule(name: str, cut: dict[str, Any]) -> Schedule:
     """Several cuts: every key given as a list of one length."""
-    lists = [value for value in cut.values() if isinstance(value, list)]
-    if len(lists) != len(cut) or len({len(values) for values in lists}) != 1 or "layer" not in cut or len(cut) != 2:
+    lists = {key: value if isinstance(value, list) else [value] for key, value in cut.items()}
+    units = set(cut) - {"layer", "site"}
+    if len({len(values) for values in lists.values()}) != 1 or "layer" not in cut or len(units) != 1 or "preset" in units:
         raise UsageError(
             f"{name}: several cuts need as many layers as budgets, for example layer=8|16,fraction=0.5|0.25; found "
             + ", ".join(f"{key}={value}" for key, value in cut.items())
             + "."
         )
-    (unit,) = set(cut) - {"layer"}
-    pairs = zip(cut["layer"], cut[unit], strict=True)
-    return Schedule(tuple(Stage(layer, Budget(**{unit: value})) for layer, value in pairs))
+    (unit,) = units
+    sites = lists.get("site", ["llm"] * len(lists["layer"]))
+    for site in sites:
+        if site not in SITES:
+            raise unknown("site", str(site), SITES)
+    cuts = zip(lists["layer"], lists[unit], sites, strict=True)
+    return Schedule(tuple(Stage(layer, Budget(**{unit: value}), site) for layer, value, site in cuts))
 
 
 def _method_dict(method: Pruner) -> dict[str, Any]:
@@ -208,9 +226,22 @@ def _method_dict(method: Pruner) -> dict[str, Any]:
     layers, budgets = [stage.layer for stage in stages], [getattr(stage.budget, unit) for stage in stages]
     if None in budgets:
         raise UsageError(f"{method.name}: a recipe file cannot mix tokens and fraction in one method's schedule.")
-    one = len(stages) == 1
-    own = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "schedule"}
-    return {"method": method.name, "layer": layers[0] if one else layers, unit: budgets[0] if one else budgets, **own}
+    entry: dict[str, Any] = {"method": method.name}
+    if len(stages) > 1:
+        entry |= {"layer": layers, unit: budgets}
+    elif stages[0].site == "llm":
+        entry |= {"layer": layers[0], unit: budgets[0]}
+    else:  # the method's own place
+        entry[unit] = budgets[0]
+    if len(stages) > 1 and any(stage.site != "llm" for stage in stages):
+        entry["site"] = [stage.site for stage in stages]
+    return entry | _own(method)
+
+
+def _own(method: Pruner) -> dict[str, Any]:
+    """The fields that say neither when nor how many, positions only where they are not the default."""
+    own = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "schedule" and field.init}
+    return {key: value for key, value in own.items() if (key, value) != ("positions", "original") and value is not None}
 
 
 def _method_string(method: Pruner) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.gather_tokens import gather_tokens
+
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
@@ -55,11 +57,9 @@ class Reduction:
         return Reduction(rows, self.valid, self.dense)
 
     def gather(self, x: Tensor) -> Tensor:
-        """`[batch or 1, sequence, dim]` -> `[batch, kept, dim]`; left padding is zero, never a dropped token (a NaN there
+        """`[batch or 1, …, sequence, dim]` -> `[batch, …, kept, dim]`; left padding is zero, never a dropped token (a NaN there
         would poison masked attention)."""
-        rows, valid = self.rows.to(x.device), self.valid.to(x.device)
-        kept = x.expand(rows.shape[0], -1, -1).gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
-        return kept if self.dense else kept.masked_fill(~valid[..., None], 0)
+        return gather_tokens(x, self.rows.to(x.device), None if self.dense else self.valid.to(x.device))
 
     def scatter(self, x: Tensor, sequence: int) -> Tensor:
         """`[batch, kept, dim]` -> `[batch, sequence, dim]`, zero where nothing was kept."""

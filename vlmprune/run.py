@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from vlmprune.cost import DecoderShape
 from vlmprune.errors import UsageError
 from vlmprune.layout import Layout
 from vlmprune.reduction import Reduction
+from vlmprune.schedule import Budget, Site, Stage
 
 
 @dataclass(eq=False)
@@ -45,18 +46,22 @@ class Kept:
 
     Attributes:
         layer: first decoder layer that sees these tokens only.
-        method: name of the method that chose.
+        method: name of the method that chose, with the variant that ran where there are several.
+        site: "vision" (inside the tower), "llm", or "cache" (only what decoding steps see).
         sample, ordinal: batch row, and n-th picture of that row.
         original: tokens the picture had before any pruning.
         index: `[kept]` rising indices into the picture's tokens.
+        features: `[kept, dim]` hidden states that took the places of the kept tokens (merging), or None.
     """
 
     layer: int
     method: str
+    site: Site
     sample: int
     ordinal: int
     original: int
     index: Tensor
+    features: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -67,11 +72,14 @@ class Prefill:
         kept: every stage's choice for every picture, in the order of stages.
         keep: per stage's layer, `[batch, sequence]` bool: positions that the layers from there on still compute (real text and
             kept visual tokens). A stage that kept everything leaves the sequence as it was.
+        keep_cache: the same for decoding steps, where a cache stage forgot more than prefill had dropped.
+        newlines: row separators of LLaVA-NeXT among the image placeholders, which count as text; and whether they were kept.
         batch, sequence: shape of the call.
         past: tokens that were in the cache before.
         visual: visual tokens of the whole batch.
         entering: per decoder layer, tokens that entered it per row, padding that was computed included.
         stored: per decoder layer, entries per row in the KV cache after it.
+        resident: the same when prefill is over; smaller where a cache stage forgot some.
         itemsize: bytes per number.
         prefill, selection: time in the language model, and in deciding and shortening within it.
     """
@@ -84,10 +92,32 @@ class Prefill:
     itemsize: int
     kept: list[Kept] = field(default_factory=list)
     keep: dict[int, Tensor] = field(default_factory=dict)
+    keep_cache: dict[int, Tensor] = field(default_factory=dict)
+    newlines: int = 0
+    newlines_kept: bool = True
     entering: list[int] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
+    resident: list[int] = field(default_factory=list)
     prefill: Clock = field(default_factory=Clock)
     selection: list[Clock] = field(default_factory=list)
+
+
+class Projections(NamedTuple):
+    """What an attention layer computed: of the last prompt token `[batch, head, dim]` and `[batch, kv_head, dim]`, and of all
+    rows of this call `[batch, kv_head, key, dim]`."""
+
+    query_of_last: Tensor
+    value_of_last: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What one stage left: per picture, the indices that remain, and the features merged into them (or None)."""
+
+    remaining: list[Tensor]
+    features: list[Tensor | None]
 
 
 @dataclass(eq=False)
@@ -101,14 +131,23 @@ class Call:
         mask: 2-D attention mask over all tokens so far, or None.
         past: tokens in the cache before this call.
         remaining: per picture, indices that are still there.
+        entered: per picture, how many of its tokens entered the language model.
+        newlines: `[batch, sequence]` bool, row separators among the image placeholders; None if there are none.
+        alive: `[batch, sequence]` bool, what was not dropped yet.
+        tower: per picture, what the vision tower knew of each token, `[visual, …]` by probe.
         reduction: what the current layer computes; None while nothing was dropped.
+        embeddings: `[batch, sequence, dim]` what entered the language model, where a method looks back at it.
         attention: per decoder layer, `[batch, head, key]` attention of the last prompt token to this call's rows.
+        projections: per decoder layer, queries, keys and values.
         text: the prompt's text after its last picture, as rows of the call's sequence.
         text_attention: per decoder layer, `[batch, head, text, key]` attention of these rows.
         masks: per group of layers between two stages, the mask of that group.
-        rotary: gathered rotary embeddings, by the identity of the full ones (models may have several).
-        chosen: per stage's layer, what remains of every picture; filled from the start when generation without a cache runs
-            the same prompt again.
+        rotary: rotary embeddings of the rows that are computed, by the identity of the full ones (models may have several)
+            and by group of layers.
+        shift: `[batch, sequence]` by how many places each token moves up ("compact" positions); None if none does.
+        chosen: per stage, what remains of every picture and the features that were merged into it; filled from the start when
+            generation without a cache runs the same prompt again.
+        replayed: the choices are those of an earlier run of the same prompt.
         every_row: all rows of a turn that cuts nothing.
     """
 
@@ -120,15 +159,22 @@ class Call:
     batch: int = 0
     sequence: int = 0
     prompt_end: Tensor | None = None
-    cls: list[Tensor] = field(default_factory=list)
     remaining: list[Tensor] = field(default_factory=list)
+    entered: list[int] = field(default_factory=list)
+    newlines: Tensor | None = None
+    alive: Tensor | None = None
+    tower: list[dict[str, Tensor]] = field(default_factory=list)
     reduction: Reduction | None = None
+    embeddings: Tensor | None = None
     attention: dict[int, Tensor] = field(default_factory=dict)
+    projections: dict[int, Projections] = field(default_factory=dict)
     text: Reduction | None = None
     text_attention: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor | None] = field(default_factory=dict)
-    rotary: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    chosen: dict[int, list[Tensor]] = field(default_factory=dict)
+    rotary: dict[tuple[int, int], tuple[Any, Any]] = field(default_factory=dict)
+    shift: Tensor | None = None
+    chosen: dict[int, Chosen] = field(default_factory=dict)
+    replayed: bool = False
     every_row: Reduction | None = None
     record: Prefill | None = None
 
@@ -139,6 +185,7 @@ class StageReport:
 
     layer: int
     method: str
+    site: Site
     kept: tuple[int, ...]
     original: tuple[int, ...]
 
@@ -152,6 +199,8 @@ class Report:
     batch: int
     prompt_tokens: int
     visual_tokens: int
+    newlines: int
+    newline_policy: str
     stages: tuple[StageReport, ...]
     entering: tuple[int, ...]
     visual_compute_average: float
@@ -167,14 +216,13 @@ class Report:
     def of(record: Prefill, recipe: str) -> Report:
         shape, batch = record.shape, record.batch
         full = record.sequence
-        layers = {
-            layer: [kept for kept in record.kept if kept.layer == layer]
-            for layer in dict.fromkeys(k.layer for k in record.kept)
-        }
+        stages: dict[tuple[Site, int, str], list[Kept]] = {}
+        for kept in record.kept:
+            stages.setdefault((kept.site, kept.layer, kept.method), []).append(kept)
+        left = {layer: sum(len(k.index) for k in kept) for (site, layer, _), kept in stages.items() if site != "cache"}
         entering_visual, after = [], record.visual
         for layer in range(shape.layers):
-            if layer in layers:
-                after = sum(len(kept.index) for kept in layers[layer])
+            after = left.get(layer, after)
             entering_visual.append(after)
         # A stage at layer l shortens the output of layer l − 1: that is the "nominal" way of counting.
         leaving_visual = [*entering_visual[1:], entering_visual[-1]]
@@ -183,16 +231,18 @@ class Report:
             batch=batch,
             prompt_tokens=full,
             visual_tokens=record.visual,
+            newlines=record.newlines,
+            newline_policy="kept" if record.newlines_kept else "dropped",
             stages=tuple(
-                StageReport(layer, kept[0].method, tuple(len(k.index) for k in kept), tuple(k.original for k in kept))
-                for layer, kept in layers.items()
+                StageReport(layer, method, site, tuple(len(k.index) for k in kept), tuple(k.original for k in kept))
+                for (site, layer, method), kept in stages.items()
             ),
             entering=tuple(record.entering),
             visual_compute_average=sum(entering_visual) / shape.layers / batch,
             visual_nominal_average=sum(leaving_visual) / shape.layers / batch,
             flops=batch * sum(map(shape.layer_flops, record.entering, record.stored)),
             flops_unpruned=batch * shape.layers * shape.layer_flops(full, record.past + full),
-            kv_bytes=batch * sum(shape.layer_kv_bytes(keys, record.itemsize) for keys in record.stored),
+            kv_bytes=batch * sum(shape.layer_kv_bytes(keys, record.itemsize) for keys in record.resident),
             kv_bytes_unpruned=batch * shape.layers * shape.layer_kv_bytes(record.past + full, record.itemsize),
             prefill_ms=record.prefill.ms,
             selection_ms=sum(clock.ms for clock in record.selection),
@@ -200,11 +250,13 @@ class Report:
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as labelled lines."""
-        kept = [(f"kept at layer {s.layer} ({s.method})", _each(s.kept, s.original)) for s in self.stages]
+        kept = [(f"kept at {_place(s)} ({s.method})", _each(s.kept, s.original)) for s in self.stages]
+        newlines = [("row separators", f"{self.newlines}, counted as text, {self.newline_policy}")] if self.newlines else []
         return [
             ("recipe", self.recipe),
             ("prompt", f"{self.batch} × {self.prompt_tokens} tokens, {self.visual_tokens} visual"),
             *kept,
+            *newlines,
             (
                 "visual tokens per layer",
                 f"{self.visual_compute_average:.1f} entering on average, {self.visual_nominal_average:.1f} leaving",
@@ -217,6 +269,10 @@ class Report:
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.rows())
         return "\n".join(f"{label:<{width}}  {value}" for label, value in self.rows())
+
+
+def _place(stage: StageReport) -> str:
+    return Stage(stage.layer, Budget(fraction=1.0), stage.site).place
 
 
 def _share(pruned: float, unpruned: float, unit: str) -> str:

@@ -1,17 +1,27 @@
 """When tokens are dropped and how many are kept, as data. All rounding happens here.
 
-A *stage* is one cut at the input of decoder layer `layer`: that layer is the first one to see the shorter sequence, and
-layer 0 means "before the language model". Budgets say what is *kept*, per image, and count from the image's original
-number of visual tokens: `fraction=0.25` at a second stage is a quarter of all tokens, not of the survivors.
+A *stage* is one cut, at one of three sites:
+
+    vision   inside the vision tower; the method itself knows between which blocks. Counted per view (LLaVA-NeXT: per crop).
+    llm      at the input of decoder layer `layer`: that layer is the first one to see the shorter sequence, and layer 0 means
+             "before the language model"
+    cache    after prefill: decoding steps see, from decoder layer `layer` on, only what the last cut kept
+
+Budgets say what is *kept*, per image, and count from the image's original number of visual tokens: `fraction=0.25` at a second
+stage is a quarter of all tokens, not of the survivors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from vlmprune.errors import UsageError
+
+Site = Literal["vision", "llm", "cache"]
+SITES: tuple[Site, ...] = ("vision", "llm", "cache")
 
 
 @dataclass(frozen=True)
@@ -48,10 +58,23 @@ class Budget:
 
 @dataclass(frozen=True)
 class Stage:
-    """One cut: `layer` is the 0-based index of the first decoder layer that sees only the kept tokens."""
+    """One cut: `layer` is the 0-based index of the first decoder layer that sees only the kept tokens (0 for site "vision")."""
 
     layer: int
     budget: Budget
+    site: Site = "llm"
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Stages run in this order."""
+        return SITES.index(self.site), self.layer
+
+    @property
+    def place(self) -> str:
+        """Where it cuts, in words."""
+        return {"vision": "the vision tower", "llm": f"layer {self.layer}", "cache": f"the cache from layer {self.layer} on"}[
+            self.site
+        ]
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
@@ -72,8 +95,8 @@ class Schedule:
         if not self.stages:
             raise UsageError("a schedule needs at least one stage.")
         for before, after in zip(self.stages, self.stages[1:], strict=False):
-            if after.layer <= before.layer:
-                raise UsageError(f"stages must have different layers in rising order: found {before.layer} then {after.layer}.")
+            if after.order <= before.order:
+                raise UsageError(f"stages must have different layers in rising order: found {before.place} then {after.place}.")
             check_shrinks(before, after)
 
     def __iter__(self) -> Iterator[Stage]:
@@ -86,11 +109,13 @@ class Schedule:
 def check_shrinks(before: Stage, after: Stage) -> None:
     """Refuse a later stage that is known to keep more than an earlier one (like budgets only: tokens against fraction
     depends on the image, and the smaller count then wins at run time)."""
+    if after.site == "cache":  # it keeps what is left, and decides nothing
+        return
     for unit in ("tokens", "fraction"):
         first, second = getattr(before.budget, unit), getattr(after.budget, unit)
         if first is not None and second is not None and second > first:
             raise UsageError(
-                f"the stage at layer {after.layer} keeps {unit}={second:g}, but layer {before.layer} already left only "
+                f"the stage at {after.place} keeps {unit}={second:g}, but {before.place} already left only "
                 f"{unit}={first:g}: a later stage cannot keep more."
             )
 
@@ -108,3 +133,14 @@ def stages(kept: Mapping[int, int | float]) -> Schedule:
             for layer in sorted(kept)
         )
     )
+
+
+def share(total: int, sizes: Sequence[int]) -> list[int]:
+    """Split a budget of `total` tokens among parts in proportion to their sizes: exact in sum, the largest remainders first,
+    then the first part."""
+    whole = sum(sizes)
+    exact = [total * size / whole for size in sizes]
+    shares = [math.floor(x) for x in exact]
+    for part in sorted(range(len(sizes)), key=lambda i: (shares[i] - exact[i], i))[: total - sum(shares)]:
+        shares[part] += 1
+    return shares

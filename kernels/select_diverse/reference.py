@@ -1,7 +1,7 @@
-"""Greedy max-min selection over cosine distance, in fp32.
+"""Greedy selection over cosine similarity, in fp32. Similarities are computed a row at a time: nothing is n×n.
 
-d(i, j) = 1 − x_i·x_j / (|x_i| |x_j|)
-first = argmax_j min_{i≠j} d(i, j);   next = argmax_{j∉S} min_{i∈S} d(i, j)
+max-min        first = argmax_j min_{i≠j} d(i, j);   next = argmax_{j∉S} min_{i∈S} d(i, j),   d = 1 − cosine
+determinant    next = argmax_{j∉S} det L_{S∪{j}},   L_ij = w_i · cosine(i, j) · w_j
 """
 
 from __future__ import annotations
@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+RANK = 1e-6
+"""Share of a token's length below which what is new in it counts as rounding."""
+
+CHUNK = 256
+"""Rows of the similarity matrix that exist at a time."""
+
 
 def greedy_order(features: Tensor, keep: int) -> Tensor:
-    """Indices in the order of their selection, `[image, keep]`.
+    """Max-min selection, in the order of picking, `[image, keep]`.
 
     Args:
         features: `[image, visual, dim]`, any float dtype; computed in fp32.
@@ -20,24 +26,60 @@ def greedy_order(features: Tensor, keep: int) -> Tensor:
             where tokens are exact duplicates.
     """
     unit = normalize(features.float(), dim=-1)
-    distance = 1.0 - unit @ unit.transpose(-1, -2)  # [image, visual, visual]
-    images, visual, _ = distance.shape
+    images, visual, _ = unit.shape
     rows = torch.arange(images, device=features.device)
     order = torch.empty(images, keep, dtype=torch.long, device=features.device)
     if keep == 0:
         return order
-    itself = torch.eye(visual, dtype=torch.bool, device=features.device)
-    nearest = distance.masked_fill(itself, torch.inf).amin(dim=-1)  # distance to the nearest other token
-    pick = nearest.argmax(dim=-1)
-    apart = torch.full_like(nearest, torch.inf)  # distance to the nearest selected token; −inf once taken
+    pick = _nearest_other(unit).argmax(dim=-1)
+    apart = unit.new_full((images, visual), torch.inf)  # distance to the nearest selected token; −inf once taken
     for step in range(keep):
         order[:, step] = pick
-        apart = torch.minimum(apart, distance[rows, pick])
+        apart = torch.minimum(apart, 1.0 - (unit @ unit[rows, pick][..., None])[..., 0])
         apart[rows, pick] = -torch.inf
         pick = apart.argmax(dim=-1)
     return order
 
 
-def select_diverse(features: Tensor, keep: int) -> Tensor:
-    """The selected indices `[image, keep]`, rising."""
-    return greedy_order(features, keep).sort(dim=-1).values
+def _nearest_other(unit: Tensor) -> Tensor:
+    """`[image, visual]` distance of every token to the nearest other one."""
+    visual = unit.shape[1]
+    nearest = []
+    for start in range(0, visual, CHUNK):
+        distance = 1.0 - unit[:, start : start + CHUNK] @ unit.transpose(-1, -2)  # [image, chunk, visual]
+        own = torch.arange(distance.shape[1], device=unit.device)
+        distance[:, own, own + start] = torch.inf
+        nearest.append(distance.amin(dim=-1))
+    return torch.cat(nearest, dim=-1)
+
+
+def determinant_order(features: Tensor, weight: Tensor, keep: int) -> Tensor:
+    """Greedy maximum a posteriori set of a determinantal point process, in the order of picking, `[image, keep]`.
+
+    Incremental Cholesky factorisation (Chen et al., NeurIPS 2018, arXiv:1709.05135, algorithm 1): O(keep² · visual).
+
+    Args:
+        features: `[image, visual, dim]`, any float dtype; computed in fp32.
+        weight: `[image, visual]` w, at least 0.
+        keep: tokens to pick of each picture, at most `visual`. Where the determinant is zero for all further tokens, picks go
+            on by index, so that the count is exact.
+    """
+    unit = normalize(features.float(), dim=-1) * weight.float()[..., None]
+    images, visual, _ = unit.shape
+    rows = torch.arange(images, device=features.device)
+    order = torch.empty(images, keep, dtype=torch.long, device=features.device)
+    gain = unit.square().sum(-1)  # squared distance of each token to the span of the selected ones
+    factor = unit.new_zeros(images, keep, visual)
+    for step in range(keep):
+        pick = gain.argmax(dim=-1)
+        order[:, step] = pick
+        similarity = (unit @ unit[rows, pick][..., None])[..., 0]
+        shared = (factor[:, :step] * factor[rows, :step, pick][..., None]).sum(dim=1)
+        new = gain[rows, pick] > RANK * unit[rows, pick].square().sum(
+            -1
+        )  # else it lies in the span of the others, up to rounding
+        length = torch.where(new, gain[rows, pick], torch.inf).sqrt()
+        factor[:, step] = (similarity - shared) / length[:, None]
+        gain = torch.where(gain < 0, gain, (gain - factor[:, step].square()).clamp_min(0))
+        gain[rows, pick] = -1  # taken
+    return order

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from vlmprune.methods import pruning
-from vlmprune.methods.base import Pruner, ScorePruner
+from vlmprune.methods.base import Choice, Pruner, ScorePruner
 
 METHODS: dict[str, type[Pruner]] = {
     method.name: method for method in (getattr(pruning, exported) for exported in pruning.__all__)
 }
 
-__all__ = ["METHODS", "Pruner", "ScorePruner"]
+__all__ = ["METHODS", "Choice", "Pruner", "ScorePruner"]

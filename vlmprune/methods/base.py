@@ -1,20 +1,38 @@
 """What a pruning method is: a schedule, what it needs to see, and one decision.
 
 A method knows no model. It is a frozen dataclass whose fields are its paper's parameters; the class attributes say which
-paper, and `vlmprune methods` and the README print them.
+paper, and `vlmprune methods` and the README print them. Where a paper does different things with different vision towers, the
+method asks for `Facts`, never for a family's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import InitVar, dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError, unknown
 from vlmprune.schedule import Budget, Schedule, Stage
-from vlmprune.view import View
+from vlmprune.view import Facts, View
+
+Positions = Literal["original", "compact"]
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a method decides where an index is not enough.
+
+    Attributes:
+        index: `[image, keep]` indices into the `visual` axis, rising; or one tensor per picture where the method itself decides
+            how many (`adaptive`).
+        features: `[image, keep, dim]` hidden states that take the place of the kept ones (merging), or None.
+    """
+
+    index: Tensor | Sequence[Tensor]
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +45,17 @@ class Pruner:
         fraction: or the share of the picture's original tokens that is kept.
         schedule: or several cuts, see `vlmprune.stages`.
         preset: or the name of a schedule its paper publishes.
+        positions: "original" (survivors keep their rotary positions; gaps remain) or "compact" (everything after a dropped
+            token moves up, as several papers' LLaVA code does; not with M-RoPE).
+
+    Class attributes:
+        needs: probes it looks at (`needs_at` where stages differ).
+        first_layer: earliest decoder layer it can cut at.
+        presets: schedules its paper publishes.
+        official_positions: what the paper's code does.
+        adaptive: the method decides how many tokens it keeps; the budget is an upper limit.
+        per_view: the views of a picture (LLaVA-NeXT: its crops) are decided apart, each with its share of the budget.
+        keeps_newlines: False drops the row separators of LLaVA-NeXT with the first cut; they are kept, and count as text, else.
 
     Raises:
         UsageError: a budget out of range, an unknown preset, or more than one way of saying when and how many.
@@ -39,12 +68,15 @@ class Pruner:
     default: ClassVar[Schedule]
     first_layer: ClassVar[int] = 0
     presets: ClassVar[Mapping[str, Schedule]] = {}
+    official_positions: ClassVar[Positions] = "original"
+    per_view: ClassVar[bool] = False
 
     schedule: Schedule | None = None
     layer: InitVar[int | None] = None
     tokens: InitVar[int | None] = None
     fraction: InitVar[float | None] = None
     preset: InitVar[str | None] = None
+    positions: Positions = "original"
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
         single = (layer, tokens, fraction) != (None, None, None)
@@ -52,10 +84,11 @@ class Pruner:
             raise UsageError(f"{self.name}: give schedule=…, preset=…, or layer, tokens and fraction; only one of these.")
         if preset is not None and preset not in self.presets:
             raise unknown(f"preset of {self.name}", preset, self.presets)
+        self._one_of("positions", ("original", "compact"))
         if self.schedule is None:
             schedule = self.presets[preset] if preset is not None else self._from_defaults(layer, tokens, fraction)
             object.__setattr__(self, "schedule", schedule)
-        earliest = self.cuts.stages[0].layer
+        earliest = min((stage.layer for stage in self.cuts if stage.site == "llm"), default=self.first_layer)
         if earliest < self.first_layer:
             raise UsageError(
                 f"{self.name} cannot cut before layer {self.first_layer}: it looks at the attention of the layer before the "
@@ -64,9 +97,41 @@ class Pruner:
 
     @property
     def cuts(self) -> Schedule:
-        """The resolved schedule."""
+        """The schedule."""
         assert self.schedule is not None
         return self.schedule
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the method decides how many tokens it keeps."""
+        return False
+
+    @property
+    def keeps_newlines(self) -> bool:
+        """Whether the row separators of LLaVA-NeXT stay."""
+        return True
+
+    def plan(self, facts: Facts) -> Schedule:
+        """The stages for one model.
+
+        Raises:
+            UsageError: the method does not work with such a model.
+        """
+        wanting = [stage for stage in self.cuts if any(need.startswith("attention_from_cls") for need in self.needs_at(stage))]
+        if wanting and not facts.cls:
+            raise UsageError(
+                f"{self.name} needs the attention of the vision tower's CLS token, but {facts.refusal}; choose a method "
+                "that does not need it."
+            )
+        return self.cuts
+
+    def variant(self, facts: Facts) -> str:
+        """Which form of the method runs on such a model, for the report; empty where there is one only."""
+        return ""
+
+    def needs_at(self, stage: Stage) -> frozenset[str]:
+        """The probes looked at in one stage."""
+        return self.needs
 
     def _from_defaults(self, layer: int | None, tokens: int | None, fraction: float | None) -> Schedule:
         if (layer, tokens, fraction) == (None, None, None):
@@ -74,17 +139,38 @@ class Pruner:
         default = self.default.stages[0]
         given = tokens is not None or fraction is not None
         budget = Budget(tokens, fraction) if given else default.budget
-        return Schedule((Stage(default.layer if layer is None else layer, budget),))
+        return Schedule((Stage(default.layer, budget, default.site) if layer is None else Stage(layer, budget),))
 
-    def select(self, see: View, keep: int) -> Tensor:
+    def _one_of(self, parameter: str, values: tuple[Any, ...]) -> None:
+        """Refuse a field whose value is none of a few.
+
+        Raises:
+            UsageError: names the nearest.
+        """
+        if getattr(self, parameter) not in values:
+            raise unknown(f"value of {parameter} in {self.name}", str(getattr(self, parameter)), [str(v) for v in values])
+
+    def _in_range(self, parameter: str, low: float, high: float, whole: bool = False) -> None:
+        """Refuse a number outside [low, high].
+
+        Raises:
+            UsageError: says the range and what was found.
+        """
+        value = getattr(self, parameter)
+        kind = int if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            what = "a whole number" if whole else "a number"
+            raise UsageError(f"{self.name}: {parameter} must be {what} in [{low:g}, {high:g}], found {value!r}.")
+
+    def select(self, see: View, keep: int) -> Tensor | Choice:
         """Choose tokens.
 
         Args:
-            see: the cut, with the probes named in `needs`.
-            keep: tokens to keep of each picture; 0 <= keep < see.visual.
+            see: the cut, with the probes of `needs_at`.
+            keep: tokens to keep of each picture; 0 < keep < see.visual (keep <= see.visual if `adaptive`).
 
         Returns:
-            `[image, keep]` int64 indices into the `visual` axis of the view, rising and different.
+            `[image, keep]` int64 indices into the `visual` axis of the view, rising and different; or a `Choice`.
         """
         raise NotImplementedError
 
@@ -96,7 +182,78 @@ class ScorePruner(Pruner):
         """`[image, visual]`, higher = keep."""
         raise NotImplementedError
 
-    def select(self, see: View, keep: int) -> Tensor:
-        # Stable: equal scores go to the lower index on every device.
-        ranked = self.score(see).float().argsort(dim=-1, descending=True, stable=True)
-        return ranked[:, :keep].sort(dim=-1).values
+    def select(self, see: View, keep: int) -> Tensor | Choice:
+        return top(self.score(see), keep)
+
+
+def top(score: Tensor, keep: int) -> Tensor:
+    """Rising indices `[image, keep]` of the highest scores `[image, visual]`; ties go to the lower index on every device."""
+    ranked = score.float().argsort(dim=-1, descending=True, stable=True)
+    return ranked[:, :keep].sort(dim=-1).values
+
+
+# -- inside the vision tower -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The attention of one block of the vision tower, as a method sees it.
+
+    Attributes:
+        index: number of the block; `last` is the block whose output feeds the projector.
+        query, key, value: `[view, head, token, dim]`, after rotary embedding where the tower has one. With `cls`, token 0 is
+            the CLS token.
+        scaling: factor on the scores.
+        valid: `[view, token]` bool, False on padding of a view that kept fewer tokens than another; None if all are real.
+    """
+
+    index: int
+    last: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    cls: bool
+    valid: Tensor | None
+
+
+@dataclass(eq=False)
+class TowerState:
+    """What a tower method carries from block to block, for some views of one size.
+
+    Attributes:
+        facts: what is known of the tower.
+        target: patches that each view shall have in the end.
+        cells: `[view, patch]` raster index of every patch that is still there; `side` × `side` of them at first.
+        valid: `[view, patch]` bool, or None.
+        carried: the method's own `[view, patch]` tensors; they are shortened together with the patches.
+    """
+
+    facts: Facts
+    target: int
+    cells: Tensor
+    side: int
+    valid: Tensor | None = None
+    carried: dict[str, Tensor] = field(default_factory=dict)
+
+
+class TowerPruner(Pruner):
+    """A method that shortens the sequence inside the vision tower."""
+
+    def watch(self, block: Block, state: TowerState) -> None:
+        """Look at a block's attention."""
+
+    def cut(self, index: int, last: int, hidden: Tensor, state: TowerState) -> tuple[Tensor, Tensor] | None:
+        """Decide behind block `index`, with the patches `[view, patch, dim]` that leave it.
+
+        Returns:
+            `[view, patch]` bool of what stays and the patches with merged ones in their places; or None to keep everything.
+        """
+        raise NotImplementedError
+
+
+def alive_top(score: Tensor, keep: Tensor, valid: Tensor | None) -> Tensor:
+    """`[view, patch]` bool of the `keep` `[view]` highest scores of every view; ties go to the lower index."""
+    score = score.float() if valid is None else score.float().masked_fill(~valid, -torch.inf)
+    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return rank < keep[:, None]

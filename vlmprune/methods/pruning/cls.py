@@ -25,6 +25,7 @@ class CLS(ScorePruner):
     note = "needs a vision tower with a CLS token; original positions"
     needs = frozenset({"attention_from_cls"})
     default = at(layer=0, fraction=0.25)
+    per_view = True
 
     def score(self, see: View) -> Tensor:  # [image, visual]
         return see.attention_from_cls.mean(dim=1)  # over heads

@@ -1,0 +1,66 @@
+"""LLaVA-NeXT (`model_type: llava_next`): a base view and crops of each picture, packed into one raster without the padding,
+with a learned row separator behind each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlmprune.adapters.family import Family
+from vlmprune.adapters.llava import CLIP
+from vlmprune.errors import UsageError
+from vlmprune.view import Facts
+
+
+def best_resolution(size: Sequence[int], resolutions: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The canvas (height, width) that keeps most of the picture's pixels and, of those, wastes least; the first of equals."""
+    height, width = size
+
+    def merit(canvas: Sequence[int]) -> tuple[int, int]:
+        scale = min(canvas[1] / width, canvas[0] / height)
+        used = min(int(width * scale) * int(height * scale), width * height)
+        return used, used - canvas[0] * canvas[1]
+
+    best = max(resolutions, key=merit)
+    return best[0], best[1]
+
+
+def unpadded(size: Sequence[int], rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of a raster that are left when the padding of a picture (height, width) is cut off."""
+    height, width = size
+    if width / height > columns / rows:
+        padding = (rows - int(round(height * (columns / width), 7))) // 2
+        return rows - 2 * padding, columns
+    padding = (columns - int(round(width * (rows / height), 7))) // 2
+    return rows, columns - 2 * padding
+
+
+def _tokens(size: Sequence[int], config: Any) -> int:
+    """Base view, crops and row separators of one picture (height, width)."""
+    view = config.vision_config.image_size
+    side = view // config.vision_config.patch_size
+    height, width = best_resolution(size, config.image_grid_pinpoints)
+    rows, columns = unpadded(size, height // view * side, width // view * side)
+    return side * side + rows * (columns + 1)
+
+
+def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
+    if call.get("pixel_values") is None or call.get("image_sizes") is None:
+        return None
+    sizes = call["image_sizes"]
+    return [_tokens(size, config) for size in (sizes.tolist() if hasattr(sizes, "tolist") else sizes)]
+
+
+def _image_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]:
+    raise UsageError("drawing what was kept is not supported for LLaVA-NeXT: its pictures are packed from several crops.")
+
+
+LLAVA_NEXT = Family(
+    name="llava_next",
+    image_token=lambda config: config.image_token_id,
+    tokens_per_image=_tokens_per_image,
+    image_grid=_image_grid,
+    facts=Facts(cls=True, crops=True),
+    tower=CLIP,
+    newline="image_newline",
+)

@@ -1,0 +1,45 @@
+"""The equations, in fp32 (FlowCut, arXiv:2505.19536, section 3.1).
+
+relation   a_j = mean_h softmax_j( q_g^h · k_j^h · scaling )
+semantic   s_j = mean_h softmax_j( v_g^h · v_j^h · semantic_scaling )
+magnitude  d_j = ‖ mean_h v_j^h ‖₁          (as the code: heads are averaged before the norm)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def flow_score(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    anchor: Tensor,
+    scaling: float,
+    semantic_scaling: float,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How much each token takes part in the flow to a global token.
+
+    Args:
+        query: `[view, head, dim]` of the global token.
+        key, value: `[view, kv_head, token, dim]`; `head` is a multiple of `kv_head`. The softmax runs over just these.
+        anchor: `[view, kv_head, dim]` value of the global token.
+        scaling, semantic_scaling: factors on the two kinds of scores.
+        valid: `[view, token]` bool, False on padding, whose relation and semantic are zero.
+
+    Returns:
+        Relation, semantic and magnitude, `[view, token]` fp32 each. One read of keys and values:
+        `view · kv_head · token · dim · 2` numbers, `2 · view · (head + kv_head) · token · dim` FLOPs.
+    """
+    key, value = key.float(), value.float()
+    views, kv_heads, _, dim = key.shape
+    grouped = query.float().reshape(views, kv_heads, -1, dim)
+    relation = (grouped @ key.transpose(-1, -2)).flatten(1, 2) * scaling  # [view, head, token]
+    semantic = (anchor.float()[:, :, None] @ value.transpose(-1, -2))[:, :, 0] * semantic_scaling
+    if valid is not None:
+        lowest = torch.finfo(torch.float32).min
+        relation = relation.masked_fill(~valid[:, None], lowest)
+        semantic = semantic.masked_fill(~valid[:, None], lowest)
+    return relation.softmax(-1).mean(1), semantic.softmax(-1).mean(1), value.mean(1).abs().sum(-1)

@@ -1,0 +1,157 @@
+"""FlowCut. Tong et al., NeurIPS 2025, arXiv:2505.19536, sections 3.1 to 3.3. Attention as a flow to one global token.
+
+    S = (I_a / ΣI_a + I_s / ΣI_s) · I_d     relation q_g·k_j, semantic v_g·v_j, magnitude ‖v_j‖₁ (kernels/flow_score)
+    C ← ½ C + ½ S                           over the blocks of the vision tower; the first sets C = S
+    r = − Σ p log p / log N                 p: the relation of this block, renormalised
+    P = round( (N − T) / √R · (1 − r²) )    patches dropped behind every second block; R blocks remain; the last leaves T
+
+With a CLS token (LLaVA-1.5) it is the global token, and K patches leave the tower. Where pictures are cut into views
+(LLaVA-NeXT), K/2 per view leave the tower, and the second decoder layer's flow to the last prompt token leaves K. With merge
+units (Qwen-VL) the mean token is global, 2K tokens reach the language model, and the second layer leaves K; `variant` says how
+the 2K are found:
+
+    official   patches are dropped inside the tower by I_a · I_d, and each four consecutive survivors are merged, whatever their
+               places, which they lose (section 3 of the code's Qwen2-VL; not with windows)
+    unit       no patch is dropped in the tower: whole 2×2 units are kept by the mean of C over their patches, C being taken in
+               the blocks that see the whole picture. Ours, not the paper's; windows and M-RoPE stay legal.
+
+Differs from the official code in: each view decides for itself (there the largest P of the batch); a zero probability has no
+entropy (there NaN); positions are kept (the LLaVA code renumbers after the decoder's stage); row separators of LLaVA-NeXT are
+kept unless newlines="drop" (there dropped); the decoder's score is normalised for Qwen too. As in the code, heads are averaged
+before the norm in I_d, and in the tower the semantic softmax is not scaled (semantic_scale="paper" divides by √d) and includes
+CLS.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import UsageError
+from vlmprune.kernels.flow_score import flow_score
+from vlmprune.methods.base import Block, TowerPruner, TowerState, alive_top, top
+from vlmprune.schedule import Budget, Schedule, Stage
+from vlmprune.view import Facts, View
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowCut(TowerPruner):
+    """Keep what the flow of attention passes through, from the first block of the vision tower on.
+
+    Args:
+        semantic_scale: "code" (no factor in the tower, 1/√d in the decoder) or "paper" (1/√d in both).
+        newlines: "keep" or "drop" the row separators of LLaVA-NeXT.
+        variant_on_units: "auto", "official" or "unit" for towers that merge patches; auto is official where no block has
+            windows.
+        decoder_layer: first decoder layer that sees K tokens only, where there is a decoder stage.
+    """
+
+    name = "flowcut"
+    paper = "arXiv:2505.19536 (NeurIPS 2025)"
+    note = "original positions; each view decides for itself; `unit` variant on Qwen2.5-VL is ours"
+    needs = frozenset({"query_of_last", "value_of_last", "keys", "values"})
+    default = Schedule((Stage(0, Budget(tokens=128), "vision"),))
+
+    semantic_scale: Literal["code", "paper"] = "code"
+    newlines: Literal["keep", "drop"] = "keep"
+    variant_on_units: Literal["auto", "official", "unit"] = "auto"
+    decoder_layer: int = 2
+
+    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
+        super().__post_init__(layer, tokens, fraction, preset)
+        self._one_of("semantic_scale", ("code", "paper"))
+        self._one_of("newlines", ("keep", "drop"))
+        self._one_of("variant_on_units", ("auto", "official", "unit"))
+        self._in_range("decoder_layer", 1, math.inf, whole=True)
+        if any(stage.site == "llm" and stage.layer == 0 for stage in self.cuts):
+            raise UsageError("flowcut cannot cut before layer 1: it looks at the layer before the cut, found layer=0.")
+        if any(stage.site == "vision" and not (stage.budget.tokens or stage.budget.fraction) for stage in self.cuts):
+            raise UsageError("flowcut cannot drop every patch inside the vision tower: keep at least tokens=1.")
+
+    @property
+    def keeps_newlines(self) -> bool:
+        return self.newlines == "keep"
+
+    def variant(self, facts: Facts) -> str:
+        if all(stage.site == "llm" for stage in self.cuts):
+            return "decoder only"
+        if facts.cls:
+            return "per view" if facts.crops else ""
+        return ("unit" if facts.windows else "official") if self.variant_on_units == "auto" else self.variant_on_units
+
+    def plan(self, facts: Facts) -> Schedule:
+        first = self.cuts.stages[0]
+        if first.site != "vision":
+            return self.cuts
+        if not facts.cls and facts.unit == 1:
+            raise UsageError(f"flowcut needs a CLS token or merge units in the vision tower, but {facts.refusal}.")
+        if self.variant(facts) == "official" and facts.windows:
+            raise UsageError('flowcut: variant_on_units="official" breaks the windows of this vision tower: use "unit".')
+        if len(self.cuts) > 1 or (facts.cls and not facts.crops):
+            return self.cuts
+        # K/2 in each of at most 5 views of one picture; a fraction counts from all of them.
+        wider = _scaled(first.budget, 0.5, 2.5) if facts.cls else _scaled(first.budget, 2.0, 2.0)
+        in_tower = replace(first, budget=wider, site="llm" if self.variant(facts) == "unit" else "vision")
+        return Schedule((in_tower, Stage(self.decoder_layer, first.budget)))
+
+    def needs_at(self, stage: Stage) -> frozenset[str]:
+        return frozenset({"flow"}) if stage.layer == 0 else self.needs
+
+    # -- in the tower ----------------------------------------------------------------------------------------------------
+
+    def watch(self, block: Block, state: TowerState) -> None:
+        dim = block.query.shape[-1]
+        query = block.query[:, :, 0] if block.cls else block.query.mean(dim=2)
+        anchor = block.value[:, :, 0] if block.cls else block.value.mean(dim=2)
+        semantic_scaling = 1.0 if self.semantic_scale == "code" and block.cls else dim**-0.5
+        terms = flow_score(query, block.key, block.value, anchor, block.scaling, semantic_scaling, block.valid)
+        relation, semantic, magnitude = (term[:, 1:] if block.cls else term for term in terms)
+        if self.variant(state.facts) == "official":
+            flow = relation * magnitude
+        else:
+            flow = (_share(relation) + _share(semantic)) * magnitude
+        past = state.carried.get("flow")
+        state.carried |= {"flow": flow if past is None else 0.5 * past + 0.5 * flow, "relation": relation}
+
+    def cut(self, index: int, last: int, hidden: Tensor, state: TowerState) -> tuple[Tensor, Tensor] | None:
+        remaining, patches = last - index - 1, hidden.shape[1]
+        if remaining < 0 or remaining % 2 or patches <= state.target:
+            return None
+        present = torch.full(hidden.shape[:1], patches, device=hidden.device) if state.valid is None else state.valid.sum(dim=1)
+        dropped = present
+        if remaining:
+            ratio = entropy_ratio(state.carried["relation"], present)
+            dropped = ((present - state.target) / math.sqrt(remaining) * (1 - ratio.double() ** 2)).round().long()
+        return alive_top(state.carried["flow"], (present - dropped).clamp_min(state.target), state.valid), hidden
+
+    # -- before and in the decoder ---------------------------------------------------------------------------------------
+
+    def select(self, see: View, keep: int) -> Tensor:
+        if see.layer == 0:
+            return top(see.flow, keep)
+        scale = see.query_of_last.shape[-1] ** -0.5
+        terms = flow_score(see.query_of_last, see.keys, see.values, see.value_of_last, scale, scale)
+        relation, semantic, magnitude = terms
+        return top((_share(relation) + _share(semantic)) * magnitude, keep)
+
+
+def entropy_ratio(relation: Tensor, present: Tensor) -> Tensor:
+    """`[view]` entropy of the relation `[view, patch]` over its largest value, log of the `present` `[view]` patches: 1 if all
+    patches are alike, 0 if one has it all. Padding has no share."""
+    p = _share(relation.float())
+    return -torch.xlogy(p, p).sum(dim=-1) / present.clamp_min(2).float().log()
+
+
+def _share(x: Tensor) -> Tensor:
+    return x / x.sum(dim=-1, keepdim=True)
+
+
+def _scaled(budget: Budget, tokens: float, fraction: float) -> Budget:
+    if budget.tokens is not None:
+        return Budget(tokens=max(int(budget.tokens * tokens), 1))
+    assert budget.fraction is not None
+    return Budget(fraction=min(budget.fraction * fraction, 1.0))

@@ -1,0 +1,71 @@
+"""HoloV. Zou et al., NeurIPS 2025, arXiv:2510.02912. Every part of the picture gets its share.
+
+    The sequence is split into 16 runs. In a run of m tokens, with cosines c_ij of its features (c_ii = 0):
+    e_i = 1000 · CLS attention of token i          v_i = variance of c_ij over j, around Σ_j c_ij / (m − 1)
+    score of the run = mean_i( e_i + 0.09 · v_i · mean|e| / (mean v + 10⁻⁶) )
+    quota = ⌊K · score / Σ score⌋, what is left one each to the best runs; in a run, the highest attention is kept
+
+Differs from the official code in: exactly K tokens (a quota above the run's length goes on to the best runs with room; there
+zeros are padded), rising order (there in order of score), a run of one token counts like the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmprune.methods.base import Pruner, alive_top, top
+from vlmprune.schedule import at
+from vlmprune.view import View
+
+RUNS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoloV(Pruner):
+    """Keep what CLS attends to, part by part, more where a part is salient and varied."""
+
+    name = "holov"
+    paper = "arXiv:2510.02912 (NeurIPS 2025)"
+    note = "rising order; exactly K tokens"
+    needs = frozenset({"attention_from_cls", "features"})
+    default = at(layer=0, tokens=64)
+
+    def select(self, see: View, keep: int) -> Tensor:
+        attention = see.attention_from_cls.float().mean(dim=1)  # [image, visual]
+        runs = min(RUNS, see.visual)
+        sizes = torch.tensor([see.visual // runs + (run < see.visual % runs) for run in range(runs)], device=attention.device)
+        pieces = zip(attention.split(sizes.tolist(), dim=1), see.features.split(sizes.tolist(), dim=1), strict=True)
+        score = torch.stack([_score(piece, features.float()) for piece, features in pieces], dim=1)  # [image, run]
+        quotas = _quotas(score, sizes, keep)
+        kept = [
+            alive_top(piece, quota, None)
+            for piece, quota in zip(attention.split(sizes.tolist(), dim=1), quotas.unbind(dim=1), strict=True)
+        ]
+        return top(torch.cat(kept, dim=1), keep)
+
+
+def _score(attention: Tensor, features: Tensor) -> Tensor:
+    """`[image]` score of one run, from `[image, m]` and `[image, m, dim]`."""
+    unit = features / (features.norm(dim=-1, keepdim=True) + 1e-6)
+    cosine = unit @ unit.transpose(1, 2)
+    cosine = cosine - torch.diag_embed(cosine.diagonal(dim1=1, dim2=2))
+    others = max(1, attention.shape[1] - 1)
+    centre = cosine.sum(dim=-1, keepdim=True) / others
+    variance = (cosine - centre).square().sum(dim=-1) / others
+    salience = 1000 * attention
+    scale = salience.abs().mean(dim=-1, keepdim=True) / (variance.abs().mean(dim=-1, keepdim=True) + 1e-6)
+    return (salience + 0.09 * variance * scale).mean(dim=-1)
+
+
+def _quotas(score: Tensor, sizes: Tensor, keep: int) -> Tensor:
+    """`[image, run]` tokens of each run, exactly `keep` in all."""
+    quotas = (score / (score.sum(dim=-1, keepdim=True) + 1e-6) * keep).floor().long().minimum(sizes)
+    best = score.argsort(dim=-1, descending=True, stable=True)
+    while bool(((missing := keep - quotas.sum(dim=-1, keepdim=True)) > 0).any()):
+        room = (quotas < sizes).gather(1, best)  # in the order of scores
+        more = room & (room.cumsum(dim=-1) <= missing)
+        quotas = quotas + torch.zeros_like(quotas).scatter(1, best, more.long())
+    return quotas

@@ -1,0 +1,135 @@
+"""MustDrop. Liu et al., arXiv:2411.10803. Three stages: merge in the vision tower, filter in the decoder, forget after prefill.
+
+    tower    behind the first block, windows of 3 × 3 patches whose mean pairwise cosine is at least `merge` become one token
+             each, their mean. Key set: the ⌈0.08 · n⌉ tokens that CLS attends to most in the tower's last block; it is never
+             dropped.
+    decoder  a = mean over heads of the attention of the text after the picture, in the layer before the cut. Token j is
+             dropped if Σ_t a_tj < g · Σ_j Σ_t a_tj  and  max_t a_tj < u                           (thresholds, as published),
+             or if it is not among the key set and the best K by Σ_t a_tj                  (target count, ours)
+    cache    once prefill is over, decoder layers from `cache_layer` on keep only what the last cut left
+
+Differs from the official code in: each picture merges for itself (there as many windows as the least similar picture of the
+batch); a merged token stands in the middle of its window and patches stay in raster order (there merged ones first); rows and
+columns that do not fill a window stay as they are; positions are kept, also for decoding steps (there a layer's own count of
+cached tokens). The code cuts after layers 2, 6, 10, 14: before 3, 7, 11, 15 here. Its default thresholds (1.0, 0.0) drop
+nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmprune.errors import UsageError
+from vlmprune.methods.base import Choice, TowerPruner, TowerState, alive_top, top
+from vlmprune.schedule import Budget, Schedule, Stage, stages
+from vlmprune.view import Facts, View
+
+LAYERS = (3, 7, 11, 15)
+WINDOW = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class MustDrop(TowerPruner):
+    """Merge what is alike, keep what the question reads. Default: target counts 40, 20, 14 and 10 % (our choice).
+
+    Args:
+        global_threshold, individual_threshold: g and u; given together they replace the target counts. Published for TextVQA:
+            about 192 tokens 0.001, 0.001; 128: 0.0012, 0.001; 64: 0.011, 0.01; for VizWiz 64: 0.005, 0.001.
+        merge: least similarity of a window that is merged in the tower; above 1 merges none.
+        windows: or exactly this many windows of each view, the most similar ones.
+        cache_layer: first decoder layer whose cache is cut after prefill; −1 for none.
+    """
+
+    name = "mustdrop"
+    paper = "arXiv:2411.10803"
+    note = "merges in the tower; target counts beside the paper's thresholds are ours; true positions"
+    needs = frozenset({"attention_from_text", "attention_from_cls_final"})
+    default = stages({3: 0.4, 7: 0.2, 11: 0.14, 15: 0.1})
+    first_layer = 1
+    official_positions = "compact"
+
+    global_threshold: float | None = None
+    individual_threshold: float | None = None
+    merge: float = 0.8
+    windows: int | None = None
+    cache_layer: int = 2
+
+    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
+        thresholds = [self.global_threshold, self.individual_threshold]
+        if None in thresholds and thresholds != [None, None]:
+            raise UsageError("mustdrop: global_threshold and individual_threshold go together: give both or neither.")
+        if self.thresholds:
+            for name in ("global_threshold", "individual_threshold"):
+                self._in_range(name, 0, math.inf)
+            if self.schedule is None and layer is None and (tokens, fraction) == (None, None):
+                everything = tuple(Stage(layer, Budget(fraction=1.0)) for layer in LAYERS)
+                object.__setattr__(self, "schedule", Schedule(everything))
+        super().__post_init__(layer, tokens, fraction, preset)
+        self._in_range("merge", -1, math.inf)
+        self._in_range("cache_layer", -1, math.inf, whole=True)
+        if self.windows is not None:
+            self._in_range("windows", 0, math.inf, whole=True)
+
+    @property
+    def thresholds(self) -> bool:
+        """Whether thresholds decide instead of counts."""
+        return self.global_threshold is not None
+
+    @property
+    def adaptive(self) -> bool:
+        return self.thresholds
+
+    def variant(self, facts: Facts) -> str:
+        return "thresholds" if self.thresholds else "target counts"
+
+    def plan(self, facts: Facts) -> Schedule:
+        super().plan(facts)
+        everything = Budget(fraction=1.0)
+        tower = (Stage(0, everything, "vision"),) if self.windows != 0 and (self.windows or self.merge <= 1) else ()
+        cache = (Stage(self.cache_layer, everything, "cache"),) if self.cache_layer >= 0 else ()
+        return Schedule((*tower, *self.cuts, *cache))
+
+    def cut(self, index: int, last: int, hidden: Tensor, state: TowerState) -> tuple[Tensor, Tensor] | None:
+        per_side = state.side // WINDOW
+        if index or not per_side:
+            return None
+        window, middle = _windows(state.side, hidden.device)  # [window, 9], [window]
+        unit = normalize(hidden.float(), dim=-1)[:, window]  # [view, window, 9, dim]
+        similar = (unit.sum(dim=2).square().sum(dim=-1) - unit.square().sum(dim=(2, 3))) / (WINDOW**2 * (WINDOW**2 - 1))
+        merged = similar >= self.merge
+        if self.windows is not None:
+            merged = alive_top(similar, torch.full(similar.shape[:1], self.windows, device=hidden.device), None)
+        mean = hidden[:, window].float().mean(dim=2).to(hidden.dtype)
+        hidden = hidden.clone()
+        hidden[:, middle] = torch.where(merged[..., None], mean, hidden[:, middle])
+        alive = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        alive[:, window] = ~merged[..., None]
+        alive[:, middle] = True
+        return alive, hidden
+
+    def select(self, see: View, keep: int) -> Tensor | Choice:
+        keys = top(see.attention_from_cls_final.mean(dim=1), min(math.ceil(0.08 * see.entered), see.visual))
+        key_set = torch.zeros(see.images, see.visual, dtype=torch.bool, device=keys.device).scatter(1, keys, True)
+        attention = see.attention_from_text.mean(dim=1)  # [image, text, visual]
+        mass = attention.sum(dim=1)
+        if not self.thresholds:
+            return top(mass + key_set * (mass.sum(dim=-1, keepdim=True) + 1), keep)  # the key set above all others
+        weak = (mass < self.global_threshold * mass.sum(dim=-1, keepdim=True)) & (
+            attention.amax(dim=1) < self.individual_threshold
+        )
+        return Choice([row.nonzero()[:, 0] for row in key_set | ~weak])
+
+
+def _windows(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Raster indices of the patches of every full window `[window, 9]`, and of its middle `[window]`."""
+    start = torch.arange(side // WINDOW, device=device) * WINDOW
+    inside = torch.arange(WINDOW, device=device)
+    row = start[:, None, None, None] + inside[:, None]  # [row of windows, 1, 3, 1]
+    column = start[:, None, None] + inside  # [column of windows, 1, 3]
+    window = (row * side + column).reshape(-1, WINDOW**2)
+    return window, window[:, WINDOW**2 // 2]

@@ -1,0 +1,140 @@
+"""SparseVLM. Zhang et al., ICML 2025, arXiv:2410.04417. Words that look at the picture rate it; what they drop is recycled.
+
+    raters   r_t = mean_v softmax_t( x_v · x_t ) of what enters the language model; the words with r_t above the mean of all
+    v1.5     s_j = mean over heads and raters of the attention in the layer before the cut. Of the n dropped tokens, the best
+             ⌊0.3 · n⌋ + 1 are clustered (density peaks) into c = ⌊(⌊0.3 · n⌋ + 1) / 10⌋ + 1, which are kept as their means
+    v2       attention is divided by what rotary positions alone would give, B = (rotated 1)·(rotated 1) / √d, and only the 14
+             heads with the largest mass count; nothing is recycled
+
+K counts clusters too: K = k + c, the presets add c to the published k. Differs from the official code in: a cluster stands at
+its centre's place (there behind all kept tokens), positions are kept (v1.5: renumbered), equal densities go to the lower index
+(there decided by noise), all words rate if none lies above the mean. The code cuts after layers 2, 6, 15: before 3, 7, 16 here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmprune.methods.base import Choice, Pruner, top
+from vlmprune.schedule import Stage, stages
+from vlmprune.view import View
+
+HEADS = 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseVLM(Pruner):
+    """Keep what picture-minded words attend to.
+
+    Args:
+        version: 1.5 (recycles) or 2 (corrects for position).
+    """
+
+    name = "sparsevlm"
+    paper = "arXiv:2410.04417 (ICML 2025)"
+    note = "K counts recycled clusters; they stand at their centres' places"
+    default = stages({3: 76, 7: 33, 16: 19})
+    first_layer = 1
+    presets = {  # noqa: RUF012
+        "v1.5-192": stages({3: 309, 7: 204, 16: 113}),
+        "v1.5-128": stages({3: 312, 7: 117, 16: 39}),
+        "v1.5-96": stages({3: 249, 7: 55, 16: 27}),
+        "v1.5-64": stages({3: 82, 7: 32, 16: 18}),
+        "v2-192": stages({3: 300, 7: 200, 16: 118}),
+        "v2-128": stages({3: 238, 7: 108, 16: 60}),
+        "v2-96": stages({3: 246, 7: 54, 16: 28}),
+        "v2-64": stages({3: 66, 7: 34, 16: 20}),
+    }
+    needs = frozenset({"embeddings", "text_embeddings", "text_valid", "attention_from_text", "features"})
+    official_positions = "compact"
+
+    version: float = 1.5
+
+    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
+        super().__post_init__(layer, tokens, fraction, preset)
+        self._one_of("version", (1.5, 2))
+
+    def needs_at(self, stage: Stage) -> frozenset[str]:
+        return self.needs if self.version == 1.5 else self.needs - {"features"} | {"rotary", "text_rotary"}
+
+    def select(self, see: View, keep: int) -> Tensor | Choice:
+        rating = raters(see.embeddings, see.text_embeddings, see.text_valid)  # [image, text]
+        attention = see.attention_from_text * rating[:, None, :, None]
+        if self.version == 2:
+            attention = _strongest_heads(attention / _rotary_alone(see.text_rotary, see.rotary)[:, None])
+        score = attention.sum(dim=(1, 2))  # the mean's divisors are the same for every token
+        plain, clusters = _split(keep, see.visual) if self.version == 1.5 else (keep, 0)
+        if not clusters:
+            return top(score, keep)
+        kept = top(score, plain)
+        centres, means = _recycle(see.features, score, kept, clusters)
+        index, order = torch.cat((kept, centres), dim=1).sort(dim=1)
+        return Choice(index, _rows(torch.cat((_rows(see.features, kept), means), dim=1), order))
+
+
+def raters(visual: Tensor, text: Tensor, valid: Tensor) -> Tensor:
+    """`[image, text]` bool of the words that rate, from embeddings `[image, visual, dim]` and `[image, text, dim]`."""
+    likeness = visual.float() @ text.float().transpose(1, 2)
+    share = likeness.masked_fill(~valid[:, None], -torch.inf).softmax(dim=-1)
+    weight = share.nanmean(dim=1)  # rows that the tower dropped are NaN
+    above = (weight > weight.sum(dim=-1, keepdim=True) / valid.sum(dim=-1, keepdim=True)) & valid
+    return torch.where(above.any(dim=-1, keepdim=True), above, valid)
+
+
+def recycled(dropped: int) -> tuple[int, int]:
+    """Of so many dropped tokens: how many are recycled, and into how many clusters."""
+    tokens = int(0.3 * dropped) + 1 if dropped else 0
+    return tokens, tokens // 10 + 1 if dropped else 0
+
+
+def _split(keep: int, visual: int) -> tuple[int, int]:
+    """K as plain tokens and clusters: as few clusters as there can be; a K of one cluster only is one plain token."""
+    for plain in range(keep, 0, -1):
+        clusters = recycled(visual - plain)[1]
+        if plain + clusters == keep:
+            return plain, clusters
+    return keep, 0
+
+
+def _recycle(features: Tensor, score: Tensor, kept: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """Centres `[image, cluster]` and means `[image, cluster, dim]` of the best dropped tokens' clusters."""
+    visual, taken = features.shape[1], kept.shape[1]
+    ranked = score.scatter(1, kept, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    chosen = ranked[:, : recycled(visual - taken)[0]]  # [image, n], best first
+    x = _rows(features, chosen).float()
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
+    density = (-distance.topk(min(clusters, x.shape[1]), dim=-1, largest=False).values.square().mean(dim=-1)).exp()
+    rank = density.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    denser = rank[:, None, :] < rank[:, :, None]
+    largest = distance.amax(dim=(1, 2))
+    peak = distance.masked_fill(~denser, torch.inf).amin(dim=-1).minimum(largest[:, None])
+    centre = (density * peak).argsort(dim=-1, descending=True, stable=True)[:, :clusters]
+    home = distance.gather(2, centre[:, None].expand(-1, x.shape[1], -1)).argmin(dim=-1)
+    home = home.scatter(1, centre, torch.arange(clusters, device=x.device).expand_as(centre))
+    member = torch.nn.functional.one_hot(home, clusters).float()  # [image, n, cluster]
+    means = member.transpose(1, 2) @ x / member.sum(dim=1)[..., None]
+    return chosen.gather(1, centre), means.to(features.dtype)
+
+
+def _rotary_alone(text: Tensor, visual: Tensor) -> Tensor:
+    """`[image, text, visual]` score of a query and a key of ones, from cosines and sines `[image, token, 2, dim]`."""
+
+    def rotated(table: Tensor) -> Tensor:
+        cos, sin = table.float().unbind(dim=2)
+        half = cos.shape[-1] // 2
+        return torch.cat((cos[..., :half] - sin[..., :half], cos[..., half:] + sin[..., half:]), dim=-1)
+
+    return rotated(text) @ rotated(visual).transpose(1, 2) / visual.shape[-1] ** 0.5
+
+
+def _strongest_heads(attention: Tensor) -> Tensor:
+    """`[image, head, text, visual]` with all but the heads of the largest mass at zero."""
+    heads = top(attention.sum(dim=(2, 3)), min(HEADS, attention.shape[1]))
+    return attention * torch.zeros_like(attention[:, :, :1, :1]).scatter(1, heads[..., None, None], 1)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,0 +1,64 @@
+"""Token merging in the manner of ToMe. Bolya et al., ICLR 2023, arXiv:2210.09461. Nothing is dropped, the like are averaged.
+
+    repeat  A = every other token, B = the rest; each of A finds its most similar one in B (cosine of features);
+            the r most similar pairs become one token each, the mean weighted by how many tokens each stands for
+    until   K tokens are left; r = min(n − K, ⌊n / 2⌋)
+
+Differs from the paper in: done on the tokens of the language model, where the stage stands, instead of a few in every block of
+the tower; similar by features instead of keys; no proportional attention. A merged token stands where the one of B stood.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmprune.methods.base import Choice, Pruner
+from vlmprune.schedule import at
+from vlmprune.view import View
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToMe(Pruner):
+    """Merge the most similar tokens, pair by pair, whatever the question."""
+
+    name = "tome"
+    paper = "arXiv:2210.09461 (ICLR 2023)"
+    note = "merges; on the language model's tokens, not in the tower"
+    needs = frozenset({"features"})
+    default = at(layer=0, fraction=0.25)
+
+    def select(self, see: View, keep: int) -> Choice:
+        x = see.features.float()
+        weight = torch.ones(x.shape[:2], device=x.device)
+        place = torch.arange(see.visual, device=x.device).expand(see.images, see.visual)
+        while x.shape[1] > keep:
+            x, weight, place = _merge_once(x, weight, place, keep)
+        return Choice(place, x.to(see.features.dtype))
+
+
+def _merge_once(x: Tensor, weight: Tensor, place: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One round: `[image, token, dim]`, `[image, token]` tokens each stands for, `[image, token]` where it stands."""
+    a, b = x[:, ::2], x[:, 1::2]
+    pairs = min(x.shape[1] - keep, x.shape[1] // 2)
+    best, partner = (normalize(a, dim=-1) @ normalize(b, dim=-1).transpose(1, 2)).max(dim=-1)  # [image, a]
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    gone, stays = order[:, :pairs], order[:, pairs:].sort(dim=-1).values
+    home = partner.gather(1, gone)
+    weight_a, weight_b = weight[:, ::2], weight[:, 1::2]
+
+    def rows(values: Tensor, index: Tensor) -> Tensor:
+        return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+    moved = weight_a.gather(1, gone)
+    total = (b * weight_b[..., None]).scatter_add(
+        1, home[..., None].expand(-1, -1, b.shape[-1]), rows(a, gone) * moved[..., None]
+    )
+    weight_b = weight_b.scatter_add(1, home, moved)
+    place = torch.cat((place[:, ::2].gather(1, stays), place[:, 1::2]), dim=1)
+    place, order = place.sort(dim=1)
+    x = rows(torch.cat((rows(a, stays), total / weight_b[..., None]), dim=1), order)
+    return x, torch.cat((weight_a.gather(1, stays), weight_b), dim=1).gather(1, order), place

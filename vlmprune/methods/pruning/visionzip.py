@@ -1,0 +1,95 @@
+"""VisionZip. Yang et al., CVPR 2025, arXiv:2412.04467. What CLS looks at, and a summary of the rest.
+
+    dominant    the K − C patches with the most attention from CLS, summed over heads, in the block that feeds the projector
+    contextual  of the R others, every ⌊R / C⌋-th is a target; each remaining one joins the target with the most similar key
+                (cosine, mean over heads); a target becomes itself plus the mean of those that joined it, before the projector
+
+Differs from the official code in: K counts patches (there the CLS token takes one of the K places), contextual tokens stand
+where their targets were (there behind all others), any number of pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmprune.errors import UsageError
+from vlmprune.methods.base import Choice, Pruner, top
+from vlmprune.schedule import Schedule, Stage, at
+from vlmprune.view import Facts, View
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionZip(Pruner):
+    """Keep what the tower's CLS token attends to, and merge the rest into a few tokens.
+
+    Args:
+        contextual: how many of the kept tokens are merged ones; 5/32 of them if not given (10 of 64, 20 of 128, 30 of 192).
+    """
+
+    name = "visionzip"
+    paper = "arXiv:2412.04467 (CVPR 2025)"
+    note = "merges; K without the CLS token; merged tokens stand at their targets' places"
+    needs = frozenset({"attention_from_cls", "tower_keys", "tower_features", "features", "project"})
+    default = at(layer=0, tokens=64)
+    per_view = True
+
+    contextual: int | None = None
+
+    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
+        super().__post_init__(layer, tokens, fraction, preset)
+        if self.contextual is not None:
+            self._in_range("contextual", 0, math.inf, whole=True)
+
+    def plan(self, facts: Facts) -> Schedule:
+        if any(stage.layer for stage in self.cuts):
+            raise UsageError(
+                f"visionzip merges before the projector: its only place is layer=0, found {self.cuts.stages[-1].layer}."
+            )
+        return super().plan(facts)
+
+    def needs_at(self, stage: Stage) -> frozenset[str]:
+        return self.needs
+
+    def select(self, see: View, keep: int) -> Choice:
+        merged = min(math.floor(keep * 5 / 32 + 0.5) if self.contextual is None else self.contextual, keep)
+        dominant = top(see.attention_from_cls.sum(dim=1), keep - merged)  # over heads
+        if not merged:
+            return Choice(dominant)
+        others = _others(dominant, see.visual)  # [image, R]
+        stride = max(1, others.shape[1] // merged)
+        is_target = torch.zeros(others.shape[1], dtype=torch.bool, device=others.device)
+        is_target[: stride * merged : stride] = True
+        targets, joining = others[:, is_target], others[:, ~is_target]
+        zipped = _join(see.tower_keys, see.tower_features, targets, joining)
+        index, order = torch.cat((dominant, targets), dim=1).sort(dim=1)
+        features = torch.cat((_rows(see.features, dominant), see.project(zipped)), dim=1)
+        return Choice(index, _rows(features, order))
+
+
+def _join(keys: Tensor, features: Tensor, targets: Tensor, joining: Tensor) -> Tensor:
+    """`[image, target, dim]` features of the targets, plus the mean of those that joined each."""
+    similarity = normalize(_rows(keys, joining), dim=-1) @ normalize(_rows(keys, targets), dim=-1).transpose(1, 2)
+    home = similarity.argmax(dim=-1)  # [image, joining]
+    x = features.float()
+    total = torch.zeros_like(_rows(x, targets)).scatter_add(1, _wide(home, x), _rows(x, joining))
+    count = torch.zeros_like(targets, dtype=x.dtype).scatter_add(1, home, torch.ones_like(home, dtype=x.dtype))
+    return (_rows(x, targets) + total / count.clamp_min(1)[..., None]).to(features.dtype)
+
+
+def _others(chosen: Tensor, visual: int) -> Tensor:
+    """Rising indices `[image, visual − chosen]` of what was not chosen."""
+    taken = torch.zeros(len(chosen), visual, dtype=torch.int8, device=chosen.device).scatter(1, chosen, 1)
+    return taken.argsort(dim=1, stable=True)[:, : visual - chosen.shape[1]]
+
+
+def _wide(index: Tensor, x: Tensor) -> Tensor:
+    return index[..., None].expand(-1, -1, x.shape[-1])
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, _wide(index, x))

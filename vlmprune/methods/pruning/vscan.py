@@ -1,0 +1,75 @@
+"""VScan. Zhang et al., arXiv:2505.22654. A local and a global scan of the picture, and a second look half-way through the
+decoder.
+
+    local    in each of 4 × 4 windows of a view, the ⌊⌊K/2⌋ / 16⌋ patches with the most attention from CLS in an early block
+    global   of the rest, those with the most attention from CLS in the block that feeds the projector, until there are K
+    merge    every other token is added to its nearest kept one (cosine), which is then divided by 1 + the number added
+    decoder  at later stages, what the last prompt token is about to attend to (PyramidDrop's rule)
+
+Differs from the official code in: exactly K tokens (the global scan makes up for windows that cannot be shared out evenly;
+there fewer survive), windows that need not divide the picture, positions (survivors keep theirs). The early block is a quarter
+into the tower (5 of 24).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmprune.methods.base import Choice, Pruner, top
+from vlmprune.schedule import Stage, stages
+from vlmprune.view import View
+
+WINDOWS = 4
+"""Per side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VScan(Pruner):
+    """Keep salient patches of every part of the picture, then what the question needs. Default: 96, and 32 from layer 16 on."""
+
+    name = "vscan"
+    paper = "arXiv:2505.22654"
+    note = "merges; original positions"
+    needs = frozenset({"attention_from_cls", "attention_from_cls_early", "features", "cell"})
+    default = stages({0: 96, 16: 32})
+    per_view = True
+
+    def needs_at(self, stage: Stage) -> frozenset[str]:
+        return self.needs if stage.layer == 0 else frozenset({"attention_of_layer"})
+
+    def select(self, see: View, keep: int) -> Tensor | Choice:
+        if see.layer:
+            return top(see.attention_of_layer.mean(dim=1), keep)
+        local = self._local(see, keep)
+        salient = see.attention_from_cls.mean(dim=1)  # [image, visual]
+        kept = top(salient.masked_fill(local, torch.inf), keep)
+        return Choice(kept, merge_into_nearest(see.features, kept))
+
+    def _local(self, see: View, keep: int) -> Tensor:
+        """`[image, visual]` bool of what the local scan keeps."""
+        row, column = see.cell // see.side, see.cell % see.side
+        window = row * WINDOWS // see.side * WINDOWS + column * WINDOWS // see.side
+        early = see.attention_from_cls_early.mean(dim=1)
+        local = torch.zeros_like(window, dtype=torch.bool)
+        for number in range(WINDOWS**2):
+            here = window == number
+            rank = early.masked_fill(~here, -1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            local |= here & (rank < keep // 2 // WINDOWS**2)
+        return local
+
+
+def merge_into_nearest(features: Tensor, kept: Tensor) -> Tensor:
+    """`[image, keep, dim]`: kept tokens, each averaged with the others `[image, visual, dim]` that are nearest to it."""
+    images, visual, dim = features.shape
+    x = features.float()
+    wide = kept[..., None].expand(-1, -1, dim)
+    centres = x.gather(1, wide)
+    home = (normalize(x, dim=-1) @ normalize(centres, dim=-1).transpose(1, 2)).argmax(dim=-1)  # [image, visual]
+    added = torch.ones(images, visual, device=x.device).scatter(1, kept, 0)  # a kept token joins nobody
+    total = centres.scatter_add(1, home[..., None].expand_as(x), x * added[..., None])
+    count = torch.ones(kept.shape, device=x.device).scatter_add(1, home, added)
+    return (total / count[..., None]).to(features.dtype)

@@ -1,0 +1,245 @@
+"""Inside the vision tower: what is seen there, what is dropped there, and how both reach the language model.
+
+Two facts of transformers decide the form. Between tower and language model, features are cut up, un-padded, copied for beams
+and cached by the user, so nothing that is told beside them stays in step. And the number of features must match the prompt.
+Hence
+
+* what the tower knew of a token is filed under the token's own features (`RowMemory`);
+* a view that was shortened inside the tower leaves the projector at full length, with NaN in the rows of dropped patches; a cut
+  before the first decoder layer removes them. Forgetting that cut would be loud.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import UsageError
+from vlmprune.kernels.attention_mass import attention_mass
+from vlmprune.methods.base import Block, TowerPruner, TowerState
+from vlmprune.reduction import Reduction
+from vlmprune.schedule import Budget
+from vlmprune.view import Facts
+
+MEMORY_ROWS = 1 << 17
+"""Visual tokens whose past in the tower is remembered (227 pictures of 576), and at least the last pass."""
+
+NAMED_BY = 128
+"""Leading numbers of a feature row that name it."""
+
+
+class TowerPass:
+    """One pass through a vision tower.
+
+    Args:
+        facts: what is known of the tower.
+        last: block whose output feeds the projector.
+        wanted: probes to take.
+        pruner: the method that works inside the tower, or None.
+        budget: what that method shall keep of each view.
+        cuts: False where the method only watches.
+        views, patches: shape of what enters the first block; for a packed tower (Qwen-VL) one view after another in `lengths`.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        last: int,
+        wanted: frozenset[str],
+        pruner: TowerPruner | None,
+        budget: Budget | None,
+        cuts: bool,
+        lengths: Sequence[int],
+        views: int,
+        device: torch.device,
+    ) -> None:
+        self.facts, self.last, self.wanted, self.pruner, self.cuts = facts, last, wanted, pruner, cuts
+        self.lengths, self.views, self.device = list(lengths), views, device
+        self.seen: dict[str, Tensor] = {}
+        self.shortened = False
+        self._segment = (-1, -1)  # block and view that were watched last, in a packed tower
+        self.states = [self._state(length, budget) for length in lengths]
+
+    def _state(self, patches: int, budget: Budget | None) -> TowerState:
+        views = 1 if self.packed else self.views
+        tokens = patches // self.facts.unit
+        target = (tokens if budget is None else budget.resolve(tokens)) * self.facts.unit
+        cells = torch.arange(patches, device=self.device).expand(views, patches)
+        return TowerState(facts=self.facts, target=target, cells=cells, side=round(patches**0.5))
+
+    @property
+    def packed(self) -> bool:
+        """Views stand one after the other in one sequence without CLS tokens."""
+        return not self.facts.cls
+
+    # -- attention of a block --------------------------------------------------------------------------------------------
+
+    def see(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        """Attention of block `index`, `[view, head, token, dim]` each; in a packed tower one view at a time, in their order."""
+        state = self.states[0]
+        if self.packed:
+            view = self._segment[1] + 1 if self._segment[0] == index else 0
+            self._segment = (index, view)
+            state = self.states[view]
+        valid = None
+        if self.facts.cls and state.valid is not None:
+            valid = torch.nn.functional.pad(state.valid, (1, 0), value=True)
+        if self.pruner is not None and (not self.cuts or state.cells.shape[1] > state.target):
+            block = Block(index, self.last, query, key, value, scaling, self.facts.cls, valid)
+            self.pruner.watch(block, state)
+
+    def note(self, probe: str, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Take a probe of a tower with CLS tokens from one block's attention."""
+        if probe == "tower_keys":
+            self.seen[probe] = key[:, :, 1:].float().mean(dim=1)  # [view, patch, dim]
+            return
+        valid = self.states[0].valid
+        visible = None if valid is None else torch.nn.functional.pad(valid, (1, 0), value=True)[:, None]
+        attention = attention_mass(query[:, :, :1], key, scaling, visible)[:, :, 1:]
+        self.seen[probe] = attention.transpose(1, 2)  # [view, patch, head]
+
+    # -- shortening ------------------------------------------------------------------------------------------------------
+
+    def shorten_views(self, index: int, hidden: Tensor) -> Tensor:
+        """What enters block `index` of a tower with CLS tokens: `[view, 1 + patch, dim]` -> `[view, 1 + kept, dim]`."""
+        assert self.pruner is not None
+        (state,) = self.states
+        alive = self.pruner.cut(index - 1, self.last, hidden[:, 1:], state)
+        if alive is None:
+            return hidden
+        stays, patches = alive
+        return torch.cat((hidden[:, :1], self._apply(state, stays, patches)), dim=1)
+
+    def shorten_packed(self, index: int, hidden: Tensor) -> Tensor:
+        """What enters block `index` of a packed tower: `[patch, dim]` -> `[kept, dim]`."""
+        assert self.pruner is not None
+        lengths = [state.cells.shape[1] for state in self.states]
+        pieces = []
+        for state, patches in zip(self.states, hidden.split(lengths), strict=True):
+            alive = self.pruner.cut(index - 1, self.last, patches[None], state)
+            pieces.append(patches if alive is None else self._apply(state, *alive)[0])
+        return torch.cat(pieces) if self.shortened else hidden
+
+    def packed_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a block of a packed tower, for the patches that are left."""
+        if not self.shortened:
+            return kwargs
+        starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
+        rows = torch.cat([state.cells[0] + start for state, start in zip(self.states, starts, strict=False)])
+        kept = torch.tensor([0, *(state.cells.shape[1] for state in self.states)], device=rows.device).cumsum(0)
+        rotary = tuple(part[rows.to(part.device)] for part in kwargs["position_embeddings"])
+        return {**kwargs, "position_embeddings": rotary, "cu_seqlens": kept.to(kwargs["cu_seqlens"].dtype)}
+
+    def _apply(self, state: TowerState, stays: Tensor, patches: Tensor) -> Tensor:
+        if state.valid is not None:
+            stays = stays & state.valid
+        reduction = Reduction.keeping(stays)
+        self.shortened = True
+        state.valid = None if reduction.dense else reduction.valid
+        state.cells = state.cells.gather(1, reduction.rows)
+        state.carried = {name: carried.gather(1, reduction.rows) for name, carried in state.carried.items()}
+        return reduction.gather(patches)
+
+    def mask(self, implementation: str, dtype: torch.dtype) -> Tensor | None:
+        """The attention mask of views of different lengths, in the form the implementation expects; None without padding."""
+        valid = self.states[0].valid
+        if valid is None:
+            return None
+        visible = torch.nn.functional.pad(valid, (1, 0), value=True)
+        if "flash" in implementation:
+            return visible
+        visible = visible[:, None, None]
+        if implementation == "eager":
+            return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
+        return visible
+
+    # -- behind the projector --------------------------------------------------------------------------------------------
+
+    def known(self, projected: Tensor, entering: Tensor) -> dict[str, Tensor]:
+        """The probes, one row per row of `projected` `[…, dim]`, from what entered the projector."""
+        found = dict(self.seen)
+        if "tower_features" in self.wanted:
+            found["tower_features"] = entering
+        if "flow" in self.wanted:
+            flow = torch.cat([state.carried["flow"][0] for state in self.states])
+            found["flow"] = flow.unflatten(0, (-1, self.facts.unit)).mean(dim=1)
+        if "cell" in self.wanted:
+            cells = self.states[0].cells
+            found["cell"] = cells
+            found["view"] = torch.arange(len(cells), device=cells.device)[:, None].expand_as(cells)
+            found["side"] = torch.full_like(cells, self.states[0].side)
+        rows = projected.flatten(0, -2).shape[0]
+        return {name: value.reshape(rows, *value.shape[projected.ndim - 1 :]) for name, value in found.items()}
+
+    def restore(self, projected: Tensor) -> Tensor:
+        """Put the survivors back at their places among all, NaN elsewhere."""
+        if not self.shortened:
+            return projected
+        if not self.packed:
+            (state,) = self.states
+            full = projected.new_full((len(projected), self.lengths[0] + 1, projected.shape[-1]), torch.nan)
+            target = state.cells if state.valid is None else torch.where(state.valid, state.cells, self.lengths[0])
+            return full.scatter(1, target[..., None].expand_as(projected), projected)[:, :-1]
+        unit, pieces = self.facts.unit, []
+        kept = [state.cells.shape[1] // unit for state in self.states]
+        for patches, tokens in zip(self.lengths, projected.split(kept), strict=True):
+            # FlowCut's Qwen code merges each four consecutive survivors and gives them the first places of the picture.
+            missing = tokens.new_full((patches // unit - len(tokens), tokens.shape[-1]), torch.nan)
+            pieces.append(torch.cat((tokens, missing)))
+        return torch.cat(pieces)
+
+
+class RowMemory:
+    """What the tower knew of each visual token, filed under the token's features. The oldest passes are forgotten."""
+
+    def __init__(self) -> None:
+        self._passes: tuple[tuple[Tensor, Tensor, dict[str, Tensor]], ...] = ()
+
+    def remember(self, features: Tensor, known: dict[str, Tensor]) -> None:
+        """File `known`, `[row, …]` each, under `features` `[row, dim]`."""
+        names, order = row_names(features).sort()
+        passes, rows = [(names, order, known)], len(names)
+        for earlier in self._passes:
+            rows += len(earlier[0])
+            if rows > MEMORY_ROWS:
+                break
+            passes.append(earlier)
+        self._passes = tuple(passes)
+
+    def recall(self, features: Tensor) -> dict[str, Tensor]:
+        """What is known of `features` `[row, dim]`, one row each.
+
+        Raises:
+            UsageError: they did not come from the wrapped model's tower.
+        """
+        wanted = row_names(features)
+        for names, order, known in self._passes:
+            names = names.to(wanted.device)
+            place = torch.searchsorted(names, wanted).clamp_(max=len(names) - 1)
+            if bool((names[place] == wanted).all()):
+                rows = order.to(wanted.device)[place]
+                return {name: value[rows.to(value.device)].to(wanted.device) for name, value in known.items()}
+        raise UsageError(
+            "what the vision tower saw of a picture is unknown: its features were computed before the model was wrapped, or "
+            "long ago; pass pixel_values instead of encoded features."
+        )
+
+    def clear(self) -> None:
+        self._passes = ()
+
+
+def row_names(features: Tensor) -> Tensor:
+    """`[row]` int64 names for the content of `features` `[row, dim]`: a random sum over the bits of their leading numbers."""
+    bits = features[:, :NAMED_BY].detach().contiguous()
+    bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]).long()
+    return (bits * _multipliers(bits.shape[1]).to(bits.device)).sum(dim=1)  # wraps, which is as good
+
+
+@cache
+def _multipliers(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1
