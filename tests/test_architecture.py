@@ -13,9 +13,11 @@ import vlmprune
 
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
 LEVELS = [
-    {"vlmprune.errors", "vlmprune.reduction", "vlmprune.cost", "vlmprune.draw"},
-    {"vlmprune.schedule", "vlmprune.layout", "vlmprune.view", "vlmprune.cache", "vlmprune.kernels"},
-    {"vlmprune.methods.base", "vlmprune.adapters", "vlmprune.attention"},
+    {"vlmprune.errors", "vlmprune.cost", "vlmprune.draw"},
+    {"vlmprune.schedule", "vlmprune.layout", "vlmprune.view", "vlmprune.kernels"},
+    {"vlmprune.reduction"},
+    {"vlmprune.cache", "vlmprune.methods.base", "vlmprune.adapters", "vlmprune.attention"},
+    {"vlmprune.tower", "vlmprune.methods.merging"},
     {"vlmprune.methods.pruning"},
     {"vlmprune.methods"},
     {"vlmprune.recipe", "vlmprune.run"},

@@ -26,7 +26,11 @@ def refused(model, recipe, sentence):
 
 def test_unknown_family():
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    refused(LlamaForCausalLM(config), RECIPE, "unknown model family: looked for config.model_type among llava, qwen2_5_vl")
+    refused(
+        LlamaForCausalLM(config),
+        RECIPE,
+        "unknown model family: looked for config.model_type among llava, llava_next, qwen2_5_vl, qwen2_vl",
+    )
     refused(LlamaForCausalLM(config), RECIPE, "found 'llama'")
     refused(nn.Linear(2, 2), RECIPE, "found None")
 
@@ -152,7 +156,7 @@ def test_features_encoded_before_wrapping():
         encoded = model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
     called(
         model,
-        "the CLS attention of a picture is unknown",
+        "what the vision tower saw of a picture is unknown",
         "cls:fraction=0.5",
         mm_encoder_outputs={"image": copy.copy(encoded)},
         **inputs,
@@ -191,5 +195,9 @@ def test_method_with_a_wrong_count(monkeypatch):
     """A broken method is a programming error, and loud."""
     monkeypatch.setattr(vp.Random, "select", lambda self, see, keep: torch.zeros(1, keep + 1, dtype=torch.long))
     model = shared("llava")
-    with vp.wrap(model, RECIPE), torch.no_grad(), pytest.raises(RuntimeError, match=r"random.select returned shape"):
+    with (
+        vp.wrap(model, RECIPE),
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"random.select chose \[9\] tokens of 1 pictures, expected 8"),
+    ):
         model(**make_inputs("llava", model, [["text2", "image", "text2"]]))

@@ -24,12 +24,13 @@ from tiny_models import FIRST_WORD, VOCAB, build, make_inputs, shared
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import vlmprune as vp
-from vlmprune import attach, probes
+from vlmprune import tower
 from vlmprune.adapters.llava import LLAVA
 from vlmprune.adapters.qwen_vl import QWEN2_5_VL
 from vlmprune.cache import PrunedLayer, pruned_layer
 from vlmprune.kernels.select_diverse import select_diverse
 from vlmprune.reduction import Reduction
+from vlmprune.run import Call
 from vlmprune.view import View
 
 FAMILIES = ("llava", "qwen2_5_vl")
@@ -248,18 +249,22 @@ def test_cls_block_counts_like_hidden_states():
         assert LLAVA.tower.feature_block(config) == block
 
 
-def test_fingerprints_tell_orders_apart():
-    features = torch.randn(1, 6, 8)
-    assert probes._fingerprints(features) != probes._fingerprints(features.flip(1))
+def test_names_of_rows_tell_contents_apart():
+    rows = torch.randn(64, 200)
+    names = tower.row_names(torch.cat((rows, rows.flip(1), -rows)))
+    assert len(names.unique()) == 3 * 64
+    assert torch.equal(tower.row_names(rows), names[:64])
 
 
-def test_cls_memory_forgets_the_oldest(monkeypatch):
-    monkeypatch.setattr(probes, "CLS_MEMORY", 2)
+def test_tower_memory_forgets_the_oldest(monkeypatch):
+    monkeypatch.setattr(tower, "MEMORY_ROWS", 64)
     model = shared("llava")
     with vp.wrap(model, "cls:fraction=0.5") as run:
         for seed in range(4):
             model(**make_inputs("llava", model, [["image", "image", "text3"]], seed))
-        assert len(run._cls._known) == 2
+        assert len(run._memory._passes) == 2
+        model(**make_inputs("llava", model, [["image"] * 5 + ["text3"]]))  # more than is remembered: its own pass always is
+        assert len(run._memory._passes) == 1
 
 
 def test_cls_after_a_cut():
@@ -329,11 +334,16 @@ def test_report_of_bfloat16_and_of_a_later_turn():
 
 
 def test_every_layer_may_have_its_own_rotary():
-    call = attach.Call(reduction=Reduction.keeping(torch.tensor([[True, False, True]])))
+    call = Call(reduction=Reduction.keeping(torch.tensor([[True, False, True]])))
     one, two = ((torch.full((1, 3, 2), x), torch.full((1, 3, 2), -x)) for x in (1.0, 2.0))
-    assert attach._rotary(call, one)[0].unique().tolist() == [1]
-    assert attach._rotary(call, two)[0].unique().tolist() == [2]
-    assert attach._rotary(call, one)[0] is attach._rotary(call, one)[0]
+    with vp.wrap(shared("llava"), "random:layer=1,fraction=0.5") as run:
+
+        def rotary(full):
+            return run._rotary(2, call, torch.zeros(1, 3, 4), None, {"position_embeddings": full})
+
+        assert rotary(one)[0].unique().tolist() == [1]
+        assert rotary(two)[0].unique().tolist() == [2]
+        assert rotary(one)[0] is rotary(one)[0]
 
 
 def test_grids():

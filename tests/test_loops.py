@@ -329,6 +329,7 @@ def test_sparsevlm_cluster_by_hand():
     assert centres == [4, 1]  # the tighter pairs, 4 before its twin 5 and 1 before its twin 2
     assert assignment == [1, 1, 1, 0, 0, 0]
     assert loops.sparsevlm_cluster(torch.ones(3, 2), 1) == ([0], [0, 0, 0])
+    assert loops.sparsevlm_cluster(torch.ones(3, 2), 2) == ([0, 1], [0, 1, 0])  # a centre stays in its own cluster
 
 
 def test_sparsevlm_distances_are_scaled_by_the_root_of_the_width():

@@ -24,14 +24,24 @@ DEMO_RECIPE = "divprune:fraction=0.1"
 
 LOOKS_AT = {
     "features": "token features",
+    "normed_features": "token features",
+    "embeddings": "embeddings of tokens and words",
+    "text_embeddings": "embeddings of tokens and words",
+    "text_features": "embeddings of words",
     "attention_from_last": "attention of the last prompt token",
     "attention_from_text": "attention of the text",
     "attention_among_text": "attention within the text",
     "attention_of_layer": "attention of the last prompt token, one layer on",
+    "keys": "keys",
+    "values": "values",
+    "query_of_last": "attention of the last prompt token",
     "attention_from_cls": "attention of the tower's CLS token",
-    "identity": "nothing",
+    "attention_from_cls_early": "attention of the tower's CLS token",
+    "attention_from_cls_final": "attention of the tower's CLS token",
+    "tower_keys": "keys of the tower",
+    "flow": "attention and values in the tower",
 }
-"""Probes in a reader's words."""
+"""Probes in a reader's words; what only helps to read another probe is left out."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -152,9 +162,9 @@ def methods(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table("method", *(Column(name, overflow="fold") for name in ("paper", "looks at", "default", "note")))
+    table = Table(*(Column(title, overflow="fold") for title in COLUMNS.values()))
     for row in rows:
-        table.add_row(row["method"], row["paper"], row["looks_at"], row["default"], row["note"])
+        table.add_row(*(row[key] for key in COLUMNS))
     console.print(table)
 
 
@@ -173,27 +183,71 @@ def env(as_json: AsJson = False) -> None:
 
 def method_rows() -> list[dict[str, str]]:
     """One row per method; the README's table is made from the same rows."""
+    from vlmprune.adapters.registry import FAMILIES
     from vlmprune.methods import METHODS
+    from vlmprune.methods.base import TowerPruner
     from vlmprune.recipe import Recipe
 
-    return [
-        {
-            "method": name,
-            "paper": method.paper,
-            "looks_at": ", ".join(sorted(LOOKS_AT[need] for need in method.needs)) or "nothing",
-            "default": str(Recipe((method(),))),
-            "note": method.note,
-        }
-        for name, method in sorted(METHODS.items())
-    ]
+    rows = []
+    for name, method in sorted(METHODS.items()):
+        recipe = Recipe((method(),))
+        plans = {}
+        for family in FAMILIES.values():
+            try:
+                plans[family.name] = [stage for stage, _ in recipe.cuts(family.facts)]
+            except UsageError:
+                continue
+        stages = {stage.order: stage for plan in plans.values() for stage in plan}
+        needs = {need for plan in plans.values() for stage in plan if stage.site == "llm" for need in method().needs_at(stage)}
+        looks = {LOOKS_AT[need] for need in needs if need in LOOKS_AT}
+        if issubclass(method, TowerPruner):
+            looks.add(method.watches)
+        rows.append(
+            {
+                "method": name,
+                "paper": method.paper,
+                "cuts": _places([stages[order] for order in sorted(stages)]),
+                "families": "all" if len(plans) == len(FAMILIES) else ", ".join(plans),
+                "looks_at": ", ".join(sorted(looks)) or "nothing",
+                "default": str(recipe),
+                "note": method.note,
+            }
+        )
+    return rows
+
+
+def _places(stages: list[Any]) -> str:
+    """Where a method cuts, in a few words."""
+    layers = [stage.layer for stage in stages if stage.site == "llm"]
+    inside = [str(layer) for layer in layers if layer]
+    return ", ".join(
+        [
+            *(["in the tower"] if stages[0].site == "vision" else []),
+            *(["before the LLM"] if 0 in layers else []),
+            *([f"layer{'s' if len(inside) > 1 else ''} {', '.join(inside)}"] if inside else []),
+            *(["cache"] if stages[-1].site == "cache" else []),
+        ]
+    )
+
+
+COLUMNS = {
+    "method": "method",
+    "paper": "paper",
+    "cuts": "cuts",
+    "families": "families",
+    "looks_at": "scored by",
+    "default": "default",
+    "note": "where it differs",
+}
+"""Columns of the table of methods, with their titles."""
 
 
 def methods_markdown() -> str:
     """The table of the README."""
-    lines = ["| method | paper | looks at | default | note |", "|---|---|---|---|---|"]
+    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
     for row in method_rows():
-        default = row["default"].replace("|", "\\|")
-        lines.append(f"| `{row['method']}` | {row['paper']} | {row['looks_at']} | `{default}` | {row['note']} |")
+        cells = {**row, "method": f"`{row['method']}`", "default": f"`{row['default']}`".replace("|", "\\|")}
+        lines.append("| " + " | ".join(cells[key] for key in COLUMNS) + " |")
     return "\n".join(lines)
 
 

@@ -56,7 +56,7 @@ class Recipe:
                 raise UsageError(
                     f"{first.name} and {second.name} both cut at {after.place}: move one of them to another layer."
                 )
-            check_shrinks(before, after)
+            check_shrinks(before, after, views=facts is not None and facts.crops)
         return cuts
 
     @staticmethod
@@ -93,7 +93,15 @@ class Recipe:
         return " + ".join(_method_string(method) for method in self.methods)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
+        """The JSON form.
+
+        Raises:
+            UsageError: a parameter is an object that a file cannot hold.
+        """
+        for method in self.methods:
+            for key, value in _own(method).items():
+                if not isinstance(value, int | float | str):
+                    raise UsageError(f"a recipe file cannot hold {key} of {method.name}, found {value!r}: set it in Python.")
         return {"schema": SCHEMA, "methods": [_method_dict(method) for method in self.methods]}
 
     @staticmethod
@@ -205,7 +213,8 @@ def _schedule(name: str, cut: dict[str, Any]) -> Schedule:
     """Several cuts: every key given as a list of one length."""
     lists = {key: value if isinstance(value, list) else [value] for key, value in cut.items()}
     units = set(cut) - {"layer", "site"}
-    if len({len(values) for values in lists.values()}) != 1 or "layer" not in cut or len(units) != 1 or "preset" in units:
+    alike = len({(type(cut[key]) is list, len(values)) for key, values in lists.items()}) == 1
+    if not alike or "layer" not in cut or len(units) != 1 or "preset" in units:
         raise UsageError(
             f"{name}: several cuts need as many layers as budgets, for example layer=8|16,fraction=0.5|0.25; found "
             + ", ".join(f"{key}={value}" for key, value in cut.items())
@@ -239,13 +248,19 @@ def _method_dict(method: Pruner) -> dict[str, Any]:
 
 
 def _own(method: Pruner) -> dict[str, Any]:
-    """The fields that say neither when nor how many, positions only where they are not the default."""
-    own = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "schedule" and field.init}
-    return {key: value for key, value in own.items() if (key, value) != ("positions", "original") and value is not None}
+    """The fields that say neither when nor how many. A file holds the defaults too, lest they change."""
+    own = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "schedule"}
+    return {key: value for key, value in own.items() if value is not None}
+
+
+def _changed(method: Pruner) -> dict[str, Any]:
+    """Those of them that are not the default, for people."""
+    defaults = {field.name: field.default for field in fields(method)}
+    return {key: value for key, value in _own(method).items() if value != defaults[key]}
 
 
 def _method_string(method: Pruner) -> str:
     entry = _method_dict(method)
-    name = entry.pop("method")
-    values = {key: "|".join(map(str, value)) if isinstance(value, list) else value for key, value in entry.items()}
-    return f"{name}:" + ",".join(f"{key}={value}" for key, value in values.items())
+    values = {key: value for key, value in entry.items() if key in CUT_KEYS} | _changed(method)
+    shown = {key: "|".join(map(str, value)) if isinstance(value, list) else value for key, value in values.items()}
+    return f"{method.name}:" + ",".join(f"{key}={value}" for key, value in shown.items())

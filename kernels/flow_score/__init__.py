@@ -6,8 +6,9 @@ from torch import Tensor
 
 from vlmprune.kernels.dispatch import Impl, use_triton
 from vlmprune.kernels.flow_score import reference
+from vlmprune.kernels.flow_score.reference import entropy_ratio, share
 
-__all__ = ["flow_score"]
+__all__ = ["entropy_ratio", "flow_score", "share"]
 
 
 def flow_score(

@@ -43,3 +43,15 @@ def flow_score(
         relation = relation.masked_fill(~valid[:, None], lowest)
         semantic = semantic.masked_fill(~valid[:, None], lowest)
     return relation.softmax(-1).mean(1), semantic.softmax(-1).mean(1), value.mean(1).abs().sum(-1)
+
+
+def share(x: Tensor) -> Tensor:
+    """`[…, token]` each over the sum of all."""
+    return x / x.sum(dim=-1, keepdim=True)
+
+
+def entropy_ratio(relation: Tensor, present: Tensor) -> Tensor:
+    """`[view]` entropy of the relation `[view, token]` over its largest value, the log of the `present` `[view]` tokens: 1 if
+    all are alike, 0 if one has it all. Zeros, as on padding, have no entropy."""
+    p = share(relation.float())
+    return -torch.xlogy(p, p).sum(dim=-1) / present.clamp_min(2).float().log()

@@ -238,7 +238,9 @@ class TowerState:
 
 
 class TowerPruner(Pruner):
-    """A method that shortens the sequence inside the vision tower."""
+    """A method that shortens the sequence inside the vision tower; `watches` says by what, in a reader's words."""
+
+    watches: ClassVar[str]
 
     def watch(self, block: Block, state: TowerState) -> None:
         """Look at a block's attention."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmprune.methods.base import Pruner, top
+from vlmprune.methods.merging import rows
 from vlmprune.schedule import at
 from vlmprune.view import View
 
@@ -41,7 +42,7 @@ class DART(Pruner):
         own = _largest(norm, min(PIVOTS, keep))  # [image, pivot], largest first
         words = _largest(text_norm, min(PIVOTS, text_norm.shape[1]))
         visual, text = normalize(see.normed_features.float(), dim=-1), normalize(see.normed_text_features.float(), dim=-1)
-        pivots = torch.cat((_rows(visual, own), _rows(text, words)), dim=1)  # [image, pivot, dim]
+        pivots = torch.cat((rows(visual, own), rows(text, words)), dim=1)  # [image, pivot, dim]
         real = torch.cat((torch.ones_like(own, dtype=torch.bool), text_norm.gather(1, words) >= 0), dim=1)
         kept = torch.zeros(see.images, see.visual, dtype=torch.bool, device=visual.device).scatter(1, own, True)
         likeness = pivots @ visual.transpose(1, 2)  # [image, pivot, visual]
@@ -66,7 +67,3 @@ def _norm(keys: Tensor) -> Tensor:
 
 def _largest(norm: Tensor, count: int) -> Tensor:
     return norm.argsort(dim=-1, descending=True, stable=True)[:, :count]
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

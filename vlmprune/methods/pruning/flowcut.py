@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError
-from vlmprune.kernels.flow_score import flow_score
+from vlmprune.kernels.flow_score import entropy_ratio, flow_score, share
 from vlmprune.methods.base import Block, TowerPruner, TowerState, alive_top, top
 from vlmprune.schedule import Budget, Schedule, Stage
 from vlmprune.view import Facts, View
@@ -54,6 +54,7 @@ class FlowCut(TowerPruner):
     paper = "arXiv:2505.19536 (NeurIPS 2025)"
     note = "original positions; each view decides for itself; `unit` variant on Qwen2.5-VL is ours"
     needs = frozenset({"query_of_last", "value_of_last", "keys", "values"})
+    watches = "attention and values in the tower"
     default = Schedule((Stage(0, Budget(tokens=128), "vision"),))
 
     semantic_scale: Literal["code", "paper"] = "code"
@@ -113,7 +114,7 @@ class FlowCut(TowerPruner):
         if self.variant(state.facts) == "official":
             flow = relation * magnitude
         else:
-            flow = (_share(relation) + _share(semantic)) * magnitude
+            flow = (share(relation) + share(semantic)) * magnitude
         past = state.carried.get("flow")
         state.carried |= {"flow": flow if past is None else 0.5 * past + 0.5 * flow, "relation": relation}
 
@@ -134,20 +135,8 @@ class FlowCut(TowerPruner):
         if see.layer == 0:
             return top(see.flow, keep)
         scale = see.query_of_last.shape[-1] ** -0.5
-        terms = flow_score(see.query_of_last, see.keys, see.values, see.value_of_last, scale, scale)
-        relation, semantic, magnitude = terms
-        return top((_share(relation) + _share(semantic)) * magnitude, keep)
-
-
-def entropy_ratio(relation: Tensor, present: Tensor) -> Tensor:
-    """`[view]` entropy of the relation `[view, patch]` over its largest value, log of the `present` `[view]` patches: 1 if all
-    patches are alike, 0 if one has it all. Padding has no share."""
-    p = _share(relation.float())
-    return -torch.xlogy(p, p).sum(dim=-1) / present.clamp_min(2).float().log()
-
-
-def _share(x: Tensor) -> Tensor:
-    return x / x.sum(dim=-1, keepdim=True)
+        relation, semantic, magnitude = flow_score(see.query_of_last, see.keys, see.values, see.value_of_last, scale, scale)
+        return top((share(relation) + share(semantic)) * magnitude, keep)
 
 
 def _scaled(budget: Budget, tokens: float, fraction: float) -> Budget:

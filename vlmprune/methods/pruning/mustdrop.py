@@ -49,6 +49,7 @@ class MustDrop(TowerPruner):
     paper = "arXiv:2411.10803"
     note = "merges in the tower; target counts beside the paper's thresholds are ours; true positions"
     needs = frozenset({"attention_from_text", "attention_from_cls_final"})
+    watches = "patches of the tower"
     default = stages({3: 0.4, 7: 0.2, 11: 0.14, 15: 0.1})
     first_layer = 1
     official_positions = "compact"

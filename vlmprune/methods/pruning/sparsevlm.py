@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.methods.base import Choice, Pruner, top
+from vlmprune.methods.merging import density_peaks, gathered, rows
 from vlmprune.schedule import Stage, stages
 from vlmprune.view import View
 
@@ -72,7 +73,7 @@ class SparseVLM(Pruner):
         kept = top(score, plain)
         centres, means = _recycle(see.features, score, kept, clusters)
         index, order = torch.cat((kept, centres), dim=1).sort(dim=1)
-        return Choice(index, _rows(torch.cat((_rows(see.features, kept), means), dim=1), order))
+        return Choice(index, rows(torch.cat((rows(see.features, kept), means), dim=1), order))
 
 
 def raters(visual: Tensor, text: Tensor, valid: Tensor) -> Tensor:
@@ -101,22 +102,12 @@ def _split(keep: int, visual: int) -> tuple[int, int]:
 
 def _recycle(features: Tensor, score: Tensor, kept: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Centres `[image, cluster]` and means `[image, cluster, dim]` of the best dropped tokens' clusters."""
-    visual, taken = features.shape[1], kept.shape[1]
     ranked = score.scatter(1, kept, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    chosen = ranked[:, : recycled(visual - taken)[0]]  # [image, n], best first
-    x = _rows(features, chosen).float()
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
-    density = (-distance.topk(min(clusters, x.shape[1]), dim=-1, largest=False).values.square().mean(dim=-1)).exp()
-    rank = density.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    denser = rank[:, None, :] < rank[:, :, None]
-    largest = distance.amax(dim=(1, 2))
-    peak = distance.masked_fill(~denser, torch.inf).amin(dim=-1).minimum(largest[:, None])
-    centre = (density * peak).argsort(dim=-1, descending=True, stable=True)[:, :clusters]
-    home = distance.gather(2, centre[:, None].expand(-1, x.shape[1], -1)).argmin(dim=-1)
-    home = home.scatter(1, centre, torch.arange(clusters, device=x.device).expand_as(centre))
-    member = torch.nn.functional.one_hot(home, clusters).float()  # [image, n, cluster]
-    means = member.transpose(1, 2) @ x / member.sum(dim=1)[..., None]
-    return chosen.gather(1, centre), means.to(features.dtype)
+    chosen = ranked[:, : recycled(features.shape[1] - kept.shape[1])[0]]  # [image, n], best first
+    x = rows(features, chosen)
+    centre, home = density_peaks(x, clusters)
+    total, count = gathered(x, home, clusters)
+    return chosen.gather(1, centre), (total / count).to(features.dtype)
 
 
 def _rotary_alone(text: Tensor, visual: Tensor) -> Tensor:
@@ -134,7 +125,3 @@ def _strongest_heads(attention: Tensor) -> Tensor:
     """`[image, head, text, visual]` with all but the heads of the largest mass at zero."""
     heads = top(attention.sum(dim=(2, 3)), min(HEADS, attention.shape[1]))
     return attention * torch.zeros_like(attention[:, :, :1, :1]).scatter(1, heads[..., None, None], 1)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmprune.methods.base import Choice, Pruner
+from vlmprune.methods.merging import rows
 from vlmprune.schedule import at
 from vlmprune.view import View
 
@@ -49,9 +50,6 @@ def _merge_once(x: Tensor, weight: Tensor, place: Tensor, keep: int) -> tuple[Te
     gone, stays = order[:, :pairs], order[:, pairs:].sort(dim=-1).values
     home = partner.gather(1, gone)
     weight_a, weight_b = weight[:, ::2], weight[:, 1::2]
-
-    def rows(values: Tensor, index: Tensor) -> Tensor:
-        return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
     moved = weight_a.gather(1, gone)
     total = (b * weight_b[..., None]).scatter_add(

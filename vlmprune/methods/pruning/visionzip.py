@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vlmprune.errors import UsageError
 from vlmprune.methods.base import Choice, Pruner, top
+from vlmprune.methods.merging import gathered, nearest, others, rows
 from vlmprune.schedule import Schedule, Stage, at
 from vlmprune.view import Facts, View
 
@@ -60,36 +60,19 @@ class VisionZip(Pruner):
         dominant = top(see.attention_from_cls.sum(dim=1), keep - merged)  # over heads
         if not merged:
             return Choice(dominant)
-        others = _others(dominant, see.visual)  # [image, R]
-        stride = max(1, others.shape[1] // merged)
-        is_target = torch.zeros(others.shape[1], dtype=torch.bool, device=others.device)
+        rest = others(dominant, see.visual)  # [image, R]
+        stride = max(1, rest.shape[1] // merged)
+        is_target = torch.zeros(rest.shape[1], dtype=torch.bool, device=rest.device)
         is_target[: stride * merged : stride] = True
-        targets, joining = others[:, is_target], others[:, ~is_target]
+        targets, joining = rest[:, is_target], rest[:, ~is_target]
         zipped = _join(see.tower_keys, see.tower_features, targets, joining)
         index, order = torch.cat((dominant, targets), dim=1).sort(dim=1)
-        features = torch.cat((_rows(see.features, dominant), see.project(zipped)), dim=1)
-        return Choice(index, _rows(features, order))
+        features = torch.cat((rows(see.features, dominant), see.project(zipped)), dim=1)
+        return Choice(index, rows(features, order))
 
 
 def _join(keys: Tensor, features: Tensor, targets: Tensor, joining: Tensor) -> Tensor:
     """`[image, target, dim]` features of the targets, plus the mean of those that joined each."""
-    similarity = normalize(_rows(keys, joining), dim=-1) @ normalize(_rows(keys, targets), dim=-1).transpose(1, 2)
-    home = similarity.argmax(dim=-1)  # [image, joining]
-    x = features.float()
-    total = torch.zeros_like(_rows(x, targets)).scatter_add(1, _wide(home, x), _rows(x, joining))
-    count = torch.zeros_like(targets, dtype=x.dtype).scatter_add(1, home, torch.ones_like(home, dtype=x.dtype))
-    return (_rows(x, targets) + total / count.clamp_min(1)[..., None]).to(features.dtype)
-
-
-def _others(chosen: Tensor, visual: int) -> Tensor:
-    """Rising indices `[image, visual − chosen]` of what was not chosen."""
-    taken = torch.zeros(len(chosen), visual, dtype=torch.int8, device=chosen.device).scatter(1, chosen, 1)
-    return taken.argsort(dim=1, stable=True)[:, : visual - chosen.shape[1]]
-
-
-def _wide(index: Tensor, x: Tensor) -> Tensor:
-    return index[..., None].expand(-1, -1, x.shape[-1])
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, _wide(index, x))
+    home = nearest(rows(keys, joining), rows(keys, targets))
+    total, count = gathered(rows(features, joining), home, targets.shape[1])
+    return (rows(features, targets) + total / count.clamp_min(1)).to(features.dtype)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vlmprune.methods.base import Choice, Pruner, top
+from vlmprune.methods.merging import gathered, nearest, others, rows
 from vlmprune.schedule import Stage, stages
 from vlmprune.view import View
 
@@ -63,13 +63,7 @@ class VScan(Pruner):
 
 
 def merge_into_nearest(features: Tensor, kept: Tensor) -> Tensor:
-    """`[image, keep, dim]`: kept tokens, each averaged with the others `[image, visual, dim]` that are nearest to it."""
-    images, visual, dim = features.shape
-    x = features.float()
-    wide = kept[..., None].expand(-1, -1, dim)
-    centres = x.gather(1, wide)
-    home = (normalize(x, dim=-1) @ normalize(centres, dim=-1).transpose(1, 2)).argmax(dim=-1)  # [image, visual]
-    added = torch.ones(images, visual, device=x.device).scatter(1, kept, 0)  # a kept token joins nobody
-    total = centres.scatter_add(1, home[..., None].expand_as(x), x * added[..., None])
-    count = torch.ones(kept.shape, device=x.device).scatter_add(1, home, added)
-    return (total / count[..., None]).to(features.dtype)
+    """`[image, keep, dim]`: kept tokens, each averaged with the others of `[image, visual, dim]` that are nearest to it."""
+    centres, joining = rows(features, kept), rows(features, others(kept, features.shape[1]))
+    total, count = gathered(joining, nearest(joining, centres), kept.shape[1])
+    return ((centres.float() + total) / (1 + count)).to(features.dtype)
