@@ -116,7 +116,7 @@ def test_methods_and_families_do_not_know_each_other():
 def test_methods_and_families_are_short():
     for module, path in sources().items():
         if module.startswith(("vlmprune.methods.pruning.", "vlmprune.adapters.")):
-            assert len(path.read_text().splitlines()) <= 120, path
+            assert len(path.read_text().splitlines()) <= 150, path
 
 
 def test_import_is_cheap_and_lazy():

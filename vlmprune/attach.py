@@ -168,8 +168,8 @@ class Run:
         self._cuts = []
         for stage, method in self.recipe.cuts(self._facts):
             needs = method.needs_at(stage) if stage.site == "llm" else frozenset()
-            if method.per_view and self._facts.crops:
-                needs |= {"cell"}  # brings with it which view a token belongs to
+            if stage.site == "vision" or (method.per_view and self._facts.crops):
+                needs |= {"cell"}  # brings with it which view a token belongs to, and that this tower made it
             variant = method.variant(self._facts)
             self._cuts.append(_Cut(stage, method, needs, f"{method.name} ({variant})" if variant else method.name))
         self._layers = tuple(sorted({cut.stage.layer for cut in self._cuts}))
@@ -318,7 +318,7 @@ class Run:
 
     def _leave_projector(self, _: nn.Module, args: tuple[Any, ...], features: Tensor) -> Tensor:
         tower = self._thread.tower
-        if self._seen_in_tower:
+        if self._seen_in_tower and self.enabled:
             self._memory.remember(features.flatten(0, -2), tower.known(features, args[0]))
         return tower.restore(features)
 

@@ -210,6 +210,7 @@ def method_rows() -> list[dict[str, str]]:
                 "families": "all" if len(plans) == len(FAMILIES) else ", ".join(plans),
                 "looks_at": ", ".join(sorted(looks)) or "nothing",
                 "default": str(recipe),
+                "positions": method.official_positions,
                 "note": method.note,
             }
         )
@@ -237,6 +238,7 @@ COLUMNS = {
     "families": "families",
     "looks_at": "scored by",
     "default": "default",
+    "positions": "positions in its code",
     "note": "where it differs",
 }
 """Columns of the table of methods, with their titles."""

@@ -168,12 +168,18 @@ class TowerPass:
             flow = torch.cat([state.carried["flow"][0] for state in self.states])
             found["flow"] = flow.unflatten(0, (-1, self.facts.unit)).mean(dim=1)
         if "cell" in self.wanted:
-            cells = self.states[0].cells
-            found["cell"] = cells
-            found["view"] = torch.arange(len(cells), device=cells.device)[:, None].expand_as(cells)
-            found["side"] = torch.full_like(cells, self.states[0].side)
+            found |= self._places()
         rows = projected.flatten(0, -2).shape[0]
         return {name: value.reshape(rows, *value.shape[projected.ndim - 1 :]) for name, value in found.items()}
+
+    def _places(self) -> dict[str, Tensor]:
+        """Raster index, number of the view, and side of the view of every row; packed towers have no views."""
+        if self.packed:
+            units = [state.cells.shape[1] // self.facts.unit for state in self.states]
+            return {"cell": torch.cat([torch.arange(count, device=self.device) for count in units])}
+        (state,) = self.states
+        view = torch.arange(len(state.cells), device=self.device)[:, None].expand_as(state.cells)
+        return {"cell": state.cells, "view": view, "side": torch.full_like(view, state.side)}
 
     def restore(self, projected: Tensor) -> Tensor:
         """Put the survivors back at their places among all, NaN elsewhere."""

@@ -26,8 +26,9 @@ class AdaptInfer(ScorePruner):
 
     name = "adaptinfer"
     paper = "arXiv:2508.06084"
-    note = "original positions; official LLaVA code renumbers"
+    note = "exactly K tokens; shares count from the picture, not from what is left"
     needs = frozenset({"attention_from_text", "attention_among_text"})
+    official_positions = "compact"
     default = stages({2: 133, 11: 27, 21: 3})
     first_layer = 1
     presets = {  # noqa: RUF012

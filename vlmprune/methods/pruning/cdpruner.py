@@ -41,6 +41,7 @@ class CDPruner(Pruner):
     paper = "arXiv:2506.10967 (NeurIPS 2025)"
     note = "relevance from the model's own embeddings unless a CLIP model is given"
     needs = frozenset({"features", "text_features", "text_valid"})
+    official_positions = "compact"
     default = at(layer=0, tokens=64)
     per_view = True
 

@@ -22,8 +22,8 @@ class CLS(ScorePruner):
 
     name = "cls"
     paper = "arXiv:2412.01818 (FasterVLM)"
-    note = "needs a vision tower with a CLS token; original positions"
     needs = frozenset({"attention_from_cls"})
+    official_positions = "compact"
     default = at(layer=0, fraction=0.25)
     per_view = True
 

@@ -24,8 +24,9 @@ class DivPrune(Pruner):
 
     name = "divprune"
     paper = "arXiv:2503.02175 (CVPR 2025)"
-    note = "original positions; official LLaVA code renumbers"
+    note = "fp32; no token twice"
     needs = frozenset({"features"})
+    official_positions = "compact"
     default = at(layer=0, fraction=0.098)  # 56 of 576
 
     def select(self, see: View, keep: int) -> Tensor:

@@ -52,9 +52,10 @@ class FlowCut(TowerPruner):
 
     name = "flowcut"
     paper = "arXiv:2505.19536 (NeurIPS 2025)"
-    note = "original positions; each view decides for itself; `unit` variant on Qwen2.5-VL is ours"
+    note = "each view decides for itself; `unit` variant (Qwen2.5-VL) is ours"
     needs = frozenset({"query_of_last", "value_of_last", "keys", "values"})
     watches = "attention and values in the tower"
+    official_positions = "compact"
     default = Schedule((Stage(0, Budget(tokens=128), "vision"),))
 
     semantic_scale: Literal["code", "paper"] = "code"

@@ -31,6 +31,7 @@ class HoloV(Pruner):
     paper = "arXiv:2510.02912 (NeurIPS 2025)"
     note = "rising order; exactly K tokens"
     needs = frozenset({"attention_from_cls", "features"})
+    official_positions = "compact"
     default = at(layer=0, tokens=64)
 
     def select(self, see: View, keep: int) -> Tensor:

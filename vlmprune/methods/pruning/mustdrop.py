@@ -47,7 +47,7 @@ class MustDrop(TowerPruner):
 
     name = "mustdrop"
     paper = "arXiv:2411.10803"
-    note = "merges in the tower; target counts beside the paper's thresholds are ours; true positions"
+    note = "merges in the tower; target counts beside the paper's thresholds are ours"
     needs = frozenset({"attention_from_text", "attention_from_cls_final"})
     watches = "patches of the tower"
     default = stages({3: 0.4, 7: 0.2, 11: 0.14, 15: 0.1})

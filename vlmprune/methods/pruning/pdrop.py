@@ -23,8 +23,8 @@ class PDrop(ScorePruner):
 
     name = "pdrop"
     paper = "arXiv:2410.17247 (CVPR 2025)"
-    note = "original positions; official LLaVA code renumbers"
     needs = frozenset({"attention_of_layer"})
+    official_positions = "compact"
     default = stages({8: 0.5, 16: 0.25, 24: 0.125})
 
     def score(self, see: View) -> Tensor:  # [image, visual]

@@ -31,6 +31,7 @@ class Random(Pruner):
     name = "random"
     paper = "the baseline"
     needs = frozenset({"identity"})
+    official_positions = "compact"
     default = at(layer=0, fraction=0.25)
 
     seed: int = 0

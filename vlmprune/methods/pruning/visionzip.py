@@ -35,6 +35,7 @@ class VisionZip(Pruner):
     paper = "arXiv:2412.04467 (CVPR 2025)"
     note = "merges; K without the CLS token; merged tokens stand at their targets' places"
     needs = frozenset({"attention_from_cls", "tower_keys", "tower_features", "features", "project"})
+    official_positions = "compact"
     default = at(layer=0, tokens=64)
     per_view = True
 

@@ -33,8 +33,9 @@ class VScan(Pruner):
 
     name = "vscan"
     paper = "arXiv:2505.22654"
-    note = "merges; original positions"
+    note = "merges; exactly K tokens"
     needs = frozenset({"attention_from_cls", "attention_from_cls_early", "features", "cell"})
+    official_positions = "compact"
     default = stages({0: 96, 16: 32})
     per_view = True
 
