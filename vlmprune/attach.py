@@ -308,7 +308,9 @@ class Run:
         if self._facts.cls:
             hidden = tower.shorten_views(index, hidden)
             mask = tower.mask(self._config.vision_config._attn_implementation, hidden.dtype)
-            return (hidden, mask, *args[2:]), kwargs  # transformers hands the mask over by position
+            if len(args) > 1:  # transformers hands the mask over by position
+                return (hidden, mask, *args[2:]), kwargs
+            return (hidden,), {**kwargs, "attention_mask": mask}
         hidden = tower.shorten_packed(index, hidden)
         return (hidden, *args[1:]), tower.packed_arguments(kwargs)
 

@@ -29,8 +29,15 @@ from vlmprune.methods.base import Choice, TowerPruner, TowerState, alive_top, to
 from vlmprune.schedule import Budget, Schedule, Stage, stages
 from vlmprune.view import Facts, View
 
-LAYERS = (3, 7, 11, 15)
 WINDOW = 3
+FILTERED = stages(dict.fromkeys((3, 7, 11, 15), 1.0))
+"""Where thresholds are applied; they set no count."""
+THRESHOLDS = {
+    "textvqa-192": (0.001, 0.001),
+    "textvqa-128": (0.0012, 0.001),
+    "textvqa-64": (0.011, 0.01),
+    "vizwiz-64": (0.005, 0.001),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +45,8 @@ class MustDrop(TowerPruner):
     """Merge what is alike, keep what the question reads. Default: target counts 40, 20, 14 and 10 % (our choice).
 
     Args:
-        global_threshold, individual_threshold: g and u; given together they replace the target counts. Published for TextVQA:
-            about 192 tokens 0.001, 0.001; 128: 0.0012, 0.001; 64: 0.011, 0.01; for VizWiz 64: 0.005, 0.001.
+        global_threshold, individual_threshold: g and u; given together they replace the target counts. The presets are the
+            published pairs, by benchmark and the tokens they came to on average.
         merge: least similarity of a window that is merged in the tower; above 1 merges none.
         windows: or exactly this many windows of each view, the most similar ones.
         cache_layer: first decoder layer whose cache is cut after prefill; −1 for none.
@@ -53,6 +60,7 @@ class MustDrop(TowerPruner):
     default = stages({3: 0.4, 7: 0.2, 11: 0.14, 15: 0.1})
     first_layer = 1
     official_positions = "compact"
+    presets = dict.fromkeys(THRESHOLDS, FILTERED)
 
     global_threshold: float | None = None
     individual_threshold: float | None = None
@@ -61,15 +69,17 @@ class MustDrop(TowerPruner):
     cache_layer: int = 2
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
+        if preset is not None and (self.global_threshold, self.individual_threshold) == (None, None) and preset in THRESHOLDS:
+            object.__setattr__(self, "global_threshold", THRESHOLDS[preset][0])
+            object.__setattr__(self, "individual_threshold", THRESHOLDS[preset][1])
         thresholds = [self.global_threshold, self.individual_threshold]
         if None in thresholds and thresholds != [None, None]:
             raise UsageError("mustdrop: global_threshold and individual_threshold go together: give both or neither.")
         if self.thresholds:
             for name in ("global_threshold", "individual_threshold"):
                 self._in_range(name, 0, math.inf)
-            if self.schedule is None and layer is None and (tokens, fraction) == (None, None):
-                everything = tuple(Stage(layer, Budget(fraction=1.0)) for layer in LAYERS)
-                object.__setattr__(self, "schedule", Schedule(everything))
+            if self.schedule is None and (layer, tokens, fraction, preset) == (None, None, None, None):
+                object.__setattr__(self, "schedule", FILTERED)
         super().__post_init__(layer, tokens, fraction, preset)
         self._in_range("merge", -1, math.inf)
         self._in_range("cache_layer", -1, math.inf, whole=True)
