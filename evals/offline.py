@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import vlmprune
 from vlmprune.tiny.answers import Accuracy, Record, accuracy_by_skill, mean_over_skills
 from vlmprune.tiny.evaluate import records
+from vlmprune.tiny.questions import SKILLS
 from vlmprune.tiny.scenes import held_out
 
 UNPRUNED = "un-pruned"
@@ -71,34 +73,52 @@ def evaluate(
 
 def _row(name: str, given: list[Record], reference: list[Record]) -> Row:
     by_skill = accuracy_by_skill(given)
-    draws, lost = _resampled(given), _resampled(reference)
+    draws, lost = draws_by_skill(given).mean(1), draws_by_skill(reference).mean(1)
     mean = mean_over_skills(by_skill)
     return Row(
         recipe=name,
         by_skill=by_skill,
         mean=mean,
-        interval=_interval(draws),
+        interval=interval(draws),
         lost=mean_over_skills(accuracy_by_skill(reference)) - mean,
-        lost_interval=_interval(lost - draws),
-        loyalty=sum(a.given == b.given for a, b in zip(given, reference, strict=True)) / len(given),
+        lost_interval=interval(lost - draws),
+        loyalty=loyalty(given, reference),
     )
 
 
-def _resampled(given: Sequence[Record], seed: int = 0) -> np.ndarray:
-    """Mean over skills in bootstrap draws of whole pictures; equal draws for every recipe, so differences are paired."""
+def loyalty(given: Sequence[Record], reference: Sequence[Record]) -> float:
+    """Share of equal answers to the same questions."""
+    return sum(a.given == b.given for a, b in zip(given, reference, strict=True)) / len(given)
+
+
+def draws_by_skill(given: Sequence[Record]) -> np.ndarray:
+    """Accuracy `[draw, skill]` in bootstrap draws of whole pictures; skills in the order of `SKILLS`.
+
+    The draws are the same for every list of records about the same pictures, so that differences are paired.
+    """
     images = sorted({record.image for record in given})
-    skills = list(dict.fromkeys(record.skill for record in given))
+    skills = [skill for skill in SKILLS if any(record.skill == skill for record in given)]
     right, asked = np.zeros((len(images), len(skills))), np.zeros((len(images), len(skills)))
-    place = {image: number for number, image in enumerate(images)}
+    place, column = {image: n for n, image in enumerate(images)}, {skill: n for n, skill in enumerate(skills)}
     for record in given:
-        cell = place[record.image], skills.index(record.skill)
+        cell = place[record.image], column[record.skill]
         asked[cell] += 1
         right[cell] += record.right
-    drawn = np.random.default_rng(seed).integers(0, len(images), (RESAMPLES, len(images)))
-    return (right[drawn].sum(1) / np.maximum(asked[drawn].sum(1), 1)).mean(1)
+    times = _times_drawn(len(images))
+    return (times @ right) / np.maximum(times @ asked, 1)
 
 
-def _interval(draws: np.ndarray) -> tuple[float, float]:
+@cache
+def _times_drawn(images: int) -> np.ndarray:
+    """How often each picture is drawn, with replacement: `[draw, picture]`."""
+    drawn = np.random.default_rng(0).integers(0, images, (RESAMPLES, images))
+    times = np.zeros((RESAMPLES, images))
+    np.add.at(times, (np.arange(RESAMPLES)[:, None], drawn), 1)
+    return times
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of the draws."""
     low, high = np.quantile(draws, [0.025, 0.975])
     return float(low), float(high)
 
@@ -112,16 +132,17 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         cells = [f"{100 * row.by_skill[skill].value:.1f}" for skill in skills]
-        lost = "—" if row.recipe == UNPRUNED else f"{100 * row.lost:.1f} {_percent(row.lost_interval)}"
-        mean = f"{100 * row.mean:.1f} {_percent(row.interval)}"
+        lost = "—" if row.recipe == UNPRUNED else f"{100 * row.lost:.1f} {percent(row.lost_interval)}"
+        mean = f"{100 * row.mean:.1f} {percent(row.interval)}"
         name = row.recipe if row.recipe == UNPRUNED else f"`{row.recipe}`"
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {mean} | {lost} | {100 * row.loyalty:.1f} |")
     counts = ", ".join(f"{skill} {accuracy.n}" for skill, accuracy in rows[0].by_skill.items())
     return "\n".join([*lines, "", f"Questions per skill: {counts}."])
 
 
-def _percent(interval: tuple[float, float]) -> str:
-    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+def percent(low_high: tuple[float, float]) -> str:
+    """An interval in percent."""
+    return f"[{100 * low_high[0]:.1f}, {100 * low_high[1]:.1f}]"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

@@ -7,42 +7,199 @@ a loop-by-loop transcription of DivPrune.
 
 ``keep`` is, as in ``run.last.keep``, a dict: stage layer -> bool tensor [batch, sequence]; True means that layers from
 that stage on still see the position.  A sequence longer than the tensor is True from there on (generated tokens).
+
+Methods that do more than drop are told by an :class:`Effect`: what they merged into the kept tokens, which stages
+renumber positions, what decoding no longer sees.  Every oracle takes a ``keep``, an effect, or the effects of several
+turns of a conversation.  What the vision tower merged or dropped is taken from the pruned run itself: the oracle starts
+from the survivors' rows as they entered the language model, and says nothing about how the tower made them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 Keep = dict[int, torch.Tensor]
 TOLERANCE = 5e-5
 """Absolute, for float32 logits of standard deviation 1; rounding alone reaches 2e-5."""
 
 
+# --- what a run did --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Effect:
+    """All that a pruned run may do to the tokens of one prompt.
+
+    ``keep_cache`` is what rows behind the prompt see in addition to ``keep``; ``merged`` holds, per stage's layer,
+    (row, columns, hidden states) that take these places before the layer runs; the stages in ``compact`` move
+    everything behind a token they drop one position up; ``real`` [batch, sequence] is False on padding; ``start`` is
+    the prompt's first column in the conversation.
+    """
+
+    keep: Keep
+    keep_cache: Keep = field(default_factory=dict)
+    merged: dict[int, list[tuple[int, torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    compact: frozenset[int] = frozenset()
+    real: torch.Tensor | None = None
+    start: int = 0
+
+    @property
+    def end(self) -> int:
+        masks = [*self.keep.values(), *self.keep_cache.values()]
+        return self.start + (masks[0].shape[1] if masks else 0)
+
+    def renumbered(self, layer: int) -> torch.Tensor | None:
+        """Tokens [batch, sequence] whose place was closed up before ``layer``."""
+        if not self.compact:
+            return None
+        before, gone = self.real, torch.zeros_like(self.real)
+        for stage in sorted(stage for stage in self.keep if stage <= layer):
+            if stage in self.compact:
+                gone = gone | (before & ~self.keep[stage])
+            before = self.keep[stage]
+        return gone
+
+    def one_per_sample(self, samples: int) -> Effect:
+        """Beams and returned sequences repeat a sample's row: all must have made the same decision."""
+
+        def first(mask):
+            copies = mask.view(samples, -1, mask.shape[1])
+            assert (copies == copies[:, :1]).all(), "copies of one sample kept different tokens"
+            return copies[:, 0]
+
+        keep, keep_cache = ({layer: first(mask) for layer, mask in masks.items()} for masks in (self.keep, self.keep_cache))
+        times = next(iter(self.keep.values())).shape[0] // samples
+        merged = {
+            layer: [(row // times, columns, hidden) for row, columns, hidden in entries if row % times == 0]
+            for layer, entries in self.merged.items()
+        }
+        real = None if self.real is None else first(self.real)
+        return Effect(keep, keep_cache, merged, self.compact, real, self.start)
+
+
+Claims = Keep | Effect | Sequence[Effect]
+"""What an oracle plays on the stock model."""
+
+
+def effects_of(claims: Claims) -> list[Effect]:
+    if isinstance(claims, Effect):
+        return [claims]
+    return [Effect(claims)] if isinstance(claims, dict) else list(claims)
+
+
+def effect_of(model, inputs: dict, run, entered: torch.Tensor | None = None, start: int = 0) -> Effect:
+    """The effect of a run's last prefill of ``inputs``, whose rows it may have repeated (beams).
+
+    ``entered`` [batch, sequence, dim] is what entered the language model (:class:`Entering`), for methods that work
+    inside the vision tower.
+    """
+    last = run.last
+    rows = last.batch // len(inputs["input_ids"])
+    ids = inputs["input_ids"].repeat_interleave(rows, 0)
+    real = inputs["attention_mask"][:, -ids.shape[1] :].bool().repeat_interleave(rows, 0)
+    merged: dict[int, list] = {}
+    for image in last.kept:
+        if image.features is not None:
+            columns = visual_columns(model, inputs, image.sample // rows, image.ordinal)[image.index]
+            merged.setdefault(image.layer, []).append((image.sample, columns, image.features))
+    if any(image.site == "vision" for image in last.kept):
+        places = image_columns(model, ids)
+        tower = [(row, columns.nonzero()[:, 0], entered[row, columns].nan_to_num()) for row, columns in enumerate(places)]
+        merged[0] = [entry for entry in tower if len(entry[1])] + merged.get(0, [])
+    compact = {method.name for method in run.recipe.methods if method.positions == "compact"}
+    layers = frozenset(image.layer for image in last.kept if image.site != "cache" and image.method.split()[0] in compact)
+    return Effect(dict(last.keep), dict(last.keep_cache), merged, layers, real, start)
+
+
+class Entering:
+    """Context manager that notes what enters the language model with each prompt [batch, sequence, dim]."""
+
+    def __init__(self, model):
+        self.model, self.prompts = model, []
+
+    def __enter__(self):
+        def hook(module, args, kwargs):
+            if kwargs["inputs_embeds"].shape[1] > 1:
+                self.prompts.append(kwargs["inputs_embeds"].clone())
+
+        self.handle = self.model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error):
+        self.handle.remove()
+
+
 # --- masks -----------------------------------------------------------------------------------------------------------
-def visible_columns(keep: Keep, layer: int, rows: int, columns: int) -> torch.Tensor:
-    """Columns [rows, columns] that ``layer`` may look at: kept by every stage up to it."""
-    visible = torch.ones(rows, columns, dtype=torch.bool)
-    for stage, mask in keep.items():
-        if stage <= layer:
-            # Transformers expands beams and returned sequences by repeat_interleave, and beams never leave their sample
-            assert rows % mask.shape[0] == 0, f"{rows} rows are not a multiple of the {mask.shape[0]} in keep"
-            mask = mask.repeat_interleave(rows // mask.shape[0], 0)[:, :columns]
-            visible[:, : mask.shape[1]] &= mask
+def visible_cells(effects: Sequence[Effect], layer: int, rows: int, first: int, columns: int) -> torch.Tensor:
+    """[rows, query, column]: what the queries from column ``first`` on may look at in ``layer``."""
+    visible = torch.ones(rows, columns - first, columns, dtype=torch.bool)
+    for effect in effects:
+        behind = min(max(effect.end - first, 0), columns - first)
+        for queries, masks in ((visible, effect.keep), (visible[:, behind:], effect.keep_cache)):
+            for stage, mask in masks.items():
+                if stage <= layer:
+                    mask = repeated(mask, rows)[:, : columns - effect.start]
+                    queries[:, :, effect.start : effect.start + mask.shape[1]] &= mask[:, None]
     return visible
 
 
+def repeated(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """Transformers expands beams and returned sequences by repeat_interleave, and beams never leave their sample."""
+    assert rows % x.shape[0] == 0, f"{rows} rows are not a multiple of the {x.shape[0]} in keep"
+    return x.repeat_interleave(rows // x.shape[0], 0)
+
+
+def closed_up(effects: Sequence[Effect], layer: int, rows: int, columns: int) -> torch.Tensor | None:
+    """[rows, column]: by how many positions each token has moved up in ``layer``; None if none has."""
+    moved = torch.zeros(rows, columns, dtype=torch.long)
+    for effect in effects:
+        gone = effect.renumbered(layer)
+        if gone is not None:
+            gone = repeated(gone, rows)[:, : columns - effect.start].long()
+            moved[:, effect.start :] += torch.nn.functional.pad(gone, (0, columns - effect.start - gone.shape[1])).cumsum(1)
+    return moved if moved.any() else None
+
+
+def altered(model, effects: Sequence[Effect], index: int, args: tuple, kwargs: dict, allowed: torch.Tensor):
+    """The arguments of decoder layer ``index`` under the effects.
+
+    ``allowed`` [rows or 1, 1, query, column] is what the stock model's queries, the last columns, may look at.
+    """
+    hidden = args[0]
+    rows, queries = hidden.shape[:2]
+    columns = allowed.shape[-1]
+    first = columns - queries
+    own = torch.arange(columns) == torch.arange(first, columns)[:, None]
+    allowed = (allowed & visible_cells(effects, index, rows, first, columns)[:, None]) | own
+    kwargs["attention_mask"] = allowed if uses_sdpa(model) else as_float_mask(allowed, hidden.dtype)
+    for effect in effects:
+        if first <= effect.start < columns:
+            for sample, places, features in effect.merged.get(index, []):
+                copies = rows // len(next(iter(effect.keep.values())))
+                hidden = hidden.clone()
+                hidden[sample * copies : (sample + 1) * copies, effect.start - first + places] = features
+    moved = closed_up(effects, index, rows, columns)
+    if moved is not None:
+        positions = kwargs["position_ids"] - moved[:, first:]
+        kwargs["position_embeddings"] = model.model.language_model.rotary_emb(hidden, positions)
+    return (hidden, *args[1:]), kwargs
+
+
 class LiveMaskOracle:
-    """Context manager: ``model`` masks (never drops) the columns outside ``keep``, in prefill and in every later step.
+    """Context manager: ``model`` computes under the claims, in prefill and in every later step, dropping nothing.
 
     Works for plain forwards and for every strategy of ``generate`` that uses a ``DynamicCache`` or no cache.
     """
 
-    def __init__(self, model, keep: Keep):
-        self.model, self.keep, self.handles = model, keep, []
+    def __init__(self, model, claims: Claims):
+        self.model, self.effects, self.handles = model, effects_of(claims), []
 
     def __enter__(self):
+        stages = [stage for effect in self.effects for stage in (*effect.keep, *effect.keep_cache)]
         for index, layer in enumerate(decoder_layers(self.model)):
-            if any(stage <= index for stage in self.keep):
+            if any(stage <= index for stage in stages):
                 self.handles.append(layer.register_forward_pre_hook(self._masking(index), with_kwargs=True))
         return self
 
@@ -53,27 +210,22 @@ class LiveMaskOracle:
 
     def _masking(self, index: int):
         def hook(module, args, kwargs):
-            hidden = args[0]
-            rows, queries = hidden.shape[:2]
+            queries = args[0].shape[1]
             cache = kwargs.get("past_key_values")
             past = 0 if cache is None else cache.get_seq_length(index)
             given = kwargs.get("attention_mask")
-            own = torch.arange(past + queries) == torch.arange(past, past + queries)[:, None]
             if given is None:
                 allowed = (torch.arange(past + queries) <= torch.arange(past, past + queries)[:, None])[None, None]
             else:
                 assert given.shape[-2:] == (queries, past + queries), f"unexpected mask of shape {tuple(given.shape)}"
                 allowed = given if given.dtype == torch.bool else given == 0
-            visible = visible_columns(self.keep, index, rows, past + queries)
-            allowed = (allowed & visible[:, None, None, :]) | own
-            kwargs["attention_mask"] = allowed if uses_sdpa(self.model) else as_float_mask(allowed, hidden.dtype)
-            return args, kwargs
+            return altered(self.model, self.effects, index, args, kwargs, allowed)
 
         return hook
 
 
 @torch.no_grad()
-def masked_logits(model, inputs: dict, keep: Keep, extra_ids: torch.Tensor | None = None, **flags) -> torch.Tensor:
+def masked_logits(model, inputs: dict, keep: Claims, extra_ids: torch.Tensor | None = None, **flags) -> torch.Tensor:
     """Logits [batch, sequence (+ extra), vocabulary] of a full forward without cache, columns outside ``keep`` hidden.
 
     ``extra_ids`` [batch, n] are teacher-forced behind the (left-padded) prompt.
@@ -82,7 +234,7 @@ def masked_logits(model, inputs: dict, keep: Keep, extra_ids: torch.Tensor | Non
 
 
 @torch.no_grad()
-def masked_forward(model, inputs: dict, keep: Keep, extra_ids: torch.Tensor | None = None, **flags):
+def masked_forward(model, inputs: dict, keep: Claims, extra_ids: torch.Tensor | None = None, **flags):
     """As :func:`masked_logits`, returning the whole output (``output_attentions=True`` for eager models)."""
     ids = inputs["input_ids"]
     padding = inputs.get("attention_mask", torch.ones_like(ids))
@@ -99,18 +251,12 @@ def masked_forward(model, inputs: dict, keep: Keep, extra_ids: torch.Tensor | No
         kinds[:, : feed["mm_token_type_ids"].shape[1]] = feed["mm_token_type_ids"]
         feed["mm_token_type_ids"] = kinds
 
-    length = ids.shape[1]
+    length, effects = ids.shape[1], effects_of(keep)
     causal = torch.arange(length) <= torch.arange(length)[:, None]
-    own = torch.eye(length, dtype=torch.bool)
+    allowed = causal & padding.bool()[:, None, None]
 
     def masking(index):
-        def hook(module, args, kwargs):
-            visible = visible_columns(keep, index, *ids.shape) & padding.bool()
-            allowed = (causal & visible[:, None, None, :]) | own
-            kwargs["attention_mask"] = allowed if uses_sdpa(model) else as_float_mask(allowed, args[0].dtype)
-            return args, kwargs
-
-        return hook
+        return lambda module, args, kwargs: altered(model, effects, index, args, kwargs, allowed)
 
     return _forward_with_hooks(
         model, masking, input_ids=ids, attention_mask=padding, position_ids=positions, use_cache=False, **feed, **flags
@@ -118,23 +264,47 @@ def masked_forward(model, inputs: dict, keep: Keep, extra_ids: torch.Tensor | No
 
 
 @torch.no_grad()
-def naively_dropped_logits(model, inputs: dict, keep: Keep) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of one unpadded sample whose hidden rows really are cut at each stage, and the columns that remain."""
+def naively_dropped_logits(
+    model, inputs: dict, keep: Keep | Effect, extra_ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of one unpadded sample whose hidden rows really are cut at each stage, and the columns that remain.
+
+    ``extra_ids`` [1, n] are teacher-forced behind the prompt.  Stages renumber positions all or not at all.
+    """
     ids = inputs["input_ids"]
     assert ids.shape[0] == 1
-    alive = torch.arange(ids.shape[1])
-    columns = alive
+    (effect,) = effects_of(keep)
+    assert not effect.keep_cache, "what decoding forgets cannot be dropped before"
+    assert effect.compact in (frozenset(), frozenset(effect.keep)), "stages of both kinds"
+    if extra_ids is not None:
+        prompt = ids.shape[1]
+        inputs = {"input_ids": torch.cat([ids, extra_ids], 1)} | {
+            name: torch.nn.functional.pad(value, (0, extra_ids.shape[1]), value=int(name == "attention_mask"))
+            if value.shape == (1, prompt)
+            else value
+            for name, value in inputs.items()
+            if name != "input_ids"
+        }
+    extra = inputs["input_ids"].shape[1] - ids.shape[1]
+    alive = torch.arange(inputs["input_ids"].shape[1])
 
     def dropping(index):
         def hook(module, args, kwargs):
             nonlocal alive
             hidden = args[0]
-            if index in keep:
-                wanted = keep[index][0, alive]
+            for _, places, features in effect.merged.get(index, []):
+                hidden = hidden.clone()
+                hidden[0, (alive == places[:, None]).nonzero()[:, 1]] = features[(alive == places[:, None]).any(1)]
+            if index in effect.keep:
+                wanted = torch.nn.functional.pad(effect.keep[index][0], (0, extra), value=True)[alive]
                 hidden, alive = hidden[:, wanted], alive[wanted]
-            if any(stage <= index for stage in keep):
-                cos, sin = kwargs["position_embeddings"]
-                kwargs["position_embeddings"] = (cos[:, alive], sin[:, alive])
+            if any(stage <= index for stage in effect.keep):
+                if effect.compact:
+                    numbers = torch.arange(len(alive))[None]
+                    kwargs["position_embeddings"] = model.model.language_model.rotary_emb(hidden, numbers)
+                else:
+                    cos, sin = kwargs["position_embeddings"]
+                    kwargs["position_embeddings"] = (cos[:, alive], sin[:, alive])
                 allowed = torch.ones(len(alive), len(alive), dtype=torch.bool).tril()[None, None]
                 kwargs["attention_mask"] = allowed if uses_sdpa(model) else as_float_mask(allowed, hidden.dtype)
             return (hidden, *args[1:]), kwargs
@@ -143,7 +313,7 @@ def naively_dropped_logits(model, inputs: dict, keep: Keep) -> tuple[torch.Tenso
 
     positions = prompt_positions(model, inputs)
     logits = _forward_with_hooks(model, dropping, **inputs, position_ids=positions, use_cache=False).logits
-    return logits, columns[alive]
+    return logits, alive
 
 
 def _forward_with_hooks(model, make_hook, **inputs):
@@ -187,6 +357,20 @@ def prompt_positions(model, inputs: dict) -> torch.Tensor:
 
 def image_columns(model, ids: torch.Tensor) -> torch.Tensor:
     return ids == model.config.image_token_id
+
+
+def separators(model, inputs: dict) -> list[torch.Tensor]:
+    """Per LLaVA-NeXT picture of the batch, [tokens] bool: the row separators among its tokens.
+
+    The stock packing, told to pack ones with zeros between the rows.
+    """
+    vision, packed = model.config.vision_config, []
+    for size in inputs["image_sizes"].tolist():
+        crops = image_size_to_num_patches(size, model.config.image_grid_pinpoints, vision.image_size)
+        ones = torch.ones(crops, (vision.image_size // vision.patch_size) ** 2, 1)
+        (values,), _ = model.model.pack_image_features([ones], torch.tensor([size]), "default", torch.zeros(1))
+        packed.append(values[:, 0] == 0)
+    return packed
 
 
 def random_keep(model, inputs: dict, fractions: dict[int, float], seed: int = 0) -> Keep:
@@ -257,7 +441,7 @@ def rows_with_pictures(model, inputs: dict) -> torch.Tensor:
     return image_columns(model, inputs["input_ids"]).any(1)
 
 
-def assert_equals_masked(model, inputs: dict, keep: Keep, generated: torch.Tensor, logits: torch.Tensor) -> None:
+def assert_equals_masked(model, inputs: dict, keep: Claims, generated: torch.Tensor, logits: torch.Tensor) -> None:
     """Every step's ``logits`` equal the masked oracle's, and the un-pruned model's do not."""
     prompt = inputs["input_ids"].shape[1]
     expected = masked_logits(model, inputs, keep, generated[:, :-1])[:, prompt - 1 :]
@@ -275,31 +459,55 @@ def expected_counts(lengths: list[list[int]], budget: float | int) -> list[list[
 
 
 def keep_from_record(model, inputs: dict, last) -> Keep:
-    """``last.keep`` rebuilt from ``last.kept`` (indices per image) and the prompt alone."""
-    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    """``last.keep`` rebuilt from ``last.kept`` (indices per image) and the prompt alone.
+
+    LLaVA-NeXT's row separators are text, which nothing but ``newlines_kept = False`` drops.
+    """
+    real = inputs["attention_mask"].bool()
     keep = {}
     for layer in last.keep:
-        mask = real & ~image_columns(model, ids)
-        for image in (image for image in last.kept if image.layer == layer):
-            mask[image.sample, columns_of_image(model, inputs, image.sample, image.ordinal)[image.index]] = True
-        keep[layer] = mask
+        keep[layer] = real.clone()
+        for image in (image for image in last.kept if image.layer == layer and image.site != "cache"):
+            whole = columns_of_image(model, inputs, image.sample, image.ordinal)
+            visual = visual_columns(model, inputs, image.sample, image.ordinal)
+            stays = torch.zeros_like(real[0])
+            stays[visual[image.index]] = True
+            if last.newlines_kept:
+                stays[whole[~torch.isin(whole, visual)]] = True
+            keep[layer][image.sample, whole] &= stays[whole]
     return keep
 
 
 def columns_of_image(model, inputs: dict, row: int, ordinal: int) -> torch.Tensor:
-    """Columns of the n-th image of a row."""
+    """Columns of the n-th image of a row, LLaVA-NeXT's row separators among them."""
+    number, lengths = _place_of_image(model, inputs, row, ordinal)
     columns = image_columns(model, inputs["input_ids"])[row].nonzero()[:, 0]
+    start = sum(lengths[number - ordinal : number])
+    return columns[start : start + lengths[number]]
+
+
+def visual_columns(model, inputs: dict, row: int, ordinal: int) -> torch.Tensor:
+    """The same without row separators: the tokens that a budget counts."""
+    columns = columns_of_image(model, inputs, row, ordinal)
+    if "image_sizes" not in inputs:
+        return columns
+    return columns[~separators(model, inputs)[_place_of_image(model, inputs, row, ordinal)[0]]]
+
+
+def _place_of_image(model, inputs: dict, row: int, ordinal: int) -> tuple[int, list[int]]:
+    """An image's number in the batch, and the tokens of every image of the batch."""
+    image = image_columns(model, inputs["input_ids"])
     if "image_grid_thw" in inputs:
-        per_image = (inputs["image_grid_thw"].prod(1) // model.config.vision_config.spatial_merge_size**2).tolist()
+        lengths = (inputs["image_grid_thw"].prod(1) // model.config.vision_config.spatial_merge_size**2).tolist()
     elif "image_sizes" in inputs:
-        per_image = [len(features) for features in projected_features(model, inputs)]
+        lengths = [len(packed) for packed in separators(model, inputs)]
     else:
-        return columns.split(model.config.image_seq_length)[ordinal]
-    before, taken = int(image_columns(model, inputs["input_ids"])[:row].sum()), 0
-    while taken < before:
-        taken += per_image.pop(0)
-    start = sum(per_image[:ordinal])
-    return columns[start : start + per_image[ordinal]]
+        lengths = [model.config.image_seq_length] * (int(image.sum()) // model.config.image_seq_length)
+    before, number = int(image[:row].sum()), 0
+    while before > 0:
+        before -= lengths[number]
+        number += 1
+    return number + ordinal, lengths
 
 
 def kept_sets(last) -> dict[tuple[int, int, int], list[int]]:
@@ -318,3 +526,23 @@ def scheduled_lengths(keep: Keep, real: torch.Tensor, layers: int) -> list[int]:
         passed = [stage for stage in keep if stage <= layer]
         lengths.append(int(keep[max(passed)].sum(1).max()) if passed else real.shape[1])
     return lengths
+
+
+def resident_lengths(effect: Effect, layers: int) -> list[int]:
+    """Entries that each layer's cache must hold when prefill is over: the longest row of what is still visible there.
+
+    While nothing is dropped the sequence stays as it is, padding too.
+    """
+    lengths = []
+    for layer in range(layers):
+        left = effect.real.clone()
+        for stage, mask in (*effect.keep.items(), *effect.keep_cache.items()):
+            if stage <= layer:
+                left &= mask
+        lengths.append(left.shape[1] if torch.equal(left, effect.real) else int(left.sum(1).max()))
+    return lengths
+
+
+def decisions(last) -> dict[tuple[str, int, int, int], list[int]]:
+    """(site, layer, row, ordinal) -> kept in-image indices."""
+    return {(image.site, image.layer, image.sample, image.ordinal): image.index.tolist() for image in last.kept}

@@ -1,4 +1,4 @@
-"""The command line: `vlmprune demo | run | eval | methods | env`."""
+"""The command line: `vlmprune demo | run | eval | sweep | methods | env`."""
 
 from __future__ import annotations
 
@@ -153,6 +153,57 @@ def evaluate(
         lost = "" if row is rows[0] else f"{100 * row.lost:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
         table.add_row(row.recipe, *cells, f"{100 * row.mean:.1f}", lost, f"{100 * row.loyalty:.1f}")
     console.print(table)
+
+
+@app.command()
+def sweep(
+    method: Annotated[list[str] | None, typer.Option(help="A method; may be repeated. Default: all.")] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="Visual tokens, compute average over layers, as a share.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Each has other scenes, and other draws of methods that draw.")] = 3,
+    images: Annotated[int, typer.Option(min=2, help="Held-out scenes per seed.")] = 100,
+    split: Annotated[str, typer.Option(help="test, or dev for choosing settings.")] = "test",
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; an interrupted sweep goes on from it.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice if not given.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """All methods at equal compute on the embedded VLM, each against random tokens at the same layers and counts."""
+    import torch
+    from rich.progress import Progress
+
+    from vlmprune import tiny
+    from vlmprune.demo import make_folder
+    from vlmprune.evals import sweep as evals
+    from vlmprune.tiny.scenes import SPLITS
+
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    if out:
+        make_folder(out)
+    if threads:
+        torch.set_num_threads(threads)
+    model, processor = tiny.load()
+    plan = evals.make_plan(model, method, budget or evals.BUDGETS)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        tell = evals.Tell(
+            lambda total: progress.update(task, total=total),
+            lambda recipe: progress.update(task, description=recipe),
+            lambda: progress.advance(task),
+        )
+        result = evals.sweep(model, processor, plan, seeds, images, split, out, tell)
+    numbers = {"images": images, "seeds": seeds, "split": split, "environment": environment(), **result.to_dict()}
+    if out:
+        evals.write(result, numbers, out)
+    if as_json:
+        _print_json(numbers)
+        return
+    title = f"accuracy in %, {seeds} × {images} held-out scenes ({split})"
+    table = Table("method", "budget", "accuracy", "over random", "", title=title)
+    for row in result.methods:
+        table.add_row(*evals.cells(row))
+    console.print(table)
+    for sentence in evals.summary(result):
+        console.print(sentence, highlight=False)
 
 
 @app.command()

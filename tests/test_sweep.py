@@ -1,0 +1,329 @@
+"""The sweep: every method at the budget it was asked for, random beside it at the same schedule, nothing run twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import vlmprune as vp
+from vlmprune import cli, tiny
+from vlmprune.errors import UsageError
+from vlmprune.evals import asking, sweep
+from vlmprune.evals.asking import Questions, scenes_of_seed
+from vlmprune.evals.sweep import BUDGETS, CUTS, Cuts, Point, average, differences, make_plan, solve
+from vlmprune.tiny.answers import Record
+from vlmprune.tiny.evaluate import records
+from vlmprune.tiny.questions import SKILLS
+
+DEPTH, VISUAL = 8, 144
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return tiny.load()
+
+
+@pytest.fixture(scope="module")
+def prompt(embedded):
+    """One question, as inputs of the model."""
+    (scene,) = scenes_of_seed(0, 1)
+    return embedded[1](images=scene.image, text=tiny.prompt(scene.questions[0].text), return_tensors="pt")
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_is_swept(embedded):
+    plan = make_plan(embedded[0])
+    assert {point.method for point in plan.points} == set(vp.METHODS)
+    assert not plan.refused
+    planned = {(point.method, point.budget) for point in plan.points} | {
+        (name, budget) for name, budget, *_ in plan.unreachable
+    }
+    assert planned == {(name, budget) for name in vp.METHODS for budget in BUDGETS}
+
+
+@pytest.mark.parametrize(
+    ("method", "at_8", "at_32"),
+    [
+        ("pdrop", (2, 4, 6), (8, 16, 24)),
+        ("adaptinfer", (1, 3, 5), (2, 11, 21)),
+        ("sparsevlm", (1, 2, 4), (3, 7, 16)),
+        ("mustdrop", (1, 2, 3, 4), (3, 7, 11, 15)),
+        ("vscan", (0, 4), (0, 16)),
+        ("fastv", (2,), (2,)),
+        ("divprune", (0,), (0,)),
+    ],
+)
+def test_layers_are_those_of_the_paper_at_its_depth_and_scaled_at_others(method, at_8, at_32):
+    assert CUTS[method].at_depth(32) == at_32
+    assert CUTS[method].at_depth(DEPTH) == at_8
+
+
+def test_layers_stay_different_and_behind_layer_0_in_a_shallow_model():
+    assert Cuts((3, 7, 11, 15), (4, 3, 2, 1), 32).at_depth(6) == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("method", CUTS)
+def test_the_solver_meets_the_average(method):
+    cuts = CUTS[method]
+    layers = cuts.at_depth(DEPTH)
+    for budget in BUDGETS:
+        fractions = solve(cuts, budget, DEPTH)
+        if fractions is None:
+            assert budget <= layers[0] * cuts.tower / DEPTH
+            continue
+        assert average(layers, fractions, DEPTH, cuts.tower) == pytest.approx(budget, abs=1e-5)
+        assert all(0 < fraction <= round(cuts.tower, 6) for fraction in fractions)
+        free = [(share, kept) for share, kept in zip(fractions, cuts.kept, strict=True) if share < round(cuts.tower, 6)]
+        assert all(fraction / kept == pytest.approx(free[0][0] / free[0][1], abs=1e-5) for fraction, kept in free)
+
+
+def test_averages_by_hand():
+    assert average((2,), (0.5,), 8) == (2 + 6 * 0.5) / 8
+    assert average((0, 16), (96 / 576, 32 / 576), 32) * 576 == pytest.approx(64)  # VScan 96 -> 32 is 64 on average
+    assert solve(CUTS["fastv"], 0.5, 8) == (round(1 / 3, 6),)
+    assert solve(CUTS["vscan"], 64 / 576, 32) == (round(96 / 576, 6), round(32 / 576, 6))
+    assert solve(CUTS["divprune"], 0.1, 8) == (0.1,)
+
+
+def test_what_is_merged_in_the_tower_counts_from_the_first_layer_on():
+    assert average((1, 2), (0.5, 0.25), 4, tower=0.5) == (0.5 + 0.5 + 2 * 0.25) / 4
+    assert solve(Cuts((1,), tower=0.5), 0.3, 4) == (round((4 * 0.3 - 0.5) / 3, 6),)
+    assert solve(Cuts((1,), tower=0.5), 0.6, 4) is None
+    point = Point("mustdrop", 0.4, (1, 2), (0.5, 0.25))
+    assert point.control() == Point("random", 0.4, (0, 1, 2), (0.555556, 0.5, 0.25))
+    assert point.places == "tower, 1, 2"
+
+
+def test_what_a_late_cut_cannot_reach_is_said(embedded):
+    plan = make_plan(embedded[0], ["fastv"], [0.35, 0.25, 0.1])
+    assert plan.unreachable == [("fastv", 0.25, 0.25, 1), ("fastv", 0.1, 0.25, 1)]
+    assert [point.budget for point in plan.points if point.method == "fastv"] == [0.35]
+
+
+def test_measured_averages_meet_the_budgets_and_random_keeps_as_many_at_the_same_layers(embedded, prompt):
+    model, _ = embedded
+    plan = make_plan(model, budgets=(0.5, 0.15))
+    for point in plan.points:
+        reports = []
+        for twin in (point, point.control()):
+            with torch.inference_mode(), vp.wrap(model, twin.recipe(seed=1)) as run:
+                model(**prompt)
+            reports.append(run.report())
+        # Each count is rounded to whole tokens, and is one at least.
+        assert reports[0].visual_compute_average == pytest.approx(point.budget * VISUAL, abs=1), point
+        assert reports[1].visual_compute_average == reports[0].visual_compute_average, point
+
+
+def test_a_seed_draws_other_scenes_and_other_random_tokens(embedded):
+    point = Point("random", 0.5, (0,), (0.5,))
+    assert str(point.recipe(0)) != str(point.recipe(2))
+    assert str(Point("divprune", 0.5, (0,), (0.5,)).recipe(0)) == str(Point("divprune", 0.5, (0,), (0.5,)).recipe(2))
+    seeds = [{scene.seed for scene in scenes_of_seed(seed, 4)} for seed in range(3)]
+    assert len(set.union(*seeds)) == 12
+
+
+def test_one_random_row_serves_all_methods_with_the_same_schedule(embedded):
+    plan = make_plan(embedded[0], ["cls", "divprune", "fastv"], [0.5])
+    assert plan.controls() == [Point("random", 0.5, (0,), (0.5,)), Point("random", 0.5, (2,), (0.333333,))]
+    assert len(plan.recipes(seed=0)) == 5
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "recipe", [None, "cls:layer=0,fraction=0.1", "fastv:layer=2,fraction=0.1", "random:layer=0,fraction=0.3"]
+)
+def test_encoding_a_picture_once_gives_the_answers_of_the_plain_way(embedded, recipe, monkeypatch):
+    monkeypatch.setattr(asking, "SCENES_PER_BATCH", 2)
+    model, processor = embedded
+    scenes = scenes_of_seed(0, 3)
+    questions = Questions(processor, scenes, first=7)
+    given, share = sweep.ask(model, questions, recipe and vp.Recipe.parse(recipe))
+    run = vp.wrap(model, recipe) if recipe else None
+    plain = records(model, processor, scenes)
+    if run:
+        run.remove()
+    assert [replace(record, image=record.image + 7) for record in plain] == questions.records(given)
+    assert len(given) == len(questions)
+    assert share == (1 if recipe is None else pytest.approx(run.report().visual_compute_average / VISUAL))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Names of the recipes that were really run."""
+    names, ask = [], sweep.ask
+
+    def counting(model, questions, recipe):
+        names.append(str(recipe or "un-pruned"))
+        return ask(model, questions, recipe)
+
+    monkeypatch.setattr(sweep, "ask", counting)
+    return names
+
+
+def test_an_interrupted_sweep_goes_on_and_runs_nothing_twice(embedded, asked, tmp_path, monkeypatch):
+    plan = make_plan(embedded[0], ["uniform"], [0.25])
+
+    def run(images=2):
+        asked.clear()
+        return sweep.sweep(*embedded, plan, seeds=2, images=images, folder=tmp_path)
+
+    first = run()
+    kept = [
+        name
+        for seed in (0, 1)
+        for name in ("un-pruned", str(Point("random", 0.25, (0,), (0.25,)).recipe(seed)), "uniform:layer=0,fraction=0.25")
+    ]
+    assert asked == kept
+    again = run()
+    assert asked == []
+    assert again.to_dict() == first.to_dict()
+
+    rows = tmp_path / sweep.ROWS
+    rows.write_text(rows.read_text()[:-20])  # interrupted while writing the last row
+    assert run().methods[0].mean == first.methods[0].mean
+    assert asked == ["uniform:layer=0,fraction=0.25"]
+    run(images=3)
+    assert len(asked) == 6, "other scenes are other rows"
+    monkeypatch.setattr(sweep, "getsource", lambda module: f"edited {module.__name__}")
+    run()
+    assert asked == [name for name in kept if name != "un-pruned"], "answers of edited methods were taken up"
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def answers(right: dict[str, float], pictures: int = 40) -> list[Record]:
+    """Every skill asked once per picture, with a share of right answers."""
+    return [
+        Record(picture, skill, "yes", "yes" if picture < right.get(skill, 0.5) * pictures else "no")
+        for picture in range(pictures)
+        for skill in SKILLS
+    ]
+
+
+def test_verdicts_on_planted_numbers():
+    half = answers({})
+    found = differences(answers({"counting": 0, "colour": 1}), half)
+    assert {name for name in found if found[name].verdict == "ties"} == {"mean", *SKILLS} - {"counting", "colour"}
+    assert found["counting"].verdict == "loses"
+    assert found["colour"].verdict == "beats"
+    assert found["colour"].value == 0.5
+    assert found["colour"].low < 0.5 < found["colour"].high
+    assert found["mean"].value == pytest.approx(0)
+    better, worse = (differences(answers(dict.fromkeys(SKILLS, share)), half)["mean"] for share in (0.8, 0.2))
+    assert (better.verdict, worse.verdict) == ("beats", "loses")
+    assert better.value == pytest.approx(0.3)
+    assert str(better).startswith("+30.0 [")
+
+
+def test_the_difference_is_paired():
+    """Two methods that are right about almost the same pictures differ by little, and surely."""
+    one, other = answers(dict.fromkeys(SKILLS, 0.5)), answers(dict.fromkeys(SKILLS, 0.625))
+    difference = differences(other, one)["mean"]
+    assert difference.verdict == "beats"
+    assert difference.high - difference.low < 0.25
+
+
+def planted(right: dict[str, dict[str, float]], *more: Point) -> sweep.Sweep:
+    """A sweep of made-up answers at 50 %, and at `more` points: method -> skill -> share of right answers."""
+    points = [*(Point(method, 0.5, (0,), (0.5,)) for method in right), *more]
+    plan = sweep.Plan(points, [("fastv", 0.25, 0.25, 1), ("fastv", 0.1, 0.25, 1)], {"tome": "tome cannot do that."})
+
+    def pooled(point):
+        skills = dict.fromkeys(SKILLS, 1.0) if point is None else right[point.method]
+        share = 0.3 if point and point.method == "uniform" else 0.5
+        return answers(skills), [sweep.Answers("recipe", "", 0, "test", 40, [], share, 1.0)]
+
+    return sweep._compare(plan, pooled)
+
+
+def test_the_summary_names_what_does_not_beat_random():
+    right = {"random": {}, "cls": {"counting": 0.9}, "divprune": dict.fromkeys(SKILLS, 0.9), "uniform": {"reading": 0}}
+    said = sweep.summary(planted(right))
+    assert said[0].startswith("Of 3 points (a method at a budget), 2 beat random")
+    assert "0 tie and 1 lose" in said[0]
+    (mean,) = [sentence for sentence in said if sentence.startswith("On the mean")]
+    assert mean.startswith("On the mean, `uniform` does not beat random: loses at 50 % (-7.1 [")
+    assert not any("divprune" in sentence for sentence in said)
+    skills = [sentence for sentence in said if sentence.startswith("On single skills")]
+    assert skills[0].startswith("On single skills, `cls` does not beat random: existence ties at 50 %; colour ties")
+    assert "counting" not in skills[0]
+    assert skills[1].endswith("reading loses at 50 %.")
+    assert "`uniform` at 50 % really costs 30.0 %." in said
+    assert "Not reachable: `fastv` at 25 % and 10 %; its cuts cost between 25 % and 100 %." in said
+    assert said[-1] == "Not run: tome cannot do that."
+
+
+def test_tables(tmp_path):
+    right = {"random": {}, "divprune": dict.fromkeys(SKILLS, 0.9), "uniform": {"reading": 0}}
+    text = sweep.markdown(planted(right, Point("divprune", 0.1, (0,), (0.1,))))
+    (uniform,) = [line for line in text.splitlines() if line.startswith("| `uniform` | 0 |")]
+    assert uniform.endswith("| not reachable |")
+    result = planted(right)
+    text = sweep.markdown(result)
+    (divprune,) = [line for line in text.splitlines() if line.startswith("| `divprune` | 0 | 90.0 [")]
+    assert divprune.endswith("▲ |")
+    assert "| un-pruned |" + " 100.0 |" * len(SKILLS) in text
+    assert text.count("▼") == 1 + 1 + 1  # the legend, the mean and one skill
+    sweep.write(result, {"rows": []}, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep.json", "sweep.md", "sweep.png"}
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def vlmprune(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["vlmprune", "sweep", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def test_command(monkeypatch, capsys, tmp_path):
+    arguments = ("--method", "cls", "--method", "fastv", "--budget", 0.25, "--seeds", 1, "--images", 2, "--out", tmp_path)
+    assert vlmprune(monkeypatch, *arguments, "--json") == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in numbers["rows"]] == ["cls", "random"]
+    assert numbers["unreachable"] == [{"method": "fastv", "budget": 0.25, "lowest": 0.25, "highest": 1}]
+    assert numbers["rows"][0]["over_random"]["mean"]["verdict"] in ("beats", "ties", "loses")
+    assert numbers["rows"][0]["share"] == 0.25
+    assert numbers["images"] == 2
+    assert json.loads((tmp_path / "sweep.json").read_text()) == numbers
+    assert "| `cls` | 0 |" in (tmp_path / "sweep.md").read_text()
+    assert vlmprune(monkeypatch, *arguments, "--threads", torch.get_num_threads()) == 0
+    assert "over random" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--method", "fastvv"), "unknown method 'fastvv': did you mean 'fastv'?"),
+        (("--budget", "1.5"), "a budget is a share of the visual tokens between 0 and 1, found 1.5"),
+        (("--split", "zzz"), "unknown split 'zzz'"),
+    ],
+)
+def test_mistakes(monkeypatch, capsys, arguments, sentence):
+    assert vlmprune(monkeypatch, *arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_method_that_refuses_the_model_is_told_and_left_out(embedded, monkeypatch):
+    def refuse(model, recipe):
+        if recipe.methods[0].name == "cls":
+            raise UsageError("cls cannot work here.")
+        return vp.Run(model, recipe)
+
+    monkeypatch.setattr(sweep.vlmprune, "wrap", refuse)
+    plan = make_plan(embedded[0], ["cls", "divprune"], [0.5])
+    assert plan.refused == {"cls": "cls cannot work here."}
+    assert [point.method for point in plan.points] == ["divprune", "random"]
