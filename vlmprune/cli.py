@@ -213,10 +213,16 @@ def methods(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table(*(Column(title, overflow="fold") for title in COLUMNS.values()))
-    for row in rows:
-        table.add_row(*(row[key] for key in COLUMNS))
-    console.print(table)
+    if console.width >= 160:
+        table = Table(*(Column(title, overflow="fold") for title in COLUMNS.values()))
+        for row in rows:
+            table.add_row(*(row[key] for key in COLUMNS))
+    else:  # eight columns need room
+        table = Table(COLUMNS["method"], Column("", overflow="fold"), show_lines=True)
+        for row in rows:
+            lines = [f"[dim]{title}[/] {row[key]}" for key, title in COLUMNS.items() if key != "method" and row[key]]
+            table.add_row(row["method"], "\n".join(lines))
+    console.print(table, highlight=False)
 
 
 @app.command()
