@@ -90,15 +90,14 @@ def effects_of(claims: Claims) -> list[Effect]:
 
 
 def effect_of(model, inputs: dict, run, entered: torch.Tensor | None = None, start: int = 0) -> Effect:
-    """The effect of a run's last prefill of ``inputs``, whose rows it may have repeated (beams).
+    """The effect of a run's last prefill: of ``inputs``, at column ``start``, whose rows it may have repeated (beams).
 
     ``entered`` [batch, sequence, dim] is what entered the language model (:class:`Entering`), for methods that work
     inside the vision tower.
     """
-    last = run.last
+    last, length = run.last, inputs["input_ids"].shape[1]
     rows = last.batch // len(inputs["input_ids"])
-    ids = inputs["input_ids"].repeat_interleave(rows, 0)
-    real = inputs["attention_mask"][:, -ids.shape[1] :].bool().repeat_interleave(rows, 0)
+    ids, real = (inputs[name].repeat_interleave(rows, 0) for name in ("input_ids", "attention_mask"))
     merged: dict[int, list] = {}
     for image in last.kept:
         if image.features is not None:
@@ -110,7 +109,10 @@ def effect_of(model, inputs: dict, run, entered: torch.Tensor | None = None, sta
         merged[0] = [entry for entry in tower if len(entry[1])] + merged.get(0, [])
     compact = {method.name for method in run.recipe.methods if method.positions == "compact"}
     layers = frozenset(image.layer for image in last.kept if image.site != "cache" and image.method.split()[0] in compact)
-    return Effect(dict(last.keep), dict(last.keep_cache), merged, layers, real, start)
+    # Generation without a cache, and assisted decoding, run generated tokens together with the prompt
+    assert all(mask[:, length:].all() for mask in (*last.keep.values(), *last.keep_cache.values()))
+    keep, keep_cache = ({layer: mask[:, :length] for layer, mask in masks.items()} for masks in (last.keep, last.keep_cache))
+    return Effect(keep, keep_cache, merged, layers, real.bool(), start)
 
 
 class Entering:

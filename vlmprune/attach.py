@@ -581,7 +581,7 @@ class Run:
         parts = [
             part
             for image, original in enumerate(map(len, call.layout.images))
-            for part in _parts(call, image, budget.resolve(original), method.per_view)
+            for part in _parts(call, image, budget.resolve(original), method.per_view and self._facts.crops)
         ]
         kept: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in call.layout.images]
         for group in group_by_size([part.size for part in parts]):
@@ -715,10 +715,10 @@ def _parts(call: Call, image: int, keep: int, per_view: bool) -> list[Part]:
     """What is decided together of one picture: all of it, or each of its views with its share of the budget."""
     assert call.layout is not None
     index, original, entered = call.remaining[image], len(call.layout.images[image]), call.entered[image]
-    if not per_view or not call.tower or "view" not in call.tower[image]:
+    if not per_view:
         return [Part(image, index, original, entered, keep)]
     view = call.tower[image]["view"].to(index.device)
-    sizes = torch.unique_consecutive(view.sort().values, return_counts=True)
+    sizes = torch.unique_consecutive(view[view >= 0].sort().values, return_counts=True)  # −1: dropped inside the tower
     shares = share(keep, sizes[1].tolist())
     return [
         Part(image, index[view[index] == number], size, entered, kept)

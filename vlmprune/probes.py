@@ -188,7 +188,7 @@ def recall_tower(call: Call, memory: RowMemory, embeddings: Tensor) -> None:
         there = ~features[:, 0].isnan()  # the rest was dropped inside the tower
         call.tower.append(
             {
-                name: value.new_zeros(len(features), *value.shape[1:]).index_put((there,), value)
+                name: value.new_full((len(features), *value.shape[1:]), -1).index_put((there,), value)
                 for name, value in memory.recall(features[there]).items()
             }
         )

@@ -23,7 +23,7 @@ from vlmprune.kernels.attention_mass import attention_mass
 from vlmprune.methods.base import Block, TowerPruner, TowerState
 from vlmprune.reduction import Reduction
 from vlmprune.schedule import Budget
-from vlmprune.view import Facts
+from vlmprune.view import WITH_CLS, Facts
 
 MEMORY_ROWS = 1 << 17
 """Visual tokens whose past in the tower is remembered (227 pictures of 576), and at least the last pass."""
@@ -59,7 +59,6 @@ class TowerPass:
     ) -> None:
         self.facts, self.last, self.wanted, self.pruner, self.cuts = facts, last, wanted, pruner, cuts
         self.lengths, self.views, self.device = list(lengths), views, device
-        self.seen: dict[str, Tensor] = {}
         self.shortened = False
         self._segment = (-1, -1)  # block and view that were watched last, in a packed tower
         self.states = [self._state(length, budget) for length in lengths]
@@ -95,12 +94,12 @@ class TowerPass:
     def note(self, probe: str, query: Tensor, key: Tensor, scaling: float) -> None:
         """Take a probe of a tower with CLS tokens from one block's attention."""
         if probe == "tower_keys":
-            self.seen[probe] = key[:, :, 1:].float().mean(dim=1)  # [view, patch, dim]
+            self.states[0].carried[probe] = key[:, :, 1:].float().mean(dim=1)  # [view, patch, dim]
             return
         valid = self.states[0].valid
         visible = None if valid is None else torch.nn.functional.pad(valid, (1, 0), value=True)[:, None]
         attention = attention_mass(query[:, :, :1], key, scaling, visible)[:, :, 1:]
-        self.seen[probe] = attention.transpose(1, 2)  # [view, patch, head]
+        self.states[0].carried[probe] = attention.transpose(1, 2)  # [view, patch, head]
 
     # -- shortening ------------------------------------------------------------------------------------------------------
 
@@ -141,7 +140,8 @@ class TowerPass:
         self.shortened = True
         state.valid = None if reduction.dense else reduction.valid
         state.cells = state.cells.gather(1, reduction.rows)
-        state.carried = {name: carried.gather(1, reduction.rows) for name, carried in state.carried.items()}
+        view = torch.arange(len(state.cells), device=state.cells.device)[:, None]
+        state.carried = {name: carried[view, reduction.rows] for name, carried in state.carried.items()}
         return reduction.gather(patches)
 
     def mask(self, implementation: str, dtype: torch.dtype) -> Tensor | None:
@@ -161,7 +161,7 @@ class TowerPass:
 
     def known(self, projected: Tensor, entering: Tensor) -> dict[str, Tensor]:
         """The probes, one row per row of `projected` `[…, dim]`, from what entered the projector."""
-        found = dict(self.seen)
+        found = {name: carried for name, carried in self.states[0].carried.items() if name in self.wanted & WITH_CLS}
         if "tower_features" in self.wanted:
             found["tower_features"] = entering
         if "flow" in self.wanted:
@@ -207,7 +207,7 @@ class RowMemory:
 
     def remember(self, features: Tensor, known: dict[str, Tensor]) -> None:
         """File `known`, `[row, …]` each, under `features` `[row, dim]`."""
-        names, order = row_names(features).sort()
+        names, order = row_names(features).sort(stable=True)
         passes, rows = [(names, order, known)], len(names)
         for earlier in self._passes:
             rows += len(earlier[0])
@@ -223,10 +223,13 @@ class RowMemory:
             UsageError: they did not come from the wrapped model's tower.
         """
         wanted = row_names(features)
+        again = _repetition(wanted)
         for names, order, known in self._passes:
             names = names.to(wanted.device)
             place = torch.searchsorted(names, wanted).clamp_(max=len(names) - 1)
             if bool((names[place] == wanted).all()):
+                twin = (place + again).clamp_(max=len(names) - 1)  # of views that look alike, each its own
+                place = torch.where(names[twin] == wanted, twin, place)
                 rows = order.to(wanted.device)[place]
                 return {name: value[rows.to(value.device)].to(wanted.device) for name, value in known.items()}
         raise UsageError(
@@ -243,6 +246,13 @@ def row_names(features: Tensor) -> Tensor:
     bits = features[:, :NAMED_BY].detach().contiguous()
     bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]).long()
     return (bits * _multipliers(bits.shape[1]).to(bits.device)).sum(dim=1)  # wraps, which is as good
+
+
+def _repetition(names: Tensor) -> Tensor:
+    """`[row]` how often the same name stood before."""
+    ordered, order = names.sort(stable=True)
+    count = torch.arange(len(names), device=names.device) - torch.searchsorted(ordered, ordered)
+    return torch.empty_like(order).scatter(0, order, count)
 
 
 @cache

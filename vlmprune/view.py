@@ -64,6 +64,9 @@ FROM_TOWER = frozenset(
 )
 """Probes that are taken in the vision tower."""
 
+WITH_CLS = FROM_TOWER - {"flow"}
+"""Those that are taken only where it has a CLS token."""
+
 
 @dataclass(frozen=True)
 class Facts:

@@ -68,18 +68,18 @@ def determinant_order(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     images, visual, _ = unit.shape
     rows = torch.arange(images, device=features.device)
     order = torch.empty(images, keep, dtype=torch.long, device=features.device)
-    gain = unit.square().sum(-1)  # squared distance of each token to the span of the selected ones
+    gain = unit.square().sum(-1)  # squared distance of each token to the span of the selected ones; −1 once taken
+    rounding = RANK * gain
     factor = unit.new_zeros(images, keep, visual)
     for step in range(keep):
         pick = gain.argmax(dim=-1)
         order[:, step] = pick
         similarity = (unit @ unit[rows, pick][..., None])[..., 0]
         shared = (factor[:, :step] * factor[rows, :step, pick][..., None]).sum(dim=1)
-        new = gain[rows, pick] > RANK * unit[rows, pick].square().sum(
-            -1
-        )  # else it lies in the span of the others, up to rounding
-        length = torch.where(new, gain[rows, pick], torch.inf).sqrt()
+        length = gain[rows, pick].clamp_min(0).sqrt()
+        length = torch.where(length > 0, length, torch.inf)  # nothing new in it
         factor[:, step] = (similarity - shared) / length[:, None]
-        gain = torch.where(gain < 0, gain, (gain - factor[:, step].square()).clamp_min(0))
-        gain[rows, pick] = -1  # taken
+        left = gain - factor[:, step].square()
+        gain = torch.where(gain < 0, gain, torch.where(left > rounding, left, 0))
+        gain[rows, pick] = -1
     return order

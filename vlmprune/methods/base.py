@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlmprune.errors import UsageError, unknown
 from vlmprune.schedule import Budget, Schedule, Stage
-from vlmprune.view import Facts, View
+from vlmprune.view import WITH_CLS, Facts, View
 
 Positions = Literal["original", "compact"]
 
@@ -117,8 +117,7 @@ class Pruner:
         Raises:
             UsageError: the method does not work with such a model.
         """
-        wanting = [stage for stage in self.cuts if any(need.startswith("attention_from_cls") for need in self.needs_at(stage))]
-        if wanting and not facts.cls:
+        if not facts.cls and any(self.needs_at(stage) & WITH_CLS for stage in self.cuts):
             raise UsageError(
                 f"{self.name} needs the attention of the vision tower's CLS token, but {facts.refusal}; choose a method "
                 "that does not need it."
@@ -226,7 +225,7 @@ class TowerState:
         target: patches that each view shall have in the end.
         cells: `[view, patch]` raster index of every patch that is still there; `side` × `side` of them at first.
         valid: `[view, patch]` bool, or None.
-        carried: the method's own `[view, patch]` tensors; they are shortened together with the patches.
+        carried: what was noted of each patch, `[view, patch, …]`: probes, and a method's own; shortened with the patches.
     """
 
     facts: Facts

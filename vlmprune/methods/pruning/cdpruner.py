@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vlmprune.errors import UsageError
 from vlmprune.kernels.select_diverse import determinant_order
 from vlmprune.methods.base import Pruner
-from vlmprune.schedule import Stage, at
+from vlmprune.schedule import Schedule, Stage, at
 from vlmprune.view import Facts, View
 
 Relevance = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -46,6 +47,13 @@ class CDPruner(Pruner):
     per_view = True
 
     relevance: Relevance | None = None
+
+    def plan(self, facts: Facts) -> Schedule:
+        if self.relevance is not None and not facts.cls:
+            raise UsageError(
+                f"cdpruner: relevance compares what a CLIP tower made of each patch, but {facts.refusal}: leave relevance out."
+            )
+        return super().plan(facts)
 
     def variant(self, facts: Facts) -> str:
         return "embedding" if self.relevance is None else type(self.relevance).__name__

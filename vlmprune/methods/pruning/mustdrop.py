@@ -128,12 +128,14 @@ class MustDrop(TowerPruner):
         key_set = torch.zeros(see.images, see.visual, dtype=torch.bool, device=keys.device).scatter(1, keys, True)
         attention = see.attention_from_text.mean(dim=1)  # [image, text, visual]
         mass = attention.sum(dim=1)
+        wanted = mass + key_set * (mass.sum(dim=-1, keepdim=True) + 1)  # the key set above all others
         if not self.thresholds:
-            return top(mass + key_set * (mass.sum(dim=-1, keepdim=True) + 1), keep)  # the key set above all others
+            return top(wanted, keep)
         weak = (mass < self.global_threshold * mass.sum(dim=-1, keepdim=True)) & (
             attention.amax(dim=1) < self.individual_threshold
         )
-        return Choice([row.nonzero()[:, 0] for row in key_set | ~weak])
+        best = torch.zeros_like(key_set).scatter(1, top(wanted, keep), True)  # never more than the budget
+        return Choice([row.nonzero()[:, 0] for row in (key_set | ~weak) & best])
 
 
 def _windows(side: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -63,9 +63,12 @@ class SparseVLM(Pruner):
 
     def select(self, see: View, keep: int) -> Tensor | Choice:
         rating = raters(see.embeddings, see.text_embeddings, see.text_valid)  # [image, text]
-        attention = see.attention_from_text * rating[:, None, :, None]
+        attention = see.attention_from_text
         if self.version == 2:
-            attention = _strongest_heads(attention / _rotary_alone(see.text_rotary, see.rotary)[:, None])
+            attention = attention / _rotary_alone(see.text_rotary, see.rotary)[:, None]
+        attention = attention.masked_fill(~rating[:, None, :, None], 0)
+        if self.version == 2:
+            attention = _strongest_heads(attention)
         score = attention.sum(dim=(1, 2))  # the mean's divisors are the same for every token
         plain, clusters = _split(keep, see.visual) if self.version == 1.5 else (keep, 0)
         if not clusters:
