@@ -243,6 +243,16 @@ def test_two_methods_in_the_tower_are_exact_or_refused(family, recipe):
     assert_equals_masked(model, it.inputs, it.effect, it.generated, it.logits)
 
 
+@pytest.mark.parametrize("recipe", ["visionzip:tokens=4,contextual=1", "vscan:layer=0|3,fraction=0.95|0.2"])
+def test_a_view_that_keeps_nothing_or_all_leaves_the_merging_of_the_others(recipe):
+    """Red: what was merged in the other views of a picture is silently thrown away."""
+    it = ran("llava_next", recipe)
+    cut = [image for image in it.last.kept if image.layer == 0 and len(image.index) < image.original]
+    assert cut
+    assert all(image.features is not None and len(image.features) == len(image.index) for image in cut)
+    assert_equals_masked(shared("llava_next"), it.inputs, it.effect, it.generated, it.logits)
+
+
 @over(SINGLE)
 def test_generation_equals_masked_in_eager(family, recipe):
     """Red (G9): scores, masks or features of eager models; or a decoding step after a cut has masks of a wrong size."""

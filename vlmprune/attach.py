@@ -535,7 +535,7 @@ class Run:
         record.stored[:0] = [call.past + call.sequence] * full
         record.resident = list(record.stored)
         if self._cache_cut is not None and call.reduction is not None:
-            self._cut_cache(self._cache_cut, call, kwargs.get("past_key_values"))
+            self._cut_cache(self._cache_cut, call, output.get("past_key_values"))  # made by the model itself in a plain call
         record.prefill.end = Clock.now(hidden.device)
         self.last = record
         return output
@@ -719,11 +719,9 @@ def _parts(call: Call, image: int, keep: int, per_view: bool) -> list[Part]:
         return [Part(image, index, original, entered, keep)]
     view = call.tower[image]["view"].to(index.device)
     sizes = torch.unique_consecutive(view[view >= 0].sort().values, return_counts=True)  # −1: dropped inside the tower
-    shares = share(keep, sizes[1].tolist())
-    return [
-        Part(image, index[view[index] == number], size, entered, kept)
-        for number, size, kept in zip(sizes[0].tolist(), sizes[1].tolist(), shares, strict=True)
-    ]
+    left = [index[view[index] == number] for number in sizes[0].tolist()]
+    shares = share(keep, sizes[1].tolist(), list(map(len, left)))
+    return [Part(image, here, size, entered, kept) for here, size, kept in zip(left, sizes[1].tolist(), shares, strict=True)]
 
 
 def _join(pieces: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

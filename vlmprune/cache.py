@@ -103,10 +103,11 @@ class PrunedLayer(DynamicLayer):
         assert self.keys is not None
         assert self.values is not None
         slots, valid = self.entries(alive.shape[0], alive.device)
+        logical = self.get_seq_length()
         here = (slots - past).clamp(0, alive.shape[1] - 1)
         stays = Reduction.keeping(valid & ((slots < past) | alive.gather(1, here)))
         self.keys, self.values = stays.gather(self.keys), stays.gather(self.values)
-        self._set_prefix(slots.gather(1, stays.rows), stays.valid, stays.dense, self.get_seq_length())
+        self._set_prefix(slots.gather(1, stays.rows), stays.valid, stays.dense, logical)
 
     def reset(self) -> None:
         super().reset()

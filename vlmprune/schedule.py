@@ -79,6 +79,8 @@ class Stage:
     def __post_init__(self) -> None:
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
             raise UsageError(f"layer must be a whole number >= 0 (0 is before the language model), found {self.layer!r}.")
+        if self.site == "vision" and self.layer:
+            raise UsageError(f"a stage inside the vision tower has layer=0, found {self.layer}: its method knows the blocks.")
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,17 @@ def stages(kept: Mapping[int, int | float]) -> Schedule:
     )
 
 
-def share(total: int, sizes: Sequence[int]) -> list[int]:
+def share(total: int, sizes: Sequence[int], room: Sequence[int]) -> list[int]:
     """Split a budget of `total` tokens among parts in proportion to their sizes: exact in sum, the largest remainders first,
-    then the first part."""
-    whole = sum(sizes)
-    exact = [total * size / whole for size in sizes]
-    shares = [math.floor(x) for x in exact]
-    for part in sorted(range(len(sizes)), key=lambda i: (shares[i] - exact[i], i))[: total - sum(shares)]:
-        shares[part] += 1
+    then the first part. No part gets more than its `room`; what it cannot take goes to the others in the same way."""
+    shares = [0] * len(sizes)
+    while (left := min(total, sum(room)) - sum(shares)) > 0:
+        open_parts = [part for part in range(len(sizes)) if shares[part] < room[part]]
+        whole = sum(sizes[part] for part in open_parts)
+        exact = {part: left * sizes[part] / whole for part in open_parts}
+        more = {part: math.floor(exact[part]) for part in open_parts}
+        for part in sorted(open_parts, key=lambda part: (more[part] - exact[part], part))[: left - sum(more.values())]:
+            more[part] += 1
+        for part in open_parts:
+            shares[part] = min(shares[part] + more[part], room[part])
     return shares

@@ -169,7 +169,7 @@ class Words:
     model_max_length = 7
 
     def decode(self, ids, skip_special_tokens=False):
-        return " ".join(str(int(i)) for i in ids if not (skip_special_tokens and int(i) < 3))
+        return " ".join(str(int(i)) for i in ids if not (skip_special_tokens and int(i) in (1, 2)))
 
     def __call__(self, text, add_special_tokens=True, **_):
         def ids(piece):

@@ -88,6 +88,9 @@ class Pruner:
         if self.schedule is None:
             schedule = self.presets[preset] if preset is not None else self._from_defaults(layer, tokens, fraction)
             object.__setattr__(self, "schedule", schedule)
+        for stage in self.cuts:
+            if stage.site == "cache" or (stage.site == "vision" and not isinstance(self, TowerPruner)):
+                raise UsageError(f"{self.name} cannot cut in {stage.place}: give it stages of the language model.")
         earliest = min((stage.layer for stage in self.cuts if stage.site == "llm"), default=self.first_layer)
         if earliest < self.first_layer:
             raise UsageError(
