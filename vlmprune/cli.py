@@ -1,9 +1,12 @@
-"""The command line: `vlmprune demo | run | eval | sweep | methods | env`."""
+"""The command line: `vlmprune demo | run | eval | sweep | horizon | tune | methods | env`."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +46,14 @@ LOOKS_AT = {
 }
 """Probes in a reader's words; what only helps to read another probe is left out."""
 
+ModelName = Annotated[str, typer.Option(help="Folder or hub id of a VLM; 'tiny' is the embedded one.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Folder with questions.jsonl and its pictures (docs/tuning.md). Default: scenes of the embedded model."),
+]
+Images = Annotated[int | None, typer.Option(min=2, help="Questions to take. Default: all of --data, or 40 scenes.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the table, the figure and the numbers.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -207,6 +218,94 @@ def sweep(
 
 
 @app.command()
+def horizon(
+    model: ModelName = "tiny",
+    data: Data = None,
+    images: Images = None,
+    window: Annotated[int, typer.Option(min=1, help="Visual tokens are kept in windows of N × N.")] = 2,
+    layer: Annotated[list[int] | None, typer.Option(help="A decoder layer to measure; may be repeated. Default: all.")] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Windows tried at once; less needs less memory.")] = 64,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer to measure; the paper's is the first.")] = 1,
+    device: Device = "cpu",
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """From which decoder layer on visual tokens tell the answer nothing any more, and recipes that use it."""
+    from vlmprune.evals import horizon as evals
+
+    with _calibration(model, data, images, device, out, answers=True) as (loaded, samples, tick):
+        result = evals.find_horizon(loaded, samples, layer, window, chunk, answer_tokens, tick)
+    numbers = {"model": model, "data": str(data or "scenes"), "environment": environment(), **result.to_dict()}
+    if out:
+        (out / "horizon.json").write_text(json.dumps(numbers) + "\n")
+        (out / "horizon.md").write_text(evals.markdown(result) + "\n")
+        evals.plot(result, out / "horizon.png")
+    if as_json:
+        _print_json(numbers)
+        return
+    recipes = [f"{made.recipe}  ({made.compute_average:.1f} visual tokens enter a layer)" for made in result.compositions()]
+    _print_rows(evals.COLUMNS, evals.rows(result), [*evals.sentences(result), *recipes])
+
+
+@app.command()
+def tune(
+    method: Annotated[str, typer.Option(help="Whose schedule: adaptinfer.")],
+    model: ModelName = "tiny",
+    data: Data = None,
+    images: Images = None,
+    tokens: Annotated[int | None, typer.Option(help="Visual tokens that leave a layer, in the mean over layers.")] = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="Or the same as a share of the picture's tokens; 0.3 if neither.")
+    ] = None,
+    device: Device = "cpu",
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a method's layers and counts for a model, from where its attention moves on."""
+    from vlmprune.evals import tune as evals
+    from vlmprune.schedule import Budget
+
+    evals.check_method(method)
+    budget = Budget(fraction=0.3) if (tokens, fraction) == (None, None) else Budget(tokens, fraction)
+    with _calibration(model, data, images, device, out, answers=False) as (loaded, samples, tick):
+        result = evals.tune(loaded, samples, budget, method, tick)
+    numbers = {"model": model, "data": str(data or "scenes"), "environment": environment(), **result.to_dict()}
+    if out:
+        result.recipe.save_pretrained(out)
+        (out / "tune.json").write_text(json.dumps(numbers, indent=1) + "\n")
+        (out / "tune.md").write_text(evals.markdown(result) + "\n")
+        evals.plot(result, out / "tune.png")
+    if as_json:
+        _print_json(numbers)
+        return
+    _print_rows(evals.COLUMNS, evals.rows(result), [*evals.sentences(result), *([f"Saved to {out}"] if out else [])])
+
+
+@contextmanager
+def _calibration(
+    model: str, data: Path | None, images: int | None, device: str, out: Path | None, answers: bool
+) -> Iterator[tuple[Any, Iterator[Any], Callable[[float], None]]]:
+    """The model, its calibration samples, and a progress bar to tick; everything is checked before anything is computed."""
+    from rich.progress import Progress
+
+    from vlmprune.demo import load_model, make_folder, open_picture, prompt_text
+    from vlmprune.evals import calibration
+
+    if data is None and model != "tiny":
+        raise UsageError("the built-in scenes are for the embedded model: give --data with questions for yours.")
+    questions = calibration.scenes(images or 40) if data is None else calibration.read(data, answers, images)
+    for question in questions if data else []:
+        open_picture(question.picture)
+    if out:
+        make_folder(out)
+    loaded, processor = load_model(model, device)
+    samples = calibration.samples(processor, questions, partial(prompt_text, processor), open_picture, device)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("samples", total=len(questions))
+        yield loaded, samples, lambda share: progress.advance(task, share)
+
+
+@app.command()
 def methods(as_json: AsJson = False) -> None:
     """The methods there are, with their papers and defaults."""
     rows = method_rows()
@@ -333,6 +432,15 @@ def environment() -> dict[str, Any]:
 
 def _print_json(data: Any) -> None:
     print(json.dumps(data, indent=2))
+
+
+def _print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], sentences: Sequence[str]) -> None:
+    table = Table(*(Column(name, justify="right") for name in columns))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for sentence in sentences:
+        console.print(sentence, markup=False, highlight=False)
 
 
 def _judged(given: str, truth: str) -> str:

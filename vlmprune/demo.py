@@ -90,7 +90,7 @@ def ask_once(
         make_folder(target.parent)
     picture = open_picture(image)
     model, processor = load_model(model_name, device)
-    inputs = processor(images=picture, text=_prompt_text(processor, prompt), return_tensors="pt").to(device)
+    inputs = processor(images=picture, text=prompt_text(processor, prompt), return_tensors="pt").to(device)
     plain, pruned, kept = compare(model, processor, inputs, plan, max_new_tokens)
     if target is not None:
         draw.kept_patches(_as_seen(processor, inputs, picture), kept.grid, kept.index).save(target)
@@ -186,7 +186,7 @@ def load_model(name: str, device: str) -> tuple[Any, Any]:
         raise UsageError(f"no model at {name!r}: give a folder with a saved model, a hub id, or 'tiny'.") from error
 
 
-def _prompt_text(processor: Any, prompt: str) -> str:
+def prompt_text(processor: Any, prompt: str) -> str:
     token = getattr(processor, "image_token", None)
     if token and token in prompt:  # the user wrote the whole prompt
         if prompt.count(token) != 1:

@@ -270,6 +270,18 @@ def test_flowcut_ends_where_features_are_taken(layers):
     assert seen.lengths[feature_block] == 8
 
 
+@pytest.mark.parametrize("recipe", ["flowcut:tokens=7", "mustdrop:layer=3,tokens=3,windows=2"])
+def test_features_of_the_first_block(recipe):
+    """No block stands before the one whose output feeds the projector, so none can cut: refused, never un-pruned in silence."""
+    model, prompt = deep("llava"), prompts("llava", [[PICTURE]])
+    with mock.patch.object(model.config, "vision_feature_layer", 1):
+        try:
+            seen = watched(model, recipe, prompt.inputs)
+        except vp.UsageError:
+            return
+    assert len(kept(seen.run, "vision")[0]) == {"flowcut:tokens=7": 7}.get(recipe, SIDE**2 - 16)
+
+
 def test_flowcut_survives_beams_and_encoding_beforehand():
     """The same pictures, encoded inside the call, before it, or copied for beams: the same patches, and the same answer."""
     model, prompt = deep("llava"), prompts("llava", [[PICTURE], [PICTURE]])

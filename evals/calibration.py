@@ -1,0 +1,239 @@
+"""Pictures with questions for choosing settings: a folder with `questions.jsonl`, or scenes of the embedded model's world.
+
+One JSON object per line, pictures named relative to the folder (docs/tuning.md):
+
+    {"image": "cat.png", "question": "Is there a cat?", "answer": "Yes"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vlmprune
+from vlmprune.evals.offline import RESAMPLES
+
+FILE = "questions.jsonl"
+KEEP_ALL = "random:layer=0,fraction=1"
+"""Runs exactly as the un-pruned model does, and leaves a record of the prompt."""
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A picture (or where it lies), a question, and its answer where one is known; `name` is for reports."""
+
+    picture: Any
+    text: str
+    answer: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A question as a model takes it.
+
+    Attributes:
+        inputs: the processor's output for one prompt, without padding.
+        answer: ids of the right answer's tokens; empty where it is not known.
+        name: for reports.
+    """
+
+    inputs: Mapping[str, Any]
+    answer: tuple[int, ...] = ()
+    name: str = ""
+
+    def told(self, tokens: int) -> Sample:
+        """The same with the first `tokens` of the answer behind the prompt, as if the model had said them."""
+        if not tokens:
+            return self
+        ids: Tensor = self.inputs["input_ids"]
+        said = torch.tensor([self.answer[:tokens]], device=ids.device)
+        longer = dict(self.inputs)
+        for name, value in self.inputs.items():
+            if isinstance(value, Tensor) and value.shape == ids.shape:  # one entry per token: mask, kind of token
+                own = said if name == "input_ids" else torch.full_like(said, name == "attention_mask")
+                longer[name] = torch.cat((value, own.to(value.dtype)), dim=1)
+        return replace(self, inputs=longer)
+
+
+def read(folder: Path, answers: bool, most: int | None = None) -> list[Question]:
+    """The questions of a folder, checked before anything is computed; pictures are not opened yet.
+
+    Args:
+        folder: holds `questions.jsonl` and the pictures.
+        answers: whether every question needs its answer; they are left out else.
+        most: questions to read; None is all.
+
+    Raises:
+        vlmprune.UsageError: a folder or file is missing, or a line cannot be read; says which.
+    """
+    if not folder.is_dir():
+        raise vlmprune.UsageError(f"there is no folder {folder}: give one that holds {FILE} and the pictures.")
+    path = folder / FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise vlmprune.UsageError(
+            f'{folder} holds no {FILE}: write one {{"image": …, "question": …, "answer": …}} per line.'
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise vlmprune.UsageError(f"{path} cannot be read as UTF-8 text ({error}).") from error
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise vlmprune.UsageError(f"{path} holds no questions: write one JSON object per line.")
+    return [_question(folder, number, line, answers) for number, line in numbered[:most]]
+
+
+def _question(folder: Path, number: int, line: str, answers: bool) -> Question:
+    where = f"{FILE} line {number}"
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise vlmprune.UsageError(f"{where} is no JSON ({error.msg}): write one JSON object per line.") from error
+    if not isinstance(entry, dict):
+        raise vlmprune.UsageError(f"{where} is no JSON object, but {line.strip()[:40]}: write {{…}} with its keys.")
+    for key in ("image", "question", "answer")[: 3 if answers else 2]:
+        if not isinstance(entry.get(key), str) or not entry[key].strip():
+            found = repr(entry[key]) if key in entry else "only " + (", ".join(entry) or "an empty object")
+            raise vlmprune.UsageError(f"{where} needs a text as {key!r}: found {found}.")
+    picture = folder / entry["image"]
+    if not picture.is_file():
+        raise vlmprune.UsageError(f"{where}: there is no picture at {picture}.")
+    return Question(picture, entry["question"], entry["answer"] if answers else "", f"{number} {entry['image']}")
+
+
+def scenes(images: int, split: str = "dev") -> list[Question]:
+    """One question about each of some held-out scenes of the embedded model, its skills in turn: independent samples."""
+    from vlmprune.tiny.scenes import SKILLS, held_out
+
+    asked = []
+    for number, scene in enumerate(held_out(images, split)):
+        wanted = [*SKILLS[number % len(SKILLS) :], *SKILLS[: number % len(SKILLS)]]  # not every scene has a sign to read
+        question = min(scene.questions, key=lambda question: wanted.index(question.skill))
+        asked.append(Question(scene.image, question.text, question.answer, f"{split} {number} {question.skill}"))
+    return asked
+
+
+def samples(
+    processor: Any,
+    questions: Sequence[Question],
+    prompt: Callable[[str], str],
+    open_picture: Callable[[Path], Any],
+    device: Any = "cpu",
+) -> Iterator[Sample]:
+    """The questions as samples, one at a time, so that not all pixels are held at once; questions and answers are checked now.
+
+    Args:
+        prompt: makes the whole prompt of a question, for this processor.
+        open_picture: reads a picture that is a path.
+
+    Raises:
+        vlmprune.UsageError: an answer is no word of the model's; or later, a picture cannot be read.
+    """
+    texts = [prompt(question.text) for question in questions]
+    answers = [
+        answer_tokens(processor.tokenizer, text, question) if question.answer else ()
+        for text, question in zip(texts, questions, strict=True)
+    ]
+
+    def sample(question: Question, text: str, answer: tuple[int, ...]) -> Sample:
+        picture = open_picture(question.picture) if isinstance(question.picture, Path) else question.picture
+        return Sample(processor(images=picture, text=text, return_tensors="pt").to(device), answer, question.name)
+
+    return map(sample, questions, texts, answers)
+
+
+def answer_tokens(tokenizer: Any, prompt: str, question: Question) -> tuple[int, ...]:
+    """Ids of the tokens a model would have to say: what an answer behind the prompt adds to it.
+
+    A space is put between them unless the prompt ends with white space (a chat template's new line).
+
+    Raises:
+        vlmprune.UsageError: the answer is not in the vocabulary.
+    """
+    between = "" if prompt[-1:].isspace() else " "
+    before = tokenizer(prompt)["input_ids"]
+    whole = tokenizer(prompt + between + question.answer)["input_ids"]
+    start = _common(before, whole)
+    end = len(whole) - _common(before[start:][::-1], whole[start:][::-1])  # a tokenizer may close every text with a token
+    added = tuple(whole[start:end])
+    if not added or tokenizer.unk_token_id in added:
+        raise vlmprune.UsageError(
+            f"the model has no token for the answer {question.answer!r} ({question.name}): check its spelling."
+        )
+    return added
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many entries are equal from the start on."""
+    shorter = min(len(one), len(other))
+    return next((n for n in range(shorter) if one[n] != other[n]), shorter)
+
+
+# -- running one sample ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A sample under the un-pruned model.
+
+    Attributes:
+        layers: decoder layers of the model.
+        visual: visual tokens of each picture.
+        logits: `[vocabulary]` fp32 of the token behind the prompt.
+    """
+
+    layers: int
+    visual: tuple[int, ...]
+    logits: Tensor
+
+
+def run_whole(model: Any, sample: Sample) -> Whole:
+    """Run a sample without dropping anything.
+
+    Raises:
+        vlmprune.UsageError: not one un-padded prompt with a picture.
+    """
+    ids, mask = sample.inputs["input_ids"], sample.inputs.get("attention_mask")
+    if ids.shape[0] != 1 or (mask is not None and not bool(mask.all())):
+        raise vlmprune.UsageError(
+            f"a sample is one prompt without padding, found {ids.shape[0]} row(s) of {ids.shape[1]} tokens: give one at a time."
+        )
+    with vlmprune.wrap(model, KEEP_ALL) as run:
+        logits = next_logits(model, sample)[0]
+    assert run.last is not None
+    return Whole(run.last.shape.layers, tuple(kept.original for kept in run.last.kept), logits)
+
+
+@torch.inference_mode()
+def next_logits(model: Any, sample: Sample, rows: int = 1) -> Tensor:
+    """`[rows, vocabulary]` fp32 logits of the token behind the prompt, for `rows` copies of it.
+
+    `generate` encodes the pictures once and then copies what came out, in every family's own form. It copies for sampling only,
+    so one token is sampled and forgotten; torch's random state is put back.
+    """
+    cuda = [sample.inputs["input_ids"].device] if sample.inputs["input_ids"].is_cuda else []
+    with torch.random.fork_rng(devices=cuda):
+        output = model.generate(
+            **sample.inputs,
+            do_sample=True,
+            num_beams=1,
+            num_return_sequences=rows,
+            max_new_tokens=1,
+            use_cache=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return output.logits[0].float()
+
+
+def draws(samples: int) -> np.ndarray:
+    """How often each sample is drawn, with replacement: `[draw, sample]`, for bootstrap intervals."""
+    return np.random.default_rng(0).multinomial(samples, [1 / samples] * samples, RESAMPLES)
