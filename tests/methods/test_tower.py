@@ -572,9 +572,25 @@ def test_flowcut_in_the_decoder(family, size):
 
 
 # --- MustDrop ---------------------------------------------------------------------------------------------------------
+@dataclass
+class Merged:
+    """MustDrop's tower stage for one picture: raster ids, what enters the projector, and each block's `[head, patch]` CLS
+    attention."""
+
+    ids: list[int]
+    features: torch.Tensor
+    attention: dict[int, torch.Tensor]
+
+    @property
+    def keys(self) -> list[int]:
+        """The key set, as raster ids."""
+        last = self.attention[max(self.attention)]
+        return [self.ids[j] for j in loops.mustdrop_key_set(last.mean(0))]
+
+
 @torch.no_grad()
-def merged_tower(model, pixels, threshold, windows) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-    """MustDrop's tower stage for one picture: raster ids, what enters the projector, and CLS attention of the last block."""
+def merged_tower(model, pixels, threshold, windows) -> Merged:
+    """The stock blocks on one picture, its windows merged by a loop behind the first."""
     tower = model.model.vision_tower
     blocks = tower.encoder.layers
     hidden = blocks[0](tower.pre_layrnorm(tower.embeddings(pixels[None])), None)
@@ -589,8 +605,8 @@ def merged_tower(model, pixels, threshold, windows) -> tuple[list[int], torch.Te
         for patch in nine:
             del left[patch]
         left[nine[4]] = torch.tensor(tokens[window], dtype=patches.dtype)
-    ids = sorted(left)
-    hidden = torch.cat((hidden[:, :1], torch.stack([left[j] for j in ids])[None]), dim=1)
+    found = Merged(sorted(left), torch.empty(0), {})
+    hidden = torch.cat((hidden[:, :1], torch.stack([left[j] for j in found.ids])[None]), dim=1)
     for index in range(1, len(blocks)):
         attention = blocks[index].self_attn
         normed = blocks[index].layer_norm1(hidden)[0]
@@ -598,11 +614,11 @@ def merged_tower(model, pixels, threshold, windows) -> tuple[list[int], torch.Te
             project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
             for project in (attention.q_proj, attention.k_proj)
         )
-        salience = (q[:, :1] @ k.transpose(1, 2) * attention.scale).softmax(-1)[:, 0, 1:].mean(0)
+        found.attention[index] = (q[:, :1] @ k.transpose(1, 2) * attention.scale).softmax(-1)[:, 0, 1:]
         hidden = blocks[index](hidden, None)
         if index == len(blocks) - 2:
-            features = hidden[0, 1:]
-    return ids, features, salience
+            found.features = hidden[0, 1:]
+    return found
 
 
 def unlike(prompt: Prompts) -> torch.Tensor:
@@ -637,11 +653,11 @@ def test_mustdrop_merges_in_the_tower(windows, attn):
         return
     numbers = set()
     for picture in range(4):
-        ids, features, _ = merged_tower(model, pixels[picture], threshold, windows)
+        expected = merged_tower(model, pixels[picture], threshold, windows)
         places, rows = entered(seen, prompt, picture)
-        assert places == ids == kept(seen.run, "vision")[picture]
-        features_equal(rows, projected(model, features))
-        numbers.add(len(ids))
+        assert places == expected.ids == kept(seen.run, "vision")[picture]
+        features_equal(rows, projected(model, expected.features))
+        numbers.add(len(places))
     assert windows is not None or len(numbers) > 1, "the pictures of this test must merge different numbers"
 
 
@@ -656,12 +672,11 @@ def test_mustdrop_keeps_its_key_set(tokens):
     found = [choice for choice in seen.run.last.kept if choice.layer == 3]
     sizes = set()
     for picture in range(4):
-        ids, _, salience = merged_tower(model, pixels[picture], threshold, None)
-        keys = [ids[j] for j in loops.mustdrop_key_set(salience)]
-        assert len(keys) == math.ceil(0.08 * len(ids))
-        assert set(keys) <= set(found[picture].index.tolist())
-        assert len(found[picture].index) == min(tokens, len(ids))
-        sizes.add(len(keys))
+        expected = merged_tower(model, pixels[picture], threshold, None)
+        assert len(expected.keys) == math.ceil(0.08 * len(expected.ids))
+        assert set(expected.keys) <= set(found[picture].index.tolist())
+        assert len(found[picture].index) == min(tokens, len(expected.ids))
+        sizes.add(len(expected.keys))
     assert len(sizes) > 1, "the pictures of this test must have key sets of different sizes"
 
 
@@ -786,6 +801,31 @@ def test_what_the_tower_told_of_earlier_pictures():
             rest = {name: value for name, value in several[number].inputs.items() if name != "pixel_values"}
             model(**rest, mm_encoder_outputs={"image": encoded[number]})
             assert_told("llava", Peek.seen[0], 0, several[number].pixels[0], PICTURE)
+
+
+def test_what_the_tower_tells_of_merged_patches():
+    """In a batch whose pictures merged different numbers, the padding between takes no share of anybody's attention."""
+    model, prompt = deep("llava"), prompts("llava", FOUR)
+    pixels = unlike(prompt)
+    threshold, blocks = middling(model, pixels), LLAVA["num_hidden_layers"]
+    expected = [merged_tower(model, picture, threshold, None) for picture in pixels]
+    Peek.seen.clear()
+    recipe = vp.Recipe.of(vp.MustDrop(layer=3, tokens=2, merge=threshold), Peek(tokens=3))
+    watched(model, recipe, prompt.inputs | {"pixel_values": pixels})
+    left = list(range(4))
+    for see in Peek.seen:
+        for image in range(see.images):
+            picture = next(p for p in left if len(expected[p].ids) == see.visual)  # one size: in their order
+            left.remove(picture)
+            own = expected[picture]
+            assert see.cell[image].tolist() == see.position[image].tolist() == own.ids
+            assert see.entered == len(own.ids)
+            features_equal(see.tower_features[image], own.features)
+            features_equal(see.attention_from_cls[image], own.attention[blocks - 2])
+            features_equal(see.attention_from_cls_final[image], own.attention[blocks - 1])
+            features_equal(see.attention_from_cls_early[image], own.attention[blocks // 4 - 1])
+    assert left == []
+    assert len(Peek.seen) > 1, "the pictures of this test must merge different numbers"
 
 
 class PeekPerView(Peek):
