@@ -106,12 +106,14 @@ class Run:
         Raises:
             UsageError: the recipe has several stages, so that one number would be ambiguous; or a budget out of range.
         """
-        cutting = [cut for cut in self._cuts if cut.stage.budget.fraction != 1.0]
+        cutting = [cut for cut in self._cuts if self._may_override(cut)]
         if len(cutting) != 1:
             raise UsageError(
                 f"override needs a recipe with one stage, found {len(cutting)} ({self.recipe}): wrap again instead."
             )
-        before, self._budget = self._budget, Budget(tokens, fraction)
+        budget = Budget(tokens, fraction)
+        replace(cutting[0].stage, budget=budget)  # refuses what the stage would refuse
+        before, self._budget = self._budget, budget
         try:
             yield self
         finally:
@@ -321,7 +323,14 @@ class Run:
     def _leave_projector(self, _: nn.Module, args: tuple[Any, ...], features: Tensor) -> Tensor:
         tower = self._thread.tower
         if self._seen_in_tower and self.enabled:
-            self._memory.remember(features.flatten(0, -2), tower.known(features, args[0]))
+            # transformers casts features to the dtype of the words they are put among, and so must their names
+            among = self._text.get_input_embeddings().weight.dtype
+            self._memory.remember(features.flatten(0, -2).to(among), tower.known(features, args[0]))
+        if tower.pruner is not None and tower.cuts and bool(features.isnan().any()):
+            raise UsageError(
+                "the vision tower made NaN of a picture, which would pass for dropped patches: look at the pixel values, or "
+                "load the tower in a dtype with more range (bfloat16, float32)."
+            )
         return tower.restore(features)
 
     # -- attention in the language model ---------------------------------------------------------------------------------
@@ -556,11 +565,12 @@ class Run:
                     layer = cache_.layers[index] if call.past and cache_ is not None else None
                     pruned = layer if isinstance(layer, PrunedLayer) else None
                     now = partial(self._rotary, index, call, hidden, pruned, kwargs)
+                    ahead = partial(attention_ahead, call, self._family, module, index, hidden, cache=cache_)
                     tools = Tools(
-                        ahead=cache(lambda: attention_ahead(call, self._family, module, index, hidden, now(), cache_)),  # noqa: B023
+                        ahead=cache(lambda: _as_the_model(call, hidden.device, lambda: ahead(rotary=now()))),  # noqa: B023
                         rotary=now,
-                        norm=self._text.get_submodule(self._family.final_norm),
-                        project=self._projector(),
+                        norm=partial(_as_the_model, call, hidden.device, self._text.get_submodule(self._family.final_norm)),
+                        project=partial(_as_the_model, call, hidden.device, self._projector()),
                     )
                     call.chosen[number] = self._choose(cut, call, hidden, tools)
                 hidden = self._shorten(cut, call, call.chosen[number], hidden)
@@ -572,7 +582,11 @@ class Run:
 
     def _budget_of(self, cut: _Cut) -> Budget:
         """The stage's budget, or what stands in its place inside `override`."""
-        return cut.stage.budget if self._budget is None or cut.stage.budget.fraction == 1.0 else self._budget
+        return self._budget if self._budget is not None and self._may_override(cut) else cut.stage.budget
+
+    def _may_override(self, cut: _Cut) -> bool:
+        """Not a stage that only merges, or only forgets what others dropped."""
+        return len(self._cuts) == 1 or cut.stage.budget.fraction != 1.0
 
     def _choose(self, cut: _Cut, call: Call, hidden: Tensor, tools: Tools) -> Chosen:
         """What remains of every picture after this stage; pictures of one size are decided together."""
@@ -682,10 +696,20 @@ class _Uncached:
         return ids.shape[0] == self.ids.shape[0] and ids.shape[1] > length and torch.equal(ids[:, :length], self.ids)
 
 
+def _as_the_model(call: Call, device: torch.device, run: Callable[..., Any], *args: Any) -> Any:
+    """Run a piece of the model as the model itself does: inside `torch.autocast` if it was called so."""
+    enabled, dtype = call.autocast
+    with torch.autocast(device.type, dtype=dtype, enabled=enabled):
+        return run(*args)
+
+
 @contextmanager
 def _timed(call: Call, device: torch.device) -> Iterator[None]:
+    """Note the time that choosing takes; and let it compute in full precision, also inside `torch.autocast`."""
     clock = Clock(start=Clock.now(device))
-    yield
+    call.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    with torch.autocast(device.type, enabled=False):
+        yield
     clock.end = Clock.now(device)
     if call.record is not None:
         call.record.selection.append(clock)

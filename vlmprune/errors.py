@@ -10,9 +10,9 @@ class UsageError(ValueError):
     """Something asked for that cannot be done. The command line prints its sentence and exits with 2."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
+def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """The error for a name that does not exist, with the nearest that do."""
-    known = sorted(known)
+    name, known = str(name), sorted(known)
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(known) or 'none'}."
     return UsageError(f"unknown {kind} {name!r}: {hint}")

@@ -260,6 +260,10 @@ def _changed(method: Pruner) -> dict[str, Any]:
 
 
 def _method_string(method: Pruner) -> str:
+    budgets = [stage.budget for stage in method.cuts]
+    if len({budget.tokens is None for budget in budgets}) > 1:  # has no string form; for people
+        kept = "|".join(f"{b.fraction:g}" if b.tokens is None else str(b.tokens) for b in budgets)
+        return f"{method.name}:layer={'|'.join(str(stage.layer) for stage in method.cuts)},kept={kept}"
     entry = _method_dict(method)
     values = {key: value for key, value in entry.items() if key in CUT_KEYS} | _changed(method)
     shown = {key: "|".join(map(str, value)) if isinstance(value, list) else value for key, value in values.items()}

@@ -147,6 +147,7 @@ class Call:
         shift: `[batch, sequence]` by how many places each token moves up ("compact" positions); None if none does.
         chosen: per stage, what remains of every picture and the features that were merged into it; filled from the start when
             generation without a cache runs the same prompt again.
+        autocast: whether the model was called inside `torch.autocast`, and its dtype.
         replayed: the choices are those of an earlier run of the same prompt.
         every_row: all rows of a turn that cuts nothing.
     """
@@ -174,6 +175,7 @@ class Call:
     rotary: dict[tuple[int, int], tuple[Any, Any]] = field(default_factory=dict)
     shift: Tensor | None = None
     chosen: dict[int, Chosen] = field(default_factory=dict)
+    autocast: tuple[bool, Any] = (False, None)
     replayed: bool = False
     every_row: Reduction | None = None
     record: Prefill | None = None

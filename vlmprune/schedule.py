@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vlmprune.errors import UsageError
+from vlmprune.errors import UsageError, unknown
 
 Site = Literal["vision", "llm", "cache"]
 SITES: tuple[Site, ...] = ("vision", "llm", "cache")
@@ -79,6 +79,15 @@ class Stage:
     def __post_init__(self) -> None:
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
             raise UsageError(f"layer must be a whole number >= 0 (0 is before the language model), found {self.layer!r}.")
+        if not isinstance(self.budget, Budget):
+            raise UsageError(f"a stage needs a budget, for example vlmprune.Budget(tokens=64), found {self.budget!r}.")
+        if self.site not in SITES:
+            raise unknown("site", str(self.site), SITES)
+        if self.site != "cache" and self.layer == 0 and 0 in (self.budget.tokens, self.budget.fraction):
+            raise UsageError(
+                "nothing would be kept before the language model, found a budget of 0 at layer 0: keep at least tokens=1, or "
+                "drop everything at a later layer (layer >= 1)."
+            )
         if self.site == "vision" and self.layer:
             raise UsageError(f"a stage inside the vision tower has layer=0, found {self.layer}: its method knows the blocks.")
 

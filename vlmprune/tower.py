@@ -25,8 +25,8 @@ from vlmprune.reduction import Reduction
 from vlmprune.schedule import Budget
 from vlmprune.view import WITH_CLS, Facts
 
-MEMORY_ROWS = 1 << 17
-"""Visual tokens whose past in the tower is remembered (227 pictures of 576), and at least the last pass."""
+MEMORY_ROWS = 1 << 15
+"""Visual tokens whose past in the tower is remembered (56 pictures of 576), and at least the last pass."""
 
 NAMED_BY = 128
 """Leading numbers of a feature row that name it."""
@@ -208,7 +208,7 @@ class RowMemory:
     def remember(self, features: Tensor, known: dict[str, Tensor]) -> None:
         """File `known`, `[row, …]` each, under `features` `[row, dim]`."""
         names, order = row_names(features).sort(stable=True)
-        passes, rows = [(names, order, known)], len(names)
+        passes, rows = [(names, order, {name: value.detach() for name, value in known.items()})], len(names)
         for earlier in self._passes:
             rows += len(earlier[0])
             if rows > MEMORY_ROWS:

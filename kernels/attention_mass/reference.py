@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.dispatch import in_fp32
 
+
+@in_fp32
 def attention_rows(query: Tensor, key: Tensor, scaling: float, visible: Tensor | None = None) -> Tensor:
     """Softmax attention of some query rows.
 
@@ -30,6 +33,7 @@ def attention_rows(query: Tensor, key: Tensor, scaling: float, visible: Tensor |
     return scores.softmax(dim=-1)
 
 
+@in_fp32
 def attention_mass(query: Tensor, key: Tensor, scaling: float, visible: Tensor | None = None) -> Tensor:
     """`[batch, head, key]` fp32: the attention of `attention_rows`, summed over the rows."""
     return attention_rows(query, key, scaling, visible).sum(dim=2)

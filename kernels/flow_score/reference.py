@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.dispatch import in_fp32
 
+
+@in_fp32
 def flow_score(
     query: Tensor,
     key: Tensor,

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vlmprune.kernels.dispatch import in_fp32
+
 RANK = 1e-6
 """Share of a token's length below which what is new in it counts as rounding."""
 
@@ -17,6 +19,7 @@ CHUNK = 256
 """Rows of the similarity matrix that exist at a time."""
 
 
+@in_fp32
 def greedy_order(features: Tensor, keep: int) -> Tensor:
     """Max-min selection, in the order of picking, `[image, keep]`.
 
@@ -53,6 +56,7 @@ def _nearest_other(unit: Tensor) -> Tensor:
     return torch.cat(nearest, dim=-1)
 
 
+@in_fp32
 def determinant_order(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     """Greedy maximum a posteriori set of a determinantal point process, in the order of picking, `[image, keep]`.
 

@@ -88,6 +88,10 @@ class Pruner:
         if self.schedule is None:
             schedule = self.presets[preset] if preset is not None else self._from_defaults(layer, tokens, fraction)
             object.__setattr__(self, "schedule", schedule)
+        if not isinstance(self.schedule, Schedule):
+            raise UsageError(
+                f"{self.name}: schedule must be a Schedule, for example vlmprune.stages({{8: 0.5}}), found {self.schedule!r}."
+            )
         for stage in self.cuts:
             if stage.site == "cache" or (stage.site == "vision" and not isinstance(self, TowerPruner)):
                 raise UsageError(f"{self.name} cannot cut in {stage.place}: give it stages of the language model.")

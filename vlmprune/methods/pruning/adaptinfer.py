@@ -4,9 +4,9 @@
     w  = Σ_rows M'                  one weight per head and text token
     s_j = Σ_h Σ_t w_h,t · A^h[t, j]
 
-Differs from the official code in: exactly K tokens (there min(K, v − 1)), shares of the picture's original tokens instead of
-chained ratios, positions (survivors keep theirs; the LLaVA code renumbers), any batch. Stages stand one layer later than in the
-paper, which cuts after a layer: its layers 1, 10, 20 are 2, 11, 21 here.
+Differs from the official code in: exactly K tokens (there min(K, v − 1)), shares of the picture's original tokens, rounded
+once, instead of chained ratios that are cut off at each stage, positions (survivors keep theirs; the LLaVA code renumbers),
+any batch. Stages stand one layer later than in the paper, which cuts after a layer: its layers 1, 10, 20 are 2, 11, 21 here.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class AdaptInfer(ScorePruner):
         "llava-64": stages({2: 133, 11: 27, 21: 3}),
         "llava-48": stages({2: 80, 11: 24, 21: 2}),
         "llava-32": stages({2: 40, 11: 12, 21: 0}),
+        "llava-13b-128": stages({2: 300, 11: 94, 21: 30}),  # the layers of 7B: the paper's list of 13B's is not known
+        "llava-13b-64": stages({2: 148, 11: 40, 21: 5}),
         "qwen2-vl-10": stages({1: 0.17, 10: 0.17 * 0.6, 20: 0.17 * 0.6 * 0.3}),
         "qwen2-vl-30": stages({1: 0.5, 10: 0.5 * 0.6, 20: 0.5 * 0.6 * 0.3}),
         "qwen2-vl-50": stages({1: 0.7, 10: 0.7 * 0.9, 20: 0.7 * 0.9 * 0.3}),

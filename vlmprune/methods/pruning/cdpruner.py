@@ -48,6 +48,11 @@ class CDPruner(Pruner):
 
     relevance: Relevance | None = None
 
+    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
+        super().__post_init__(layer, tokens, fraction, preset)
+        if self.relevance is not None and not callable(self.relevance):
+            raise UsageError(f"cdpruner: relevance must be a function such as ClipRelevance(…), found {self.relevance!r}.")
+
     def plan(self, facts: Facts) -> Schedule:
         if self.relevance is not None and not facts.cls:
             raise UsageError(

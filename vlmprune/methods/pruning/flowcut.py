@@ -15,6 +15,7 @@ the 2K are found:
     unit       no patch is dropped in the tower: whole 2×2 units are kept by the mean of C over their patches, C being taken in
                the blocks that see the whole picture. Ours, not the paper's; windows and M-RoPE stay legal.
 
+As in the code, ⌊K/2⌋ is kept of each view, and un-padding may drop survivors: slightly fewer than K can be left of a picture.
 Differs from the official code in: each view decides for itself (there the largest P of the batch); a zero probability has no
 entropy (there NaN); positions are kept (the LLaVA code renumbers after the decoder's stage); row separators of LLaVA-NeXT are
 kept unless newlines="drop" (there dropped); the decoder's score is normalised for Qwen too. As in the code, heads are averaged
@@ -43,7 +44,8 @@ class FlowCut(TowerPruner):
     """Keep what the flow of attention passes through, from the first block of the vision tower on.
 
     Args:
-        semantic_scale: "code" (no factor in the tower, 1/√d in the decoder) or "paper" (1/√d in both).
+        semantic_scale: "code" (no factor in the tower, 1/√d in the decoder and in the unit variant) or "paper" (1/√d
+            everywhere).
         newlines: "keep" or "drop" the row separators of LLaVA-NeXT.
         variant_on_units: "auto", "official" or "unit" for towers that merge patches; auto is official where no block has
             windows.
@@ -93,6 +95,8 @@ class FlowCut(TowerPruner):
             raise UsageError(f"flowcut needs a CLS token or merge units in the vision tower, but {facts.refusal}.")
         if self.variant(facts) == "official" and facts.windows:
             raise UsageError('flowcut: variant_on_units="official" breaks the windows of this vision tower: use "unit".')
+        if len(self.cuts) > 1 and self.variant(facts) == "unit":
+            raise UsageError("flowcut: its unit variant has no stage inside the tower: give tokens or fraction, without sites.")
         if len(self.cuts) > 1 or (facts.cls and not facts.crops):
             return self.cuts
         # K/2 in each of at most 5 views of one picture; a fraction counts from all of them.

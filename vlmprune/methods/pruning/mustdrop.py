@@ -9,10 +9,10 @@
     cache    once prefill is over, decoder layers from `cache_layer` on keep only what the last cut left
 
 Differs from the official code in: each picture merges for itself (there as many windows as the least similar picture of the
-batch); a merged token stands in the middle of its window and patches stay in raster order (there merged ones first); rows and
-columns that do not fill a window stay as they are; positions are kept, also for decoding steps (there a layer's own count of
-cached tokens). The code cuts after layers 2, 6, 10, 14: before 3, 7, 11, 15 here. Its default thresholds (1.0, 0.0) drop
-nothing.
+batch); a merged token stands in the middle of its window and patches stay in raster order (there merged ones first); the key
+set is the picture's (with several views there 8 % of each); rows and columns that do not fill a window stay as they are;
+positions are kept, also for decoding steps (there a layer's own count of cached tokens). The code cuts after layers 2, 6, 10,
+14: before 3, 7, 11, 15 here. Its default thresholds (1.0, 0.0) drop nothing.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     s_j = mean_h softmax_j( q^h(last) · k^h(j) / √d )       with the projections of the layer that comes next
 
 At each boundary the next layer's own norm, projections and rotary embedding score the tokens that are about to enter it.
-Differs from the official code in: survivors keep their positions (there renumbered), left padding and any batch.
+Differs from the official code in: shares are rounded half up (there cut off), survivors keep their positions (there
+renumbered), left padding and any batch.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@
              heads with the largest mass count; nothing is recycled
 
 K counts clusters too: K = k + c, the presets add c to the published k. Differs from the official code in: a cluster stands at
-its centre's place (there behind all kept tokens), positions are kept (v1.5: renumbered), equal densities go to the lower index
-(there decided by noise), all words rate if none lies above the mean. The code cuts after layers 2, 6, 15: before 3, 7, 16 here.
+its centre's place (there behind all kept tokens), positions are kept (its v1.5 renumbers, its v2 does not), equal densities go
+to the lower index (there decided by noise), all words rate if none lies above the mean. The code cuts after layers 2, 6, 15:
+before 3, 7, 16 here.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ class SparseVLM(Pruner):
     """Keep what picture-minded words attend to.
 
     Args:
-        version: 1.5 (recycles) or 2 (corrects for position).
+        version: 1.5 (recycles) or 2 (corrects for position); a preset brings its own.
     """
 
     name = "sparsevlm"
     paper = "arXiv:2410.04417 (ICML 2025)"
     note = "K counts recycled clusters; they stand at their centres' places"
-    default = stages({3: 76, 7: 33, 16: 19})
+    default = stages({3: 82, 7: 32, 16: 18})  # v1.5-64
     first_layer = 1
     presets = {  # noqa: RUF012
         "v1.5-192": stages({3: 309, 7: 204, 16: 113}),
@@ -57,6 +58,8 @@ class SparseVLM(Pruner):
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
         super().__post_init__(layer, tokens, fraction, preset)
         self._one_of("version", (1.5, 2))
+        if preset is not None:
+            object.__setattr__(self, "version", 2 if preset.startswith("v2") else 1.5)
 
     def needs_at(self, stage: Stage) -> frozenset[str]:
         return self.needs if self.version == 1.5 else self.needs - {"features"} | {"rotary", "text_rotary"}
