@@ -107,12 +107,16 @@ def effect_of(model, inputs: dict, run, entered: torch.Tensor | None = None, sta
         places = image_columns(model, ids)
         tower = [(row, columns.nonzero()[:, 0], entered[row, columns].nan_to_num()) for row, columns in enumerate(places)]
         merged[0] = [entry for entry in tower if len(entry[1])] + merged.get(0, [])
-    compact = {method.name for method in run.recipe.methods if method.positions == "compact"}
-    layers = frozenset(image.layer for image in last.kept if image.site != "cache" and image.method.split()[0] in compact)
+    layers = {True: set(), False: set()}  # by whether positions are renumbered
+    for image in (image for image in last.kept if image.site != "cache"):
+        named = [method for method in run.recipe.methods if method.name == image.method.split()[0]]
+        mine = [method for method in named if len(named) == 1 or image.layer in {stage.layer for stage in method.cuts}]
+        layers[mine[0].positions == "compact"].add(image.layer)
+    assert not layers[True] & layers[False], "stages of both kinds at one layer cannot be told apart"
     # Generation without a cache, and assisted decoding, run generated tokens together with the prompt
     assert all(mask[:, length:].all() for mask in (*last.keep.values(), *last.keep_cache.values()))
     keep, keep_cache = ({layer: mask[:, :length] for layer, mask in masks.items()} for masks in (last.keep, last.keep_cache))
-    return Effect(keep, keep_cache, merged, layers, real.bool(), start)
+    return Effect(keep, keep_cache, merged, frozenset(layers[True]), real.bool(), start)
 
 
 class Entering:

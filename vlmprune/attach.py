@@ -214,6 +214,11 @@ class Run:
                 f"{looking[0]} looks at attention in the language model, which {implementation!r} does not offer "
                 'yet: call model.set_attn_implementation("sdpa").'
             )
+        if self._tower_cut is not None and self._tower_cut.stage.site == "vision" and self._last_block() == 0:
+            raise UsageError(
+                f"{self._tower_cut.method.name} drops patches between blocks of the vision tower, but this model takes its "
+                "features from the first one: choose a method that cuts in the language model."
+            )
         if self._uses_tower and "flash" in (found := str(self._config.vision_config._attn_implementation)):
             raise UsageError(
                 f"{self.recipe} looks at attention in the vision tower, which {found!r} does not offer yet: call "
@@ -612,6 +617,12 @@ class Run:
             for number, part in enumerate(parts[i] for i in group):
                 rows = choice.index[number].to(part.index.device)
                 kept[part.image].append((part.index[rows], None if choice.features is None else choice.features[number]))
+        for image, pieces in enumerate(kept):
+            if any(features is not None for _, features in pieces):  # parts of the picture that merged nothing stay as they are
+                kept[image] = [
+                    (index, hidden[_rows_of(call, image, index, hidden)] if features is None else features)
+                    for index, features in pieces
+                ]
         joined = [_join(pieces) for pieces in kept]
         return Chosen([index for index, _ in joined], [features for _, features in joined])
 
@@ -765,18 +776,24 @@ def _check_choice(method: Pruner, choice: Choice, images: int, keep: int) -> Non
         raise RuntimeError(f"{method.name}.select chose {counts} tokens of {images} pictures, expected {keep} of each.")
 
 
+def _rows_of(call: Call, image: int, index: Tensor, hidden: Tensor) -> tuple[int, Tensor]:
+    """Sample and rows of `hidden` of some tokens of a picture."""
+    assert call.layout is not None
+    picture = call.layout.images[image]
+    places = picture.positions[index][None]
+    if call.reduction is not None:
+        places = call.reduction.places(torch.tensor([picture.sample], device=places.device), places)
+    return picture.sample, places[0].to(hidden.device)
+
+
 def _merged(call: Call, chosen: Chosen, hidden: Tensor) -> Tensor:
     """Hidden states `[batch, token, dim]` with merged features in the places of the kept tokens that stand for several."""
-    assert call.layout is not None
     if all(features is None for features in chosen.features):
         return hidden
     hidden = hidden.clone()
-    for image, remaining, features in zip(call.layout.images, chosen.remaining, chosen.features, strict=True):
+    for image, (remaining, features) in enumerate(zip(chosen.remaining, chosen.features, strict=True)):
         if features is not None:
-            places = image.positions[remaining][None]
-            if call.reduction is not None:
-                places = call.reduction.places(torch.tensor([image.sample], device=places.device), places)
-            hidden[image.sample, places[0].to(hidden.device)] = features.to(hidden)
+            hidden[_rows_of(call, image, remaining, hidden)] = features.to(hidden)
     return hidden
 
 

@@ -294,10 +294,10 @@ def test_attention_of_layer_counts_an_earlier_turn(before):
             handle.remove()
     ran = hidden[0][0, :, -1, -(second["input_ids"].shape[1] - 1) :]  # [head, key] with one visual token less
     whole = seen["ahead"][0]
-    kept = [j for j in range(16) if j not in {min(range(16), key=lambda j: whole.mean(0)[j])}]
-    ratio = whole[:, kept].sum(-1) / ran[:, : len(kept)].sum(-1)  # one token less renormalises, head by head
-    assert torch.allclose(whole[:, kept] / ratio[:, None], ran[:, : len(kept)], atol=1e-5)
-    assert whole.sum() < 0.99 * whole.shape[0], "the earlier turn must take a share"
+    gone = min(range(16), key=lambda j: whole.mean(0)[j])
+    kept = [j for j in range(16) if j != gone]
+    # What the dropped token would have had goes to all others alike, those of the earlier turn among them.
+    torch.testing.assert_close(whole[:, kept] / (1 - whole[:, [gone]]), ran[:, :15], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["adaptinfer:layer=2,tokens=5", "sparsevlm:layer=2,tokens=5", "cdpruner:tokens=5"])
