@@ -39,10 +39,10 @@ class Marks:
     idle: bool = False
 
     def grouped(self, groups: int, dtype: torch.dtype) -> Tensor:
-        """`[batch, 1 or head, marked, group]` of `dtype`: which of the groups 1 … `groups` each entry is in."""
+        """`[batch, 1 or head, marked, 1 + groups]` of `dtype`, 0 or 1: which group each entry is in."""
         assert self.codes is not None
         if self.groups is None or self.groups.dtype != dtype:
-            numbers = torch.arange(1, groups + 1, device=self.codes.device)
+            numbers = torch.arange(groups + 1, device=self.codes.device)
             self.groups = (self.codes[..., None] == numbers).to(dtype)
         return self.groups
 

@@ -22,7 +22,7 @@ def grouped_attention(
     coefficients: Coefficients,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `[batch, row, head, dim]`, factors and masses `[batch, head, row, 1 + group]`, see `reference`."""
+    """Output `[batch, row, head, dim]`, factors and masses `[batch, head, row, group]`, see `reference`."""
     use_triton("grouped_attention", impl)
     return reference.grouped_attention(query, key, value, scaling, position, valid, groups, coefficients)
 

@@ -17,7 +17,7 @@ CHUNK = 1 << 20
 """Numbers of an attention map `[batch, head, row, key]` that exist at one time: 4 MiB of fp32, which stays in a CPU's cache."""
 
 Coefficients = Callable[[Tensor], Tensor]
-"""From group masses `[batch, head, row, 1 + group]` to factors of the same shape."""
+"""From group masses `[batch, head, row, group]` to factors of the same shape."""
 
 
 def grouped_attention(
@@ -38,26 +38,25 @@ def grouped_attention(
         scaling: factor on the scores, usually `dim ** -0.5`.
         position: `[batch or 1, row]` index of each row among the keys; it sees the keys up to itself. None: it sees all.
         valid: `[batch, key]` bool, False on padding; None if all keys are real.
-        groups: `[batch, 1 or head, marked, group]` 0 or 1: which group each of the first `marked` keys is in; at most one.
-        coefficients: decides the factors; the first is of keys in no group.
+        groups: `[batch, 1 or head, marked, group]` 0 or 1: which group each of the first `marked` keys is in. All later keys are in
+            group 0.
+        coefficients: decides the factors.
 
     Returns:
-        `[batch, row, head, dim]` fp32, factors and masses `[batch, head, row, 1 + group]`.
+        `[batch, row, head, dim]` fp32, factors and masses `[batch, head, row, group]`.
     """
     marked = groups.shape[2]
     groups = groups.to(_wide(query))
     out, factors, masses = [], [], []
     for _, scores in _scores(query, key, scaling, position, valid):
         attention = scores.softmax(dim=-1)
-        mass = attention[..., :marked] @ groups
-        mass = torch.cat((1 - mass.sum(dim=-1, keepdim=True), mass), dim=-1)
+        early, late = attention[..., :marked], attention[..., marked:]
+        mass = early @ groups
+        if late.shape[-1]:
+            mass[..., 0] += late.sum(dim=-1)
         factor = coefficients(mass)
-        rest = factor[..., :1]
-        change = (factor[..., 1:] - rest) @ groups.transpose(-1, -2)
-        if marked == attention.shape[-1]:
-            attention = attention * (change + rest)
-        else:
-            attention = torch.cat((attention[..., :marked] * (change + rest), attention[..., marked:] * rest), dim=-1)
+        edited = early * (factor @ groups.transpose(-1, -2))
+        attention = torch.cat((edited, late * factor[..., :1]), dim=-1) if late.shape[-1] else edited
         out.append(_weighted(attention, value))
         factors.append(factor)
         masses.append(mass)

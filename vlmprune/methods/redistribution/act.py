@@ -64,7 +64,7 @@ class ACT(GroupEditor):
 
     def coefficients(self, mass: Tensor) -> Tensor:
         rest, sinks = mass.unbind(dim=-1)
-        possible = rest > torch.finfo(mass.dtype).eps  # a row that sees sinks only has nothing to give to
+        possible = rest > torch.finfo(mass.dtype).tiny  # a row that sees sinks only has nothing to give to
         one = torch.ones_like(rest)
-        gain = torch.where(possible, 1 + (1 - self.beta) * sinks / rest, one)
+        gain = torch.where(possible, 1 + (1 - self.beta) * sinks / torch.where(possible, rest, one), one)
         return torch.stack((gain, torch.where(possible, self.beta, one)), dim=-1)

@@ -24,7 +24,6 @@ there (BOS, which the code drops). As in the code: text sinks alone select nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 
 import torch
@@ -89,9 +88,7 @@ class VAR(GroupEditor):
             self._in_range(parameter, 0, 1)
         if self.tau is not None:
             self._in_range("tau", 0, 1e6)
-        dims = "|".join(map(str, self.sink_dims)) if isinstance(self.sink_dims, Sequence | int) and not isinstance(
-            self.sink_dims, str
-        ) else str(self.sink_dims)
+        dims = "|".join(map(str, self.sink_dims)) if isinstance(self.sink_dims, list | tuple) else str(self.sink_dims)
         object.__setattr__(self, "sink_dims", dims)
         if dims not in ("auto", "cosine") and not all(piece.isdigit() for piece in dims.split("|")):
             raise UsageError(f"var: sink_dims must be 'auto', 'cosine' or dimensions as 1415|2533, found {dims!r}.")
@@ -125,7 +122,7 @@ class VAR(GroupEditor):
     def coefficients(self, mass: Tensor) -> Tensor:
         _, visual, visual_sink, text_sink = mass.unbind(dim=-1)
         image = visual + visual_sink
-        selected = (visual_sink > 0) & (visual > 0)
+        selected = (visual_sink > 0) & (visual > torch.finfo(mass.dtype).tiny)
         selected &= (visual_sink <= self.max_sink_share * image) & (image >= self.min_image_mass)
         one = torch.ones_like(visual)
         held = torch.where(selected, self.keep, one)
