@@ -20,6 +20,7 @@ class Known:
         model: for people.
         shape: model type, hidden size, layers, key-value heads, MLP width.
         dims: the dimensions.
+        energy: share of a residual's energy in one of them that makes a token a sink; the paper's τ = 20 is 400 / hidden size.
         source: where they are from.
         trusted: read in official code or a paper, or measured here; others are named in errors only.
     """
@@ -27,6 +28,7 @@ class Known:
     model: str
     shape: tuple[str, int, int, int, int]
     dims: tuple[int, ...]
+    energy: float
     source: str
     trusted: bool = True
 
@@ -35,13 +37,13 @@ _CODE = "constants of VisAttnSink @ 98e62d6, agreeing with massive-activations @
 _READERS = "appendix A.1 of arXiv:2503.03321, as two readers give it"
 _TABLE = "a public repository's table, unchecked"
 KNOWN = (
-    Known("LLaMA-2-7B (LLaVA-1.5-7B)", ("llama", 4096, 32, 32, 11008), (1415, 2533), _CODE),
-    Known("LLaMA-2-13B (LLaVA-1.5-13B)", ("llama", 5120, 40, 40, 13824), (2100, 4743), _CODE),
-    Known("Qwen2-VL-7B", ("qwen2_vl_text", 3584, 28, 4, 18944), (458, 2570), _READERS),
-    Known("SmolLM2-135M", ("llama", 576, 30, 3, 1536), (507,), "benchmarks/sinks_smollm2.py"),
-    Known("Qwen2-VL-2B", ("qwen2_vl_text", 1536, 28, 2, 8960), (534, 940, 1073), _TABLE, trusted=False),
-    Known("Qwen2.5-VL-3B", ("qwen2_5_vl_text", 2048, 36, 2, 11008), (318, 1819, 1874), _TABLE, trusted=False),
-    Known("Qwen2.5-VL-7B", ("qwen2_5_vl_text", 3584, 28, 4, 18944), (458, 2570), _TABLE, trusted=False),
+    Known("LLaMA-2-7B (LLaVA-1.5-7B)", ("llama", 4096, 32, 32, 11008), (1415, 2533), 400 / 4096, _CODE),
+    Known("LLaMA-2-13B (LLaVA-1.5-13B)", ("llama", 5120, 40, 40, 13824), (2100, 4743), 400 / 5120, _CODE),
+    Known("Qwen2-VL-7B", ("qwen2_vl_text", 3584, 28, 4, 18944), (458, 2570), 400 / 3584, _READERS),
+    Known("SmolLM2-135M", ("llama", 576, 30, 3, 1536), (507,), 0.73, "benchmarks/sinks_smollm2.py"),
+    Known("Qwen2-VL-2B", ("qwen2_vl_text", 1536, 28, 2, 8960), (534, 940, 1073), 400 / 1536, _TABLE, trusted=False),
+    Known("Qwen2.5-VL-3B", ("qwen2_5_vl_text", 2048, 36, 2, 11008), (318, 1819, 1874), 400 / 2048, _TABLE, trusted=False),
+    Known("Qwen2.5-VL-7B", ("qwen2_5_vl_text", 3584, 28, 4, 18944), (458, 2570), 400 / 3584, _TABLE, trusted=False),
 )
 
 
@@ -51,8 +53,8 @@ def shape_of(text_config: Any) -> tuple[str, int, int, int, int]:
     return tuple(getattr(text_config, name, None) for name in names)  # type: ignore[return-value]
 
 
-def known_dims(text_config: Any) -> tuple[int, ...]:
-    """The sink dimensions of a model.
+def known_sinks(text_config: Any) -> Known:
+    """What is known of a model.
 
     Raises:
         UsageError: they are not known; says how to find them.
@@ -60,7 +62,7 @@ def known_dims(text_config: Any) -> tuple[int, ...]:
     entries = [known for known in KNOWN if known.shape == shape_of(text_config)]
     for known in entries:
         if known.trusted:
-            return known.dims
+            return known
     kind, size, layers, *_ = shape_of(text_config)
     rumour = "".join(f"; {known.source}, says {'|'.join(map(str, known.dims))} for {known.model}" for known in entries)
     raise UsageError(

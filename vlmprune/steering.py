@@ -28,7 +28,7 @@ from vlmprune.probes import prompt_end
 from vlmprune.recipe import Recipe
 from vlmprune.reduction import Reduction
 from vlmprune.run import TUNNEL, Call, Steered, Steps
-from vlmprune.sink_dims import known_dims
+from vlmprune.sink_dims import known_sinks
 
 
 @dataclass(eq=False)
@@ -83,6 +83,7 @@ class Steering:
         self._layers: Any = text.get_submodule(family.layers)
         self.by_layer: dict[int, Redistributor] = {}
         self._dims: dict[str, tuple[int, ...]] = {}
+        self._energy: float | None = None
         self._names = {method.name: str(Recipe((method,))) for method in methods}
         for method in methods:
             self._check(method, base)
@@ -109,7 +110,10 @@ class Steering:
         choice = getattr(method, "sink_dims", None)
         if choice is None or choice == "cosine" or method.neutral:
             return
-        dims = known_dims(self._text.config) if choice == "auto" else method.dims  # type: ignore[attr-defined]
+        dims = method.dims  # type: ignore[attr-defined]
+        if dims is None:
+            known = known_sinks(self._text.config)
+            dims, self._energy = known.dims, known.energy
         size = self._text.config.hidden_size
         if max(dims) >= size:
             raise UsageError(f"{method.name}: sink_dims has {max(dims)}, but the model has dimensions 0 to {size - 1}.")
@@ -277,6 +281,7 @@ class Steering:
             anchor=anchor,
             pictures=_pictures(call, query.device) if method.needs else (),
             sink_dims=self._dims.get(method.name),
+            sink_energy=self._energy,
             column_means=lambda: column_means(query.detach(), key.detach(), scaling, position, valid, prompt)[..., past:],
         )
         codes = method.codes(see)

@@ -53,6 +53,7 @@ class Scene:
         anchor: `[batch, dim]` residual of that token, whenever it was.
         pictures: every picture of the batch.
         sink_dims: dimensions of the residual that massive activations use, or None.
+        sink_energy: share of a token's energy in one of them that makes it a sink, where it is known, or None.
         column_means: gives `[batch, head, token]`, the attention each token gets from the prompt's rows, on average.
     """
 
@@ -63,6 +64,7 @@ class Scene:
     anchor: Tensor | None
     pictures: Sequence[Picture]
     sink_dims: tuple[int, ...] | None
+    sink_energy: float | None
     column_means: Callable[[], Tensor]
 
 

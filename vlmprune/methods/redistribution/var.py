@@ -16,8 +16,9 @@ share of the others; the released code has the same names for the opposite. `p=`
     image's mass    min_image_mass = 0.2  0.2                      summ = 0.2
     layers          2:-1                  not the last             2: (its switch for the last layer is dead)
 
-τ = 20 at dim 4096 is a share τ²/dim = 9.8 % of a token's energy in one dimension; `sink_energy` says it so, because φ is at most
-√dim: 20 is nearly unreachable at dim 576. Differs from the released code in: fp32 probabilities; no ε in the share; any batch;
+τ = 20 at dim 4096 is a share τ²/dim = 9.8 % of a token's energy in one dimension; φ is at most √dim. Neither transfers by itself:
+in SmolLM2 (dim 576) 9.8 % makes nine of ten tokens sinks and 69 % (τ = 20) the right ones, so that the threshold belongs to the
+model (`vlmprune/sink_dims.py`, `vlmprune sinks`). Differs from the released code in: fp32 probabilities; no ε in the share; any batch;
 several pictures; sinks are this conversation's (there those of the process's first picture); the prompt's first token is
 there (BOS, which the code drops). As in the code: text sinks alone select nothing; generated tokens are no sinks.
 """
@@ -33,6 +34,8 @@ from vlmprune.errors import UsageError
 from vlmprune.methods.redistribution.base import GroupEditor, Scene
 
 VISUAL, VISUAL_SINK, TEXT_SINK = 1, 2, 3
+DEFAULT_ENERGY = 400 / 4096
+"""τ = 20 in a residual of 4096 numbers."""
 COSINE = 0.9
 """arXiv:2512.22213's threshold on |cos(x_j, x_first)|, where the dimensions are unknown."""
 
@@ -45,7 +48,8 @@ class VAR(GroupEditor):
         keep: share of their attention that sinks keep; 1 − p.
         max_sink_share: highest share of visual sinks in a head's attention to the picture; 1 − rho.
         min_image_mass: lowest attention to the picture.
-        sink_energy: share of a residual's energy in one sink dimension that makes a token a sink.
+        sink_energy: share of a residual's energy in one sink dimension that makes a token a sink; what is known of this model if
+            not given (τ = 20 for the paper's), else 400 / 4096.
         tau: the same in the paper's unit, τ = √(sink_energy · dim); it wins.
         sink_dims: "auto" (known ones of this model), dimensions as "1415|2533", or "cosine" (tokens whose residual points where
             the first token's does; needs no dimensions).
@@ -68,7 +72,7 @@ class VAR(GroupEditor):
     keep: float = 0.4
     max_sink_share: float = 0.2
     min_image_mass: float = 0.2
-    sink_energy: float = 400 / 4096
+    sink_energy: float | None = None
     tau: float | None = None
     sink_dims: str = "auto"
     p: InitVar[float | None] = None
@@ -84,8 +88,10 @@ class VAR(GroupEditor):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise UsageError(f"var: {paper} must be a number in [0, 1], found {value!r}.")
             object.__setattr__(self, ours, 1 - value)
-        for parameter in ("keep", "max_sink_share", "min_image_mass", "sink_energy"):
+        for parameter in ("keep", "max_sink_share", "min_image_mass"):
             self._in_range(parameter, 0, 1)
+        if self.sink_energy is not None:
+            self._in_range("sink_energy", 0, 1)
         if self.tau is not None:
             self._in_range("tau", 0, 1e6)
         dims = "|".join(map(str, self.sink_dims)) if isinstance(self.sink_dims, list | tuple) else str(self.sink_dims)
@@ -112,7 +118,8 @@ class VAR(GroupEditor):
         assert see.sink_dims is not None
         mean_square = x.square().mean(dim=-1) + 1e-6
         phi = x[..., list(see.sink_dims)].abs().amax(dim=-1) * mean_square.rsqrt()
-        return phi >= (self.tau if self.tau is not None else (self.sink_energy * x.shape[-1]) ** 0.5)
+        energy = next(energy for energy in (self.sink_energy, see.sink_energy, DEFAULT_ENERGY) if energy is not None)
+        return phi >= (self.tau if self.tau is not None else (energy * x.shape[-1]) ** 0.5)
 
     def codes(self, see: Scene) -> Tensor:
         sink = self.sinks(see) & see.prompt
