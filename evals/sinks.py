@@ -7,7 +7,7 @@ BOS token is looked at in several places.
 
     e_d = x_d² / ‖x‖²                    of the first token's residual x entering a layer
     on    = layers with max_d e_d > 0.2  (median over prompts); at least 40 % of the depth, or there are no sink dimensions
-    dims  = those with median e_d ≥ 0.05 over prompts and those layers, at most 4, and |x_d| ≥ 300 times the median over all tokens
+    dims  = those with median e_d ≥ 0.05 over prompts and these layers, at most 4, and |x_d| ≥ 300 times the median number
     energy = half way between the first token's largest e_d (median) and what 95 % of all later tokens have at most
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.attention import rows_attention, route_attention
+from vlmprune.attention import route_attention, rows_attention
 from vlmprune.errors import UsageError
 from vlmprune.sink_dims import KNOWN, shape_of
 
@@ -40,8 +40,8 @@ ON, DIM, RATIO, DEPTH, MOST, ORDINARY = 0.2, 0.05, 300.0, 0.4, 4, 0.95
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """One layer: the first token's energy in its largest dimension, which that is, the norms of the first token and of the others
-    (median), how many times the median number of the layer the largest is, and the attention that later rows pay to it."""
+    """One layer: the first token's largest dimension, its share of the energy (also as φ), the norms of the first token and of
+    the others (median), the largest number as a multiple of the layer's median, and the attention later rows pay to the token."""
 
     layer: int
     dim: int
@@ -151,8 +151,8 @@ def find_sinks(model: Any, prompts: Sequence[Tensor]) -> Sinks:
 
 
 def _look(decoder: Any, layers: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Residuals `[layer, token, dim]` entering each layer, and the attention `[layer, token]` each token gets from the rows of the
-    prompt's later half that see it, mean over heads."""
+    """Residuals `[layer, token, dim]` entering each layer, and the attention `[layer, token]` each token gets from the rows
+    of the prompt's later half that see it, mean over heads."""
     states: dict[int, Tensor] = {}
     attention: dict[int, Tensor] = {}
     rows = torch.arange(ids.shape[1] // 2, ids.shape[1], device=ids.device)[None]

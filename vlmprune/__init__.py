@@ -66,9 +66,7 @@ _HOME = {
     ),
     "ClipRelevance": "vlmprune.methods.pruning.cdpruner",
     **dict.fromkeys(("ACT", "PAI", "PAINT", "VAR", "VHR", "ZeroTuning"), "vlmprune.methods.redistribution"),
-    **dict.fromkeys(
-        ("METHODS", "REDISTRIBUTORS", "Choice", "Pruner", "Redistributor", "ScorePruner"), "vlmprune.methods"
-    ),
+    **dict.fromkeys(("METHODS", "REDISTRIBUTORS", "Choice", "Pruner", "Redistributor", "ScorePruner"), "vlmprune.methods"),
     **dict.fromkeys(("Budget", "Schedule", "Stage", "at", "stages"), "vlmprune.schedule"),
     **dict.fromkeys(("Run", "wrap"), "vlmprune.attach"),
     "Recipe": "vlmprune.recipe",

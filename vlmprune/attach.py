@@ -417,7 +417,8 @@ class Run:
             known = self._thread.uncached = _Uncached(encoded, call.ids, {}, {})
         generated = call.ids.shape[1] - known.ids.shape[1]
         call.tail += generated
-        call.prompt_end -= generated  # type: ignore[operator]
+        assert call.prompt_end is not None
+        call.prompt_end = call.prompt_end - generated
         call.chosen, call.replayed = known.chosen, bool(known.chosen)
         call.uncached, call.resumed = known.marks, bool(known.marks)
 

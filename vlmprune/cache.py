@@ -316,4 +316,4 @@ def _plain_layer(cache: Cache, index: int, what: str) -> DynamicLayer:
         raise UsageError(
             f"{what} needs a plain DynamicCache, found {found}: pass cache_implementation=None (the default of generate)."
         )
-    return layer  # type: ignore[return-value]
+    return layer

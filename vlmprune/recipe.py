@@ -1,4 +1,6 @@
-"""A recipe: methods that prune, in the order of their cuts, and methods that redistribute attention; as Python, as a string, or as a JSON file. All three mean the same.
+"""A recipe: methods that prune, in the order of their cuts, and methods that redistribute attention.
+
+As Python, as a string, or as a JSON file. All three mean the same.
 
 string   name:key=value,key=value + name:…        fastv:layer=2,fraction=0.25
                                                   divprune:tokens=64 + random:layer=20,fraction=0.1,seed=0

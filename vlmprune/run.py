@@ -262,7 +262,9 @@ class EditReport:
     @staticmethod
     def of(method: str, steered: list[Steered]) -> EditReport:
         groups = max(int(s.codes.max()) for s in steered)
-        marked = tuple(_mean([(s.codes == group).sum(dim=-1).float().mean() for s in steered]) for group in range(1, groups + 1))
+        marked = tuple(
+            _mean([(s.codes == group).sum(dim=-1).float().mean() for s in steered]) for group in range(1, groups + 1)
+        )
         return EditReport(
             method=method,
             layers=tuple(s.layer for s in steered),

@@ -23,7 +23,7 @@ from vlmprune.attention import pruned_mask
 from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, marked_layer
 from vlmprune.errors import UsageError
 from vlmprune.kernels.grouped_attention import column_means, grouped_attention, scored_attention
-from vlmprune.methods.redistribution.base import GroupEditor, HeadScaler, Picture, Redistributor, Scene, ScoreEditor
+from vlmprune.methods.redistributing import GroupEditor, HeadScaler, Picture, Redistributor, Scene, ScoreEditor
 from vlmprune.probes import prompt_end
 from vlmprune.recipe import Recipe
 from vlmprune.reduction import Reduction
@@ -75,7 +75,7 @@ class Steering:
         family, base, text: the model's family, its base model and its language model.
 
     Raises:
-        UsageError: a layer the model lacks, two methods in one layer, unknown sink dimensions, or a probe the model cannot give.
+        UsageError: a layer the model lacks, two methods in one layer, unknown sink dimensions, or a probe it cannot give.
     """
 
     def __init__(self, methods: Sequence[Redistributor], family: Family, base: Any, text: Any) -> None:
@@ -89,7 +89,9 @@ class Steering:
             self._check(method, base)
             for index in method.layers_of(len(self._layers)):
                 if (other := self.by_layer.get(index)) is not None:
-                    raise UsageError(f"{other.name} and {method.name} both edit layer {index}: give one of them other layers=….")
+                    raise UsageError(
+                        f"{other.name} and {method.name} both edit layer {index}: give one of them other layers=…."
+                    )
                 self.by_layer[index] = method
         self.by_layer = {index: method for index, method in self.by_layer.items() if not method.neutral}
         self.needs: frozenset[str] = frozenset().union(*(m.needs for m in self.by_layer.values()))
@@ -127,10 +129,13 @@ class Steering:
             return
         assert call.layout is not None
         assert call.prompt_end is not None
+        assert call.placeholders is not None
         place = torch.arange(call.sequence, device=call.layout.real.device)
         text = call.layout.real & (place <= call.prompt_end[:, None]) & ~call.placeholders
         if not bool(text.any(dim=1).all()):
-            raise UsageError("vhr compares with the prompt without its picture, but a prompt is only a picture: add a question.")
+            raise UsageError(
+                "vhr compares with the prompt without its picture, but a prompt is only a picture: add a question."
+            )
         words = Reduction.keeping(text)
         hidden = words.gather(embeddings)
         slots = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
@@ -165,8 +170,8 @@ class Steering:
         if call.past and (holder.marks is None or holder.marks.by != self._names[self.by_layer[index].name]):
             began = "without redistribution" if holder.marks is None else f"under {holder.marks.by}"
             raise UsageError(
-                f"the conversation in this cache began {began}, this recipe has {self._names[self.by_layer[index].name]}: go on "
-                "as it began, start with an empty cache, or set run.enabled = False."
+                f"the conversation in this cache began {began}, this recipe has {self._names[self.by_layer[index].name]}: go "
+                "on as it began, start with an empty cache, or set run.enabled = False."
             )
         call.steps.entered[index] = Entered(index, hidden, holder, layer)  # type: ignore[arg-type]
 
@@ -244,9 +249,7 @@ class Steering:
             return scored_attention(query, key, value, scaling, position, valid, weight), None
         assert isinstance(method, GroupEditor)
         groups = marks.grouped(method.groups, wide)
-        out, factors, masses = grouped_attention(
-            query, key, value, scaling, position, valid, groups, method.coefficients
-        )
+        out, factors, masses = grouped_attention(query, key, value, scaling, position, valid, groups, method.coefficients)
         if call.record is None:
             return out, None
         changed = (factors != 1).any(dim=-1)
@@ -261,7 +264,14 @@ class Steering:
     # -- marks -----------------------------------------------------------------------------------------------------------
 
     def _mark(
-        self, method: Redistributor, call: Call, entered: Entered, query: Tensor, key: Tensor, scaling: float, valid: Tensor | None
+        self,
+        method: Redistributor,
+        call: Call,
+        entered: Entered,
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        valid: Tensor | None,
     ) -> None:
         """At a prompt with a picture: let the method mark its tokens, behind those that are marked already."""
         assert isinstance(method, GroupEditor | ScoreEditor)
@@ -369,8 +379,8 @@ def _find_rows(call: Call, method: Redistributor, batch: int, tokens: int, devic
         for image in call.layout.images:
             begin[image.sample] = int(image.positions[-1]) + 1
     place = torch.arange(call.sequence, device=begin.device)
-    rows = Reduction.keeping(_computed(call, call.layout.real & (place >= begin[:, None])))
-    return Reduction(rows.rows.to(device), rows.valid.to(device), rows.dense)
+    edited = Reduction.keeping(_computed(call, call.layout.real & (place >= begin[:, None])))
+    return Reduction(edited.rows.to(device), edited.valid.to(device), edited.dense)
 
 
 def _keys_valid(call: Call, entered: Entered, key: Tensor) -> Tensor | None:

@@ -38,8 +38,8 @@ def grouped_attention(
         scaling: factor on the scores, usually `dim ** -0.5`.
         position: `[batch or 1, row]` index of each row among the keys; it sees the keys up to itself. None: it sees all.
         valid: `[batch, key]` bool, False on padding; None if all keys are real.
-        groups: `[batch, 1 or head, marked, group]` 0 or 1: which group each of the first `marked` keys is in. All later keys are in
-            group 0.
+        groups: `[batch, 1 or head, marked, group]` 0 or 1: which group each of the first `marked` keys is in. All later keys
+            are in group 0.
         coefficients: decides the factors.
 
     Returns:
@@ -79,21 +79,20 @@ def scored_attention(
     return _joined([_weighted(scores.softmax(dim=-1), value) for _, scores in edited], 1)
 
 
-def column_means(
-    query: Tensor, key: Tensor, scaling: float, position: Tensor, valid: Tensor | None, counted: Tensor
-) -> Tensor:
+def column_means(query: Tensor, key: Tensor, scaling: float, position: Tensor, valid: Tensor | None, counted: Tensor) -> Tensor:
     """`[batch, head, key]` fp32: attention that a key gets, mean over the counted rows that see it (0 where none does).
 
     Args:
         counted: `[batch, row]` bool. The others as in `grouped_attention`.
     """
     keys = torch.arange(key.shape[2], device=key.device)
-    total, seen = 0.0, 0.0
+    total = torch.zeros(*query.shape[:2], key.shape[2], dtype=_wide(query), device=key.device)
+    seen = torch.zeros(total.shape[0], total.shape[2], dtype=total.dtype, device=key.device)
     for rows, scores in _scores(query, key, scaling, position, valid):
         counts = counted[:, rows].to(scores)
         total = total + torch.einsum("bhrk,br->bhk", scores.softmax(dim=-1), counts)
         seen = seen + ((keys <= position[:, rows, None]) * counts[..., None]).sum(dim=1)
-    return total / seen.clamp_min(1)[:, None]  # type: ignore[union-attr]
+    return total / seen.clamp_min(1)[:, None]
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Redistribution as the papers write it: the whole softmax, one row and one key at a time, then the edit.
 
-`Explicit` puts these loops in the place of a stock eager model's attention; it shares no code with vlmprune. Marks are made from
-the prompt alone, whatever is teacher-forced behind it.
+`Explicit` puts these loops in the place of a stock eager model's attention; it shares no code with vlmprune. Marks are made
+from the prompt alone, whatever is teacher-forced behind it.
 """
 
 from __future__ import annotations

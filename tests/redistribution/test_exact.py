@@ -141,9 +141,7 @@ def vhr_heads(model, inputs, texts, layers):
 
         return hook
 
-    hooks = [
-        layer.self_attn.o_proj.register_forward_pre_hook(enter(n)) for n, layer in enumerate(decoder_layers(model))
-    ]
+    hooks = [layer.self_attn.o_proj.register_forward_pre_hook(enter(n)) for n, layer in enumerate(decoder_layers(model))]
     try:
         for layer in layers:
             model(**inputs)
@@ -249,7 +247,15 @@ def test_interleaved_conversations(family, recipe):
 
 
 # --- what must not change --------------------------------------------------------------------------------------------
-NEUTRAL = ["var:keep=1,sink_dims=5", "var:p=0,sink_dims=5", "pai:alpha=0", "zerotuning", "act:beta=1", "vhr:alpha=1", "paint:alpha=0,beta=0"]
+NEUTRAL = [
+    "var:keep=1,sink_dims=5",
+    "var:p=0,sink_dims=5",
+    "pai:alpha=0",
+    "zerotuning",
+    "act:beta=1",
+    "vhr:alpha=1",
+    "paint:alpha=0,beta=0",
+]
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

@@ -130,7 +130,8 @@ def test_marks_follow_the_cache():
     def filled(cls, *args):
         layer = cls(*args)
         layer.update(torch.randn(2, 1, 6, 4), torch.randn(2, 1, 6, 4))
-        layer.marks = Marks("var", torch.tensor([[[0, 1, 2, 3]], [[3, 2, 1, 0]]]), heads=torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+        codes, heads = torch.tensor([[[0, 1, 2, 3]], [[3, 2, 1, 0]]]), torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+        layer.marks = Marks("var", codes, heads=heads)
         layer.marks.grouped(3, torch.float32)
         return layer
 
@@ -171,7 +172,7 @@ def test_callers_own_cache():
 
 # --- flash attention's contract --------------------------------------------------------------------------------------
 def fake_flash(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """What transformers' flash attention does with its arguments: 2-D masks, and its kernel looked up in the module's config."""
+    """What transformers' flash attention does with its arguments: 2-D masks, its kernel looked up in the module's config."""
     assert module.config._attn_implementation == "flash_attention_2", "the kernel would be looked for under another name"
     assert next(layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)).weight.dtype == query.dtype
     rows, keys = query.shape[2], key.shape[2]
@@ -195,7 +196,7 @@ def flash(monkeypatch):
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 @pytest.mark.parametrize("pruned", ["", CUT], ids=["", "pruned"])
 def test_flash_contract(flash, recipe, pruned):
-    """Red: under flash attention masks are 2-D or none, and a module that names our key would look for a kernel of that name."""
+    """Red: under flash attention masks are 2-D or none, and a module that names our key would ask for such a kernel."""
     inputs = make_inputs("llava", flash, SAMPLES)
     model = shared("llava")
     with vp.wrap(model, pruned + recipe):
@@ -219,7 +220,10 @@ def test_flash_looks_at_the_modules_own_config(flash):
 @pytest.mark.parametrize(
     ("recipe", "sentence"),
     [
-        ("var", r"sink dimensions of this text model \(llama, 6 layers, dim 64\) are not known: find them with `vlmprune sinks"),
+        (
+            "var",
+            r"sink dimensions of this text model \(llama, 6 layers, dim 64\) are not known: find them with `vlmprune sinks",
+        ),
         ("var:sink_dims=64", "sink_dims has 64, but the model has dimensions 0 to 63"),
         ("var:sink_dims=first", "sink_dims must be 'auto', 'cosine' or dimensions"),
         ("var:preset=generl,sink_dims=1", "unknown preset of var 'generl': did you mean 'general'"),
@@ -263,7 +267,7 @@ def test_foreign_conversations_are_refused():
         steered = model(**inputs, use_cache=True).past_key_values
         run.enabled = False
         model(input_ids=word, past_key_values=steered)
-    with vp.wrap(model, "pai"), pytest.raises(vp.UsageError, match="began under var.*this recipe has pai"):
+    with vp.wrap(model, "pai"), pytest.raises(vp.UsageError, match=r"began under var.*this recipe has pai"):
         model(input_ids=word, past_key_values=steered)
 
 
@@ -272,7 +276,7 @@ def test_other_caches_are_refused():
 
     model = shared("llava")
     inputs = make_inputs("llava", model, SAMPLES[:1])
-    with vp.wrap(model, VAR), pytest.raises(vp.UsageError, match="needs a plain DynamicCache|static caches"):
+    with vp.wrap(model, VAR), pytest.raises(vp.UsageError, match=r"needs a plain DynamicCache|static caches"):
         model(**inputs, past_key_values=StaticCache(model.config, 64))
 
 

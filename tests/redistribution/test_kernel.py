@@ -103,9 +103,7 @@ def test_codes_of_heads(dtype, kv_heads, phase):
     first = torch.zeros(2, 1, 4, dtype=torch.long)
     first[0, 0, 0] = first[1, 0, 3] = 1
     for gain in (0.0, 0.5, 3.0):
-        out, *_ = grouped_attention(
-            query, key, value, *rest, one_hot(first, 1, dtype), vp.ZeroTuning(gain=gain).coefficients
-        )
+        out, *_ = grouped_attention(query, key, value, *rest, one_hot(first, 1, dtype), vp.ZeroTuning(gain=gain).coefficients)
         expected = looped(query, key, value, *rest, lambda s, h, scores, c, g=gain: zero_row(softmax(scores), 0, g))
         torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=0)
 

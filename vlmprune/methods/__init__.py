@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlmprune.methods import pruning, redistribution
 from vlmprune.methods.base import Choice, Pruner, ScorePruner
-from vlmprune.methods.redistribution.base import Redistributor
+from vlmprune.methods.redistributing import Redistributor
 
 METHODS: dict[str, type[Pruner]] = {
     method.name: method for method in (getattr(pruning, exported) for exported in pruning.__all__)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmprune.methods.redistribution.base import GroupEditor, Scene
+from vlmprune.methods.redistributing import GroupEditor, Scene
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmprune.methods.redistribution.base import Scene, ScoreEditor
+from vlmprune.methods.redistributing import Scene, ScoreEditor
 
 
 @dataclass(frozen=True, kw_only=True)

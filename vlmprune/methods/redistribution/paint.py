@@ -4,7 +4,7 @@
     summary = { j : c¹_j > Q₃ + 1.5 (Q₃ − Q₁) },   local = the top 25 % of c⁰, without the summary
     s′_k = s_k + α |s_k| (local),  s_k + β |s_k| (summary)      the last row of a prompt, and decoding; layers from 2; all heads
 
-Differs from the official code in: its options `top_token_ratio` (here `local`) really does something; the spatial set, which ranks
+Differs from the official code in: its option `top_token_ratio` (here `local`) does something; the spatial set, which ranks
 rounding errors (softmax rows sum to one) and is off by default, is left out; no guidance of the logits, as in `pai`; sets are
 made of the whole picture, and what was pruned is gone from them. The first version's abstract speaks of modulating heads by
 their visual sensitivity; the code has no such thing and no formula for it was found, so that all heads are edited alike.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmprune.methods.redistribution.base import Scene, ScoreEditor
+from vlmprune.methods.redistributing import Scene, ScoreEditor
 
 LOCAL, SUMMARY = 1, 2
 
@@ -59,7 +59,9 @@ class PAINT(ScoreEditor):
     def codes(self, see: Scene) -> Tensor:
         codes = torch.zeros(see.prompt.shape, dtype=torch.int8, device=see.prompt.device)
         for picture in see.pictures:
-            early, late = (picture.tower[name].float().sum(dim=-1) for name in ("attention_from_cls_first", "attention_from_cls"))
+            early, late = (
+                picture.tower[name].float().sum(dim=-1) for name in ("attention_from_cls_first", "attention_from_cls")
+            )
             sets = torch.zeros(picture.original, dtype=torch.int8, device=early.device)
             sets[early.argsort(descending=True, stable=True)[: int(self.local * picture.original)]] = LOCAL
             low, high = late.quantile(torch.tensor([0.25, 0.75], device=late.device))

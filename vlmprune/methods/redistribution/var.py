@@ -7,7 +7,7 @@
     a′_k = a_k · (1 + (1 − keep) · (μ_Vs + μ_Ts) / μ_Vn)    k a visual token that is no sink
     a′_k = a_k                                              else; every row goes on summing to one
 
-One convention: we say what sinks *keep* and the *highest share* of sinks. The paper's p is what they lose and its rho the lowest
+One convention: we say what sinks *keep* and the *highest share* of sinks. The paper's p is what they lose, its rho the lowest
 share of the others; the released code has the same names for the opposite. `p=` and `rho=` are read in the paper's sense.
 
                     this class            paper                    released code
@@ -16,9 +16,11 @@ share of the others; the released code has the same names for the opposite. `p=`
     image's mass    min_image_mass = 0.2  0.2                      summ = 0.2
     layers          2:-1                  not the last             2: (its switch for the last layer is dead)
 
-τ = 20 at dim 4096 is a share τ²/dim = 9.8 % of a token's energy in one dimension; φ is at most √dim. Neither transfers by itself:
+τ = 20 at dim 4096 is a share τ²/dim = 9.8 % of a token's energy in one dimension; φ is at most √dim. Neither transfers:
 in SmolLM2 (dim 576) 9.8 % makes nine of ten tokens sinks and 69 % (τ = 20) the right ones, so that the threshold belongs to the
-model (`vlmprune/sink_dims.py`, `vlmprune sinks`). Differs from the released code in: fp32 probabilities; no ε in the share; any batch;
+model (`vlmprune/sink_dims.py`, `vlmprune sinks`).
+
+Differs from the released code in: fp32 probabilities; no ε in the share; any batch;
 several pictures; sinks are this conversation's (there those of the process's first picture); the prompt's first token is
 there (BOS, which the code drops). As in the code: text sinks alone select nothing; generated tokens are no sinks.
 """
@@ -31,7 +33,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError
-from vlmprune.methods.redistribution.base import GroupEditor, Scene
+from vlmprune.methods.redistributing import GroupEditor, Scene
 
 VISUAL, VISUAL_SINK, TEXT_SINK = 1, 2, 3
 DEFAULT_ENERGY = 400 / 4096
@@ -48,8 +50,8 @@ class VAR(GroupEditor):
         keep: share of their attention that sinks keep; 1 − p.
         max_sink_share: highest share of visual sinks in a head's attention to the picture; 1 − rho.
         min_image_mass: lowest attention to the picture.
-        sink_energy: share of a residual's energy in one sink dimension that makes a token a sink; what is known of this model if
-            not given (τ = 20 for the paper's), else 400 / 4096.
+        sink_energy: share of a residual's energy in one sink dimension that makes a token a sink; what is known of this
+            model if not given (τ = 20 for the paper's), else 400 / 4096.
         tau: the same in the paper's unit, τ = √(sink_energy · dim); it wins.
         sink_dims: "auto" (known ones of this model), dimensions as "1415|2533", or "cosine" (tokens whose residual points where
             the first token's does; needs no dimensions).
@@ -78,7 +80,7 @@ class VAR(GroupEditor):
     p: InitVar[float | None] = None
     rho: InitVar[float | None] = None
 
-    def __post_init__(self, preset: str | None, p: float | None, rho: float | None) -> None:  # type: ignore[override]
+    def __post_init__(self, preset: str | None, p: float | None, rho: float | None) -> None:
         super().__post_init__(preset)
         for ours, paper, value in (("keep", "p", p), ("max_sink_share", "rho", rho)):
             if value is None:

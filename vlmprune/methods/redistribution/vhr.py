@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import unknown
-from vlmprune.methods.redistribution.base import HeadScaler
+from vlmprune.methods.redistributing import HeadScaler
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmprune.methods.redistribution.base import GroupEditor, Scene, first_token
+from vlmprune.methods.redistributing import GroupEditor, Scene, first_token
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,9 @@ class Redistributor:
             for key, value in self.presets[preset].items():
                 if getattr(self, key) == type(self).__dataclass_fields__[key].default:
                     object.__setattr__(self, key, value)
-        object.__setattr__(self, "layers", "|".join(map(str, self.layers)) if isinstance(self.layers, list) else str(self.layers))
+        object.__setattr__(
+            self, "layers", "|".join(map(str, self.layers)) if isinstance(self.layers, list) else str(self.layers)
+        )
         _pieces(self.name, self.layers)
 
     @property
@@ -204,9 +206,7 @@ def _pieces(name: str, layers: str) -> list[int | slice]:
         except ValueError:
             ends = []
         if not 1 <= len(ends) <= 2 or ends == [None]:
-            raise UsageError(
-                f"{name}: layers are written as indices and slices, for example 2:-1 or 1|18:, found {layers!r}."
-            )
+            raise UsageError(f"{name}: layers are written as indices and slices, for example 2:-1 or 1|18:, found {layers!r}.")
         pieces.append(slice(*ends) if len(ends) == 2 else ends[0])  # type: ignore[arg-type]
     return pieces
 
