@@ -13,7 +13,7 @@ BOS token is looked at in several places.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -94,6 +94,20 @@ class Sinks:
             )
         return f"var:sink_dims={'|'.join(map(str, self.dims))},sink_energy={self.energy:.2f}"
 
+    def rows(self) -> list[tuple[str, str]]:
+        """The finding as labelled lines."""
+        if self.layers is None:
+            return [("known before", str(self.known or "nothing"))]
+        given = "–" if self.flagged_attention is None else f"{self.flagged_attention:.1%}"
+        return [
+            ("dimensions", ", ".join(f"{d} ({s:.1%} of the energy)" for d, s in zip(self.dims, self.shares, strict=True))),
+            ("on in layers", f"{self.layers[0]} to {self.layers[1]}"),
+            ("prompts that agree", f"{self.agreement:.0%}"),
+            ("95 % of later tokens have", f"at most {self.ordinary:.1%}"),
+            ("later tokens that are sinks", f"{self.flagged:.1%}, attention {given} each; others {self.other_attention:.1%}"),
+            ("known before", str(self.known or "nothing")),
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self) | {"advice": self.advice}
@@ -148,6 +162,34 @@ def find_sinks(model: Any, prompts: Sequence[Tensor]) -> Sinks:
         known=next((known.dims for known in KNOWN if known.shape == shape_of(decoder.config)), None),
         evidence=tuple(_evidence(layer, middle, passes) for layer in range(len(layers))),
     )
+
+
+def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callable[[str], Tensor]]:
+    """A model, and what makes `[1, token]` ids of a text for it.
+
+    Raises:
+        UsageError: nothing loadable is there, or a package is missing.
+    """
+    if name == "tiny":
+        from vlmprune import tiny
+
+        model, processor = tiny.load(device)
+        # the embedded VLM knows a few dozen words: its own prompt, several times over, must do
+        return model, lambda text: processor(text="what colour is the circle? " * 2, return_tensors="pt").input_ids.to(device)
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+    extra = {} if gguf is None else {"gguf_file": gguf}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **extra)
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", **extra)
+        except (ValueError, KeyError):  # no VLM
+            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **extra)
+    except ImportError as error:
+        raise UsageError(f"cannot read {gguf}: install what is missing ({error}).") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"no model at {name!r}: give a folder with a saved model, a hub id, or 'tiny'.") from error
+    return model.to(device).eval(), lambda text: tokenizer(text, return_tensors="pt").input_ids.to(device)
 
 
 def _look(decoder: Any, layers: Any, ids: Tensor) -> tuple[Tensor, Tensor]:

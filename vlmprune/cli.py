@@ -1,4 +1,4 @@
-"""The command line: `vlmprune demo | run | eval | methods | env`."""
+"""The command line: `vlmprune demo | run | eval | methods | sinks | view | env`."""
 
 from __future__ import annotations
 
@@ -158,14 +158,41 @@ def evaluate(
 @app.command()
 def methods(as_json: AsJson = False) -> None:
     """The methods there are, with their papers and defaults."""
-    rows = method_rows()
+    rows, edits = method_rows(), redistribution_rows()
     if as_json:
-        _print_json(rows)
+        _print_json([*rows, *edits])
         return
-    table = Table(*(Column(title, overflow="fold") for title in COLUMNS.values()))
-    for row in rows:
-        table.add_row(*(row[key] for key in COLUMNS))
+    for title, columns, lines in (("dropping visual tokens", COLUMNS, rows), ("redistributing attention", EDIT_COLUMNS, edits)):
+        table = Table(*(Column(name, overflow="fold") for name in columns.values()), title=title)
+        for row in lines:
+            table.add_row(*(row[key] for key in columns))
+        console.print(table)
+
+
+@app.command()
+def sinks(
+    model: Annotated[str, typer.Option(help="Folder or hub id of a decoder or VLM; 'tiny' is the embedded VLM.")] = "tiny",
+    gguf: Annotated[str | None, typer.Option(help="GGUF file in that folder (needs the package gguf).")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A text; may be repeated. Default: eight short texts.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Find the dimensions that hold a decoder's attention sinks, for `var`, with the evidence."""
+    from vlmprune.evals.sinks import PROMPTS, find_sinks, load_decoder
+
+    decoder, tokenize = load_decoder(model, gguf, device)
+    found = find_sinks(decoder, [tokenize(text) for text in prompt or PROMPTS])
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    table = Table("layer", "dim", "energy", "φ", "norm of the first", "of others", "× median", "attention to the first")
+    for row in found.evidence:
+        cells = (f"{row.energy:.1%}", f"{row.phi:.1f}", f"{row.first_norm:.0f}", f"{row.other_norm:.0f}", f"{row.ratio:.0f}")
+        table.add_row(str(row.layer), str(row.dim), *cells, f"{row.attention:.1%}")
     console.print(table)
+    for label, value in found.rows():
+        console.print(f"{label:<28}{value}", highlight=False)
+    console.print(found.advice, highlight=False)
 
 
 @app.command()
@@ -244,12 +271,71 @@ COLUMNS = {
 """Columns of the table of methods, with their titles."""
 
 
+EDIT_COLUMNS = {
+    "method": "method",
+    "paper": "paper",
+    "edits": "edits",
+    "rows": "rows of a prompt",
+    "layers": "layers of 32",
+    "families": "families",
+    "default": "parameters",
+    "presets": "presets",
+    "note": "where it differs",
+}
+"""Columns of the table of redistribution methods, with their titles."""
+
+
+def redistribution_rows() -> list[dict[str, str]]:
+    """One row per redistribution method."""
+    from vlmprune.adapters.registry import FAMILIES
+    from vlmprune.methods import REDISTRIBUTORS
+    from vlmprune.recipe import Recipe
+
+    rows = {"behind": "behind the last picture", "last": "the last", "all": "all"}
+    return [
+        {
+            "method": name,
+            "paper": method.paper,
+            "edits": method.edits,
+            "rows": rows[method.rows],
+            "layers": _spans(method().layers_of(32)),
+            "families": "all" if not method.needs else ", ".join(f.name for f in FAMILIES.values() if f.facts.cls),
+            "default": ",".join(
+                f"{key}={value}" for key, value in Recipe((method(),)).to_dict()["methods"][0].items() if value != "" and key != "method"
+            ),
+            "presets": ", ".join(method.presets),
+            "note": method.note,
+        }
+        for name, method in sorted(REDISTRIBUTORS.items())
+    ]
+
+
+def _spans(layers: tuple[int, ...]) -> str:
+    """Numbers with runs written as first–last."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
 def methods_markdown() -> str:
     """The table of the README."""
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
-    for row in method_rows():
+    return _markdown(COLUMNS, method_rows())
+
+
+def redistribution_markdown() -> str:
+    """The second table of the README."""
+    return _markdown(EDIT_COLUMNS, redistribution_rows())
+
+
+def _markdown(columns: dict[str, str], rows: list[dict[str, str]]) -> str:
+    lines = ["| " + " | ".join(columns.values()) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
         cells = {**row, "method": f"`{row['method']}`", "default": f"`{row['default']}`".replace("|", "\\|")}
-        lines.append("| " + " | ".join(cells[key] for key in COLUMNS) + " |")
+        lines.append("| " + " | ".join(cells[key] for key in columns) + " |")
     return "\n".join(lines)
 
 
