@@ -110,7 +110,10 @@ def main(
     with vlmprune.wrap(model, RECIPES[0]) as run, torch.inference_mode():
         model(**inputs)
         what = str(run.report().edits[0])
-    lines = ["| one layer under | prefill ms | × plain (quartiles) | decoding ms | × plain (quartiles) |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| one layer under | prefill ms | × plain (quartiles) | decoding ms | × plain (quartiles) |",
+        "|---|---:|---:|---:|---:|",
+    ]
     data: list[dict[str, Any]] = []
     for name in names:
         row: dict[str, Any] = {"recipe": name or "plain SDPA"}

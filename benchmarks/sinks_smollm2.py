@@ -66,7 +66,6 @@ def main(
 ) -> None:
     (file,) = folder.glob("*.gguf")
     model, tokenize = load_decoder(str(folder), file.name, "cpu")
-    model = model.float()
     found = find_sinks(model, [tokenize(text) for text in PROMPTS])
     print(found.advice)
     if found.dims != EXPECTED:

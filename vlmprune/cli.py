@@ -301,7 +301,9 @@ def redistribution_rows() -> list[dict[str, str]]:
             "layers": _spans(method().layers_of(32)),
             "families": "all" if not method.needs else ", ".join(f.name for f in FAMILIES.values() if f.facts.cls),
             "default": ",".join(
-                f"{key}={value}" for key, value in Recipe((method(),)).to_dict()["methods"][0].items() if value != "" and key != "method"
+                f"{key}={value}"
+                for key, value in Recipe((method(),)).to_dict()["methods"][0].items()
+                if value != "" and key != "method"
             ),
             "presets": ", ".join(method.presets),
             "note": method.note,
