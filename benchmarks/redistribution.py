@@ -1,9 +1,9 @@
-"""What VAR costs beside plain SDPA: one decoder layer, 1024 wide, 16 heads, 600 tokens of which 400 are a picture; prefill and decode.
+"""What VAR costs beside plain SDPA: one decoder layer, 1024 wide, 16 heads, 600 tokens, of which 400 are a picture.
 
     python benchmarks/redistribution.py [--rounds 31] [--threads 1] [--out benchmarks/results/redistribution-cpu]
 
-Both sides run the same LLaVA with one decoder layer in the same process, in turn; what is timed is the decoder layer with its hooks
-(from before its first pre-hook to behind its last hook). The layer's thresholds are such that sinks exist and most heads are
+Both sides run the same LLaVA with one decoder layer in the same process, in turn; the decoder layer is timed with its hooks
+(from before its first pre-hook to behind its last). The layer's thresholds are such that sinks exist and most heads are
 edited. Ratios are taken within rounds; medians with quartiles.
 """
 
@@ -134,7 +134,7 @@ def main(
             "",
             f"VAR: {what}.",
             "",
-            f"{stamp}, `{command}`, torch {environment()['torch']}, n = {rounds} rounds, CPU, fp32, on a machine that was doing "
+            f"{stamp}, `{command}`, torch {environment()['torch']}, n = {rounds} rounds, CPU, fp32, on a machine doing "
             "other work.",
         ]
     )

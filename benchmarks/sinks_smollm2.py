@@ -100,7 +100,7 @@ def main(
         for index in method.layers_of(len(decoder.layers)):
             query, key, value, scaling = seen[index]
             prompt = torch.ones_like(visual)
-            scene = Scene(states[index], prompt, visual, torch.tensor([0]), None, (), EXPECTED, None, lambda: prompt)
+            scene = Scene(states[index], prompt, visual, torch.tensor([0]), None, (), EXPECTED, None, torch.Tensor)
             codes = method.codes(scene)
             groups = (codes[..., None] == torch.arange(4)).float()
             mine, factors, masses = grouped_attention(
@@ -128,19 +128,19 @@ def main(
         f"attention each, others with {found.other_attention:.1%}. Advice: `{found.advice}`.",
         "",
         f"Prompt: {lengths[0]} tokens, a span of {lengths[1]} in a picture's place, {lengths[2]} behind it. Largest difference "
-        f"between `grouped_attention` (fp32) and the explicit edit (fp64), relative to the layer's largest output: {worst:.1e}.",
+        f"between `grouped_attention` (fp32) and the explicit edit (fp64), by the layer's largest output: {worst:.1e}.",
     ]
     for name, table in tables.items():
         lines += [
             "",
             f"VAR, {name}:",
             "",
-            "| layer | visual / text sinks | attention to text sinks | to the picture | heads and rows edited | surplus moved | error |",
+            "| layer | visual, text sinks | attention to text sinks | to the picture | edited | surplus moved | error |",
             "|---:|---:|---:|---:|---:|---:|---:|",
         ]
         lines += [
-            f"| {row['layer']} | {row['visual_sinks']} / {row['text_sinks']} | {row['first_token']:.1%} | {row['picture']:.1%} | "
-            f"{row['edited']:.1%} | {row['moved']:.2%} | {row['error']:.1e} |"
+            f"| {row['layer']} | {row['visual_sinks']} / {row['text_sinks']} | {row['first_token']:.1%} | {row['picture']:.1%} "
+            f"| {row['edited']:.1%} | {row['moved']:.2%} | {row['error']:.1e} |"
             for row in table
         ]
     stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

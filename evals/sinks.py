@@ -41,7 +41,7 @@ ON, DIM, RATIO, DEPTH, MOST, ORDINARY = 0.2, 0.05, 300.0, 0.4, 4, 0.95
 @dataclass(frozen=True)
 class LayerEvidence:
     """One layer: the first token's largest dimension, its share of the energy (also as φ), the norms of the first token and of
-    the others (median), the largest number as a multiple of the layer's median, and the attention later rows pay to the token."""
+    the others (median), the largest number as a multiple of the layer's median, and the attention later rows pay to it."""
 
     layer: int
     dim: int
@@ -173,16 +173,21 @@ def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callabl
     if name == "tiny":
         from vlmprune import tiny
 
-        model, processor = tiny.load(device)
-        # the embedded VLM knows a few dozen words: its own prompt, several times over, must do
-        return model, lambda text: processor(text="what colour is the circle? " * 2, return_tensors="pt").input_ids.to(device)
+        embedded, processor = tiny.load(device)
+
+        def ids(text: str) -> Tensor:
+            # the embedded VLM knows a few dozen words, which our texts are not made of
+            text = "what colour is the circle? " * 2 if text in PROMPTS else text
+            return processor(text=text, return_tensors="pt").input_ids.to(device)
+
+        return embedded, ids
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     extra = {} if gguf is None else {"gguf_file": gguf}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **extra)
         try:
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", **extra)
+            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", **extra)
         except (ValueError, KeyError):  # no VLM
             model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **extra)
     except ImportError as error:

@@ -153,6 +153,7 @@ def test_top_level_folders_do_not_shadow_packages():
 
 
 def test_readme_table_is_generated():
-    from vlmprune.cli import methods_markdown
+    from vlmprune.cli import methods_markdown, redistribution_markdown
 
     assert methods_markdown() in (ROOT / "README.md").read_text()
+    assert redistribution_markdown() in (ROOT / "README.md").read_text()

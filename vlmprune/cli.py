@@ -196,6 +196,33 @@ def sinks(
 
 
 @app.command()
+def view(
+    image: Annotated[Path, typer.Option(help="A picture.")],
+    prompt: Annotated[str, typer.Option(help="The question; or, with the image token in it, the whole prompt.")],
+    model: Annotated[str, typer.Option(help="Folder or hub id of a VLM; 'tiny' is the embedded one.")] = "tiny",
+    sinks: Annotated[bool, typer.Option("--sinks", help="Sinks, and attention to the picture before and after.")] = False,
+    recipe: Annotated[str, typer.Option(help="A recipe with var; pruning methods may stand beside it.")] = "var",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    out: Annotated[Path, typer.Option(help="The figure.")] = Path("sinks.png"),
+) -> None:
+    """Draw what a recipe does to one picture and question."""
+    from vlmprune.demo import prepare
+    from vlmprune.evals import sink_view
+
+    if not sinks:
+        raise UsageError("there is one view so far: pass --sinks (kept patches are drawn by `vlmprune run --draw`).")
+    loaded, inputs, seen, grid = prepare(model, image, prompt, device, out)
+    found = sink_view.look(loaded, inputs, recipe)
+    sink_view.draw(found, seen, grid, prompt, out)
+    before, after = float(found.before.mean()), float(found.after.mean())
+    counts = found.sinks.sum(dim=1).float().mean()
+    console.print(
+        f"{counts:.1f} visual and {sum(found.text_sinks) / len(found.layers):.1f} text sinks per layer; attention to the "
+        f"picture {before:.1%} before, {after:.1%} after. The figure is {out}"
+    )
+
+
+@app.command()
 def env(as_json: AsJson = False) -> None:
     """Versions and devices, for bug reports and result files."""
     found = environment()

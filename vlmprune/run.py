@@ -73,17 +73,28 @@ class Steered:
 
     Attributes:
         codes: `[batch, 1 or head, key]` group of every stored token, 0 for ordinary ones.
-        changed: `[batch, head, row]` bool, heads and rows that were edited; None if the method edits every one alike.
-        moved: `[batch, head, row]` attention that went elsewhere, at most 1; None if it is not known.
+        factors, masses: `[batch, head, row, 1 + group]` of the edited rows; None if the method has none.
         valid: `[batch, row]` bool, False on rows that pad a shorter text; None if all count.
     """
 
     layer: int
     method: str
     codes: Tensor
-    changed: Tensor | None = None
-    moved: Tensor | None = None
+    factors: Tensor | None = None
+    masses: Tensor | None = None
     valid: Tensor | None = None
+
+    @property
+    def changed(self) -> Tensor | None:
+        """`[batch, head, row]` bool, heads and rows that were edited."""
+        return None if self.factors is None else (self.factors != 1).any(dim=-1)
+
+    @property
+    def moved(self) -> Tensor | None:
+        """`[batch, head, row]` attention that went elsewhere, at most 1."""
+        if self.factors is None or self.masses is None:
+            return None
+        return (self.masses * (self.factors - 1)).abs().sum(dim=-1) / 2
 
 
 @dataclass(eq=False)

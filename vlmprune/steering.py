@@ -252,10 +252,8 @@ class Steering:
         out, factors, masses = grouped_attention(query, key, value, scaling, position, valid, groups, method.coefficients)
         if call.record is None:
             return out, None
-        changed = (factors != 1).any(dim=-1)
-        moved = (masses * (factors - 1)).abs().sum(dim=-1) / 2
-        self._record(call, index, method, marks, changed, moved, None if rows is None else rows.valid)
-        return out, changed.transpose(1, 2)
+        self._record(call, index, method, marks, factors.detach(), masses.detach(), None if rows is None else rows.valid)
+        return out, (factors != 1).any(dim=-1).transpose(1, 2)
 
     def _record(self, call: Call, index: int, method: Redistributor, marks: Marks, *edit: Tensor | None) -> None:
         if call.record is not None and marks.codes is not None:
