@@ -13,7 +13,7 @@ BOS token is looked at in several places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -35,6 +35,8 @@ PROMPTS = (
     "Once upon a time there was a king who had three daughters. The youngest one sang.",
     "Is there a dog in the picture? Answer yes or no.",
 )
+TINY_PROMPTS = ("what colour is the circle? " * 2, "how many stars are there? " * 2)
+"""For the embedded VLM, which knows a few dozen words."""
 ON, DIM, RATIO, DEPTH, MOST, ORDINARY = 0.2, 0.05, 300.0, 0.4, 4, 0.95
 
 
@@ -162,39 +164,6 @@ def find_sinks(model: Any, prompts: Sequence[Tensor]) -> Sinks:
         known=next((known.dims for known in KNOWN if known.shape == shape_of(decoder.config)), None),
         evidence=tuple(_evidence(layer, middle, passes) for layer in range(len(layers))),
     )
-
-
-def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callable[[str], Tensor]]:
-    """A model, and what makes `[1, token]` ids of a text for it.
-
-    Raises:
-        UsageError: nothing loadable is there, or a package is missing.
-    """
-    if name == "tiny":
-        from vlmprune import tiny
-
-        embedded, processor = tiny.load(device)
-
-        def ids(text: str) -> Tensor:
-            # the embedded VLM knows a few dozen words, which our texts are not made of
-            text = "what colour is the circle? " * 2 if text in PROMPTS else text
-            return processor(text=text, return_tensors="pt").input_ids.to(device)
-
-        return embedded, ids
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
-
-    extra = {} if gguf is None else {"gguf_file": gguf}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **extra)
-        try:
-            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", **extra)
-        except (ValueError, KeyError):  # no VLM
-            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **extra)
-    except ImportError as error:
-        raise UsageError(f"cannot read {gguf}: install what is missing ({error}).") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"no model at {name!r}: give a folder with a saved model, a hub id, or 'tiny'.") from error
-    return model.to(device).eval(), lambda text: tokenizer(text, return_tensors="pt").input_ids.to(device)
 
 
 def _look(decoder: Any, layers: Any, ids: Tensor) -> tuple[Tensor, Tensor]:

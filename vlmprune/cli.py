@@ -178,10 +178,11 @@ def sinks(
     as_json: AsJson = False,
 ) -> None:
     """Find the dimensions that hold a decoder's attention sinks, for `var`, with the evidence."""
-    from vlmprune.evals.sinks import PROMPTS, find_sinks, load_decoder
+    from vlmprune.demo import load_decoder
+    from vlmprune.evals.sinks import PROMPTS, TINY_PROMPTS, find_sinks
 
     decoder, tokenize = load_decoder(model, gguf, device)
-    found = find_sinks(decoder, [tokenize(text) for text in prompt or PROMPTS])
+    found = find_sinks(decoder, [tokenize(text) for text in prompt or (TINY_PROMPTS if model == "tiny" else PROMPTS)])
     if as_json:
         _print_json(found.to_dict())
         return

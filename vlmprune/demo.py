@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from vlmprune import draw, tiny
 from vlmprune.adapters.registry import family_of
@@ -209,6 +210,31 @@ def load_model(name: str, device: str) -> tuple[Any, Any]:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"no model at {name!r}: give a folder with a saved model, a hub id, or 'tiny'.") from error
+
+
+def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callable[[str], Tensor]]:
+    """A model, and what makes `[1, token]` ids of a text for it.
+
+    Raises:
+        UsageError: nothing loadable is there, or a package is missing.
+    """
+    if name == "tiny":
+        embedded, processor = tiny.load(device)
+        return embedded, lambda text: processor(text=text, return_tensors="pt").input_ids.to(device)
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+    extra = {} if gguf is None else {"gguf_file": gguf}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **extra)
+        try:
+            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", **extra)
+        except (ValueError, KeyError):  # no VLM
+            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **extra)
+    except ImportError as error:
+        raise UsageError(f"cannot read {gguf}: install what is missing ({error}).") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"no model at {name!r}: give a folder with a saved model, a hub id, or 'tiny'.") from error
+    return model.to(device).eval(), lambda text: tokenizer(text, return_tensors="pt").input_ids.to(device)
 
 
 def _prompt_text(processor: Any, prompt: str) -> str:
