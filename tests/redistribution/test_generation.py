@@ -305,3 +305,17 @@ def test_nothing_global():
     assert "vlmprune.steering" in sys.modules
     module = sys.modules["vlmprune.steering"]
     assert not [name for name, value in vars(module).items() if isinstance(value, dict | list) and not name.startswith("__")]
+
+
+def test_candidates_are_never_marked():
+    """Red: tokens that assisted decoding guessed behind the prompt become sinks, which plain decoding never makes of them."""
+    model = shared("llava")
+    inputs = make_inputs("llava", model, SAMPLES[:1])
+    encoded = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+    ids = torch.cat((inputs["input_ids"], torch.tensor([[30, 31, 32]])), dim=1)
+    everything = "sink_dims=5,tau=0,max_sink_share=1,min_image_mass=0"
+    with vp.wrap(model, f"var:{everything}"):
+        cache = model(input_ids=ids, mm_encoder_outputs={"image": encoded}, logits_to_keep=4, use_cache=True).past_key_values
+    for layer in cache.layers[2:5]:
+        assert layer.marks.codes[0, 0, :-3].all()
+        assert not layer.marks.codes[0, 0, -3:].any()
