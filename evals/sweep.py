@@ -20,7 +20,7 @@ import vlmprune
 from vlmprune.errors import UsageError, unknown
 from vlmprune.evals.asking import Questions, scenes_of_seed
 from vlmprune.evals.offline import UNPRUNED, draws_by_skill, interval, loyalty, percent
-from vlmprune.methods import METHODS, Pruner
+from vlmprune.methods import METHODS
 from vlmprune.schedule import Budget, Schedule, Stage
 from vlmprune.tiny.answers import Accuracy, Record, accuracy_by_skill, mean_over_skills
 
@@ -268,7 +268,7 @@ def _name(recipe: vlmprune.Recipe | None) -> str:
 
 
 def _code(recipe: vlmprune.Recipe | None) -> str:
-    methods: tuple[Pruner, ...] = () if recipe is None else recipe.methods
+    methods = () if recipe is None else recipe.methods
     sources = [getsource(getmodule(type(method))) for method in methods]  # type: ignore[arg-type]  # all come from files
     return blake2b("".join(sources).encode(), digest_size=6).hexdigest()
 

@@ -14,14 +14,15 @@ import vlmprune
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
 LEVELS = [
     {"vlmprune.errors", "vlmprune.cost", "vlmprune.draw"},
-    {"vlmprune.schedule", "vlmprune.layout", "vlmprune.view", "vlmprune.kernels"},
+    {"vlmprune.schedule", "vlmprune.layout", "vlmprune.view", "vlmprune.kernels", "vlmprune.sink_dims"},
     {"vlmprune.reduction"},
-    {"vlmprune.cache", "vlmprune.methods.base", "vlmprune.adapters", "vlmprune.attention"},
+    {"vlmprune.cache", "vlmprune.methods.base", "vlmprune.methods.redistributing", "vlmprune.adapters", "vlmprune.attention"},
     {"vlmprune.tower", "vlmprune.methods.merging"},
-    {"vlmprune.methods.pruning"},
+    {"vlmprune.methods.pruning", "vlmprune.methods.redistribution"},
     {"vlmprune.methods"},
     {"vlmprune.recipe", "vlmprune.run"},
     {"vlmprune.probes"},
+    {"vlmprune.steering"},
     {"vlmprune.attach"},
     {"vlmprune", "vlmprune.tiny"},  # the public names; the embedded model knows nothing of the library
     {"vlmprune.evals", "vlmprune.demo"},
@@ -115,7 +116,7 @@ def test_methods_and_families_do_not_know_each_other():
 
 def test_methods_and_families_are_short():
     for module, path in sources().items():
-        if module.startswith(("vlmprune.methods.pruning.", "vlmprune.adapters.")):
+        if module.startswith(("vlmprune.methods.pruning.", "vlmprune.methods.redistribution.", "vlmprune.adapters.")):
             assert len(path.read_text().splitlines()) <= 150, path
 
 
@@ -152,6 +153,7 @@ def test_top_level_folders_do_not_shadow_packages():
 
 
 def test_readme_table_is_generated():
-    from vlmprune.cli import methods_markdown
+    from vlmprune.cli import methods_markdown, redistribution_markdown
 
     assert methods_markdown() in (ROOT / "README.md").read_text()
+    assert redistribution_markdown() in (ROOT / "README.md").read_text()

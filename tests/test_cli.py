@@ -81,7 +81,7 @@ def test_eval(monkeypatch, capsys, tmp_path):
 
 def test_methods_and_env(monkeypatch, capsys):
     assert vlmprune(monkeypatch, "methods", "--json") == 0
-    assert {row["method"] for row in json.loads(capsys.readouterr().out)} == set(vp.METHODS)
+    assert {row["method"] for row in json.loads(capsys.readouterr().out)} == {*vp.METHODS, *vp.REDISTRIBUTORS}
     assert vlmprune(monkeypatch, "methods") == 0
     assert "divprune" in capsys.readouterr().out
     assert vlmprune(monkeypatch, "env", "--json") == 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmprune.attach import Run, wrap
     from vlmprune.errors import UsageError
-    from vlmprune.methods import METHODS, Choice, Pruner, ScorePruner
+    from vlmprune.methods import METHODS, REDISTRIBUTORS, Choice, Pruner, Redistributor, ScorePruner
     from vlmprune.methods.pruning import (
         CLS,
         DART,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         VScan,
     )
     from vlmprune.methods.pruning.cdpruner import ClipRelevance
+    from vlmprune.methods.redistribution import ACT, PAI, PAINT, VAR, VHR, ZeroTuning
     from vlmprune.recipe import Recipe
     from vlmprune.run import Report
     from vlmprune.schedule import Budget, Schedule, Stage, at, stages
@@ -64,7 +65,8 @@ _HOME = {
         "vlmprune.methods.pruning",
     ),
     "ClipRelevance": "vlmprune.methods.pruning.cdpruner",
-    **dict.fromkeys(("METHODS", "Choice", "Pruner", "ScorePruner"), "vlmprune.methods"),
+    **dict.fromkeys(("ACT", "PAI", "PAINT", "VAR", "VHR", "ZeroTuning"), "vlmprune.methods.redistribution"),
+    **dict.fromkeys(("METHODS", "REDISTRIBUTORS", "Choice", "Pruner", "Redistributor", "ScorePruner"), "vlmprune.methods"),
     **dict.fromkeys(("Budget", "Schedule", "Stage", "at", "stages"), "vlmprune.schedule"),
     **dict.fromkeys(("Run", "wrap"), "vlmprune.attach"),
     "Recipe": "vlmprune.recipe",
@@ -73,9 +75,15 @@ _HOME = {
 }
 
 __all__ = [
+    "ACT",
     "CLS",
     "DART",
     "METHODS",
+    "PAI",
+    "PAINT",
+    "REDISTRIBUTORS",
+    "VAR",
+    "VHR",
     "AdaptInfer",
     "Budget",
     "CDPruner",
@@ -90,6 +98,7 @@ __all__ = [
     "Pruner",
     "Random",
     "Recipe",
+    "Redistributor",
     "Report",
     "Run",
     "Schedule",
@@ -101,6 +110,7 @@ __all__ = [
     "UsageError",
     "VScan",
     "VisionZip",
+    "ZeroTuning",
     "at",
     "stages",
     "wrap",

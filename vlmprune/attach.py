@@ -25,27 +25,25 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vlmprune.adapters.registry import family_of
-from vlmprune.attention import observe, pruned_mask
+from vlmprune.attention import pruned_mask, route_attention
 from vlmprune.cache import PrunedLayer, check_same_cuts, pruned_layer
 from vlmprune.cost import DecoderShape
 from vlmprune.errors import UsageError
 from vlmprune.layout import Layout, group_by_size, real_tokens
-from vlmprune.methods import Choice, Pruner
+from vlmprune.methods import Choice, Pruner, Redistributor
 from vlmprune.methods.base import TowerPruner
 from vlmprune.probes import Part, Tools, attention_ahead, build_view, recall_tower, see_attention
 from vlmprune.recipe import Recipe
 from vlmprune.reduction import Reduction
-from vlmprune.run import Call, Chosen, Clock, Kept, Prefill, Report, no_prefill
+from vlmprune.run import TUNNEL, Call, Chosen, Clock, Kept, Prefill, Report, no_prefill
 from vlmprune.schedule import Budget, Stage, share
+from vlmprune.steering import Steering
 from vlmprune.tower import RowMemory, TowerPass
 from vlmprune.view import BEFORE_THE_CUT, FROM_TOWER, Facts
 
-TUNNEL = "vlmprune"
-"""Name of the keyword argument that carries the `Call`."""
 
-
-def wrap(model: nn.Module, *methods: Recipe | Pruner | str) -> Run:
-    """Prune visual tokens of a loaded Hugging Face VLM, in place and reversibly.
+def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str) -> Run:
+    """Prune visual tokens of a loaded Hugging Face VLM, and redistribute its attention, in place and reversibly.
 
     Args:
         model: a stock model of a supported family, with any weights, dtype and device. It keeps its class and API.
@@ -139,6 +137,7 @@ class Run:
         self._family, self._config, self._base, self._text = family, base.config, base, text
         self._shape = DecoderShape.of(text.config)
         self._facts = _facts(family, base)
+        self._steering = Steering(self.recipe.redistributors, family, base, text)
         self._plan()
         self._check(len(layers))
         observed: list[tuple[Any, Callable[..., None]]] = []
@@ -151,15 +150,24 @@ class Run:
             observed += self._observed_blocks()
         # Nothing can be refused any more: from here on the model changes.
         _replace_earlier_run(base)
-        self._undo += [observe(module, observer) for module, observer in observed]
+        modules = {id(module): module for module, _ in observed}
+        editors: dict[int, Any] = {}
+        for index in self._steering.routed:
+            module = layers[index].get_submodule(family.attention)
+            modules[id(module)], editors[id(module)] = module, partial(self._steering.attend, index)
+        for name, module in modules.items():
+            observers = [observer for seen, observer in observed if seen is module]
+            self._undo.append(route_attention(module, observers, editors.get(name)))
         if self._uses_tower:
             self._hook_tower()
         if base is not self.model:
             self._hook(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         self._hook(base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
         self._hook(text.register_forward_pre_hook(self._enter_text, with_kwargs=True))
-        for index in range(self._layers[0], len(layers)):
+        for index in range(self._layers[0] if self._layers else len(layers), len(layers)):
             self._hook(layers[index].register_forward_pre_hook(partial(self._enter_layer, index), with_kwargs=True))
+        for index in self._steering.by_layer:  # behind the cuts: these layers see what is left
+            self._hook(layers[index].register_forward_pre_hook(partial(self._enter_steered, index), with_kwargs=True))
         self._hook(text.register_forward_hook(self._leave_text, with_kwargs=True))
 
     def _hook(self, handle: Any) -> None:
@@ -176,7 +184,7 @@ class Run:
             self._cuts.append(_Cut(stage, method, needs, f"{method.name} ({variant})" if variant else method.name))
         self._layers = tuple(sorted({cut.stage.layer for cut in self._cuts}))
         self._cache_cut = next((cut for cut in self._cuts if cut.stage.site == "cache"), None)
-        self._needs: frozenset[str] = frozenset().union(*(cut.needs for cut in self._cuts))
+        self._needs: frozenset[str] = self._steering.needs.union(*(cut.needs for cut in self._cuts))
         self._seen_in_tower = self._needs & FROM_TOWER
         inside = [cut for cut in self._cuts if cut.stage.site == "vision" or "flow" in cut.needs]
         self._tower_cut = inside[0] if inside else None
@@ -239,6 +247,7 @@ class Run:
         probes: dict[int, list[str]] = {}
         for name, index in (
             ("attention_from_cls", feature),
+            ("attention_from_cls_first", 0),
             ("attention_from_cls_early", max(len(blocks) // 4 - 1, 0)),
             ("attention_from_cls_final", len(blocks) - 1),
             ("tower_keys", feature),
@@ -363,7 +372,9 @@ class Run:
         # With pictures encoded beforehand, this is generate(), and it asks for the logits of the last prompt token and of
         # everything after it; in a plain call the number means nothing of the kind.
         last = kwargs.get("logits_to_keep", 0) if kwargs.get("mm_encoder_outputs") else 0
-        return args, {**kwargs, TUNNEL: Call(tail=last - 1 if isinstance(last, int) and last > 1 else 0)}
+        asked = kwargs.get("logits_to_keep", 0)
+        tail = last - 1 if isinstance(last, int) and last > 1 else 0
+        return args, {**kwargs, TUNNEL: Call(tail=tail, asked=asked if isinstance(asked, int) else 0)}
 
     def _enter_base(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         call: Call = kwargs.get(TUNNEL) or Call()
@@ -400,7 +411,8 @@ class Run:
         call.ids = ids
         call.batch, call.sequence = ids.shape
         real = real_tokens(call.mask, call.batch, call.sequence, ids.device)
-        call.layout = Layout.find(ids == self._family.image_token(self._config), counts, real)
+        call.placeholders = ids == self._family.image_token(self._config)
+        call.layout = Layout.find(call.placeholders, counts, real)
         place = torch.arange(call.sequence, device=ids.device)
         call.prompt_end = (place * real).amax(dim=1) - call.tail
         self._replay_uncached(call, kwargs.get("mm_encoder_outputs"), cached=kwargs.get("past_key_values") is not None)
@@ -418,8 +430,13 @@ class Run:
         assert call.ids is not None
         known = self._thread.uncached
         if known is None or known.encoded is not encoded or not known.is_prefix_of(call.ids):
-            known = self._thread.uncached = _Uncached(encoded, call.ids, {})
+            known = self._thread.uncached = _Uncached(encoded, call.ids, {}, {})
+        generated = call.ids.shape[1] - known.ids.shape[1]
+        call.tail += generated
+        assert call.prompt_end is not None
+        call.prompt_end = call.prompt_end - generated
         call.chosen, call.replayed = known.chosen, bool(known.chosen)
+        call.uncached, call.resumed = known.marks, bool(known.marks)
 
     def _enter_text(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call: Call | None = kwargs.get(TUNNEL)
@@ -445,6 +462,12 @@ class Run:
                 recall_tower(call, self._memory, embeddings)
             if self._needs & {"embeddings", "text_embeddings"}:
                 call.embeddings = embeddings
+            self._steering.enter_text(call, embeddings)
+
+    def _enter_steered(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call: Call | None = kwargs.get(TUNNEL)
+        if call is not None and self.enabled:
+            self._steering.enter_layer(index, call, args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values"))
 
     def _set_newlines_apart(self, call: Call, embeddings: Tensor) -> None:
         """Row separators stand among a picture's placeholders but show nothing: they count as text."""
@@ -600,7 +623,7 @@ class Run:
         parts = [
             part
             for image, original in enumerate(map(len, call.layout.images))
-            for part in _parts(call, image, budget.resolve(original), method.per_view and self._facts.crops)
+            for part in _parts(call, image, budget.resolve(original), method.per_view and self._facts.crops and not index)
         ]
         kept: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in call.layout.images]
         for group in group_by_size([part.size for part in parts]):
@@ -696,11 +719,12 @@ class _PerThread(local):
 
 @dataclass(eq=False)
 class _Uncached:
-    """What was chosen for a prompt that is run without a cache."""
+    """What was chosen for a prompt that is run without a cache, and what redistribution marked."""
 
     encoded: Any
     ids: Tensor
     chosen: dict[int, Chosen]
+    marks: dict[int, Any]
 
     def is_prefix_of(self, ids: Tensor) -> bool:
         length = self.ids.shape[1]

@@ -1,13 +1,13 @@
-"""Attention of pruned layers: their masks, and our attention function that lets a probe look at queries and keys.
-
-Nothing here computes attention of its own for the model: every call goes on to the implementation the model was loaded with.
-"""
+"""Attention of pruned layers: their masks, and our attention function, under which a probe looks at queries and keys and an
+editor computes some rows anew. Everything else goes on to the implementation the model was loaded with."""
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ KEY = "vlmprune"
 
 Observer = Callable[..., None]
 """Called as observer(query, key, value, attention_mask, scaling=…, **kwargs), shapes as in `rows_attention`."""
+
+Editor = Callable[..., Any]
+"""Called as editor(own, query, key, value, scaling=…, **kwargs), where own() is what the model itself computes."""
 
 
 def pruned_mask(
@@ -80,27 +83,60 @@ def rows_attention(query: Tensor, key: Tensor, attention_mask: Tensor | None, sc
     return attention_rows(chosen, key, scaling, visible)
 
 
-def observed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """The model's own attention; on the way the module's observer sees queries and keys (registered under `KEY`)."""
+@dataclass(frozen=True, eq=False)
+class Route:
+    """What happens around one module's attention.
+
+    Attributes:
+        original: the module's own config.
+        stock: the module as the model's own implementation shall see it, with that config.
+        observers: look at queries and keys.
+        editor: computes some rows anew, or None.
+    """
+
+    original: Any
+    stock: _Stock
+    observers: tuple[Observer, ...]
+    editor: Editor | None
+
+    def own(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The model's own attention: output `[batch, query, head, dim]` and weights, or None."""
+        # "eager" is not in the registry: every modelling file brings its own.
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        own = ALL_ATTENTION_FUNCTIONS.get_interface(self.original._attn_implementation, eager)
+        return own(self.stock, *args, **kwargs)
+
+
+class _Stock:
+    """A module with its own config: flash attention looks up which of its kernels to run there."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module, self.config = module, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def routed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """The model's own attention, seen by the module's observers and overwritten by its editor (registered under `KEY`)."""
     config: Any = module.config
-    original, observer = config.vlmprune_observer
-    observer(query, key, value, attention_mask, **kwargs)
-    # "eager" is not in the registry: every modelling file brings its own.
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    own = ALL_ATTENTION_FUNCTIONS.get_interface(original._attn_implementation, eager)
-    return own(module, query, key, value, attention_mask, **kwargs)
+    route: Route = config.vlmprune_route
+    for observer in route.observers:
+        observer(query, key, value, attention_mask, **kwargs)
+    own = partial(route.own, module, query, key, value, attention_mask, **kwargs)
+    return own() if route.editor is None else route.editor(own, query, key, value, **kwargs)
 
 
-def observe(module: nn.Module, observer: Observer) -> Callable[[], None]:
-    """Route one attention module through `observed_attention`; the returned function undoes it.
+def route_attention(module: nn.Module, observers: Sequence[Observer] = (), editor: Editor | None = None) -> Callable[[], None]:
+    """Lead one attention module through `routed_attention`; the returned function undoes it.
 
     Only this module's reference to its config is replaced, by a copy: masks are still made for the model's own
     implementation (which may be switched meanwhile), and no other layer notices.
     """
-    AttentionInterface.register(KEY, observed_attention)
+    AttentionInterface.register(KEY, routed_attention)
     original: Any = module.config
     config = copy.copy(original)
-    config.vlmprune_observer = (original, observer)
+    config.vlmprune_route = Route(original, _Stock(module, original), tuple(observers), editor)
     config._attn_implementation_internal = KEY
     module.config = config
 

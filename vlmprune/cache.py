@@ -1,10 +1,13 @@
 """The KV cache of a pruned layer: fewer entries than the conversation has tokens, and it knows which.
 
 The state of a pruned sequence lives on the cache layer, so beams, cropping, several turns and several conversations follow
-by themselves. A pruned layer reports its *logical* length, because `generate` slices its inputs by it.
+by themselves. A pruned layer reports its *logical* length, because `generate` slices its inputs by it. What attention
+redistribution found out about a conversation (`Marks`) lives there too.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +17,108 @@ from vlmprune.errors import UsageError
 from vlmprune.reduction import Reduction
 
 
-class PrunedLayer(DynamicLayer):
+@dataclass(eq=False)
+class Marks:
+    """What a redistribution method found out about a conversation's prompts, in one decoder layer.
+
+    Attributes:
+        by: the method, as its recipe string.
+        codes: `[batch, 1 or head, marked]` int8 group of each of the first `marked` stored entries, 0 for ordinary ones; all
+            later entries (decoding) are ordinary. None if the method marks no entries.
+        heads: `[batch, head]` fp32 factor on the outputs of heads, or None.
+        anchor: `[batch, dim]` fp32 residual of the conversation's first token, where a method compares with it, or None.
+        groups: `codes` as 0 or 1 for each group, made by `grouped` and kept for decoding.
+        idle: no entry is marked, which is known on the host.
+    """
+
+    by: str
+    codes: Tensor | None = None
+    heads: Tensor | None = None
+    anchor: Tensor | None = None
+    groups: Tensor | None = None
+    idle: bool = False
+
+    def grouped(self, groups: int, dtype: torch.dtype) -> Tensor:
+        """`[batch, 1 or head, marked, 1 + groups]` of `dtype`, 0 or 1: which group each entry is in."""
+        assert self.codes is not None
+        if self.groups is None or self.groups.dtype != dtype:
+            numbers = torch.arange(groups + 1, device=self.codes.device)
+            self.groups = (self.codes[..., None] == numbers).to(dtype)
+        return self.groups
+
+    def padded(self, stored: int) -> Tensor:
+        """The codes of exactly `stored` entries."""
+        assert self.codes is not None
+        return torch.nn.functional.pad(self.codes, (0, stored - self.codes.shape[-1]))
+
+    def batch(self, indices: Tensor) -> None:
+        """Take other batch rows (beams, contrastive search)."""
+        for name in ("codes", "heads", "anchor"):
+            if (x := getattr(self, name)) is not None:
+                setattr(self, name, x[indices.to(x.device)])
+        self.groups = None
+
+    def repeat(self, repeats: int) -> None:
+        """Repeat every batch row."""
+        for name in ("codes", "heads", "anchor"):
+            if (x := getattr(self, name)) is not None:
+                setattr(self, name, x.repeat_interleave(repeats, dim=0))
+        self.groups = None
+
+    def entries(self, rows: Tensor | None, stored: int) -> None:
+        """Only `stored` entries are left: those at `rows` `[batch, stored]`, or the first."""
+        if self.codes is None:
+            return
+        if rows is None:
+            self.codes = self.codes[..., :stored]
+        else:
+            heads = self.codes.shape[1]
+            self.codes = self.codes.gather(2, rows.to(self.codes.device)[:, None].expand(-1, heads, -1))
+        self.groups = None
+
+
+class MarkedLayer(DynamicLayer):
+    """A dynamic cache layer with `marks`, which follow everything that happens to its entries."""
+
+    marks: Marks | None = None
+
+    @staticmethod
+    def adopt_marks(layer: DynamicLayer) -> MarkedLayer:
+        """Take over an ordinary layer, filled or not."""
+        marked = MarkedLayer()
+        if layer.get_seq_length():
+            assert layer.keys is not None
+            assert layer.values is not None
+            marked.lazy_initialization(layer.keys, layer.values)
+            marked.keys, marked.values = layer.keys, layer.values
+        return marked
+
+    def reset(self) -> None:
+        super().reset()
+        self.marks = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.marks is not None and self.keys is not None:
+            self.marks.entries(None, self.keys.shape[-2])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.marks is not None:
+            self.marks.batch(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.marks is not None:
+            self.marks.batch(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.marks is not None:
+            self.marks.repeat(repeats)
+
+
+class PrunedLayer(MarkedLayer):
     """A dynamic cache layer whose prefix has gaps; everything after the prefix (decoding) is stored token by token.
 
     Attributes:
@@ -40,6 +144,7 @@ class PrunedLayer(DynamicLayer):
     def adopt(layer: DynamicLayer, cuts: tuple[int, ...], real: Tensor | None) -> PrunedLayer:
         """Take over a layer that was filled without pruning. `real` `[batch, length or more]` is 0 on padding."""
         pruned = PrunedLayer(cuts)
+        pruned.marks = layer.marks if isinstance(layer, MarkedLayer) else None
         length = layer.get_seq_length()
         if length:
             assert layer.keys is not None
@@ -106,6 +211,9 @@ class PrunedLayer(DynamicLayer):
         logical = self.get_seq_length()
         here = (slots - past).clamp(0, alive.shape[1] - 1)
         stays = Reduction.keeping(valid & ((slots < past) | alive.gather(1, here)))
+        if self.marks is not None and self.marks.codes is not None:
+            self.marks.codes = self.marks.padded(self._stored())
+            self.marks.entries(stays.rows, stays.rows.shape[1])
         self.keys, self.values = stays.gather(self.keys), stays.gather(self.values)
         self._set_prefix(slots.gather(1, stays.rows), stays.valid, stays.dense, logical)
 
@@ -179,17 +287,34 @@ def pruned_layer(cache: Cache, index: int, cuts: tuple[int, ...], real: Tensor |
     Raises:
         UsageError: the cache is of a kind whose layers cannot have different lengths.
     """
+    layer = _plain_layer(cache, index, "pruning inside the language model")
+    if isinstance(layer, PrunedLayer):
+        return layer
+    adopted = cache.layers[index] = PrunedLayer.adopt(layer, cuts, real)
+    return adopted
+
+
+def marked_layer(cache: Cache, index: int) -> MarkedLayer:
+    """The cache's layer `index` as a `MarkedLayer`, put in place of an ordinary one on first use.
+
+    Raises:
+        UsageError: the cache is of another kind.
+    """
+    layer = _plain_layer(cache, index, "attention redistribution")
+    if isinstance(layer, MarkedLayer):
+        return layer
+    adopted = cache.layers[index] = MarkedLayer.adopt_marks(layer)
+    return adopted
+
+
+def _plain_layer(cache: Cache, index: int, what: str) -> DynamicLayer:
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
-    if isinstance(layer, PrunedLayer):
-        return layer
-    if type(layer) is not DynamicLayer or cache.offloading:
+    if not isinstance(layer, MarkedLayer) and (type(layer) is not DynamicLayer or cache.offloading):
         found = "an offloaded cache" if cache.offloading else f"a {type(layer).__name__}"
         raise UsageError(
-            f"pruning inside the language model needs a plain DynamicCache, found {found}: pass cache_implementation=None "
-            "(the default of generate)."
+            f"{what} needs a plain DynamicCache, found {found}: pass cache_implementation=None (the default of generate)."
         )
-    adopted = cache.layers[index] = PrunedLayer.adopt(layer, cuts, real)
-    return adopted
+    return layer

@@ -1,4 +1,4 @@
-"""The command line: `vlmprune demo | run | eval | sweep | horizon | tune | methods | env`."""
+"""The command line: `vlmprune demo | run | eval | sweep | horizon | tune | methods | sinks | view | env`."""
 
 from __future__ import annotations
 
@@ -308,20 +308,79 @@ def _calibration(
 @app.command()
 def methods(as_json: AsJson = False) -> None:
     """The methods there are, with their papers and defaults."""
-    rows = method_rows()
+    rows, edits = method_rows(), redistribution_rows()
     if as_json:
-        _print_json(rows)
+        _print_json([*rows, *edits])
         return
+    for title, columns, lines in (("dropping visual tokens", COLUMNS, rows), ("redistributing attention", EDIT_COLUMNS, edits)):
+        console.print(_methods_table(title, columns, lines), highlight=False)
+
+
+def _methods_table(title: str, columns: dict[str, str], rows: list[dict[str, str]]) -> Table:
     if console.width >= 160:
-        table = Table(*(Column(title, overflow="fold") for title in COLUMNS.values()))
+        table = Table(*(Column(name, overflow="fold") for name in columns.values()), title=title)
         for row in rows:
-            table.add_row(*(row[key] for key in COLUMNS))
-    else:  # eight columns need room
-        table = Table(COLUMNS["method"], Column("", overflow="fold"), show_lines=True)
-        for row in rows:
-            lines = [f"[dim]{title}[/] {row[key]}" for key, title in COLUMNS.items() if key != "method" and row[key]]
-            table.add_row(row["method"], "\n".join(lines))
-    console.print(table, highlight=False)
+            table.add_row(*(row[key] for key in columns))
+        return table
+    table = Table(columns["method"], Column("", overflow="fold"), title=title, show_lines=True)  # many columns need room
+    for row in rows:
+        lines = [f"[dim]{name}[/] {row[key]}" for key, name in columns.items() if key != "method" and row[key]]
+        table.add_row(row["method"], "\n".join(lines))
+    return table
+
+
+@app.command()
+def sinks(
+    model: Annotated[str, typer.Option(help="Folder or hub id of a decoder or VLM; 'tiny' is the embedded VLM.")] = "tiny",
+    gguf: Annotated[str | None, typer.Option(help="GGUF file in that folder (needs the package gguf).")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A text; may be repeated. Default: eight short texts.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Find the dimensions that hold a decoder's attention sinks, for `var`, with the evidence."""
+    from vlmprune.demo import load_decoder
+    from vlmprune.evals.sinks import PROMPTS, TINY_PROMPTS, find_sinks
+
+    decoder, tokenize = load_decoder(model, gguf, device)
+    found = find_sinks(decoder, [tokenize(text) for text in prompt or (TINY_PROMPTS if model == "tiny" else PROMPTS)])
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    table = Table("layer", "dim", "energy", "φ", "norm of the first", "of others", "× median", "attention to the first")
+    for row in found.evidence:
+        cells = (f"{row.energy:.1%}", f"{row.phi:.1f}", f"{row.first_norm:.0f}", f"{row.other_norm:.0f}", f"{row.ratio:.0f}")
+        table.add_row(str(row.layer), str(row.dim), *cells, f"{row.attention:.1%}")
+    console.print(table)
+    for label, value in found.rows():
+        console.print(f"{label:<28}{value}", highlight=False)
+    console.print(found.advice, highlight=False)
+
+
+@app.command()
+def view(
+    image: Annotated[Path, typer.Option(help="A picture.")],
+    prompt: Annotated[str, typer.Option(help="The question; or, with the image token in it, the whole prompt.")],
+    model: Annotated[str, typer.Option(help="Folder or hub id of a VLM; 'tiny' is the embedded one.")] = "tiny",
+    sinks: Annotated[bool, typer.Option("--sinks", help="Sinks, and attention to the picture before and after.")] = False,
+    recipe: Annotated[str, typer.Option(help="A recipe with var; pruning methods may stand beside it.")] = "var",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    out: Annotated[Path, typer.Option(help="The figure.")] = Path("sinks.png"),
+) -> None:
+    """Draw what a recipe does to one picture and question."""
+    from vlmprune.demo import prepare
+    from vlmprune.evals import sink_view
+
+    if not sinks:
+        raise UsageError("there is one view so far: pass --sinks (kept patches are drawn by `vlmprune run --draw`).")
+    loaded, inputs, seen, grid = prepare(model, image, prompt, device, out)
+    found = sink_view.look(loaded, inputs, recipe)
+    sink_view.draw(found, seen, grid, prompt, out)
+    before, after = float(found.before.mean()), float(found.after.mean())
+    counts = found.sinks.sum(dim=1).float().mean()
+    console.print(
+        f"{counts:.1f} visual and {sum(found.text_sinks) / len(found.layers):.1f} text sinks per layer; attention to the "
+        f"picture {before:.1%} before, {after:.1%} after. The figure is {out}"
+    )
 
 
 @app.command()
@@ -400,12 +459,73 @@ COLUMNS = {
 """Columns of the table of methods, with their titles."""
 
 
+EDIT_COLUMNS = {
+    "method": "method",
+    "paper": "paper",
+    "edits": "edits",
+    "rows": "rows of a prompt",
+    "layers": "layers of 32",
+    "families": "families",
+    "default": "parameters",
+    "presets": "presets",
+    "note": "where it differs",
+}
+"""Columns of the table of redistribution methods, with their titles."""
+
+
+def redistribution_rows() -> list[dict[str, str]]:
+    """One row per redistribution method."""
+    from vlmprune.adapters.registry import FAMILIES
+    from vlmprune.methods import REDISTRIBUTORS
+    from vlmprune.recipe import Recipe
+
+    rows = {"behind": "behind the last picture", "last": "the last", "all": "all"}
+    return [
+        {
+            "method": name,
+            "paper": method.paper,
+            "edits": method.edits,
+            "rows": rows[method.rows],
+            "layers": _spans(method().layers_of(32)),
+            "families": "all" if not method.needs else ", ".join(f.name for f in FAMILIES.values() if f.facts.cls),
+            "default": ",".join(
+                f"{key}={value}"
+                for key, value in Recipe((method(),)).to_dict()["methods"][0].items()
+                if value != "" and key != "method"
+            ),
+            "presets": ", ".join(method.presets),
+            "note": method.note,
+        }
+        for name, method in sorted(REDISTRIBUTORS.items())
+    ]
+
+
+def _spans(layers: tuple[int, ...]) -> str:
+    """Numbers with runs written as first–last."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
 def methods_markdown() -> str:
     """The table of the README."""
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
-    for row in method_rows():
+    return _markdown(COLUMNS, method_rows())
+
+
+def redistribution_markdown() -> str:
+    """The second table of the README."""
+    return _markdown(EDIT_COLUMNS, redistribution_rows())
+
+
+def _markdown(columns: dict[str, str], rows: list[dict[str, str]]) -> str:
+    lines = ["| " + " | ".join(columns.values()) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
         cells = {**row, "method": f"`{row['method']}`", "default": f"`{row['default']}`".replace("|", "\\|")}
-        lines.append("| " + " | ".join(cells[key] for key in COLUMNS) + " |")
+        lines.append("| " + " | ".join(cells[key] for key in columns) + " |")
     return "\n".join(lines)
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from vlmprune import draw, tiny
 from vlmprune.adapters.registry import family_of
 from vlmprune.attach import Run, wrap
 from vlmprune.errors import UsageError
-from vlmprune.methods import METHODS
+from vlmprune.methods import METHODS, REDISTRIBUTORS
 from vlmprune.recipe import Recipe
 
 KEEP_ALL = "random:layer=0,fraction=1"
@@ -80,7 +81,9 @@ def ask_once(
     Raises:
         UsageError: the picture, the model, the prompt or the recipe cannot be used; says why.
     """
-    is_file = recipe.endswith(".json") or (recipe.partition(":")[0].strip() not in METHODS and Path(recipe).exists())
+    is_file = recipe.endswith(".json") or (
+        recipe.partition(":")[0].strip() not in {**METHODS, **REDISTRIBUTORS} and Path(recipe).exists()
+    )
     plan = Recipe.from_pretrained(recipe) if is_file else Recipe.of(recipe)
     if not prompt.strip():
         raise UsageError("the prompt is empty: ask something about the picture.")
@@ -97,15 +100,38 @@ def ask_once(
     return {"model": model_name, "recipe": str(plan), "unpruned": plain, "pruned": pruned, "kept": kept.index}
 
 
+def prepare(
+    model_name: str, image: Path, prompt: str, device: str, target: Path
+) -> tuple[Any, Any, Image.Image, tuple[int, int] | None]:
+    """A model, one picture and question as its inputs, the picture as it sees it, and the grid of its tokens (None if unknown).
+
+    Raises:
+        UsageError: the picture, the model, the prompt or the target cannot be used; says why.
+    """
+    if not prompt.strip():
+        raise UsageError("the prompt is empty: ask something about the picture.")
+    if target.suffix.lower() not in Image.registered_extensions():
+        raise UsageError(f"cannot draw to {target}: give a file name with a picture's ending, for example sinks.png.")
+    make_folder(target.parent)
+    picture = open_picture(image)
+    model, processor = load_model(model_name, device)
+    inputs = processor(images=picture, text=prompt_text(processor, prompt), return_tensors="pt").to(device)
+    try:
+        grid = family_of(model.config).image_grid(inputs, model.config)[0]
+    except UsageError:  # packed from several crops
+        grid = None
+    return model, inputs, _as_seen(processor, inputs, picture), grid
+
+
 class KeptHere:
     """Raster indices of what the last stage kept of the first picture, and the grid they count in."""
 
     def __init__(self, run: Run, inputs: Any) -> None:
         assert run.last is not None
-        last = [kept for kept in run.last.kept if kept.ordinal == 0 and kept.sample == 0][-1]
-        self.index: list[int] = last.index.tolist()
         config: Any = run.model.config
         self.grid: tuple[int, int] = family_of(config).image_grid(inputs, config)[0]
+        kept = [kept for kept in run.last.kept if kept.ordinal == 0 and kept.sample == 0]
+        self.index: list[int] = kept[-1].index.tolist() if kept else list(range(self.grid[0] * self.grid[1]))
 
 
 def compare(
@@ -123,7 +149,7 @@ def compare(
             times[side].append(report.prefill_ms)
             if turn == 0:
                 new = tokens[0, inputs["input_ids"].shape[1] :]
-                visual = report.stages[-1].kept[0] if side else report.visual_tokens
+                visual = report.stages[-1].kept[0] if side and report.stages else report.visual_tokens
                 sides[side] = {
                     "answer": processor.decode(new, skip_special_tokens=True).strip(),
                     "visual_tokens": visual,
@@ -184,6 +210,31 @@ def load_model(name: str, device: str) -> tuple[Any, Any]:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"no model at {name!r}: give a folder with a saved model, a hub id, or 'tiny'.") from error
+
+
+def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callable[[str], Tensor]]:
+    """A model, and what makes `[1, token]` ids of a text for it.
+
+    Raises:
+        UsageError: nothing loadable is there, or a package is missing.
+    """
+    if name == "tiny":
+        embedded, processor = tiny.load(device)
+        return embedded, lambda text: processor(text=text, return_tensors="pt").input_ids.to(device)
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+    extra = {} if gguf is None else {"gguf_file": gguf}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **extra)
+        try:
+            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", **extra)
+        except (ValueError, KeyError):  # no VLM
+            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **extra)
+    except ImportError as error:
+        raise UsageError(f"cannot read {gguf}: install what is missing ({error}).") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"no model at {name!r}: give a folder with a saved model, a hub id, or 'tiny'.") from error
+    return model.to(device).eval(), lambda text: tokenizer(text, return_tensors="pt").input_ids.to(device)
 
 
 def prompt_text(processor: Any, prompt: str) -> str:

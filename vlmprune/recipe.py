@@ -1,7 +1,10 @@
-"""A recipe: methods in the order of their cuts, as Python, as a string, or as a JSON file. All three mean the same.
+"""A recipe: methods that prune, in the order of their cuts, and methods that redistribute attention.
+
+As Python, as a string, or as a JSON file. All three mean the same.
 
 string   name:key=value,key=value + name:…        fastv:layer=2,fraction=0.25
                                                   divprune:tokens=64 + random:layer=20,fraction=0.1,seed=0
+                                                  flowcut:tokens=64 + var:p=0.6
          several cuts of one method               random:layer=8|16,fraction=0.5|0.25
 JSON     {"schema": 1, "methods": [{"method": "fastv", "layer": 2, "fraction": 0.25}]}
 """
@@ -11,12 +14,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import UsageError, unknown
-from vlmprune.methods import METHODS, Pruner
+from vlmprune.methods import METHODS, REDISTRIBUTORS, Pruner, Redistributor
 from vlmprune.schedule import SITES, Budget, Schedule, Stage, check_shrinks
 from vlmprune.view import Facts
 
@@ -33,12 +37,25 @@ class Recipe:
         UsageError: no method, two methods cutting at one layer, or a later cut that keeps more than an earlier one.
     """
 
-    methods: tuple[Pruner, ...]
+    methods: tuple[Pruner | Redistributor, ...]
 
     def __post_init__(self) -> None:
         if not self.methods:
             raise UsageError("a recipe needs at least one method, for example 'divprune:fraction=0.25'.")
+        names = [method.name for method in self.redistributors]
+        if len(set(names)) < len(names):
+            raise UsageError(f"{max(names, key=names.count)} stands twice in the recipe: name all its layers in one, layers=….")
         self.cuts()
+
+    @property
+    def pruners(self) -> tuple[Pruner, ...]:
+        """The methods that drop tokens."""
+        return tuple(method for method in self.methods if isinstance(method, Pruner))
+
+    @property
+    def redistributors(self) -> tuple[Redistributor, ...]:
+        """The methods that redistribute attention."""
+        return tuple(method for method in self.methods if isinstance(method, Redistributor))
 
     def cuts(self, facts: Facts | None = None) -> list[tuple[Stage, Pruner]]:
         """All stages with their methods, in the order in which they run.
@@ -49,7 +66,7 @@ class Recipe:
         Raises:
             UsageError: two methods cut at one place, a later cut keeps more than an earlier one, or a method cannot work.
         """
-        plans = [(method.cuts if facts is None else method.plan(facts), method) for method in self.methods]
+        plans = [(method.cuts if facts is None else method.plan(facts), method) for method in self.pruners]
         cuts = sorted(((stage, method) for plan, method in plans for stage in plan), key=lambda cut: cut[0].order)
         for (before, first), (after, second) in pairwise(cuts):
             if before.order == after.order:
@@ -60,19 +77,19 @@ class Recipe:
         return cuts
 
     @staticmethod
-    def of(*parts: Recipe | Pruner | str) -> Recipe:
+    def of(*parts: Recipe | Pruner | Redistributor | str) -> Recipe:
         """Anything `wrap` accepts, as one recipe.
 
         Raises:
             UsageError: a part is neither a method, a recipe nor a recipe string.
         """
-        methods: list[Pruner] = []
+        methods: list[Pruner | Redistributor] = []
         for part in parts:
             if isinstance(part, str):
                 methods += Recipe.parse(part).methods
             elif isinstance(part, Recipe):
                 methods += part.methods
-            elif isinstance(part, Pruner):
+            elif isinstance(part, Pruner | Redistributor):
                 methods.append(part)
             else:
                 raise UsageError(
@@ -165,7 +182,7 @@ def _from_hub(repository: str) -> Path:
     return Path(str(found))
 
 
-def _parse_method(text: str) -> Pruner:
+def _parse_method(text: str) -> Pruner | Redistributor:
     name, _, arguments = text.partition(":")
     entry: dict[str, Any] = {"method": name.strip()}
     for pair in filter(None, (piece.strip() for piece in arguments.split(","))):
@@ -190,11 +207,13 @@ def _value(text: str, key: str) -> int | float | str:
     return text
 
 
-def _build(entry: dict[str, Any]) -> Pruner:
+def _build(entry: dict[str, Any]) -> Pruner | Redistributor:
     """A method from its JSON form."""
     name = entry.pop("method", None)
+    if isinstance(name, str) and name in REDISTRIBUTORS:
+        return _build_redistributor(name, entry)
     if not isinstance(name, str) or name not in METHODS:
-        raise unknown("method", str(name), METHODS)
+        raise unknown("method", str(name), (*METHODS, *REDISTRIBUTORS))
     method = METHODS[name]
     own = [field.name for field in fields(method) if field.name != "schedule"]
     for key in entry:
@@ -207,6 +226,17 @@ def _build(entry: dict[str, Any]) -> Pruner:
     if "site" in cut or any(isinstance(value, list) for value in cut.values()):
         return method(schedule=_schedule(name, cut), **entry)
     return method(**cut, **entry)
+
+
+def _build_redistributor(name: str, entry: dict[str, Any]) -> Redistributor:
+    method = REDISTRIBUTORS[name]
+    known = list(signature(method).parameters)
+    for key, value in entry.items():
+        if key not in known:
+            raise unknown(f"parameter of {name}", key, known)
+        if isinstance(value, list) and key not in ("layers", "sink_dims"):
+            raise UsageError(f"{name}: {key} takes one value, found {value}.")
+    return method(**entry)
 
 
 def _schedule(name: str, cut: dict[str, Any]) -> Schedule:
@@ -229,7 +259,9 @@ def _schedule(name: str, cut: dict[str, Any]) -> Schedule:
     return Schedule(tuple(Stage(layer, Budget(**{unit: value}), site) for layer, value, site in cuts))
 
 
-def _method_dict(method: Pruner) -> dict[str, Any]:
+def _method_dict(method: Pruner | Redistributor) -> dict[str, Any]:
+    if isinstance(method, Redistributor):
+        return {"method": method.name} | _own(method)
     stages = method.cuts.stages
     unit = "tokens" if stages[0].budget.tokens is not None else "fraction"
     layers, budgets = [stage.layer for stage in stages], [getattr(stage.budget, unit) for stage in stages]
@@ -247,24 +279,24 @@ def _method_dict(method: Pruner) -> dict[str, Any]:
     return entry | _own(method)
 
 
-def _own(method: Pruner) -> dict[str, Any]:
+def _own(method: Pruner | Redistributor) -> dict[str, Any]:
     """The fields that say neither when nor how many. A file holds the defaults too, lest they change."""
     own = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "schedule"}
     return {key: value for key, value in own.items() if value is not None}
 
 
-def _changed(method: Pruner) -> dict[str, Any]:
+def _changed(method: Pruner | Redistributor) -> dict[str, Any]:
     """Those of them that are not the default, for people."""
     defaults = {field.name: field.default for field in fields(method)}
     return {key: value for key, value in _own(method).items() if value != defaults[key]}
 
 
-def _method_string(method: Pruner) -> str:
-    budgets = [stage.budget for stage in method.cuts]
-    if len({budget.tokens is None for budget in budgets}) > 1:  # has no string form; for people
+def _method_string(method: Pruner | Redistributor) -> str:
+    budgets = [stage.budget for stage in method.cuts] if isinstance(method, Pruner) else []
+    if isinstance(method, Pruner) and len({budget.tokens is None for budget in budgets}) > 1:  # has no string form; for people
         kept = "|".join(f"{b.fraction:g}" if b.tokens is None else str(b.tokens) for b in budgets)
         return f"{method.name}:layer={'|'.join(str(stage.layer) for stage in method.cuts)},kept={kept}"
     entry = _method_dict(method)
     values = {key: value for key, value in entry.items() if key in CUT_KEYS} | _changed(method)
     shown = {key: "|".join(map(str, value)) if isinstance(value, list) else value for key, value in values.items()}
-    return f"{method.name}:" + ",".join(f"{key}={value}" for key, value in shown.items())
+    return f"{method.name}:{','.join(f'{key}={value}' for key, value in shown.items())}".rstrip(":")

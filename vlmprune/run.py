@@ -15,6 +15,9 @@ from vlmprune.layout import Layout
 from vlmprune.reduction import Reduction
 from vlmprune.schedule import Budget, Site, Stage
 
+TUNNEL = "vlmprune"
+"""Name of the keyword argument that carries the `Call`."""
+
 
 @dataclass(eq=False)
 class Clock:
@@ -64,6 +67,36 @@ class Kept:
     features: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Steered:
+    """What a redistribution method did to a prompt in one layer.
+
+    Attributes:
+        codes: `[batch, 1 or head, key]` group of every stored token, 0 for ordinary ones.
+        factors, masses: `[batch, head, row, 1 + group]` of the edited rows; None if the method has none.
+        valid: `[batch, row]` bool, False on rows that pad a shorter text; None if all count.
+    """
+
+    layer: int
+    method: str
+    codes: Tensor
+    factors: Tensor | None = None
+    masses: Tensor | None = None
+    valid: Tensor | None = None
+
+    @property
+    def changed(self) -> Tensor | None:
+        """`[batch, head, row]` bool, heads and rows that were edited."""
+        return None if self.factors is None else (self.factors != 1).any(dim=-1)
+
+    @property
+    def moved(self) -> Tensor | None:
+        """`[batch, head, row]` attention that went elsewhere, at most 1."""
+        if self.factors is None or self.masses is None:
+            return None
+        return (self.masses * (self.factors - 1)).abs().sum(dim=-1) / 2
+
+
 @dataclass(eq=False)
 class Prefill:
     """The record of one prefill.
@@ -80,6 +113,7 @@ class Prefill:
         entering: per decoder layer, tokens that entered it per row, padding that was computed included.
         stored: per decoder layer, entries per row in the KV cache after it.
         resident: the same when prefill is over; smaller where a cache stage forgot some.
+        steered: what redistribution did, per layer.
         itemsize: bytes per number.
         prefill, selection: time in the language model, and in deciding and shortening within it.
     """
@@ -98,6 +132,7 @@ class Prefill:
     entering: list[int] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
+    steered: list[Steered] = field(default_factory=list)
     prefill: Clock = field(default_factory=Clock)
     selection: list[Clock] = field(default_factory=list)
 
@@ -121,11 +156,30 @@ class Chosen:
 
 
 @dataclass(eq=False)
+class Steps:
+    """What redistribution carries from hook to hook.
+
+    Attributes:
+        entered: per layer, what it was given.
+        rows: which rows are edited, per kind of rows and number of tokens a layer computes.
+        blind: the prompt without its pictures, where a method compares with it.
+        of_blind: this is that prompt's own call.
+    """
+
+    entered: dict[int, Any] = field(default_factory=dict)
+    rows: dict[tuple[str, int], Reduction | None] = field(default_factory=dict)
+    blind: Any = None
+    of_blind: bool = False
+
+
+@dataclass(eq=False)
 class Call:
     """State of one forward pass; travels from hook to hook as a keyword argument, so that threads never share it.
 
     Attributes:
-        tail: tokens at the end that are not part of the prompt (candidates of assisted decoding).
+        tail: tokens at the end that are not part of the prompt (candidates of assisted decoding; tokens generated without a
+            cache).
+        asked: tokens at the end whose logits were asked for, or 0.
         layout: where visual tokens are; None if this call prunes nothing.
         ids: `[batch, sequence]` input ids.
         mask: 2-D attention mask over all tokens so far, or None.
@@ -150,9 +204,14 @@ class Call:
         autocast: whether the model was called inside `torch.autocast`, and its dtype.
         replayed: the choices are those of an earlier run of the same prompt.
         every_row: all rows of a turn that cuts nothing.
+        placeholders: `[batch, sequence]` bool, the prompt's image placeholders.
+        steps: what redistribution carries.
+        uncached: per layer, what redistribution marked, where there is no cache to keep it.
+        resumed: `uncached` is that of an earlier run of the same prompt.
     """
 
     tail: int = 0
+    asked: int = 0
     layout: Layout | None = None
     ids: Tensor | None = None
     mask: Tensor | None = None
@@ -178,6 +237,10 @@ class Call:
     autocast: tuple[bool, Any] = (False, None)
     replayed: bool = False
     every_row: Reduction | None = None
+    placeholders: Tensor | None = None
+    steps: Steps = field(default_factory=Steps)
+    uncached: dict[int, Any] = field(default_factory=dict)
+    resumed: bool = False
     record: Prefill | None = None
 
 
@@ -190,6 +253,45 @@ class StageReport:
     site: Site
     kept: tuple[int, ...]
     original: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What redistribution did to the prompt, over all its layers.
+
+    Attributes:
+        layers: the layers, in order.
+        marked: tokens in each of the method's groups 1, 2, …, mean over layers, samples and heads.
+        edited: share of heads and rows that were edited, or None where every row of the method's kind is.
+        moved: attention that went elsewhere, mean over heads and rows, edited or not; None if not known.
+    """
+
+    method: str
+    layers: tuple[int, ...]
+    marked: tuple[float, ...]
+    edited: float | None
+    moved: float | None
+
+    @staticmethod
+    def of(method: str, steered: list[Steered]) -> EditReport:
+        groups = max(int(s.codes.max()) for s in steered)
+        marked = tuple(
+            _mean([(s.codes == group).sum(dim=-1).float().mean() for s in steered]) for group in range(1, groups + 1)
+        )
+        return EditReport(
+            method=method,
+            layers=tuple(s.layer for s in steered),
+            marked=marked,
+            edited=_over_rows([(s.changed, s.valid) for s in steered]),
+            moved=_over_rows([(s.moved, s.valid) for s in steered]),
+        )
+
+    def __str__(self) -> str:
+        parts = [f"layers {self.layers[0]} to {self.layers[-1]}" if len(self.layers) > 1 else f"layer {self.layers[0]}"]
+        parts.append(f"{' / '.join(f'{count:.1f}' for count in self.marked) or 'no'} tokens marked")
+        if self.edited is not None and self.moved is not None:
+            parts.append(f"{self.edited:.1%} of heads and rows edited, {self.moved:.2%} of their attention moved")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -213,6 +315,7 @@ class Report:
     kv_bytes_unpruned: int
     prefill_ms: float
     selection_ms: float
+    edits: tuple[EditReport, ...] = ()
 
     @staticmethod
     def of(record: Prefill, recipe: str) -> Report:
@@ -248,6 +351,10 @@ class Report:
             kv_bytes_unpruned=batch * shape.layers * shape.layer_kv_bytes(record.past + full, record.itemsize),
             prefill_ms=record.prefill.ms,
             selection_ms=sum(clock.ms for clock in record.selection),
+            edits=tuple(
+                EditReport.of(name, [s for s in record.steered if s.method == name])
+                for name in dict.fromkeys(s.method for s in record.steered)
+            ),
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -259,6 +366,7 @@ class Report:
             ("prompt", f"{self.batch} × {self.prompt_tokens} tokens, {self.visual_tokens} visual"),
             *kept,
             *newlines,
+            *((f"redistributed ({edit.method})", str(edit)) for edit in self.edits),
             (
                 "visual tokens per layer",
                 f"{self.visual_compute_average:.1f} entering on average, {self.visual_nominal_average:.1f} leaving",
@@ -271,6 +379,21 @@ class Report:
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.rows())
         return "\n".join(f"{label:<{width}}  {value}" for label, value in self.rows())
+
+
+def _mean(values: list[Tensor]) -> float:
+    return float(torch.stack(values).mean())
+
+
+def _over_rows(parts: list[tuple[Tensor | None, Tensor | None]]) -> float | None:
+    """Mean over layers, samples, heads and rows that count."""
+    total = count = 0.0
+    for x, valid in parts:
+        if x is None:
+            continue
+        chosen = x if valid is None else x.transpose(1, 2)[valid]
+        total, count = total + float(chosen.float().sum()), count + chosen.numel()
+    return total / count if count else None
 
 
 def _place(stage: StageReport) -> str:

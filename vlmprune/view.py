@@ -34,6 +34,7 @@ PROBES: dict[str, str] = {
     "text_keys": "[image, kv_head, text, dim] the same keys of the text",
     "attention_from_cls": "[image, head, visual] fp32 attention of the vision tower's CLS token, in the block whose output "
     "feeds the projector",
+    "attention_from_cls_first": "[image, head, visual] fp32 attention of the vision tower's CLS token, in its first block",
     "attention_from_cls_early": "[image, head, visual] the same, a quarter into the tower (block 5 of 24)",
     "attention_from_cls_final": "[image, head, visual] the same, in the tower's last block",
     "tower_keys": "[image, visual, dim] fp32 keys of the tower's block that feeds the projector, mean over heads",
@@ -55,6 +56,7 @@ FROM_TOWER = frozenset(
     {
         "attention_from_cls",
         "attention_from_cls_early",
+        "attention_from_cls_first",
         "attention_from_cls_final",
         "tower_keys",
         "tower_features",

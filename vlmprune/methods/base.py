@@ -54,7 +54,8 @@ class Pruner:
         presets: schedules its paper publishes.
         official_positions: what the paper's code does.
         adaptive: the method decides how many tokens it keeps; the budget is an upper limit.
-        per_view: the views of a picture (LLaVA-NeXT: its crops) are decided apart, each with its share of the budget.
+        per_view: before the language model, the views of a picture (LLaVA-NeXT: its crops) are decided apart, each with its
+            share of the budget.
         keeps_newlines: False drops the row separators of LLaVA-NeXT with the first cut; they are kept, and count as text, else.
 
     Raises:

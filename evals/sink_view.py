@@ -1,0 +1,98 @@
+"""One picture, one question: where the sinks are, and how much heads look at the picture before and after VAR."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vlmprune
+from vlmprune.errors import UsageError
+
+VISUAL, VISUAL_SINK, TEXT_SINK = 1, 2, 3
+"""Groups of `var`."""
+
+
+@dataclass(frozen=True, eq=False)
+class SinkView:
+    """What the figure shows, in the layers that `var` edits.
+
+    Attributes:
+        layers: the layers.
+        sinks: `[layer, visual]` bool, visual tokens that are sinks.
+        text_sinks: per layer, text tokens that are sinks.
+        before, after: `[layer, head]` attention to the picture, mean over the rows behind it.
+    """
+
+    layers: tuple[int, ...]
+    sinks: Tensor
+    text_sinks: tuple[int, ...]
+    before: Tensor
+    after: Tensor
+
+
+def look(model: Any, inputs: Mapping[str, Any], recipe: str) -> SinkView:
+    """Run one prompt with one picture under a recipe.
+
+    Raises:
+        UsageError: the recipe has no `var`, or one that changes nothing; it may have pruning methods beside it.
+    """
+    plan = vlmprune.Recipe.of(recipe)
+    if not any(method.name == "var" and not method.neutral for method in plan.redistributors):
+        raise UsageError(f"the view of sinks needs var in the recipe, found {plan}: for example var:sink_dims=cosine.")
+    with vlmprune.wrap(model, plan) as run, torch.no_grad():
+        model(**inputs)
+    assert run.last is not None
+    steered = [record for record in run.last.steered if record.method == "var" and record.masses is not None]
+    codes = [record.codes[0, 0] for record in steered]
+    visual = [code[(code == VISUAL) | (code == VISUAL_SINK)] for code in codes]
+    most = max(map(len, visual))
+
+    def picture(mass: Tensor) -> Tensor:
+        return (mass[0, :, :, VISUAL] + mass[0, :, :, VISUAL_SINK]).mean(dim=1)
+
+    return SinkView(
+        layers=tuple(record.layer for record in steered),
+        sinks=torch.stack([torch.nn.functional.pad(code == VISUAL_SINK, (0, most - len(code))) for code in visual]),
+        text_sinks=tuple(int((code == TEXT_SINK).sum()) for code in codes),
+        before=torch.stack([picture(record.masses) for record in steered]),  # type: ignore[arg-type]
+        after=torch.stack([picture(record.masses * record.factors) for record in steered]),  # type: ignore[operator]
+    )
+
+
+def draw(view: SinkView, picture: Any, grid: tuple[int, int] | None, title: str, path: Path) -> None:
+    """The figure: how often each token of the picture is a sink, and the picture's share of attention before and after.
+
+    Args:
+        picture: what the model saw.
+        grid: rows and columns of its tokens; None if some were pruned, and the map is drawn as layers by tokens.
+        title: the question.
+        path: where to.
+    """
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.9), layout="constrained")
+    figure.suptitle(title)
+    axes[0].imshow(picture)
+    axes[0].set_title("the picture")
+    axes[0].axis("off")
+    if grid is not None and grid[0] * grid[1] == view.sinks.shape[1]:
+        shown = axes[1].imshow(view.sinks.sum(dim=0).view(grid), cmap="magma", vmin=0, vmax=len(view.layers))
+        axes[1].set_title(f"in how many of {len(view.layers)} layers a sink")
+        axes[1].axis("off")
+    else:
+        shown = axes[1].imshow(view.sinks, cmap="magma", aspect="auto", vmin=0, vmax=1)
+        axes[1].set(title="sinks", xlabel="visual token that is left", ylabel="layer")
+    figure.colorbar(shown, ax=axes[1], shrink=0.8)
+    highest = max(float(view.before.max()), float(view.after.max()), 0.01)
+    for axis, share, name in ((axes[2], view.before, "before"), (axes[3], view.after, "after")):
+        shown = axis.imshow(share, cmap="viridis", aspect="auto", vmin=0, vmax=highest)
+        axis.set_yticks(range(len(view.layers)), view.layers)
+        axis.set(title=f"attention to the picture, {name} ({float(share.mean()):.1%})", xlabel="head", ylabel="layer")
+    figure.colorbar(shown, ax=axes[3], shrink=0.8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

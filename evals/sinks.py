@@ -1,0 +1,239 @@
+"""Which dimensions of the residual hold a decoder's attention sinks, found in a few forward passes, with the evidence.
+
+Sun et al. (arXiv:2402.17762): the first token, and a few delimiters, carry *massive activations*: a few dimensions, always the
+same, hold most of the residual's energy from an early layer on. Causality makes text prompts enough: what the first token
+becomes does not depend on what follows, pictures or words. The prompts begin with different words, so that a model without a
+BOS token is looked at in several places.
+
+    e_d = x_d² / ‖x‖²                    of the first token's residual x entering a layer
+    on    = layers with max_d e_d > 0.2  (median over prompts); at least 40 % of the depth, or there are no sink dimensions
+    dims  = those with median e_d ≥ 0.05 over prompts and these layers, at most 4, and |x_d| ≥ 300 times the median number
+    energy = half way between the first token's largest e_d (median) and what 95 % of all later tokens have at most
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmprune.attention import route_attention, rows_attention
+from vlmprune.errors import UsageError
+from vlmprune.sink_dims import KNOWN, shape_of
+
+PROMPTS = (
+    "The quick brown fox jumps over the lazy dog. It runs into the forest.",
+    "A photograph of a street in the rain. What is the man with the umbrella doing?",
+    "Water boils at one hundred degrees. At high altitude it boils earlier.",
+    "Please describe this image in detail.\nThink about colours, shapes and places.",
+    "In 1969, two people walked on the moon. Four days later they were back.",
+    "def add(a, b):\n    return a + b\n\nprint(add(2, 3))",
+    "Once upon a time there was a king who had three daughters. The youngest one sang.",
+    "Is there a dog in the picture? Answer yes or no.",
+)
+TINY_PROMPTS = ("what colour is the circle? " * 2, "how many stars are there? " * 2)
+"""For the embedded VLM, which knows a few dozen words."""
+ON, DIM, RATIO, DEPTH, MOST, ORDINARY = 0.2, 0.05, 300.0, 0.4, 4, 0.95
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """One layer: the first token's largest dimension, its share of the energy (also as φ), the norms of the first token and of
+    the others (median), the largest number as a multiple of the layer's median, and the attention later rows pay to it."""
+
+    layer: int
+    dim: int
+    energy: float
+    phi: float
+    first_norm: float
+    other_norm: float
+    ratio: float
+    attention: float
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """What was found.
+
+    Attributes:
+        dims: the sink dimensions; empty if there are none.
+        layers: first and last layer in which massive activations are on.
+        shares: of the first token's energy in each dimension, median over prompts and these layers.
+        energy: threshold that tells sinks from other tokens.
+        ordinary: the largest share that 95 % of the later tokens stay below.
+        agreement: share of prompts that give the same dimensions by themselves.
+        flagged: share of later tokens that are sinks by these dimensions.
+        flagged_attention, other_attention: attention that a flagged, and another, later token gets, in these layers.
+        cosine: share of later tokens that the fall-back calls sinks.
+        known: what the table of known models says, or None.
+        evidence: per layer.
+    """
+
+    dims: tuple[int, ...]
+    layers: tuple[int, int] | None
+    shares: tuple[float, ...]
+    energy: float | None
+    ordinary: float | None
+    agreement: float
+    flagged: float
+    flagged_attention: float | None
+    other_attention: float | None
+    cosine: float
+    known: tuple[int, ...] | None
+    evidence: tuple[LayerEvidence, ...]
+
+    @property
+    def advice(self) -> str:
+        """What to write into a recipe."""
+        if not self.dims:
+            return (
+                "No sink dimensions: no few dimensions hold the first token's energy through the model. "
+                f"sink_dims=cosine works without, and calls {self.cosine:.1%} of later tokens sinks."
+            )
+        return f"var:sink_dims={'|'.join(map(str, self.dims))},sink_energy={self.energy:.2f}"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The finding as labelled lines."""
+        if self.layers is None:
+            return [("known before", str(self.known or "nothing"))]
+        given = "–" if self.flagged_attention is None else f"{self.flagged_attention:.1%}"
+        return [
+            ("dimensions", ", ".join(f"{d} ({s:.1%} of the energy)" for d, s in zip(self.dims, self.shares, strict=True))),
+            ("on in layers", f"{self.layers[0]} to {self.layers[1]}"),
+            ("prompts that agree", f"{self.agreement:.0%}"),
+            ("95 % of later tokens have", f"at most {self.ordinary:.1%}"),
+            ("later tokens that are sinks", f"{self.flagged:.1%}, attention {given} each; others {self.other_attention:.1%}"),
+            ("known before", str(self.known or "nothing")),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self) | {"advice": self.advice}
+
+
+def find_sinks(model: Any, prompts: Sequence[Tensor]) -> Sinks:
+    """Look for sink dimensions.
+
+    Args:
+        model: a decoder, or a VLM with one.
+        prompts: token ids `[1, token]`, at least 8 tokens each.
+
+    Raises:
+        UsageError: no prompt, a prompt too short, or a model without decoder layers.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    layers = getattr(decoder, "layers", None)
+    if layers is None:
+        raise UsageError(f"found no decoder layers in {type(model).__name__}: sinks are looked for in decoders.")
+    if not prompts or min(ids.shape[1] for ids in prompts) < 8:
+        raise UsageError("looking for sinks needs prompts of at least 8 tokens each.")
+    passes = [_look(decoder, layers, ids) for ids in prompts]
+    energy = torch.stack([states[:, 0].square() / states[:, 0].square().sum(-1, keepdim=True) for states, _ in passes])
+    middle = energy.median(dim=0).values  # [layer, dim]
+    on = [layer for layer in range(1, len(layers)) if float(middle[layer].max()) > ON]
+    dims = _dims(middle, on, passes, len(layers))
+    alone = [_dims(one, on, [seen], len(layers)) for one, seen in zip(energy, passes, strict=True)]
+    largest = [_share(states[on], dims) for states, _ in passes]
+    ordinary = float(torch.cat([share[:, 1:].flatten() for share in largest]).quantile(ORDINARY)) if dims else None
+    threshold = None
+    if ordinary is not None:
+        threshold = (ordinary + float(torch.cat([share[:, 0] for share in largest]).median())) / 2
+    flagged, cosine, given = [], [], []
+    for share, (states, attention) in zip(largest, passes, strict=True):
+        if threshold is not None:
+            sinks = share[:, 1:] >= threshold
+            flagged.append(sinks.float().mean())
+            given.append((attention[on][:, 1:], sinks))
+        x = states[len(layers) // 2 :]
+        cosine.append((torch.cosine_similarity(x[:, 1:], x[:, :1], dim=-1).abs() > 0.9).float().mean())
+    return Sinks(
+        dims=dims,
+        layers=(on[0], on[-1]) if dims else None,
+        shares=tuple(float(middle[on, dim].median()) for dim in dims),
+        energy=threshold,
+        ordinary=ordinary,
+        agreement=sum(own == dims for own in alone) / len(alone),
+        flagged=float(torch.stack(flagged).mean()) if flagged else 0.0,
+        flagged_attention=_mean([attention[sinks] for attention, sinks in given]) if dims else None,
+        other_attention=_mean([attention[~sinks] for attention, sinks in given]) if dims else None,
+        cosine=float(torch.stack(cosine).mean()),
+        known=next((known.dims for known in KNOWN if known.shape == shape_of(decoder.config)), None),
+        evidence=tuple(_evidence(layer, middle, passes) for layer in range(len(layers))),
+    )
+
+
+def _look(decoder: Any, layers: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Residuals `[layer, token, dim]` entering each layer, and the attention `[layer, token]` each token gets from the rows
+    of the prompt's later half that see it, mean over heads."""
+    states: dict[int, Tensor] = {}
+    attention: dict[int, Tensor] = {}
+    rows = torch.arange(ids.shape[1] // 2, ids.shape[1], device=ids.device)[None]
+
+    def enter(index: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states[index] = (args[0] if args else kwargs["hidden_states"])[0].float()
+
+    def see(index: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any) -> None:
+        shown = rows_attention(query, key, mask, scaling, rows)[0].mean(dim=0)
+        attention[index] = shown.sum(dim=0) / (rows[0, :, None] >= torch.arange(key.shape[2], device=key.device)).sum(dim=0)
+
+    undo = []
+    for index, layer in enumerate(layers):
+        undo.append(layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True).remove)
+        undo.append(route_attention(layer.self_attn, [partial(see, index)]))
+    try:
+        with torch.no_grad():
+            decoder(input_ids=ids, use_cache=False)
+    finally:
+        for step in undo:
+            step()
+    return (
+        torch.stack([states[index] for index in range(len(layers))]),
+        torch.stack([attention[index] for index in range(len(layers))]),
+    )
+
+
+def _dims(energy: Tensor, on: list[int], passes: Sequence[tuple[Tensor, Tensor]], depth: int) -> tuple[int, ...]:
+    if len(on) < DEPTH * depth:
+        return ()
+    typical = energy[on].median(dim=0).values
+    ranked = typical.argsort(descending=True)[:MOST].tolist()
+    ratio = torch.stack([_ratios(states[on]) for states, _ in passes]).median(dim=0).values
+    return tuple(sorted(dim for dim in ranked if typical[dim] >= DIM and ratio[dim] >= RATIO))
+
+
+def _share(states: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """`[layer, token]` largest share of a token's energy in one of the dimensions."""
+    return (states[..., list(dims)].square() / states.square().sum(-1, keepdim=True)).amax(-1) if dims else states[..., 0]
+
+
+def _ratios(states: Tensor) -> Tensor:
+    """`[dim]` the first token's numbers, as multiples of the median of all of a layer's; median over layers."""
+    typical = states.abs().flatten(1).median(dim=1).values
+    return (states[:, 0].abs() / typical[:, None].clamp_min(1e-12)).median(dim=0).values
+
+
+def _evidence(layer: int, energy: Tensor, passes: Sequence[tuple[Tensor, Tensor]]) -> LayerEvidence:
+    dim = int(energy[layer].argmax())
+    return LayerEvidence(
+        layer=layer,
+        dim=dim,
+        energy=float(energy[layer, dim]),
+        phi=float((energy[layer, dim] * energy.shape[1]).sqrt()),
+        first_norm=_median([states[layer, 0].norm() for states, _ in passes]),
+        other_norm=_median([states[layer, 1:].norm(dim=-1).median() for states, _ in passes]),
+        ratio=_median([_ratios(states[layer : layer + 1])[dim] for states, _ in passes]),
+        attention=float(torch.stack([attention[layer, 0] for _, attention in passes]).mean()),
+    )
+
+
+def _median(values: Sequence[Tensor]) -> float:
+    return float(torch.stack(list(values)).median())
+
+
+def _mean(values: Sequence[Tensor]) -> float | None:
+    joined = torch.cat(list(values))
+    return float(joined.mean()) if joined.numel() else None

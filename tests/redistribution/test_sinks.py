@@ -1,0 +1,164 @@
+"""Sink dimensions: the finder on planted massive activations, the table, and what `var` makes of them in a whole model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from oracles import generate_logits
+from tiny_models import FIRST_WORD, LAYERS, build, make_inputs, shared
+
+import vlmprune as vp
+from vlmprune.evals.sinks import PROMPTS, find_sinks
+from vlmprune.sink_dims import KNOWN, shape_of
+
+MARK = 70
+"""A word that behaves like a delimiter: it becomes a sink wherever it stands."""
+
+
+def planted(dims: dict[int, float], family: str = "llava", layer: int = 1):
+    """A model whose layer `layer` writes huge numbers into some dimensions for the first token, and for `MARK`."""
+    model = build(family)
+    decoder = model.get_decoder()
+    with torch.no_grad():
+        signal = torch.zeros(decoder.config.hidden_size)
+        signal[7] = 40.0  # an embedding dimension that only such words have
+        decoder.embed_tokens.weight[:, 7] = 0
+        for word in (MARK, *range(FIRST_WORD, FIRST_WORD + len(PROMPTS))):  # the words that prompts here begin with
+            decoder.embed_tokens.weight[word] = signal
+        for earlier in decoder.layers[: layer + 1]:  # nobody else writes there
+            earlier.self_attn.o_proj.weight[7] = 0
+            earlier.mlp.down_proj.weight[7] = 0
+        if family == "llava":
+            model.model.multi_modal_projector.linear_2.weight[7] = 0
+            model.model.multi_modal_projector.linear_2.bias[7] = 0
+        target = decoder.layers[layer]
+        target.post_attention_layernorm.weight[7] = 1.0
+        mlp = target.mlp
+        mlp.gate_proj.weight[0] = 0
+        mlp.up_proj.weight[0] = 0
+        mlp.gate_proj.weight[0, 7] = mlp.up_proj.weight[0, 7] = 4.0
+        mlp.down_proj.weight[:, 0] = 0
+        for dim, size in dims.items():
+            mlp.down_proj.weight[dim, 0] = 8 * size
+    return model
+
+
+def prompts() -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    words = torch.randint(FIRST_WORD + len(PROMPTS), MARK, (len(PROMPTS), 20), generator=random)
+    words[:, 0] = torch.arange(FIRST_WORD, FIRST_WORD + len(PROMPTS))
+    words[:, 12] = MARK
+    return [row[None] for row in words]
+
+
+@pytest.mark.parametrize("dims", [{33: 8.0}, {33: 8.0, 50: -6.0}, {3: -4.0, 12: 8.0, 60: 5.0}], ids=str)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_finder_names_planted_dimensions(dims, family):
+    """Red: the finder misses a dimension, or names one too many."""
+    found = find_sinks(planted(dims, family), prompts())
+    assert found.dims == tuple(sorted(dims))
+    assert found.layers in ((1, 5), (2, 5))  # the words' own mark may be loud enough already
+    assert found.agreement == 1
+    on = LAYERS - found.layers[0]
+    assert found.flagged == pytest.approx((LAYERS - 2) / on / 19, abs=1e-6), "the delimiter, from layer 2 on, and nothing else"
+    assert f"sink_dims={'|'.join(map(str, sorted(dims)))}" in found.advice
+    json.dumps(found.to_dict())
+
+
+def test_finder_finds_nothing_where_nothing_is():
+    found = find_sinks(shared("llava"), prompts())
+    assert found.dims == ()
+    assert found.layers is None
+    assert "No sink dimensions" in found.advice
+    assert "cosine" in found.advice
+    assert found.rows()
+
+
+def test_finder_wants_activations_that_last():
+    """Red: a dimension that is large in one layer only is called a sink dimension."""
+    assert find_sinks(planted({33: 8.0}, layer=4), prompts()).dims == ()
+
+
+def test_finder_leaves_no_trace():
+    model = planted({33: 8.0})
+    before = [dict(vars(layer.self_attn)) for layer in model.get_decoder().layers]
+    find_sinks(model, prompts())
+    assert [dict(vars(layer.self_attn)) for layer in model.get_decoder().layers] == before
+
+
+def test_finder_refuses():
+    with pytest.raises(vp.UsageError, match="at least 8 tokens"):
+        find_sinks(shared("llava"), [torch.ones(1, 3, dtype=torch.long)])
+    with pytest.raises(vp.UsageError, match="found no decoder layers in Linear"):
+        find_sinks(torch.nn.Linear(2, 2), prompts())
+
+
+def test_var_on_planted_sinks():
+    """The delimiter behind the picture and the first token are text sinks from layer 2 on, whichever way they are told."""
+    model = planted({33: 8.0})
+    inputs = make_inputs("llava", model, [["text5", "image", "text6"]])
+    inputs["input_ids"][0, 0] = FIRST_WORD
+    ids = inputs["input_ids"]
+    inputs["input_ids"] = torch.where((ids == MARK) | ((ids > 7) & (ids < 16)), 20, ids)
+    inputs["input_ids"][0, 0], inputs["input_ids"][0, -3] = FIRST_WORD, MARK
+    at = {}
+    for how in ("sink_dims=33,sink_energy=0.5", "sink_dims=cosine", "sink_dims=33,tau=6"):
+        with vp.wrap(model, f"var:{how},layers=2:"), torch.no_grad():
+            output, *_ = generate_logits(model, inputs, 3)
+        cache = output.past_key_values
+        at[how] = [(layer.marks.codes[0, 0] == 3).nonzero()[:, 0].tolist() for layer in cache.layers[2:]]
+    assert all(found == [[0, ids.shape[1] - 3]] * 4 for found in at.values()), at
+
+
+def test_auto_takes_the_known_dimensions(monkeypatch):
+    from vlmprune import sink_dims
+
+    model = planted({33: 8.0})
+    inputs = make_inputs("llava", model, [["text5", "image", "text6"]])
+    known = sink_dims.Known("ours", shape_of(model.get_decoder().config), (33,), 0.5, "planted")
+    monkeypatch.setattr(sink_dims, "KNOWN", (known,))
+    logits = []
+    for recipe in (
+        "var:max_sink_share=1,min_image_mass=0",
+        "var:max_sink_share=1,min_image_mass=0,sink_dims=33,sink_energy=0.5",
+    ):
+        with vp.wrap(model, recipe), torch.no_grad():
+            logits.append(model(**inputs).logits)
+    assert torch.equal(*logits)
+    rumour = sink_dims.Known("theirs", shape_of(model.get_decoder().config), (4, 2), 0.5, "a public table", trusted=False)
+    monkeypatch.setattr(sink_dims, "KNOWN", (rumour,))
+    with pytest.raises(vp.UsageError, match=r"not known; a public table, says 4\|2 for theirs: find them with `vlmprune sinks"):
+        vp.wrap(model, "var")
+
+
+def test_table():
+    assert len({(known.shape, known.trusted) for known in KNOWN}) == len(KNOWN)
+    for known in KNOWN:
+        assert max(known.dims) < known.shape[1]
+        assert known.dims == tuple(sorted(known.dims))
+
+
+@pytest.mark.parametrize(
+    ("preset", "values"),
+    [
+        ("general", (0.4, 0.2, "")),
+        ("hallucination", (0.4, 0.5, "")),
+        ("vision", (0.4, 0.1, "")),
+        ("released-code", (0.6, 0.5, "2:")),
+    ],
+)
+def test_presets_and_the_papers_sense(preset, values):
+    """Red: p or rho is read in the released code's sense, or a preset mixes the two."""
+    method = vp.VAR(preset=preset, sink_dims="1")
+    assert (method.keep, method.max_sink_share, method.layers) == values
+    assert vp.VAR(p=0.6, sink_dims="1").keep == pytest.approx(0.4)
+    assert vp.VAR(rho=0.8, sink_dims="1").max_sink_share == pytest.approx(0.2)
+    parsed = vp.Recipe.parse("flowcut:tokens=64 + var:p=0.75,sink_dims=1415|2533,layers=1|18:")
+    (var,) = parsed.redistributors
+    assert (var.keep, var.dims, var.layers_of(32)) == (0.25, (1415, 2533), (1, *range(18, 32)))
+    assert vp.Recipe.parse(str(parsed)) == parsed == vp.Recipe.from_dict(json.loads(json.dumps(parsed.to_dict())))
+    assert vp.VAR(sink_dims="1").layers_of(32) == tuple(range(2, 31))
+    assert vp.VHR().layers_of(32) == (1, *range(18, 32))
+    assert vp.PAI().layers_of(32) == tuple(range(2, 32))

@@ -1,0 +1,140 @@
+"""VAR, visual attention redistribution. Kang et al., ICLR 2025, arXiv:2503.03321; code MICV-yonsei/VisAttnSink @ 98e62d6.
+
+    φ_j = max_{d ∈ D} |x_jd| / rms(x_j)          x: residual entering the layer; D: dimensions of massive activations
+    sinks = { j : φ_j ≥ τ },  visual (V_s) or text (T_s);  V_n: the other visual tokens;  μ_g: attention to a group g
+    selected heads, per row:  μ_Vs ≤ max_sink_share · (μ_Vs + μ_Vn),  μ_Vs + μ_Vn ≥ min_image_mass,  a visual sink exists
+    a′_k = keep · a_k                                       k a visual or a text sink
+    a′_k = a_k · (1 + (1 − keep) · (μ_Vs + μ_Ts) / μ_Vn)    k a visual token that is no sink
+    a′_k = a_k                                              else; every row goes on summing to one
+
+One convention: we say what sinks *keep* and the *highest share* of sinks. The paper's p is what they lose, its rho the lowest
+share of the others; the released code has the same names for the opposite. `p=` and `rho=` are read in the paper's sense.
+
+                    this class            paper                    released code
+    sinks keep      keep = 0.4            p = 0.6 (moved)          p = 0.4; its preset says 0.6
+    sinks' share    max_sink_share = 0.2  rho = 0.8 (non-sink)     rho = 0.2; its preset says 0.5
+    image's mass    min_image_mass = 0.2  0.2                      summ = 0.2
+    layers          2:-1                  not the last             2: (its switch for the last layer is dead)
+
+τ = 20 at dim 4096 is a share τ²/dim = 9.8 % of a token's energy in one dimension; φ is at most √dim. Neither transfers:
+in SmolLM2 (dim 576) 9.8 % makes nine of ten tokens sinks and 69 % (τ = 20) the right ones, so that the threshold belongs to the
+model (`vlmprune/sink_dims.py`, `vlmprune sinks`).
+
+Differs from the released code in: fp32 probabilities; no ε in the share; any batch;
+several pictures; sinks are this conversation's (there those of the process's first picture); the prompt's first token is
+there (BOS, which the code drops). As in the code: text sinks alone select nothing; generated tokens are no sinks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import InitVar, dataclass
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import UsageError
+from vlmprune.methods.redistributing import GroupEditor, Scene
+
+VISUAL, VISUAL_SINK, TEXT_SINK = 1, 2, 3
+DEFAULT_ENERGY = 400 / 4096
+"""τ = 20 in a residual of 4096 numbers."""
+COSINE = 0.9
+"""arXiv:2512.22213's threshold on |cos(x_j, x_first)|, where the dimensions are unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAR(GroupEditor):
+    """Move attention from sinks to the other visual tokens, in heads that look at the picture.
+
+    Args:
+        keep: share of their attention that sinks keep; 1 − p.
+        max_sink_share: highest share of visual sinks in a head's attention to the picture; 1 − rho.
+        min_image_mass: lowest attention to the picture.
+        sink_energy: share of a residual's energy in one sink dimension that makes a token a sink; what is known of this
+            model if not given (τ = 20 for the paper's), else 400 / 4096.
+        tau: the same in the paper's unit, τ = √(sink_energy · dim); it wins.
+        sink_dims: "auto" (known ones of this model), dimensions as "1415|2533", or "cosine" (tokens whose residual points where
+            the first token's does; needs no dimensions).
+        p, rho: `keep` and `max_sink_share` in the paper's sense.
+    """
+
+    name = "var"
+    paper = "arXiv:2503.03321 (ICLR 2025)"
+    note = "threshold as a share of energy; conversations do not meet; first token there"
+    rows = "behind"
+    default_layers = "2:-1"
+    groups = 3
+    presets = {  # noqa: RUF012
+        "general": {"keep": 0.4, "max_sink_share": 0.2},
+        "hallucination": {"keep": 0.4, "max_sink_share": 0.5},
+        "vision": {"keep": 0.4, "max_sink_share": 0.1},
+        "released-code": {"keep": 0.6, "max_sink_share": 0.5, "layers": "2:"},
+    }
+
+    keep: float = 0.4
+    max_sink_share: float = 0.2
+    min_image_mass: float = 0.2
+    sink_energy: float | None = None
+    tau: float | None = None
+    sink_dims: str = "auto"
+    p: InitVar[float | None] = None
+    rho: InitVar[float | None] = None
+
+    def __post_init__(self, preset: str | None, p: float | None, rho: float | None) -> None:
+        super().__post_init__(preset)
+        for ours, paper, value in (("keep", "p", p), ("max_sink_share", "rho", rho)):
+            if value is None:
+                continue
+            if preset is not None or getattr(self, ours) != type(self).__dataclass_fields__[ours].default:
+                raise UsageError(f"var: {paper} is 1 − {ours}: give {paper}, {ours} or a preset; only one of these.")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise UsageError(f"var: {paper} must be a number in [0, 1], found {value!r}.")
+            object.__setattr__(self, ours, 1 - value)
+        for parameter in ("keep", "max_sink_share", "min_image_mass"):
+            self._in_range(parameter, 0, 1)
+        if self.sink_energy is not None:
+            self._in_range("sink_energy", 0, 1)
+        if self.tau is not None:
+            self._in_range("tau", 0, 1e6)
+        dims = "|".join(map(str, self.sink_dims)) if isinstance(self.sink_dims, list | tuple) else str(self.sink_dims)
+        object.__setattr__(self, "sink_dims", dims)
+        if dims not in ("auto", "cosine") and not all(piece.isdigit() for piece in dims.split("|")):
+            raise UsageError(f"var: sink_dims must be 'auto', 'cosine' or dimensions as 1415|2533, found {dims!r}.")
+
+    @property
+    def neutral(self) -> bool:
+        return self.keep == 1
+
+    @property
+    def dims(self) -> tuple[int, ...] | None:
+        """The dimensions that were given, or None."""
+        return None if self.sink_dims in ("auto", "cosine") else tuple(map(int, self.sink_dims.split("|")))
+
+    def sinks(self, see: Scene) -> Tensor:
+        """`[batch, token]` bool."""
+        x = see.hidden.float()
+        if self.sink_dims == "cosine":
+            assert see.anchor is not None
+            anchor = see.anchor.float()[:, None]
+            return torch.nn.functional.cosine_similarity(x, anchor, dim=-1).abs() > COSINE
+        assert see.sink_dims is not None
+        mean_square = x.square().mean(dim=-1) + 1e-6
+        phi = x[..., list(see.sink_dims)].abs().amax(dim=-1) * mean_square.rsqrt()
+        energy = next(energy for energy in (self.sink_energy, see.sink_energy, DEFAULT_ENERGY) if energy is not None)
+        return phi >= (self.tau if self.tau is not None else (energy * x.shape[-1]) ** 0.5)
+
+    def codes(self, see: Scene) -> Tensor:
+        sink = self.sinks(see) & see.prompt
+        codes = see.visual * VISUAL + sink * torch.where(see.visual, VISUAL_SINK - VISUAL, TEXT_SINK)
+        return codes.to(torch.int8)[:, None]
+
+    def coefficients(self, mass: Tensor) -> Tensor:
+        _, visual, visual_sink, text_sink = mass.unbind(dim=-1)
+        image = visual + visual_sink
+        selected = (visual_sink > 0) & (visual > torch.finfo(mass.dtype).tiny)
+        selected &= (visual_sink <= self.max_sink_share * image) & (image >= self.min_image_mass)
+        one = torch.ones_like(visual)
+        held = torch.where(selected, self.keep, one)
+        moved = (1 - self.keep) * (visual_sink + text_sink)
+        gain = torch.where(selected, 1 + moved / torch.where(selected, visual, one), one)
+        return torch.stack((one, gain, held, held), dim=-1)

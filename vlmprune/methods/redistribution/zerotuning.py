@@ -1,0 +1,50 @@
+"""ZeroTuning. Han et al., ICLR 2026, arXiv:2505.11739; code FeijiangHan/ZeroTuning @ 51df35b.
+
+    a′_0 = g · a_0 / (1 + (g − 1) a_0),   a′_k = a_k / (1 + (g − 1) a_0)       token 0: the first of the conversation
+
+Exactly a constant log g on the first token's score. g > 1 flattens the rest of a row, g < 1 sharpens it. Differs from the paper
+in: heads and layers are given, not searched for on labelled data or by the output's entropy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmprune.methods.redistributing import GroupEditor, Scene, first_token
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroTuning(GroupEditor):
+    """Scale the attention to the first token, and share what changes among all others.
+
+    Args:
+        gain: g; 1 changes nothing, which is the paper's starting point.
+    """
+
+    name = "zerotuning"
+    paper = "arXiv:2505.11739 (ICLR 2026)"
+    note = "all heads of the given layers: no search"
+    rows = "all"
+    default_layers = ":"
+    groups = 1
+
+    gain: float = 1.0
+
+    def __post_init__(self, preset: str | None) -> None:
+        super().__post_init__(preset)
+        self._in_range("gain", 0, 1e4)
+
+    @property
+    def neutral(self) -> bool:
+        return self.gain == 1
+
+    def codes(self, see: Scene) -> Tensor:
+        return first_token(see, see.prompt.shape[0])
+
+    def coefficients(self, mass: Tensor) -> Tensor:
+        first = mass[..., 1]
+        rest = 1 / (1 + (self.gain - 1) * first).clamp_min(torch.finfo(mass.dtype).tiny)
+        return torch.stack((rest, self.gain * rest), dim=-1)

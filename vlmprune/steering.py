@@ -1,0 +1,414 @@
+"""Attention redistribution in a running model: what methods see, where their marks are kept, which rows are computed anew.
+
+In a layer that a method edits, the model's own attention runs first, and the rows the method edits are computed by
+`kernels/grouped_attention` and put in their places; a decoding step, whose one row is edited, is computed once. All other rows,
+and all other layers, are the model's own. Visibility is known from what is stored (entries stand in the order of time; padding
+is known), not from the mask, so that every attention implementation will do.
+
+Marks are made at a prompt with a picture, when its queries and keys are there, and live on the conversation's cache; without a
+cache they live with the prompt that generation runs again and again (`attach._Uncached`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmprune.adapters.family import Family
+from vlmprune.attention import pruned_mask
+from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, marked_layer
+from vlmprune.errors import UsageError
+from vlmprune.kernels.grouped_attention import column_means, grouped_attention, scored_attention
+from vlmprune.methods.redistributing import GroupEditor, HeadScaler, Picture, Redistributor, Scene, ScoreEditor
+from vlmprune.probes import prompt_end
+from vlmprune.recipe import Recipe
+from vlmprune.reduction import Reduction
+from vlmprune.run import TUNNEL, Call, Steered, Steps
+from vlmprune.sink_dims import known_sinks
+
+
+@dataclass(eq=False)
+class Entered:
+    """What a steered layer was given: the residual of a prompt with a picture, and where its marks are kept."""
+
+    index: int
+    hidden: Tensor
+    holder: _Holder
+    layer: MarkedLayer | None
+
+
+@dataclass(eq=False)
+class _Holder:
+    """Marks of one layer where there is no cache."""
+
+    marks: Marks | None = None
+
+
+@dataclass(eq=False)
+class Blind:
+    """The text-only stream: the prompt without its pictures.
+
+    Attributes:
+        hidden: `[batch, text, dim]` entering the coming layer.
+        kwargs: arguments of its decoder layers.
+        seeing: of the layer that runs, what the prompt itself came to at its last token, `[batch, head, dim]`.
+        pictured: `[batch]` bool, samples that have a picture.
+        scale: `[batch, head]` what the layer that runs came to.
+    """
+
+    hidden: Tensor
+    kwargs: dict[str, Any]
+    pictured: Tensor
+    seeing: Tensor | None = None
+    scale: Tensor | None = None
+
+
+class Steering:
+    """The redistribution methods of a recipe on one model.
+
+    Args:
+        methods: of the recipe, in its order.
+        family, base, text: the model's family, its base model and its language model.
+
+    Raises:
+        UsageError: a layer the model lacks, two methods in one layer, unknown sink dimensions, or a probe it cannot give.
+    """
+
+    def __init__(self, methods: Sequence[Redistributor], family: Family, base: Any, text: Any) -> None:
+        self._family, self._text = family, text
+        self._layers: Any = text.get_submodule(family.layers)
+        self.by_layer: dict[int, Redistributor] = {}
+        self._dims: dict[str, tuple[int, ...]] = {}
+        self._energy: float | None = None
+        self._names = {method.name: str(Recipe((method,))) for method in methods}
+        for method in methods:
+            self._check(method, base)
+            for index in method.layers_of(len(self._layers)):
+                if (other := self.by_layer.get(index)) is not None:
+                    raise UsageError(
+                        f"{other.name} and {method.name} both edit layer {index}: give one of them other layers=…."
+                    )
+                self.by_layer[index] = method
+        self.by_layer = {index: method for index, method in self.by_layer.items() if not method.neutral}
+        self.needs: frozenset[str] = frozenset().union(*(m.needs for m in self.by_layer.values()))
+        scalers = [index for index, method in self.by_layer.items() if isinstance(method, HeadScaler)]
+        # The text-only stream runs through all layers up to the last that needs it.
+        self.routed = sorted({*self.by_layer, *range(max(scalers, default=-1) + 1)})
+        self._last_blind = max(scalers, default=-1)
+
+    def _check(self, method: Redistributor, base: Any) -> None:
+        if method.needs and not (self._family.tower is not None and self._family.facts.cls):
+            raise UsageError(
+                f"{method.name} needs the attention of the vision tower's CLS token, but {self._family.facts.refusal}; choose "
+                "a method that does not need it."
+            )
+        refusal = None if self._family.tower is None else self._family.tower.refusal(base)
+        if method.needs and refusal is not None:
+            raise UsageError(f"{method.name} needs the attention of the vision tower's CLS token, but {refusal}.")
+        choice = getattr(method, "sink_dims", None)
+        if choice is None or choice == "cosine" or method.neutral:
+            return
+        dims = method.dims  # type: ignore[attr-defined]
+        if dims is None:
+            known = known_sinks(self._text.config)
+            dims, self._energy = known.dims, known.energy
+        size = self._text.config.hidden_size
+        if max(dims) >= size:
+            raise UsageError(f"{method.name}: sink_dims has {max(dims)}, but the model has dimensions 0 to {size - 1}.")
+        self._dims[method.name] = dims
+
+    # -- hooks -----------------------------------------------------------------------------------------------------------
+
+    def enter_text(self, call: Call, embeddings: Tensor) -> None:
+        """A prompt with a picture begins: prepare the text-only stream."""
+        if self._last_blind < 0 or call.past or call.resumed:
+            return
+        assert call.layout is not None
+        assert call.prompt_end is not None
+        assert call.placeholders is not None
+        place = torch.arange(call.sequence, device=call.layout.real.device)
+        text = call.layout.real & (place <= call.prompt_end[:, None]) & ~call.placeholders
+        if not bool(text.any(dim=1).all()):
+            raise UsageError(
+                "vhr compares with the prompt without its picture, but a prompt is only a picture: add a question."
+            )
+        words = Reduction.keeping(text)
+        hidden = words.gather(embeddings)
+        slots = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
+        valid = words.valid.to(hidden.device)
+        implementation = self._text.config._attn_implementation
+        mask = pruned_mask(slots, valid, slots, valid, words.dense, implementation, hidden.dtype)
+        positions = (valid.cumsum(dim=1) - 1).clamp_min(0)
+        mrope = "mrope_section" in (getattr(self._text.config, "rope_parameters", None) or {})
+        rotary = self._text.get_submodule(self._family.rotary)
+        kwargs = {
+            "attention_mask": mask,
+            "position_ids": None,
+            "position_embeddings": rotary(hidden, positions.expand(3, -1, -1) if mrope else positions),
+            "past_key_values": None,
+            "use_cache": False,
+            TUNNEL: (alone := Call(steps=Steps(of_blind=True))),
+        }
+        pictured = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        pictured[[image.sample for image in call.layout.images]] = True
+        call.steps.blind = alone.steps.blind = Blind(hidden, kwargs, pictured)
+
+    def enter_layer(self, index: int, call: Call, hidden: Tensor, cache: Any) -> None:
+        """Before a steered layer: note what enters it, and where its marks are.
+
+        Raises:
+            UsageError: the conversation in the cache began without this method.
+        """
+        if index not in self.by_layer or call.steps.of_blind:
+            return
+        layer = None if cache is None else marked_layer(cache, index)
+        holder = call.uncached.setdefault(index, _Holder()) if layer is None else layer
+        if call.past and (holder.marks is None or holder.marks.by != self._names[self.by_layer[index].name]):
+            began = "without redistribution" if holder.marks is None else f"under {holder.marks.by}"
+            raise UsageError(
+                f"the conversation in this cache began {began}, this recipe has {self._names[self.by_layer[index].name]}: go "
+                "on as it began, start with an empty cache, or set run.enabled = False."
+            )
+        call.steps.entered[index] = Entered(index, hidden, holder, layer)  # type: ignore[arg-type]
+
+    # -- the editor of an attention module -------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        index: int,
+        own: Callable[[], Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One layer's attention: output `[batch, query, head, dim]` and what the model's own returns beside it."""
+        call: Call | None = kwargs.get(TUNNEL)
+        if call is None:
+            return own()
+        if call.steps.of_blind:
+            return self._attend_blind(index, call, own())
+        entered = call.steps.entered.pop(index, None)
+        if entered is None:
+            self._advance_blind(index, call)
+            return own()
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        method = self.by_layer[index]
+        if isinstance(method, HeadScaler):
+            return self._scaled(call, entered, own())
+        self._advance_blind(index, call)
+        valid = _keys_valid(call, entered, key)
+        if call.layout is not None and not (call.resumed and entered.holder.marks is not None):
+            self._mark(method, call, entered, query, key, scaling, valid)
+        marks = entered.holder.marks
+        assert marks is not None
+        if marks.idle:
+            self._record(call, index, method, marks)
+            return own()
+        rows = _rows(call, method, query)
+        if rows is not None and rows.rows.shape[1] == 0:
+            return own()
+        result = None if rows is None and not kwargs.get("output_attentions") else own()
+        past, chosen, position = key.shape[2] - query.shape[2], query, None
+        if rows is not None:
+            chosen = query.gather(2, rows.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+            position = rows.rows + past
+        elif query.shape[2] > 1:
+            position = torch.arange(past, key.shape[2], device=key.device)[None]
+        edited, changed = self._edited(call, index, method, marks, chosen, key, value, scaling, position, valid, rows)
+        edited = edited.to(query.dtype)
+        if result is None:
+            return edited.contiguous(), None
+        return (_overwritten(result[0], edited, rows, changed), *result[1:])
+
+    def _edited(
+        self,
+        call: Call,
+        index: int,
+        method: Redistributor,
+        marks: Marks,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        position: Tensor | None,
+        valid: Tensor | None,
+        rows: Reduction | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[batch, row, head, dim]` of some rows, and which heads of them differ from the model's own `[batch, row, head]`."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        if isinstance(method, ScoreEditor):
+            groups = marks.grouped(len(method.strengths), wide)[:, 0]
+            weight = groups @ torch.tensor((0.0, *method.strengths), dtype=wide, device=groups.device)
+            self._record(call, index, method, marks)
+            return scored_attention(query, key, value, scaling, position, valid, weight), None
+        assert isinstance(method, GroupEditor)
+        groups = marks.grouped(method.groups, wide)
+        out, factors, masses = grouped_attention(query, key, value, scaling, position, valid, groups, method.coefficients)
+        if call.record is None:
+            return out, None
+        self._record(call, index, method, marks, factors.detach(), masses.detach(), None if rows is None else rows.valid)
+        return out, (factors != 1).any(dim=-1).transpose(1, 2)
+
+    def _record(self, call: Call, index: int, method: Redistributor, marks: Marks, *edit: Tensor | None) -> None:
+        if call.record is not None and marks.codes is not None:
+            call.record.steered.append(Steered(index, method.name, marks.codes, *edit))
+
+    # -- marks -----------------------------------------------------------------------------------------------------------
+
+    def _mark(
+        self,
+        method: Redistributor,
+        call: Call,
+        entered: Entered,
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        valid: Tensor | None,
+    ) -> None:
+        """At a prompt with a picture: let the method mark its tokens, behind those that are marked already."""
+        assert isinstance(method, GroupEditor | ScoreEditor)
+        before = entered.holder.marks
+        past = key.shape[2] - query.shape[2]
+        prompt, visual = _prompt(call, query.device)
+        first = None if call.past else prompt.to(torch.int8).argmax(dim=1)
+        hidden, anchor = entered.hidden, None if before is None else before.anchor
+        if getattr(method, "sink_dims", None) == "cosine" and first is not None:
+            anchor = hidden[torch.arange(len(first), device=hidden.device), first.to(hidden.device)].detach().float()
+        position = torch.arange(past, key.shape[2], device=key.device)[None]
+        see = Scene(
+            hidden=hidden.detach(),
+            prompt=prompt,
+            visual=visual,
+            first=first,
+            anchor=anchor,
+            pictures=_pictures(call, query.device) if method.needs else (),
+            sink_dims=self._dims.get(method.name),
+            sink_energy=self._energy,
+            column_means=lambda: column_means(query.detach(), key.detach(), scaling, position, valid, prompt)[..., past:],
+        )
+        codes = method.codes(see)
+        if before is not None and before.codes is not None and past:
+            heads = max(before.codes.shape[1], codes.shape[1])
+            earlier = before.padded(past).to(codes.device)
+            codes = torch.cat((earlier.expand(-1, heads, -1), codes.expand(-1, heads, -1)), dim=2)
+        idle = not bool(codes.any())
+        entered.holder.marks = Marks(self._names[method.name], codes, anchor=anchor, idle=idle)
+
+    # -- scaling heads ---------------------------------------------------------------------------------------------------
+
+    def _scaled(self, call: Call, entered: Entered, result: Any) -> Any:
+        """The model's own result, its heads scaled by what the two streams say at the prompt."""
+        output: Tensor = result[0]
+        marks = entered.holder.marks
+        blind = call.steps.blind
+        if blind is not None and marks is None:
+            end = prompt_end(call, output.shape[1]).to(output.device)
+            blind.seeing = output[torch.arange(len(end), device=end.device), end].float()
+            self._advance_blind(entered.index, call)
+            marks = entered.holder.marks = Marks(self._names[self.by_layer[entered.index].name], heads=blind.scale)
+        assert marks is not None
+        assert marks.heads is not None
+        return (output * marks.heads.to(output)[:, None, :, None], *result[1:])
+
+    def _advance_blind(self, index: int, call: Call) -> None:
+        """One layer of the text-only stream, beside the same layer of the prompt."""
+        blind = call.steps.blind
+        if blind is None or index > self._last_blind:
+            return
+        with torch.no_grad():
+            output = self._layers[index](blind.hidden, **blind.kwargs)
+        blind.hidden = output[0] if isinstance(output, tuple) else output
+        blind.seeing = None
+
+    def _attend_blind(self, index: int, call: Call, result: Any) -> Any:
+        blind, method = call.steps.blind, self.by_layer.get(index)
+        assert blind is not None
+        if not isinstance(method, HeadScaler) or blind.seeing is None:
+            return result
+        scale = method.scale(blind.seeing, result[0][:, -1].float())
+        blind.scale = torch.where(blind.pictured[:, None], scale, 1)
+        return (result[0] * blind.scale.to(result[0])[:, None, :, None], *result[1:])
+
+
+def _prompt(call: Call, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`[batch, token]` bool of what the current layer computes: the prompt's tokens, and visual ones among them."""
+    assert call.layout is not None
+    assert call.prompt_end is not None
+    place = torch.arange(call.sequence, device=call.layout.real.device)
+    prompt = call.layout.real & (place <= call.prompt_end[:, None])
+    visual = torch.zeros_like(prompt)
+    for image in call.layout.images:
+        visual[image.sample, image.positions] = True
+    return _computed(call, prompt).to(device), _computed(call, visual).to(device)
+
+
+def _computed(call: Call, x: Tensor) -> Tensor:
+    """`[batch, token]` of what the current layer computes from `[batch, sequence]` bool; False on padding."""
+    return x if call.reduction is None else x.gather(1, call.reduction.rows) & call.reduction.valid
+
+
+def _rows(call: Call, method: Redistributor, query: Tensor) -> Reduction | None:
+    """The rows a method edits among those of `[batch, head, query, dim]`; None for all of them."""
+    name = method.rows, query.shape[2]
+    if name not in call.steps.rows:
+        call.steps.rows[name] = _find_rows(call, method, query.shape[0], query.shape[2], query.device)
+    return call.steps.rows[name]
+
+
+def _find_rows(call: Call, method: Redistributor, batch: int, tokens: int, device: torch.device) -> Reduction | None:
+    if call.layout is None:  # decoding, candidates of assisted decoding, or a turn without a picture: all behind the picture
+        wanted = max(call.asked, 1)
+        if method.rows != "last" or wanted >= tokens:
+            return None
+        rows = torch.arange(tokens - wanted, tokens, device=device).expand(batch, wanted)
+        return Reduction(rows, torch.ones_like(rows, dtype=torch.bool), True)
+    if method.rows == "all":
+        return None
+    assert call.prompt_end is not None
+    begin = call.prompt_end.clone()
+    if method.rows == "behind":
+        begin.fill_(call.sequence)  # a prompt without a picture has nothing behind it
+        for image in call.layout.images:
+            begin[image.sample] = int(image.positions[-1]) + 1
+    place = torch.arange(call.sequence, device=begin.device)
+    edited = Reduction.keeping(_computed(call, call.layout.real & (place >= begin[:, None])))
+    return Reduction(edited.rows.to(device), edited.valid.to(device), edited.dense)
+
+
+def _keys_valid(call: Call, entered: Entered, key: Tensor) -> Tensor | None:
+    """`[batch, key]` bool, False on padding; None where there is none."""
+    keys = key.shape[2]
+    if isinstance(entered.layer, PrunedLayer):
+        return None if entered.layer.dense else entered.layer.entries(key.shape[0], key.device)[1]
+    if call.reduction is not None:
+        return None if call.reduction.dense else call.reduction.valid.to(key.device)
+    return None if call.mask is None else call.mask[:, :keys].to(key.device, torch.bool)
+
+
+def _overwritten(output: Tensor, edited: Tensor, rows: Reduction | None, changed: Tensor | None) -> Tensor:
+    """`[batch, query, head, dim]` with some rows replaced, in the heads that changed."""
+    if rows is None:
+        return edited if changed is None else torch.where(changed[..., None], edited, output)
+    index = rows.rows[:, :, None, None].expand(-1, -1, *output.shape[2:])
+    own = output.gather(1, index)
+    new = edited if changed is None else torch.where(changed[..., None], edited, own)
+    if not rows.dense:
+        new = torch.where(rows.valid[:, :, None, None], new, own)
+    return output.scatter(1, index, new)
+
+
+def _pictures(call: Call, device: torch.device) -> list[Picture]:
+    assert call.layout is not None
+    pictures = []
+    for image, index, tower in zip(call.layout.images, call.remaining, call.tower, strict=True):
+        rows = image.positions[index][None]
+        if call.reduction is not None:
+            rows = call.reduction.places(torch.tensor([image.sample]), rows)
+        pictures.append(Picture(image.sample, rows[0].to(device), index, len(image), tower))
+    return pictures
