@@ -55,6 +55,13 @@ class Budget:
         kept = math.floor(self.fraction * visual + 0.5)
         return min(max(kept, 1 if self.fraction > 0 else 0), visual)
 
+    def scaled(self, tokens: float, fraction: float) -> Budget:
+        """So many times the tokens (cut off, at least one), or so many times the fraction (at most all)."""
+        if self.tokens is not None:
+            return Budget(tokens=max(int(self.tokens * tokens), 1))
+        assert self.fraction is not None
+        return Budget(fraction=min(self.fraction * fraction, 1.0))
+
 
 @dataclass(frozen=True)
 class Stage:

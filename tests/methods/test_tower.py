@@ -724,6 +724,7 @@ def told(family: str, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     keys = layer.self_attn.k_proj(layer.layer_norm1(output.hidden_states[feature]))[:, 1:]
     rows = {
         "attention_from_cls": output.attentions[feature],
+        "attention_from_cls_first": output.attentions[0],
         "attention_from_cls_early": output.attentions[max(blocks // 4 - 1, 0)],
         "attention_from_cls_final": output.attentions[blocks - 1],
     }

@@ -87,6 +87,7 @@ def random_view(
         "values": normal(images, kv_heads, visual, dim),
         "text_keys": words(normal(images, kv_heads, longest, dim)),
         "attention_from_cls": attention(images, heads, visual),
+        "attention_from_cls_first": attention(images, heads, visual),
         "attention_from_cls_early": attention(images, heads, visual),
         "attention_from_cls_final": attention(images, heads, visual),
         "tower_keys": normal(images, visual, dim),

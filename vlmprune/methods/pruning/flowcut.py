@@ -100,7 +100,7 @@ class FlowCut(TowerPruner):
         if len(self.cuts) > 1 or (facts.cls and not facts.crops):
             return self.cuts
         # K/2 in each of at most 5 views of one picture; a fraction counts from all of them.
-        wider = _scaled(first.budget, 0.5, 2.5) if facts.cls else _scaled(first.budget, 2.0, 2.0)
+        wider = first.budget.scaled(0.5, 2.5) if facts.cls else first.budget.scaled(2.0, 2.0)
         in_tower = replace(first, budget=wider, site="llm" if self.variant(facts) == "unit" else "vision")
         return Schedule((in_tower, Stage(self.decoder_layer, first.budget)))
 
@@ -142,10 +142,3 @@ class FlowCut(TowerPruner):
         scale = see.query_of_last.shape[-1] ** -0.5
         relation, semantic, magnitude = flow_score(see.query_of_last, see.keys, see.values, see.value_of_last, scale, scale)
         return top((share(relation) + share(semantic)) * magnitude, keep)
-
-
-def _scaled(budget: Budget, tokens: float, fraction: float) -> Budget:
-    if budget.tokens is not None:
-        return Budget(tokens=max(int(budget.tokens * tokens), 1))
-    assert budget.fraction is not None
-    return Budget(fraction=min(budget.fraction * fraction, 1.0))
