@@ -156,8 +156,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axes.axhspan(100 * row.interval[0], 100 * row.interval[1], color="0.9")
             axes.axhline(100 * row.mean, color="0.4", linewidth=1, label=UNPRUNED)
             continue
-        (stage, method), *more = vlmprune.Recipe.parse(row.recipe).cuts()
-        if not more and stage.budget.fraction is not None:
+        recipe = vlmprune.Recipe.parse(row.recipe)
+        if len(recipe.methods) > 1 or len(recipe.cuts()) != 1:
+            continue
+        ((stage, method),) = recipe.cuts()
+        if stage.budget.fraction is not None:
             lines.setdefault(f"{method.name}, layer {stage.layer}", []).append((stage.budget.fraction, row))
     for name, points in lines.items():
         points.sort(key=lambda point: point[0])

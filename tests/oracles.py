@@ -110,8 +110,9 @@ def effect_of(model, inputs: dict, run, entered: torch.Tensor | None = None, sta
     layers = {True: set(), False: set()}  # by whether positions are renumbered
     for image in (image for image in last.kept if image.site != "cache"):
         named = [method for method in run.recipe.methods if method.name == image.method.split()[0]]
-        mine = [method for method in named if len(named) == 1 or image.layer in {stage.layer for stage in method.cuts}]
-        layers[mine[0].positions == "compact"].add(image.layer)
+        mine = [method for method in named if image.layer in {stage.layer for stage in method.cuts}] or named
+        (positions,) = {method.positions for method in mine}
+        layers[positions == "compact"].add(image.layer)
     assert not layers[True] & layers[False], "stages of both kinds at one layer cannot be told apart"
     # Generation without a cache, and assisted decoding, run generated tokens together with the prompt
     assert all(mask[:, length:].all() for mask in (*last.keep.values(), *last.keep_cache.values()))

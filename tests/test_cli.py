@@ -65,15 +65,15 @@ def test_run_on_a_saved_model(monkeypatch, capsys, picture):
 
 
 def test_eval(monkeypatch, capsys, tmp_path):
-    recipes = ("--recipe", "random:fraction=0.25", "--recipe", "random:fraction=0.05")
+    recipes = ("--recipe", "random:fraction=0.25", "--recipe", "random:fraction=0.05", "--recipe", "zerotuning:gain=2")
     assert vlmprune(monkeypatch, "eval", "--images", 3, *recipes, "--out", tmp_path) == 0
     assert "random:fraction=0.25" in capsys.readouterr().out
     numbers = json.loads((tmp_path / "accuracy.json").read_text())
-    assert [row["recipe"] for row in numbers["rows"]] == ["un-pruned", "random:fraction=0.25", "random:fraction=0.05"]
+    assert [row["recipe"] for row in numbers["rows"]] == ["un-pruned", *recipes[1::2]]
     assert numbers["rows"][0]["loyalty"] == 1
     assert numbers["rows"][0]["lost"] == 0
     table = (tmp_path / "accuracy.md").read_text()
-    assert table.count("\n| ") == 3
+    assert table.count("\n| ") == 4
     assert Image.open(tmp_path / "accuracy.png").width > 500
     assert vlmprune(monkeypatch, "eval", "--images", 2, *recipes[:2], "--json") == 0
     assert json.loads(capsys.readouterr().out)["images"] == 2
