@@ -50,7 +50,8 @@ def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str) -> R
         methods: methods, recipes or recipe strings (`"fastv:layer=2,fraction=0.25"`).
 
     Returns:
-        The handle: `remove()` or leaving a `with` block restores the model bit for bit. Wrapping again replaces.
+        The handle: `remove()` or leaving a `with` block restores the model bit for bit. Wrapping again replaces,
+        also inside the block of an earlier handle, which then has no effect any more.
 
     Raises:
         UsageError: unknown family or method, a layer the model does not have, or a combination that is not supported; always
