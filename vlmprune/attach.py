@@ -74,7 +74,6 @@ class Run:
         self.model, self.recipe = model, recipe
         self.enabled = True
         self.last: Prefill | None = None
-        self._budget: Budget | None = None
         self._undo: list[Callable[[], None]] = []
         self._thread = _PerThread()
         self._memory = RowMemory()
@@ -100,7 +99,7 @@ class Run:
 
     @contextmanager
     def override(self, *, tokens: int | None = None, fraction: float | None = None) -> Iterator[Run]:
-        """Another budget for the calls inside the block.
+        """Another budget for this thread's calls inside the block.
 
         Raises:
             UsageError: the recipe has several stages, so that one number would be ambiguous; or a budget out of range.
@@ -112,11 +111,11 @@ class Run:
             )
         budget = Budget(tokens, fraction)
         replace(cutting[0].stage, budget=budget)  # refuses what the stage would refuse
-        before, self._budget = self._budget, budget
+        before, self._thread.budget = self._thread.budget, budget
         try:
             yield self
         finally:
-            self._budget = before
+            self._thread.budget = before
 
     def report(self) -> Report:
         """Numbers of the last prefill.
@@ -442,6 +441,7 @@ class Run:
     def _enter_text(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call: Call | None = kwargs.get(TUNNEL)
         if call is None or call.layout is None:
+            self._refuse_what_the_tower_left(call, kwargs.get("inputs_embeds"))
             return
         embeddings: Tensor = kwargs["inputs_embeds"]
         self._set_newlines_apart(call, embeddings)
@@ -469,6 +469,17 @@ class Run:
         call: Call | None = kwargs.get(TUNNEL)
         if call is not None and self.enabled:
             self._steering.enter_layer(index, call, args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values"))
+
+    def _refuse_what_the_tower_left(self, call: Call | None, embeddings: Tensor | None) -> None:
+        """Pictures that were encoded while a method shortened them inside the tower cannot be used un-pruned."""
+        inside = self._tower_cut is not None and self._tower_cut.stage.site == "vision"
+        if self.enabled or not inside or call is None or call.past or embeddings is None:
+            return
+        if bool(embeddings[..., 0].isnan().any()):
+            raise UsageError(
+                f"the pictures were encoded while {self.recipe} dropped patches of them inside the vision tower, and "
+                "run.enabled is False now: encode them again."
+            )
 
     def _set_newlines_apart(self, call: Call, embeddings: Tensor) -> None:
         """Row separators stand among a picture's placeholders but show nothing: they count as text."""
@@ -611,7 +622,8 @@ class Run:
 
     def _budget_of(self, cut: _Cut) -> Budget:
         """The stage's budget, or what stands in its place inside `override`."""
-        return self._budget if self._budget is not None and self._may_override(cut) else cut.stage.budget
+        other = self._thread.budget
+        return other if other is not None and self._may_override(cut) else cut.stage.budget
 
     def _may_override(self, cut: _Cut) -> bool:
         """Not a stage that only merges, or only forgets what others dropped."""
@@ -715,6 +727,7 @@ class _PerThread(local):
     """What one thread carries from call to call."""
 
     tower: TowerPass
+    budget: Budget | None = None  # inside `override`
     uncached: _Uncached | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -120,3 +121,31 @@ def test_override_of_a_stage_that_keeps_everything():
     with vp.wrap(model, "divprune:fraction=1.0") as run, torch.no_grad(), run.override(tokens=3):
         model(**make_inputs("llava", model, SAMPLES))
     assert run.report().stages[0].kept == (3, 3, 3)
+
+
+def test_override_is_this_threads_alone():
+    model = shared("llava")
+    inputs = make_inputs("llava", model, SAMPLES[:1])
+    counts = []
+
+    def elsewhere():
+        with torch.no_grad():
+            model(**inputs)
+        counts.append(run.report().stages[0].kept[0])
+
+    with vp.wrap(model, "random:tokens=8") as run, run.override(tokens=2):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        elsewhere()
+    assert counts == [8, 2]
+
+
+def test_pictures_encoded_shorter_are_not_used_unpruned():
+    model = shared("llava")
+    inputs = make_inputs("llava", model, SAMPLES[:1])
+    with vp.wrap(model, "flowcut:tokens=4") as run, torch.no_grad():
+        encoded = model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+        run.enabled = False
+        with pytest.raises(vp.UsageError, match="encode them again"):
+            model(**inputs, mm_encoder_outputs={"image": encoded})
