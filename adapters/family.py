@@ -35,6 +35,11 @@ class Tower:
     refusal: Callable[[nn.Module], str | None] = lambda base: None
 
 
+def has_mrope(text_config: Any) -> bool:
+    """Positions are places in the picture (M-RoPE), not a count of tokens."""
+    return "mrope_section" in (getattr(text_config, "rope_parameters", None) or {})
+
+
 def llama_queries_and_keys(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
     """What a Llama-like decoder layer would compute from the hidden states that enter it (also with M-RoPE, whose sections
     transformers has put together in `rotary` already).

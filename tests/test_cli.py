@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
+from command_line import vlmprune
 from PIL import Image
 
 import vlmprune as vp
-from vlmprune import cli
-
-
-def vlmprune(monkeypatch, *arguments):
-    """Run the command in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["vlmprune", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
 
 
 @pytest.fixture

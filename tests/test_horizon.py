@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
+from command_line import vlmprune
 from oracles import image_columns, masked_logits, visual_columns
 from PIL import Image
 from tiny_models import LAYERS, make_inputs, make_single, shared
 
 import vlmprune as vp
-from vlmprune import cli, tiny
+from vlmprune import tiny
 from vlmprune.evals import calibration, horizon
 from vlmprune.evals.calibration import Question, Sample
 from vlmprune.evals.horizon import SampleCurves, compose, compute_average, estimate, find_horizon, nominal_average
@@ -330,15 +330,6 @@ def test_answer_follows_white_space_or_brings_it():
 
 
 # -- on the command line -----------------------------------------------------------------------------------------------------
-
-
-def vlmprune(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["vlmprune", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
 
 
 @pytest.fixture

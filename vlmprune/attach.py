@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from vlmprune.adapters.family import has_mrope
 from vlmprune.adapters.registry import family_of
 from vlmprune.attention import pruned_mask, route_attention
 from vlmprune.cache import PrunedLayer, check_same_cuts, pruned_layer
@@ -32,7 +33,7 @@ from vlmprune.errors import UsageError
 from vlmprune.layout import Layout, group_by_size, real_tokens
 from vlmprune.methods import Choice, Pruner, Redistributor
 from vlmprune.methods.base import TowerPruner
-from vlmprune.probes import Part, Tools, attention_ahead, build_view, recall_tower, see_attention
+from vlmprune.probes import Part, Tools, attention_ahead, build_view, recall_tower, rows_now, see_attention
 from vlmprune.recipe import Recipe
 from vlmprune.reduction import Reduction
 from vlmprune.run import TUNNEL, Call, Chosen, Clock, Kept, Prefill, Report, no_prefill
@@ -137,7 +138,7 @@ class Run:
         self._family, self._config, self._base, self._text = family, base.config, base, text
         self._shape = DecoderShape.of(text.config)
         self._facts = _facts(family, base)
-        self._steering = Steering(self.recipe.redistributors, family, base, text)
+        self._steering = Steering(self.recipe.redistributors, family, self._facts, text)
         self._plan()
         self._check(len(layers))
         observed: list[tuple[Any, Callable[..., None]]] = []
@@ -199,7 +200,7 @@ class Run:
                     f"{cut.method.name} cuts at layer {cut.stage.layer}, but the model has layers 0 to {layers - 1}: "
                     "choose one."
                 )
-            if cut.method.positions == "compact" and "mrope_section" in (getattr(text_config, "rope_parameters", None) or {}):
+            if cut.method.positions == "compact" and has_mrope(text_config):
                 raise UsageError(
                     f'{cut.method.name}: positions="compact" has no meaning for the M-RoPE of {self._family.name}, whose '
                     'positions are places in the picture: use positions="original".'
@@ -655,8 +656,9 @@ class Run:
                 kept[part.image].append((part.index[rows], None if choice.features is None else choice.features[number]))
         for image, pieces in enumerate(kept):
             if any(features is not None for _, features in pieces):  # parts of the picture that merged nothing stay as they are
+                entered = hidden[call.layout.images[image].sample]
                 kept[image] = [
-                    (index, hidden[_rows_of(call, image, index, hidden)] if features is None else features)
+                    (index, entered[rows_now(call, image, index).to(entered.device)] if features is None else features)
                     for index, features in pieces
                 ]
         joined = [_join(pieces) for pieces in kept]
@@ -814,24 +816,16 @@ def _check_choice(method: Pruner, choice: Choice, images: int, keep: int) -> Non
         raise RuntimeError(f"{method.name}.select chose {counts} tokens of {images} pictures, expected {keep} of each.")
 
 
-def _rows_of(call: Call, image: int, index: Tensor, hidden: Tensor) -> tuple[int, Tensor]:
-    """Sample and rows of `hidden` of some tokens of a picture."""
-    assert call.layout is not None
-    picture = call.layout.images[image]
-    places = picture.positions[index][None]
-    if call.reduction is not None:
-        places = call.reduction.places(torch.tensor([picture.sample], device=places.device), places)
-    return picture.sample, places[0].to(hidden.device)
-
-
 def _merged(call: Call, chosen: Chosen, hidden: Tensor) -> Tensor:
     """Hidden states `[batch, token, dim]` with merged features in the places of the kept tokens that stand for several."""
     if all(features is None for features in chosen.features):
         return hidden
+    assert call.layout is not None
     hidden = hidden.clone()
     for image, (remaining, features) in enumerate(zip(chosen.remaining, chosen.features, strict=True)):
         if features is not None:
-            hidden[_rows_of(call, image, remaining, hidden)] = features.to(hidden)
+            rows = rows_now(call, image, remaining).to(hidden.device)
+            hidden[call.layout.images[image].sample, rows] = features.to(hidden)
     return hidden
 
 

@@ -156,6 +156,16 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
     return View(layer, group[0].original, position, probes, group[0].entered, side)
 
 
+def rows_now(call: Call, image: int, index: Tensor) -> Tensor:
+    """Rows of what the current layer computes, of tokens `index` of a picture; all of them still there."""
+    assert call.layout is not None
+    picture = call.layout.images[image]
+    places = picture.positions[index][None]
+    if call.reduction is not None:
+        places = call.reduction.places(torch.tensor([picture.sample], device=places.device), places)
+    return places[0]
+
+
 def see_attention(
     call: Call,
     layer: int,

@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.adapters.family import Family
+from vlmprune.adapters.family import Family, has_mrope
 from vlmprune.attention import pruned_mask
 from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, marked_layer
 from vlmprune.errors import UsageError
 from vlmprune.kernels.grouped_attention import column_means, grouped_attention, scored_attention
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, Picture, Redistributor, Scene, ScoreEditor
-from vlmprune.probes import prompt_end
+from vlmprune.probes import prompt_end, rows_now
 from vlmprune.recipe import Recipe
 from vlmprune.reduction import Reduction
 from vlmprune.run import TUNNEL, Call, Steered, Steps
 from vlmprune.sink_dims import known_sinks
+from vlmprune.view import Facts
 
 
 @dataclass(eq=False)
@@ -72,13 +73,13 @@ class Steering:
 
     Args:
         methods: of the recipe, in its order.
-        family, base, text: the model's family, its base model and its language model.
+        family, facts, text: the model's family, what is known of its tower, and its language model.
 
     Raises:
         UsageError: a layer the model lacks, two methods in one layer, unknown sink dimensions, or a probe it cannot give.
     """
 
-    def __init__(self, methods: Sequence[Redistributor], family: Family, base: Any, text: Any) -> None:
+    def __init__(self, methods: Sequence[Redistributor], family: Family, facts: Facts, text: Any) -> None:
         self._family, self._text = family, text
         self._layers: Any = text.get_submodule(family.layers)
         self.by_layer: dict[int, Redistributor] = {}
@@ -86,7 +87,7 @@ class Steering:
         self._energy: float | None = None
         self._names = {method.name: str(Recipe((method,))) for method in methods}
         for method in methods:
-            self._check(method, base)
+            self._check(method, facts)
             for index in method.layers_of(len(self._layers)):
                 if (other := self.by_layer.get(index)) is not None:
                     raise UsageError(
@@ -100,15 +101,12 @@ class Steering:
         self.routed = sorted({*self.by_layer, *range(max(scalers, default=-1) + 1)})
         self._last_blind = max(scalers, default=-1)
 
-    def _check(self, method: Redistributor, base: Any) -> None:
-        if method.needs and not (self._family.tower is not None and self._family.facts.cls):
+    def _check(self, method: Redistributor, facts: Facts) -> None:
+        if method.needs and not facts.cls:
             raise UsageError(
-                f"{method.name} needs the attention of the vision tower's CLS token, but {self._family.facts.refusal}; choose "
-                "a method that does not need it."
+                f"{method.name} needs the attention of the vision tower's CLS token, but {facts.refusal}; choose a method that "
+                "does not need it."
             )
-        refusal = None if self._family.tower is None else self._family.tower.refusal(base)
-        if method.needs and refusal is not None:
-            raise UsageError(f"{method.name} needs the attention of the vision tower's CLS token, but {refusal}.")
         choice = getattr(method, "sink_dims", None)
         if choice is None or choice == "cosine" or method.neutral:
             return
@@ -143,7 +141,7 @@ class Steering:
         implementation = self._text.config._attn_implementation
         mask = pruned_mask(slots, valid, slots, valid, words.dense, implementation, hidden.dtype)
         positions = (valid.cumsum(dim=1) - 1).clamp_min(0)
-        mrope = "mrope_section" in (getattr(self._text.config, "rope_parameters", None) or {})
+        mrope = has_mrope(self._text.config)
         rotary = self._text.get_submodule(self._family.rotary)
         kwargs = {
             "attention_mask": mask,
@@ -405,10 +403,7 @@ def _overwritten(output: Tensor, edited: Tensor, rows: Reduction | None, changed
 
 def _pictures(call: Call, device: torch.device) -> list[Picture]:
     assert call.layout is not None
-    pictures = []
-    for image, index, tower in zip(call.layout.images, call.remaining, call.tower, strict=True):
-        rows = image.positions[index][None]
-        if call.reduction is not None:
-            rows = call.reduction.places(torch.tensor([image.sample]), rows)
-        pictures.append(Picture(image.sample, rows[0].to(device), index, len(image), tower))
-    return pictures
+    return [
+        Picture(image.sample, rows_now(call, number, index).to(device), index, len(image), tower)
+        for number, (image, index, tower) in enumerate(zip(call.layout.images, call.remaining, call.tower, strict=True))
+    ]
