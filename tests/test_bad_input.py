@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import IMAGE, build, make_inputs, shared
@@ -108,9 +109,9 @@ def test_image_tokens_do_not_match(family):
 
 
 def test_image_tokens_in_the_wrong_rows():
-    visual = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    visual = np.array([[True, True, True, False], [True, False, False, False]])
     with pytest.raises(vp.UsageError, match="would be spread over samples 0 and 1"):
-        Layout.find(visual, [2, 2], torch.ones_like(visual))
+        Layout.find(visual, [2, 2], np.ones_like(visual), torch.device("cpu"))
 
 
 def test_embeddings_without_ids():

@@ -20,6 +20,7 @@ from functools import cache, partial
 from threading import local
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -30,7 +31,7 @@ from vlmprune.attention import pruned_mask, route_attention
 from vlmprune.cache import PrunedLayer, check_same_cuts, pruned_layer
 from vlmprune.cost import DecoderShape
 from vlmprune.errors import UsageError
-from vlmprune.layout import Layout, group_by_size, real_tokens
+from vlmprune.layout import Layout, Prompt, group_by_size, on_device, on_host, real_tokens
 from vlmprune.methods import Choice, Pruner, Redistributor
 from vlmprune.methods.base import TowerPruner
 from vlmprune.probes import Part, Tools, attention_ahead, build_view, recall_tower, rows_now, see_attention
@@ -409,16 +410,13 @@ class Run:
                 f"pruning needs a 2-D attention mask [batch, tokens] or None, found a {found}: static caches and custom masks "
                 "are not supported."
             )
-        call.ids = ids
         call.batch, call.sequence = ids.shape
-        real = real_tokens(call.mask, call.batch, call.sequence, ids.device)
-        call.placeholders = ids == self._family.image_token(self._config)
-        call.layout = Layout.find(call.placeholders, counts, real)
-        place = torch.arange(call.sequence, device=ids.device)
-        call.prompt_end = (place * real).amax(dim=1) - call.tail
-        self._replay_uncached(call, kwargs.get("mm_encoder_outputs"), cached=kwargs.get("past_key_values") is not None)
+        self._replay_uncached(call, ids, kwargs.get("mm_encoder_outputs"), cached=kwargs.get("past_key_values") is not None)
+        call.prompt = prompt = Prompt.read(ids, call.mask, self._family.image_token(self._config), call.tail)
+        call.layout = Layout.find(prompt.visual, counts, prompt.real, ids.device)
+        call.prompt_end = on_device(prompt.end, ids.device)
 
-    def _replay_uncached(self, call: Call, encoded: Any, cached: bool) -> None:
+    def _replay_uncached(self, call: Call, ids: Tensor, encoded: Any, cached: bool) -> None:
         """Generation without a cache runs the whole prompt again for every token, with the same encoded pictures: the choice
         made at the first token stays."""
         if self._cache_cut is not None and (call.tail or (not cached and encoded is not None)):
@@ -428,14 +426,10 @@ class Run:
             )
         if cached or encoded is None:
             return
-        assert call.ids is not None
         known = self._thread.uncached
-        if known is None or known.encoded is not encoded or not known.is_prefix_of(call.ids):
-            known = self._thread.uncached = _Uncached(encoded, call.ids, {}, {})
-        generated = call.ids.shape[1] - known.ids.shape[1]
-        call.tail += generated
-        assert call.prompt_end is not None
-        call.prompt_end = call.prompt_end - generated
+        if known is None or known.encoded is not encoded or not known.is_prefix_of(ids):
+            known = self._thread.uncached = _Uncached(encoded, ids, {}, {})
+        call.tail += ids.shape[1] - known.ids.shape[1]
         call.chosen, call.replayed = known.chosen, bool(known.chosen)
         call.uncached, call.resumed = known.marks, bool(known.marks)
 
@@ -448,7 +442,7 @@ class Run:
         self._set_newlines_apart(call, embeddings)
         images = call.layout.images
         call.remaining = [torch.arange(len(image), device=image.positions.device) for image in images]
-        call.alive, call.entered = call.layout.real, list(map(len, images))
+        call.alive, call.counts, call.entered = call.layout.real, list(call.layout.counts), list(map(len, images))
         call.record = Prefill(
             batch=call.batch,
             sequence=call.sequence,
@@ -487,10 +481,9 @@ class Run:
         if self._family.newline is None:
             return
         assert call.layout is not None
-        assert call.ids is not None
+        assert call.prompt is not None
         newline = getattr(self._base, self._family.newline).to(embeddings)
-        call.newlines = (embeddings == newline).all(dim=-1).to(call.ids.device)
-        call.newlines &= call.ids == self._family.image_token(self._config)
+        call.newlines = on_host((embeddings == newline).all(dim=-1)) & call.prompt.visual
         call.layout = call.layout.without(call.newlines)
 
     def _enter_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -676,13 +669,15 @@ class Run:
             for image, remaining, features in zip(images, chosen.remaining, chosen.features, strict=True)
         ]
         changed = any(len(now) != len(before) for now, before in zip(chosen.remaining, call.remaining, strict=True))
-        call.remaining = chosen.remaining
         before, alive = call.alive, call.alive.clone()
-        for image, remaining in zip(images, chosen.remaining, strict=True):
+        for image, remaining, left in zip(images, chosen.remaining, call.remaining, strict=True):
             alive[image.sample, image.positions] = False
             alive[image.sample, image.positions[remaining]] = True
+            call.counts[image.sample] += len(remaining) - len(left)
+        call.remaining = chosen.remaining
         if call.newlines is not None and not cut.method.keeps_newlines and call.record.newlines_kept:
-            alive &= ~call.newlines
+            alive &= ~on_device(call.newlines, alive.device)
+            call.counts = (call.counts - call.newlines.sum(axis=1)).tolist()
             call.record.newlines_kept = False
             changed = True
         call.record.keep[layer] = alive
@@ -691,7 +686,7 @@ class Run:
         if cut.method.positions == "compact":
             moved = (before & ~alive).cumsum(dim=1)
             call.shift = moved if call.shift is None else call.shift + moved
-        shorter = Reduction.keeping(alive)
+        shorter = Reduction.keeping(alive, call.counts)
         hidden = shorter.after(call.reduction).gather(hidden)
         call.reduction, call.alive = shorter, alive
         call.rotary.clear()
@@ -779,9 +774,11 @@ def _every_row(call: Call, hidden: Tensor) -> Reduction:
 def _left_by_tower(call: Call, hidden: Tensor) -> Chosen:
     """What the vision tower left of every picture: the rest are rows of NaN."""
     assert call.layout is not None
+    images = call.layout.images
+    there = on_host(~torch.cat([hidden[image.sample, image.positions.to(hidden.device), 0] for image in images]).isnan())
+    ends = np.cumsum(list(map(len, images)))[:-1]
     remaining = [
-        (~hidden[image.sample, image.positions.to(hidden.device), 0].isnan()).nonzero()[:, 0].to(image.positions.device)
-        for image in call.layout.images
+        on_device(mine.nonzero()[0], image.positions.device) for mine, image in zip(np.split(there, ends), images, strict=True)
     ]
     return Chosen(remaining, [None] * len(remaining))
 
@@ -792,11 +789,12 @@ def _parts(call: Call, image: int, keep: int, per_view: bool) -> list[Part]:
     index, original, entered = call.remaining[image], len(call.layout.images[image]), call.entered[image]
     if not per_view:
         return [Part(image, index, original, entered, keep)]
-    view = call.tower[image]["view"].to(index.device)
-    sizes = torch.unique_consecutive(view[view >= 0].sort().values, return_counts=True)  # −1: dropped inside the tower
-    left = [index[view[index] == number] for number in sizes[0].tolist()]
-    shares = share(keep, sizes[1].tolist(), list(map(len, left)))
-    return [Part(image, here, size, entered, kept) for here, size, kept in zip(left, sizes[1].tolist(), shares, strict=True)]
+    view = call.views[image][:, 0]
+    numbers, sizes = np.unique(view[view >= 0], return_counts=True)  # −1: dropped inside the tower
+    there = np.arange(original) if len(index) == original else on_host(index)
+    left = [on_device(there[view[there] == number], index.device) for number in numbers]
+    shares = share(keep, sizes.tolist(), list(map(len, left)))
+    return [Part(image, here, size, entered, kept) for here, size, kept in zip(left, sizes.tolist(), shares, strict=True)]
 
 
 def _join(pieces: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

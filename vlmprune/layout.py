@@ -2,17 +2,66 @@
 
 Everything that depends on a prompt's shape is decided here once, so that neither methods nor hooks assume one image, one
 batch row, or a fixed number of prefix tokens.
+
+A prompt is read from the device to the host once, before the first layer (`Prompt.read`). Everything shapes depend on is known
+from there, so that nothing waits for the device while layers run. What is on the host is NumPy, what is on the device is torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError
+
+Bools = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """The tokens of one call, on the host.
+
+    Attributes:
+        ids: `[batch, sequence]`.
+        real: `[batch, sequence]` False on padding.
+        visual: `[batch, sequence]` True on image placeholders.
+        end: `[batch]` place of the last token that belongs to the prompt.
+    """
+
+    ids: np.ndarray[Any, Any]
+    real: Bools
+    visual: Bools
+    end: np.ndarray[Any, Any]
+
+    @staticmethod
+    def read(ids: Tensor, mask: Tensor | None, image_token: int, tail: int) -> Prompt:
+        """One transfer from the device, which waits for it.
+
+        Args:
+            ids: `[batch, sequence]`.
+            mask: `[batch, sequence or more]`, 0 on padding; its last columns are those of `ids`.
+            image_token: id of the placeholder.
+            tail: tokens at the end that are not part of the prompt.
+        """
+        if mask is None:
+            known = on_host(ids)
+            real = np.ones(known.shape, dtype=bool)
+        else:
+            sequence = ids.shape[1]
+            known, seen = on_host(torch.stack((ids, mask[:, -sequence:].to(ids))))
+            real = seen != 0
+        end = np.where(real, np.arange(known.shape[1]), 0).max(axis=1) - tail
+        return Prompt(known, real, known == image_token, end)
+
+    @property
+    def asked(self) -> Bools:
+        """`[batch, sequence]` tokens of the prompt itself: no padding, and nothing behind its end."""
+        return self.real & (np.arange(self.real.shape[1]) <= self.end[:, None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,15 +71,17 @@ class Image:
     Attributes:
         sample: batch row.
         ordinal: n-th picture of that row, from 0.
-        positions: `[visual]` indices into the call's sequence, rising.
+        places: `[visual]` indices into the call's sequence, rising, on the host.
+        positions: the same on the device.
     """
 
     sample: int
     ordinal: int
+    places: np.ndarray[Any, Any]
     positions: Tensor
 
     def __len__(self) -> int:
-        return self.positions.shape[0]
+        return len(self.places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,52 +91,71 @@ class Layout:
     Attributes:
         images: every picture, in the order of rows, then of tokens.
         real: `[batch, sequence]` bool, False on padding.
+        counts: tokens of each row that are no padding, on the host.
     """
 
     images: tuple[Image, ...]
     real: Tensor
+    counts: tuple[int, ...]
 
     @staticmethod
-    def find(visual: Tensor, tokens_per_image: Sequence[int], real: Tensor) -> Layout:
+    def find(visual: Bools, tokens_per_image: Sequence[int], real: Bools, device: torch.device) -> Layout:
         """Split the visual tokens of a batch into pictures.
 
         Args:
-            visual: `[batch, sequence]` bool, True on image placeholders.
+            visual: `[batch, sequence]` True on image placeholders.
             tokens_per_image: tokens of each picture, in the order of the batch.
-            real: `[batch, sequence]` bool, False on padding.
+            real: `[batch, sequence]` False on padding.
+            device: where positions are needed.
 
         Raises:
             UsageError: the placeholders and the pictures do not match, in total or in one row.
         """
-        rows, columns = visual.nonzero(as_tuple=True)
-        if rows.numel() != sum(tokens_per_image):
+        rows, columns = visual.nonzero()
+        if rows.size != sum(tokens_per_image):
             raise UsageError(
-                f"image tokens do not match the pictures: the prompt has {rows.numel()} image tokens, but the "
+                f"image tokens do not match the pictures: the prompt has {rows.size} image tokens, but the "
                 f"{len(tokens_per_image)} picture(s) make {sum(tokens_per_image)} ({_counts(tokens_per_image)}); put one "
                 "image placeholder in the text for each picture and let the processor expand it."
             )
         images: list[Image] = []
-        row_of_token = rows.tolist()
+        positions = on_device(columns, device)
         start = ordinal = 0
-        for count, positions in zip(tokens_per_image, columns.split(list(tokens_per_image)), strict=True):
-            row, last = row_of_token[start], row_of_token[start + count - 1]
+        for count in tokens_per_image:
+            here = slice(start, start + count)
+            row, last = int(rows[start]), int(rows[start + count - 1])
             if row != last:
                 raise UsageError(
                     f"image tokens do not match the pictures: picture {len(images)} makes {count} tokens, but they would "
                     f"be spread over samples {row} and {last}; each sample needs the placeholders of its own pictures."
                 )
             ordinal = ordinal + 1 if images and images[-1].sample == row else 0
-            images.append(Image(row, ordinal, positions))
+            images.append(Image(row, ordinal, columns[here], positions[here]))
             start += count
-        return Layout(tuple(images), real)
+        return Layout(tuple(images), on_device(real, device), tuple(real.sum(axis=1).tolist()))
 
-    def without(self, dropped: Tensor) -> Layout:
-        """The same pictures without the tokens at some positions `[batch, sequence]` (bool)."""
-        images = (
-            Image(image.sample, image.ordinal, image.positions[~dropped[image.sample, image.positions]])
-            for image in self.images
-        )
-        return Layout(tuple(images), self.real)
+    def without(self, dropped: Bools) -> Layout:
+        """The same pictures without the tokens at some places `[batch, sequence]`."""
+        images = []
+        for image in self.images:
+            places = image.places[~dropped[image.sample, image.places]]
+            images.append(Image(image.sample, image.ordinal, places, on_device(places, image.positions.device)))
+        return Layout(tuple(images), self.real, self.counts)
+
+    @property
+    def behind(self) -> dict[int, int]:
+        """Of every row with a picture, the first place behind its last picture."""
+        return {image.sample: int(image.places[-1]) + 1 for image in self.images}
+
+
+def on_host(x: Tensor) -> np.ndarray[Any, Any]:
+    """A tensor's values. Waits for the device: the only such place on the way of a prompt through a model."""
+    return np.asarray(x.detach().cpu())
+
+
+def on_device(x: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """A copy on the device, without waiting for it."""
+    return torch.from_numpy(x.copy()).to(device, non_blocking=True)
 
 
 def group_by_size(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -16,6 +17,7 @@ from vlmprune.attention import rows_attention
 from vlmprune.cache import PrunedLayer
 from vlmprune.errors import UsageError
 from vlmprune.kernels.attention_mass import attention_rows
+from vlmprune.layout import on_device, on_host
 from vlmprune.reduction import Reduction
 from vlmprune.run import Call, Projections
 from vlmprune.tower import RowMemory
@@ -77,7 +79,7 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
     assert call.layout is not None
     images = [call.layout.images[part.image] for part in group]
     position = torch.stack([part.index for part in group])  # [image, visual]
-    samples = torch.tensor([image.sample for image in images], device=position.device)
+    samples = on_device(np.array([image.sample for image in images]), position.device)
     places = torch.stack([image.positions[part.index] for image, part in zip(images, group, strict=True)])
     here = places if call.reduction is None else call.reduction.places(samples, places)  # rows of `hidden`
 
@@ -118,6 +120,10 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
     def seen() -> Projections:
         return call.projections[layer - 1]
 
+    def ids() -> Tensor:
+        assert call.prompt is not None
+        return on_device(call.prompt.ids, position.device)
+
     def embeddings() -> Tensor:
         assert call.embeddings is not None
         return call.embeddings
@@ -129,7 +135,7 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
         "features": lambda: rows(hidden, here),
         "text_features": lambda: words(hidden, text()),
         "text_valid": lambda: text_after_pictures(call).valid[samples],
-        "text_ids": lambda: words(call.ids[..., None], text_after_pictures(call).rows)[..., 0],  # type: ignore[index]
+        "text_ids": lambda: words(ids()[..., None], text_after_pictures(call).rows)[..., 0],
         "normed_features": lambda: tools.norm(rows(hidden, here)),
         "normed_text_features": lambda: tools.norm(words(hidden, text())),
         "embeddings": lambda: rows(embeddings(), torch.stack([image.positions for image in images])),
@@ -152,7 +158,7 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
     for name in needs & FROM_TOWER:
         known = torch.stack([call.tower[part.image][name][part.index.to(hidden.device)] for part in group])
         probes[name] = known.transpose(1, 2) if name.startswith("attention") else known  # [image, head, visual]
-    side = int(call.tower[group[0].image]["side"][0]) if "cell" in needs else 0
+    side = int(call.views[group[0].image][:, 1].max()) if call.views else 0
     return View(layer, group[0].original, position, probes, group[0].entered, side)
 
 
@@ -162,7 +168,7 @@ def rows_now(call: Call, image: int, index: Tensor) -> Tensor:
     picture = call.layout.images[image]
     places = picture.positions[index][None]
     if call.reduction is not None:
-        places = call.reduction.places(torch.tensor([picture.sample], device=places.device), places)
+        places = call.reduction.places(on_device(np.array([picture.sample]), places.device), places)
     return places[0]
 
 
@@ -193,15 +199,11 @@ def see_attention(
 def recall_tower(call: Call, memory: RowMemory, embeddings: Tensor) -> None:
     """Fetch what the vision tower knew of every picture of a call, by what enters the language model."""
     assert call.layout is not None
-    for image in call.layout.images:
-        features = embeddings[image.sample, image.positions.to(embeddings.device)]
-        there = ~features[:, 0].isnan()  # the rest was dropped inside the tower
-        call.tower.append(
-            {
-                name: value.new_full((len(features), *value.shape[1:]), -1).index_put((there,), value)
-                for name, value in memory.recall(features[there]).items()
-            }
-        )
+    images = call.layout.images
+    call.tower = memory.recall([embeddings[image.sample, image.positions.to(embeddings.device)] for image in images])
+    if images and "view" in call.tower[0]:
+        known = on_host(torch.cat([torch.stack((tower["view"], tower["side"]), dim=1) for tower in call.tower]))
+        call.views = np.split(known, np.cumsum(list(map(len, images)))[:-1])
 
 
 def attention_ahead(
@@ -249,20 +251,18 @@ def text_after_pictures(call: Call) -> Reduction:
     """
     if call.text is None:
         assert call.layout is not None
-        assert call.prompt_end is not None
-        last = torch.full_like(call.prompt_end, call.sequence)
-        for image in call.layout.images:
-            last[image.sample] = image.positions[-1]
-        place = torch.arange(call.sequence, device=last.device)
-        text = call.layout.real & (place > last[:, None]) & (place <= call.prompt_end[:, None])
+        assert call.prompt is not None
+        behind = call.layout.behind
+        begin = np.array([behind.get(sample, call.sequence) for sample in range(call.batch)])
+        text = call.prompt.asked & (np.arange(call.sequence) >= begin[:, None])
         if call.newlines is not None:  # the last row separator stands behind the last visual token
             text &= ~call.newlines
-        pictured = sorted({image.sample for image in call.layout.images})
-        if not bool(text[pictured].any(dim=1).all()):
+        counts = text.sum(axis=1).tolist()
+        if not all(counts[sample] for sample in behind):
             raise UsageError(
                 "the method weighs the text after the picture, but a prompt ends with its picture: put the question behind it."
             )
-        call.text = Reduction.keeping(text)
+        call.text = Reduction.keeping(on_device(text, call.layout.real.device), counts)
     return call.text
 
 
@@ -276,9 +276,6 @@ def in_shortened(call: Call, rows: Tensor) -> Tensor:
 
 def identity(call: Call, sample: int, ordinal: int) -> int:
     """Equal for equal prompts, whatever the batch, the padding, or candidates of assisted decoding."""
-    assert call.ids is not None
-    assert call.layout is not None
-    assert call.prompt_end is not None
-    end = int(call.prompt_end[sample]) + 1
-    ids = call.ids[sample, :end][call.layout.real[sample, :end]]
+    assert call.prompt is not None
+    ids = call.prompt.ids[sample][call.prompt.asked[sample]]
     return int.from_bytes(blake2b(f"{ordinal}/{ids.tolist()}".encode(), digest_size=8).digest(), "little")

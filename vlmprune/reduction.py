@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vlmprune.kernels.gather_tokens import gather_tokens
+from vlmprune.layout import on_host
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +30,15 @@ class Reduction:
     dense: bool
 
     @staticmethod
-    def keeping(alive: Tensor) -> Reduction:
-        """Keep the True positions of `alive` `[batch, sequence]`."""
-        counts = alive.sum(dim=1)
-        fewest, most = torch.stack((counts.min(), counts.max())).tolist()
+    def keeping(alive: Tensor, counts: Sequence[int] | None = None) -> Reduction:
+        """Keep the True positions of `alive` `[batch, sequence]`.
+
+        Args:
+            alive: bool.
+            counts: how many there are in each row. Without them they are counted, which waits for the device.
+        """
+        counts = on_host(alive.sum(dim=1)).tolist() if counts is None else counts
+        fewest, most = min(counts), max(counts)
         # A stable sort puts the dead first and leaves the living in order, at the right end.
         rows = alive.to(torch.int8).argsort(dim=1, stable=True)[:, alive.shape[1] - most :]
         return Reduction(rows, alive.gather(1, rows), fewest == most)

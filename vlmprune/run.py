@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmprune.cost import DecoderShape
 from vlmprune.errors import UsageError
-from vlmprune.layout import Layout
+from vlmprune.layout import Bools, Layout, Prompt
 from vlmprune.reduction import Reduction
 from vlmprune.schedule import Budget, Site, Stage
 
@@ -181,14 +181,18 @@ class Call:
             cache).
         asked: tokens at the end whose logits were asked for, or 0.
         layout: where visual tokens are; None if this call prunes nothing.
-        ids: `[batch, sequence]` input ids.
+        prompt: the call's tokens, on the host.
         mask: 2-D attention mask over all tokens so far, or None.
         past: tokens in the cache before this call.
+        prompt_end: `[batch]` place of the prompt's last token.
         remaining: per picture, indices that are still there.
         entered: per picture, how many of its tokens entered the language model.
-        newlines: `[batch, sequence]` bool, row separators among the image placeholders; None if there are none.
+        newlines: `[batch, sequence]` row separators among the image placeholders, on the host; None if there are none.
         alive: `[batch, sequence]` bool, what was not dropped yet.
+        counts: of each row, how many tokens that is, on the host.
         tower: per picture, what the vision tower knew of each token, `[visual, …]` by probe.
+        views: per picture `[visual, 2]`, number and side of the view each token belongs to, −1 where it was dropped inside the
+            tower, on the host; empty where nobody asks or the tower has no views.
         reduction: what the current layer computes; None while nothing was dropped.
         embeddings: `[batch, sequence, dim]` what entered the language model, where a method looks back at it.
         attention: per decoder layer, `[batch, head, key]` attention of the last prompt token to this call's rows.
@@ -204,7 +208,6 @@ class Call:
         autocast: whether the model was called inside `torch.autocast`, and its dtype.
         replayed: the choices are those of an earlier run of the same prompt.
         every_row: all rows of a turn that cuts nothing.
-        placeholders: `[batch, sequence]` bool, the prompt's image placeholders.
         steps: what redistribution carries.
         uncached: per layer, what redistribution marked, where there is no cache to keep it.
         resumed: `uncached` is that of an earlier run of the same prompt.
@@ -213,7 +216,7 @@ class Call:
     tail: int = 0
     asked: int = 0
     layout: Layout | None = None
-    ids: Tensor | None = None
+    prompt: Prompt | None = None
     mask: Tensor | None = None
     past: int = 0
     batch: int = 0
@@ -221,9 +224,11 @@ class Call:
     prompt_end: Tensor | None = None
     remaining: list[Tensor] = field(default_factory=list)
     entered: list[int] = field(default_factory=list)
-    newlines: Tensor | None = None
+    newlines: Bools | None = None
     alive: Tensor | None = None
+    counts: list[int] = field(default_factory=list)
     tower: list[dict[str, Tensor]] = field(default_factory=list)
+    views: list[Any] = field(default_factory=list)
     reduction: Reduction | None = None
     embeddings: Tensor | None = None
     attention: dict[int, Tensor] = field(default_factory=dict)
@@ -237,7 +242,6 @@ class Call:
     autocast: tuple[bool, Any] = (False, None)
     replayed: bool = False
     every_row: Reduction | None = None
-    placeholders: Tensor | None = None
     steps: Steps = field(default_factory=Steps)
     uncached: dict[int, Any] = field(default_factory=dict)
     resumed: bool = False

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from vlmprune.attention import pruned_mask
 from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, marked_layer
 from vlmprune.errors import UsageError
 from vlmprune.kernels.grouped_attention import column_means, grouped_attention, scored_attention
+from vlmprune.layout import on_device
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, Picture, Redistributor, Scene, ScoreEditor
 from vlmprune.probes import prompt_end, rows_now
 from vlmprune.recipe import Recipe
@@ -126,15 +128,14 @@ class Steering:
         if self._last_blind < 0 or call.past or call.resumed:
             return
         assert call.layout is not None
-        assert call.prompt_end is not None
-        assert call.placeholders is not None
-        place = torch.arange(call.sequence, device=call.layout.real.device)
-        text = call.layout.real & (place <= call.prompt_end[:, None]) & ~call.placeholders
-        if not bool(text.any(dim=1).all()):
+        assert call.prompt is not None
+        text = call.prompt.asked & ~call.prompt.visual
+        counts = text.sum(axis=1).tolist()
+        if not all(counts):
             raise UsageError(
                 "vhr compares with the prompt without its picture, but a prompt is only a picture: add a question."
             )
-        words = Reduction.keeping(text)
+        words = Reduction.keeping(on_device(text, call.layout.real.device), counts)
         hidden = words.gather(embeddings)
         slots = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
         valid = words.valid.to(hidden.device)
@@ -151,8 +152,7 @@ class Steering:
             "use_cache": False,
             TUNNEL: (alone := Call(steps=Steps(of_blind=True))),
         }
-        pictured = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
-        pictured[[image.sample for image in call.layout.images]] = True
+        pictured = on_device(np.asarray(call.prompt.visual.any(axis=1)), hidden.device)
         call.steps.blind = alone.steps.blind = Blind(hidden, kwargs, pictured)
 
     def enter_layer(self, index: int, call: Call, hidden: Tensor, cache: Any) -> None:
@@ -295,7 +295,8 @@ class Steering:
             heads = max(before.codes.shape[1], codes.shape[1])
             earlier = before.padded(past).to(codes.device)
             codes = torch.cat((earlier.expand(-1, heads, -1), codes.expand(-1, heads, -1)), dim=2)
-        idle = not bool(codes.any())
+        # Known without waiting on a CPU only; elsewhere factors of 1 leave every number as it was.
+        idle = codes.device.type == "cpu" and not bool(codes.any())
         entered.holder.marks = Marks(self._names[method.name], codes, anchor=anchor, idle=idle)
 
     # -- scaling heads ---------------------------------------------------------------------------------------------------
@@ -368,14 +369,17 @@ def _find_rows(call: Call, method: Redistributor, batch: int, tokens: int, devic
         return Reduction(rows, torch.ones_like(rows, dtype=torch.bool), True)
     if method.rows == "all":
         return None
-    assert call.prompt_end is not None
-    begin = call.prompt_end.clone()
+    assert call.prompt is not None
+    begin = call.prompt.end
     if method.rows == "behind":
-        begin.fill_(call.sequence)  # a prompt without a picture has nothing behind it
-        for image in call.layout.images:
-            begin[image.sample] = int(image.positions[-1]) + 1
-    place = torch.arange(call.sequence, device=begin.device)
-    edited = Reduction.keeping(_computed(call, call.layout.real & (place >= begin[:, None])))
+        behind = call.layout.behind
+        begin = np.array([behind.get(sample, call.sequence) for sample in range(call.batch)])  # without a picture: nothing
+    wanted_rows = call.prompt.real & (np.arange(call.sequence) >= begin[:, None])
+    if call.newlines is not None and call.record is not None and not call.record.newlines_kept:
+        wanted_rows &= ~call.newlines  # the last row separator stands behind the last visual token
+    edited = Reduction.keeping(
+        _computed(call, on_device(wanted_rows, call.layout.real.device)), wanted_rows.sum(axis=1).tolist()
+    )
     return Reduction(edited.rows.to(device), edited.valid.to(device), edited.dense)
 
 

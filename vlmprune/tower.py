@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vlmprune.errors import UsageError
 from vlmprune.kernels.attention_mass import attention_mass
+from vlmprune.layout import on_host
 from vlmprune.methods.base import Block, TowerPruner, TowerState
 from vlmprune.reduction import Reduction
 from vlmprune.schedule import Budget
@@ -216,26 +217,34 @@ class RowMemory:
             passes.append(earlier)
         self._passes = tuple(passes)
 
-    def recall(self, features: Tensor) -> dict[str, Tensor]:
-        """What is known of `features` `[row, dim]`, one row each.
+    def recall(self, pictures: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """What is known of the features `[row, dim]` of each picture, one row each; −1 for rows of NaN, which were dropped.
 
         Raises:
             UsageError: they did not come from the wrapped model's tower.
         """
-        wanted = row_names(features)
-        again = _repetition(wanted)
+        wanted, there = [row_names(features) for features in pictures], [~features[:, 0].isnan() for features in pictures]
+        found: dict[int, dict[str, Tensor]] = {}
         for names, order, known in self._passes:
-            names = names.to(wanted.device)
-            place = torch.searchsorted(names, wanted).clamp_(max=len(names) - 1)
-            if bool((names[place] == wanted).all()):
-                twin = (place + again).clamp_(max=len(names) - 1)  # of views that look alike, each its own
-                place = torch.where(names[twin] == wanted, twin, place)
-                rows = order.to(wanted.device)[place]
-                return {name: value[rows.to(value.device)].to(wanted.device) for name, value in known.items()}
-        raise UsageError(
-            "what the vision tower saw of a picture is unknown: its features were computed before the model was wrapped, or "
-            "long ago; pass pixel_values instead of encoded features."
-        )
+            left = [number for number in range(len(pictures)) if number not in found]
+            if not left:
+                break
+            names = names.to(wanted[0].device)
+            places = {number: torch.searchsorted(names, wanted[number]).clamp_(max=len(names) - 1) for number in left}
+            hits = [((names[place] == wanted[number]) | ~there[number]).all() for number, place in places.items()]
+            for number, hit in zip(left, on_host(torch.stack(hits)), strict=True):
+                if hit:
+                    # Of views that look alike, each its own.
+                    twin = (places[number] + _repetition(wanted[number])).clamp_(max=len(names) - 1)
+                    place = torch.where(names[twin] == wanted[number], twin, places[number])
+                    rows = order.to(place.device)[place]
+                    found[number] = {name: _taken(value, rows, there[number]) for name, value in known.items()}
+        if len(found) < len(pictures):
+            raise UsageError(
+                "what the vision tower saw of a picture is unknown: its features were computed before the model was wrapped, "
+                "or long ago; pass pixel_values instead of encoded features."
+            )
+        return [found[number] for number in range(len(pictures))]
 
     def clear(self) -> None:
         self._passes = ()
@@ -246,6 +255,12 @@ def row_names(features: Tensor) -> Tensor:
     bits = features[:, :NAMED_BY].detach().contiguous()
     bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]).long()
     return (bits * _multipliers(bits.shape[1]).to(bits.device)).sum(dim=1)  # wraps, which is as good
+
+
+def _taken(value: Tensor, rows: Tensor, there: Tensor) -> Tensor:
+    """Rows of `[known, …]`, −1 where they are not there; on the device of `rows`."""
+    taken = value[rows.to(value.device)].to(rows.device)
+    return torch.where(there.view(-1, *[1] * (taken.ndim - 1)), taken, -1)
 
 
 def _repetition(names: Tensor) -> Tensor:

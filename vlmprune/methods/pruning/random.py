@@ -43,7 +43,7 @@ class Random(Pruner):
 
     def select(self, see: View, keep: int) -> Tensor:
         drawn = [self._draw(identity, see.layer, see.visual)[:keep].sort().values for identity in see.identity]
-        return torch.stack(drawn).to(see.position.device)
+        return torch.stack(drawn).to(see.position.device, non_blocking=True)
 
     def _draw(self, identity: int, layer: int, visual: int) -> Tensor:
         digest = hashlib.blake2b(f"{self.seed}/{layer}/{identity}".encode(), digest_size=8).digest()

@@ -63,9 +63,9 @@ class VisionZip(Pruner):
             return Choice(dominant)
         rest = others(dominant, see.visual)  # [image, R]
         stride = max(1, rest.shape[1] // merged)
-        is_target = torch.zeros(rest.shape[1], dtype=torch.bool, device=rest.device)
-        is_target[: stride * merged : stride] = True
-        targets, joining = rest[:, is_target], rest[:, ~is_target]
+        split = stride * merged
+        targets = rest[:, :split:stride]
+        joining = torch.cat((rest[:, :split].unflatten(1, (merged, stride))[:, :, 1:].flatten(1), rest[:, split:]), dim=1)
         zipped = _join(see.tower_keys, see.tower_features, targets, joining)
         index, order = torch.cat((dominant, targets), dim=1).sort(dim=1)
         features = torch.cat((rows(see.features, dominant), see.project(zipped)), dim=1)
