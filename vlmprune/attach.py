@@ -342,7 +342,7 @@ class Run:
             # transformers casts features to the dtype of the words they are put among, and so must their names
             among = self._text.get_input_embeddings().weight.dtype
             self._memory.remember(features.flatten(0, -2).to(among), tower.known(features, args[0]))
-        if tower.pruner is not None and tower.cuts and bool(features.isnan().any()):
+        if tower.pruner is not None and tower.cuts and on_host(features.isnan().any()):
             raise UsageError(
                 "the vision tower made NaN of a picture, which would pass for dropped patches: look at the pixel values, or "
                 "load the tower in a dtype with more range (bfloat16, float32)."
@@ -470,7 +470,7 @@ class Run:
         inside = self._tower_cut is not None and self._tower_cut.stage.site == "vision"
         if self.enabled or not inside or call is None or call.past or embeddings is None:
             return
-        if bool(embeddings[..., 0].isnan().any()):
+        if on_host(embeddings[..., 0].isnan().any()):
             raise UsageError(
                 f"the pictures were encoded while {self.recipe} dropped patches of them inside the vision tower, and "
                 "run.enabled is False now: encode them again."
@@ -767,7 +767,7 @@ def _every_row(call: Call, hidden: Tensor) -> Reduction:
         batch, sequence = hidden.shape[:2]
         rows = torch.arange(sequence, device=hidden.device).expand(batch, sequence)
         valid = real_tokens(call.mask, batch, sequence, hidden.device)
-        call.every_row = Reduction(rows, valid, call.mask is None or bool(valid.all()))
+        call.every_row = Reduction(rows, valid, call.mask is None or bool(on_host(valid.all())))
     return call.every_row
 
 

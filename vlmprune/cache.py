@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from vlmprune.errors import UsageError
+from vlmprune.layout import on_host
 from vlmprune.reduction import Reduction
 
 
@@ -154,7 +155,7 @@ class PrunedLayer(MarkedLayer):
             batch, device = layer.keys.shape[0], layer.keys.device
             slots = torch.arange(length, device=device).expand(batch, length)
             valid = torch.ones_like(slots, dtype=torch.bool) if real is None else real[:, :length].to(device, torch.bool)
-            pruned._set_prefix(slots, valid, bool(valid.all()), length)
+            pruned._set_prefix(slots, valid, real is None or bool(on_host(valid.all())), length)
         return pruned
 
     def _set_prefix(self, slots: Tensor, valid: Tensor, dense: bool, logical: int) -> None:
@@ -233,7 +234,7 @@ class PrunedLayer(MarkedLayer):
         if remove and self.slots is not None and self.valid is not None and from_prefix > 0:
             kept = self.slots.shape[1] - from_prefix
             expected = torch.arange(self.logical_prefix - from_prefix, self.logical_prefix, device=self.slots.device)
-            if kept < 0 or not bool((self.slots[:, kept:] == expected).all() & self.valid[:, kept:].all()):
+            if kept < 0 or not on_host((self.slots[:, kept:] == expected).all() & self.valid[:, kept:].all()):
                 raise UsageError(
                     f"cannot crop {remove} tokens: the cut would reach a part of the prompt whose visual tokens were "
                     "pruned; crop less, or start the conversation anew."

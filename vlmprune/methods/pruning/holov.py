@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vlmprune.layout import on_device
 from vlmprune.methods.base import Pruner, alive_top, top
 from vlmprune.schedule import at
 from vlmprune.view import View
@@ -37,13 +39,13 @@ class HoloV(Pruner):
     def select(self, see: View, keep: int) -> Tensor:
         attention = see.attention_from_cls.float().mean(dim=1)  # [image, visual]
         runs = min(RUNS, see.visual)
-        sizes = torch.tensor([see.visual // runs + (run < see.visual % runs) for run in range(runs)], device=attention.device)
-        pieces = zip(attention.split(sizes.tolist(), dim=1), see.features.split(sizes.tolist(), dim=1), strict=True)
+        sizes = [see.visual // runs + (run < see.visual % runs) for run in range(runs)]
+        pieces = zip(attention.split(sizes, dim=1), see.features.split(sizes, dim=1), strict=True)
         score = torch.stack([_score(piece, features.float()) for piece, features in pieces], dim=1)  # [image, run]
         quotas = _quotas(score, sizes, keep)
         kept = [
             alive_top(piece, quota, None)
-            for piece, quota in zip(attention.split(sizes.tolist(), dim=1), quotas.unbind(dim=1), strict=True)
+            for piece, quota in zip(attention.split(sizes, dim=1), quotas.unbind(dim=1), strict=True)
         ]
         return top(torch.cat(kept, dim=1), keep)
 
@@ -61,12 +63,14 @@ def _score(attention: Tensor, features: Tensor) -> Tensor:
     return (salience + 0.09 * variance * scale).mean(dim=-1)
 
 
-def _quotas(score: Tensor, sizes: Tensor, keep: int) -> Tensor:
-    """`[image, run]` tokens of each run, exactly `keep` in all."""
-    quotas = (score / (score.sum(dim=-1, keepdim=True) + 1e-6) * keep).floor().long().minimum(sizes)
+def _quotas(score: Tensor, sizes: list[int], keep: int) -> Tensor:
+    """`[image, run]` tokens of each run, exactly `keep` in all: shares cut off, then one more each in the order of scores, round
+    after round, where there is room."""
+    size = on_device(np.array(sizes), score.device).expand_as(score)
+    quotas = (score / (score.sum(dim=-1, keepdim=True) + 1e-6) * keep).floor().long().minimum(size)
+    missing = keep - quotas.sum(dim=-1)
     best = score.argsort(dim=-1, descending=True, stable=True)
-    while bool(((missing := keep - quotas.sum(dim=-1, keepdim=True)) > 0).any()):
-        room = (quotas < sizes).gather(1, best)  # in the order of scores
-        more = room & (room.cumsum(dim=-1) <= missing)
-        quotas = quotas + torch.zeros_like(quotas).scatter(1, best, more.long())
-    return quotas
+    turn = torch.arange(max(sizes), device=score.device)[:, None]
+    room = (quotas.gather(1, best)[:, None] + turn < size.gather(1, best)[:, None]).flatten(1)  # [image, round × run]
+    more = (room & (room.cumsum(dim=-1) <= missing[:, None])).unflatten(1, (-1, len(sizes))).sum(dim=1)
+    return quotas.scatter_add(1, best, more)

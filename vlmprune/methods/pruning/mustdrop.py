@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmprune.errors import UsageError
+from vlmprune.layout import on_device, on_host
 from vlmprune.methods.base import Choice, TowerPruner, TowerState, alive_top, top
 from vlmprune.schedule import Budget, Schedule, Stage, stages
 from vlmprune.view import Facts, View
@@ -135,7 +136,7 @@ class MustDrop(TowerPruner):
             attention.amax(dim=1) < self.individual_threshold
         )
         best = torch.zeros_like(key_set).scatter(1, top(wanted, keep), True)  # never more than the budget
-        return Choice([row.nonzero()[:, 0] for row in (key_set | ~weak) & best])
+        return Choice([on_device(row.nonzero()[0], best.device) for row in on_host((key_set | ~weak) & best)])
 
 
 def _windows(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
