@@ -77,7 +77,7 @@ def build(variant: Variant, target: int) -> Build:
         variant.kernel,
         {name: "constexpr" if name in variant.constants else variant.signature[name] for name in names},
         {(names.index(name),): value for name, value in variant.constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},  # type: ignore[arg-type]
+        {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     compiled: Any = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
@@ -115,9 +115,9 @@ def markdown(builds: list[Build]) -> str:
     lines = [
         "# Compiled kernels",
         "",
-        f"Written by `{COMMAND}` with Triton {triton.__version__}; tests/kernels/test_compiled.py compares the cases. Registers,",
-        "spill and stack (bytes) are one thread's, shared memory (bytes) is one program's. It shows that nothing spills, not how",
-        "fast a kernel is.",
+        f"Written by `{COMMAND}` with Triton {triton.__version__};",
+        "tests/kernels/test_compiled.py compares the cases. Registers, spill and stack (bytes) are one thread's, shared memory (bytes)",
+        "is one program's. It shows that nothing spills, not how fast a kernel is.",
         "",
         "| op | case | target | warps | registers | spill | stack | shared |",
         "|---|---|---|---:|---:|---:|---:|---:|",

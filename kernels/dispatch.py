@@ -1,10 +1,10 @@
 """One argument chooses an implementation; nothing falls back in silence.
 
-impl           CPU tensors                                             CUDA tensors
-"reference"    torch                                                   torch
-"auto"         torch, also in the interpreter                          the kernel; torch for float64, since kernels compute in fp32
-"triton"       the kernel in Triton's interpreter, for tests, if       the kernel
-               TRITON_INTERPRET=1 is set; otherwise refused
+impl           CPU tensors                                    CUDA tensors
+"reference"    torch                                          torch
+"auto"         torch, also in the interpreter                 the kernel; torch for float64: kernels compute in fp32
+"triton"       the kernel, in Triton's interpreter, if        the kernel
+               TRITON_INTERPRET=1 (for tests); else refused
 
 Whatever a kernel cannot do is refused with the argument's name. Checks read shapes, dtypes and devices only: a GPU never waits.
 Kernels know no gradients: what an op returns from one is detached, unless the op's docstring says otherwise.

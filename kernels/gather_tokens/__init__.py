@@ -1,8 +1,8 @@
 """Surviving tokens moved to compact buffers: hidden states, rotary embeddings, keys and values.
 
-Moved at least: the kept rows read once and written once, `2 · batch · … · kept · dim` numbers, and the indices; no FLOPs. The figure
-to measure against is the bandwidth of a copy on the same machine. On an H200 (4.8 TB/s), keys and values of 28 layers, 8 heads of
-size 128, 640 tokens kept, bf16: 2 · 28 · 2 · 8 · 640 · 128 · 2 bytes = 147 MB, 31 µs.
+Moved at least: the kept rows read once and written once, `2 · batch · … · kept · dim` numbers, and the indices; no FLOPs. The
+figure to measure against is the bandwidth of a copy on the same machine. On an H200 (4.8 TB/s), keys and values of 28 layers,
+8 heads of size 128, 640 tokens kept, bf16: 2 · 28 · 2 · 8 · 640 · 128 · 2 bytes = 147 MB, 31 µs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ __all__ = ["cost", "cost_of_all", "gather_all", "gather_tokens"]
 def gather_tokens(x: Tensor, rows: Tensor, valid: Tensor | None = None, impl: Impl = "auto") -> Tensor:
     """`[batch, …, kept, dim]`, see `reference.gather_tokens`. Any dtype, differentiable in every implementation.
 
-    An index outside `x` is an error of the torch reference and a row of NaN from the kernel; under padding it may be anything for
-    the kernel.
+    An index outside `x` is an error of the torch reference and a row of NaN from the kernel.
 
     Raises:
         UsageError: shapes or dtypes that do not fit; an implementation that cannot run.

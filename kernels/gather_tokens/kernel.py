@@ -1,7 +1,7 @@
 """Rows of several tensors moved in one launch, as words of the widest kind that all addresses and strides allow.
 
-A program moves a tile of ROWS kept tokens by COLUMNS words of one head of one sample. Nothing is computed with the words, so that
-every dtype is alike. An index outside the tensor reads nothing: its row becomes all ones, which is NaN in every float format.
+A program moves a tile of ROWS kept tokens by COLUMNS words of one head of one sample. Nothing is computed with the words, so
+that every dtype is alike. An index outside the tensor reads nothing: its row becomes all ones, which is NaN in every float format.
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ def _move(
 
 
 @triton.jit(
-    do_not_specialize=["batch_stride", "head_stride", "token_stride", "heads", "units", "tokens", "rows_batch", "rows_step"]
-    + ["source", "target", "valid_batch", "valid_step", "kept"]
+    do_not_specialize=[
+        *("source", "target", "batch_stride", "head_stride", "token_stride", "heads", "units", "tokens"),
+        *("rows_batch", "rows_step", "valid_batch", "valid_step", "kept"),
+    ]
 )
 def _gather_one(
     source,
@@ -229,7 +231,7 @@ class _Gather(torch.autograd.Function):
         return tuple(_gathered(tensors, rows, valid))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, valid = ctx.saved_tensors
         batch, kept = rows.shape
         found: list[Tensor | None] = []

@@ -3,13 +3,13 @@
     max |kernel − exact|  ≤  2 · max |torch − exact|  +  ROUNDINGS · 2⁻²⁴ · max |exact|
 
 `exact` is the reference in fp64 on the very same numbers, `torch` the reference in the precision of the inputs (it computes in
-fp32). Both compute the same sums in fp32, in another order, so that their errors are draws from one distribution; twice the largest
-of torch's leaves room for the largest of ours.
+fp32). Both compute the same sums in fp32, in another order, so that their errors are draws from one distribution; twice the
+largest of torch's leaves room for the largest of ours.
 
-The second term is there for torch's luck: with one key, or in one block, torch can be exact where a kernel cannot. A kernel rounds
-a result at most ROUNDINGS times more often than torch: the exponential of a block's maximum less the row's, its product with the
-block's sum, the exponential itself (2 units in the last place on a GPU), the division, each half a unit 2⁻²⁴ or one unit 2⁻²³ of a
-number no larger than the largest result: 1 + 1 + 4 + 2 = 8. For a sum of many results the bound holds with their largest sum.
+The second term is there for torch's luck: with one key, or in one block, torch can be exact where a kernel cannot. A kernel
+rounds a result at most ROUNDINGS times more often than torch: the exponential of a block's maximum less the row's, its product
+with the block's sum, the exponential itself (2 units in the last place on a GPU), the division, each half a unit 2⁻²⁴ or one
+unit 2⁻²³ of a number no larger than the largest result: 1 + 1 + 4 + 2 = 8. For a sum of many results it is their largest sum.
 """
 
 from __future__ import annotations
