@@ -2,8 +2,8 @@
 
     python benchmarks/prefill.py [--rounds 9] [--threads 1] [--out benchmarks/results/prefill-cpu]
 
-Both models run SDPA with and without pruning; rounds are interleaved; the pictures are encoded beforehand, so the figures are
-the language model's. Results are medians with quartiles, and the ratio is taken within rounds.
+Both models run SDPA with and without pruning; rounds are interleaved; the figures are the language model's, from the entry of the
+prompt with its encoded pictures. Results are medians with quartiles, and the ratio is taken within rounds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from vlmprune import tiny
 from vlmprune.cli import environment
-from vlmprune.evals.speed import Timing, prefill
+from vlmprune.evals.bench import UNPRUNED, Measured, measure
 from vlmprune.tiny.scenes import make_scene
 
 TOKENS = 64
@@ -65,15 +65,14 @@ def tiny_with_question() -> tuple[Any, dict[str, Any]]:
     return model, dict(processor(images=scene.image, text=tiny.prompt(scene.questions[0].text), return_tensors="pt"))
 
 
-def table(results: dict[str, tuple[str, list[Timing]]]) -> str:
+def table(results: dict[str, list[Measured]]) -> str:
     lines = ["| model | recipe | prefill ms (quartiles) | faster | FLOPs ratio | KV KiB |", "|---|---|---:|---:|---:|---:|"]
-    for name, (_, timings) in results.items():
-        for timing in timings:
-            low, high = timing.quartiles
-            recipe = timing.recipe if timing.recipe == "un-pruned" else f"`{timing.recipe}`"
+    for name, rows in results.items():
+        for row in rows:
+            time, recipe = row.times["prefill"], row.recipe if row.recipe == UNPRUNED else f"`{row.recipe}`"
             lines.append(
-                f"| {name} | {recipe} | {timing.ms:.1f} ({low:.1f}–{high:.1f}) | {timing.ratio:.2f}× | "
-                f"{1 / timing.flops:.2f}× | {timing.kv_bytes / 1024:.0f} |"
+                f"| {name} | {recipe} | {time.ms:.1f} ({time.low:.1f}–{time.high:.1f}) | {row.faster['prefill'].times:.2f}× | "
+                f"{row.ideal_prefill:.2f}× | {row.kv_bytes / 1024:.0f} |"
             )
     return "\n".join(lines)
 
@@ -84,14 +83,14 @@ def main(
     out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = Path("benchmarks/results/prefill-cpu"),
 ) -> None:
     torch.set_num_threads(threads)
-    results: dict[str, tuple[str, list[Timing]]] = {}
+    results: dict[str, list[Measured]] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for name, build in (("embedded VLM", tiny_with_question), ("LLaVA-shaped, random", llava_shaped)):
             model, inputs = build()
             task = progress.add_task(name, total=(rounds + 1) * (len(RECIPES) + 1))
             parameters = sum(weight.numel() for weight in model.parameters())
-            timings = prefill(model, inputs, RECIPES, rounds, lambda task=task: progress.advance(task))
-            results[f"{name}, {parameters / 1e6:.0f} M"] = (model.config.text_config._attn_implementation, timings)
+            rows = measure(model, inputs, RECIPES, rounds, 1, lambda task=task: progress.advance(task))
+            results[f"{name}, {parameters / 1e6:.0f} M"] = rows
     out.parent.mkdir(parents=True, exist_ok=True)
     stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     command = f"python benchmarks/prefill.py --rounds {rounds} --threads {threads}"
@@ -99,10 +98,7 @@ def main(
         "date": stamp,
         "command": command,
         "environment": environment(),
-        "results": {
-            name: {"attention": attention, "timings": [vars(timing) for timing in timings]}
-            for name, (attention, timings) in results.items()
-        },
+        "results": {name: [row.to_dict() for row in rows] for name, rows in results.items()},
     }
     out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
     text = f"{table(results)}\n\n{stamp}, `{command}`, {environment()['torch']}, n = {rounds} rounds.\n"

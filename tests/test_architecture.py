@@ -24,12 +24,13 @@ LEVELS = [
     {"vlmprune.probes"},
     {"vlmprune.steering"},
     {"vlmprune.attach"},
-    {"vlmprune", "vlmprune.tiny"},  # the public names; the embedded model knows nothing of the library
+    # The public names; the embedded model, and models of published shapes, know nothing of the library.
+    {"vlmprune", "vlmprune.tiny", "vlmprune.evals.shapes"},
     {"vlmprune.evals", "vlmprune.demo"},
     {"vlmprune.cli"},
 ]
 MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.probes", "vlmprune.attach"}
-MAY_IMPORT_TRANSFORMERS |= {"vlmprune.recipe", "vlmprune.demo", "vlmprune.cli", "vlmprune.tiny"}
+MAY_IMPORT_TRANSFORMERS |= {"vlmprune.recipe", "vlmprune.demo", "vlmprune.cli", "vlmprune.tiny", "vlmprune.evals.shapes"}
 
 
 def room(module: str) -> str:

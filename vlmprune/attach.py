@@ -286,6 +286,7 @@ class Run:
     def _begin_tower(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         lengths = [hidden.shape[1] - 1] if self._facts.cls else kwargs["cu_seqlens"].diff().tolist()
+        self._thread.clocks = ()
         cut = self._tower_cut if self.enabled else None
         inside = cut is not None and cut.stage.site == "vision"
         self._thread.tower = TowerPass(
@@ -313,9 +314,10 @@ class Run:
     ) -> None:
         """Observer of a block of the tower."""
         tower = self._thread.tower
-        tower.see(index, query, key, value, scaling)
-        for probe in probes:
-            tower.note(probe, query, key, scaling)
+        with self._in_tower(query.device):
+            tower.see(index, query, key, value, scaling)
+            for probe in probes:
+                tower.note(probe, query, key, scaling)
 
     def _enter_block(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shorten what enters a block of the tower."""
@@ -323,20 +325,25 @@ class Run:
         if tower.pruner is None:
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if self._facts.cls:
-            hidden = tower.shorten_views(index, hidden)
-            mask = tower.mask(self._config.vision_config._attn_implementation, hidden.dtype)
-            if len(args) > 1:  # transformers hands the mask over by position
-                return (hidden, mask, *args[2:]), kwargs
-            return (hidden,), {**kwargs, "attention_mask": mask}
-        hidden = tower.shorten_packed(index, hidden)
-        return (hidden, *args[1:]), tower.packed_arguments(kwargs)
+        with self._in_tower(hidden.device):
+            if self._facts.cls:
+                hidden = tower.shorten_views(index, hidden)
+                mask = tower.mask(self._config.vision_config._attn_implementation, hidden.dtype)
+                if len(args) > 1:  # transformers hands the mask over by position
+                    return (hidden, mask, *args[2:]), kwargs
+                return (hidden,), {**kwargs, "attention_mask": mask}
+            hidden = tower.shorten_packed(index, hidden)
+            return (hidden, *args[1:]), tower.packed_arguments(kwargs)
 
     def _enter_merger(self, _: nn.Module, args: tuple[Any, ...]) -> Any:
         tower = self._thread.tower
         return None if tower.pruner is None else (tower.shorten_packed(len(self._blocks()), args[0]), *args[1:])
 
     def _leave_projector(self, _: nn.Module, args: tuple[Any, ...], features: Tensor) -> Tensor:
+        with self._in_tower(features.device):
+            return self._remember(args, features)
+
+    def _remember(self, args: tuple[Any, ...], features: Tensor) -> Tensor:
         tower = self._thread.tower
         if self._seen_in_tower and self.enabled:
             # transformers casts features to the dtype of the words they are put among, and so must their names
@@ -348,6 +355,14 @@ class Run:
                 "load the tower in a dtype with more range (bfloat16, float32)."
             )
         return tower.restore(features)
+
+    @contextmanager
+    def _in_tower(self, device: torch.device) -> Iterator[None]:
+        """Note the time that looking and shortening inside the tower takes."""
+        clock = Clock(start=Clock.now(device), what="inside the vision tower")
+        yield
+        clock.end = Clock.now(device)
+        self._thread.clocks = (*self._thread.clocks, clock)
 
     # -- attention in the language model ---------------------------------------------------------------------------------
 
@@ -365,7 +380,7 @@ class Run:
         """Observer of the attention before a cut; prefills only, and not where the choice is made already."""
         call: Call | None = kwargs.get(TUNNEL)
         if call is not None and call.layout is not None and not call.replayed:
-            with _timed(call, query.device):
+            with _timed(call, query.device, f"attention in layer {layer}"):
                 see_attention(call, layer, needs, query, key, value, attention_mask, scaling)
 
     # -- hooks, in the order of a forward pass ---------------------------------------------------------------------------
@@ -453,7 +468,8 @@ class Run:
             newlines=0 if call.newlines is None else int(call.newlines.sum()),
         )
         call.record.prefill.start = Clock.now(embeddings.device)
-        with _timed(call, embeddings.device):
+        call.record.tower, self._thread.clocks = list(self._thread.clocks), ()
+        with _timed(call, embeddings.device, "what the tower knew"):
             if self._seen_in_tower:
                 recall_tower(call, self._memory, embeddings)
             if self._needs & {"embeddings", "text_embeddings"}:
@@ -590,7 +606,7 @@ class Run:
         for number, cut in enumerate(self._cuts):
             if cut.stage.layer != index or cut.stage.site == "cache":
                 continue
-            with _timed(call, hidden.device):
+            with _timed(call, hidden.device, f"layer {index}"):
                 if cut.stage.site == "vision":
                     call.chosen[number] = _left_by_tower(call, hidden)
                     call.entered = list(map(len, call.chosen[number].remaining))
@@ -724,6 +740,7 @@ class _PerThread(local):
     """What one thread carries from call to call."""
 
     tower: TowerPass
+    clocks: tuple[Clock, ...] = ()  # of the tower, until the language model takes them
     budget: Budget | None = None  # inside `override`
     uncached: _Uncached | None = None
 
@@ -750,9 +767,9 @@ def _as_the_model(call: Call, device: torch.device, run: Callable[..., Any], *ar
 
 
 @contextmanager
-def _timed(call: Call, device: torch.device) -> Iterator[None]:
+def _timed(call: Call, device: torch.device, what: str) -> Iterator[None]:
     """Note the time that choosing takes; and let it compute in full precision, also inside `torch.autocast`."""
-    clock = Clock(start=Clock.now(device))
+    clock = Clock(start=Clock.now(device), what=what)
     call.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     with torch.autocast(device.type, enabled=False):
         yield

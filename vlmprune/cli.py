@@ -1,4 +1,4 @@
-"""The command line: `vlmprune demo | run | eval | sweep | horizon | tune | methods | sinks | view | env`."""
+"""The command line: `vlmprune demo | run | eval | sweep | bench | horizon | tune | methods | sinks | view | env`."""
 
 from __future__ import annotations
 
@@ -215,6 +215,75 @@ def sweep(
     console.print(table)
     for sentence in evals.summary(result):
         console.print(sentence, highlight=False)
+
+
+@app.command()
+def bench(
+    shape: Annotated[str, typer.Option(help="llava-1.5-7b, llava-next-7b or qwen2.5-vl-7b: random weights.")] = "llava-1.5-7b",
+    recipe: Annotated[list[str] | None, typer.Option(help="A recipe; may be repeated. Default: a few of the shape's.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Pictures at once; may be repeated. Default: 1.")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Measured rounds, after one that warms up.")] = 7,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer; 1 leaves out decoding.")] = 16,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: cuda where there is a GPU.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: bfloat16 on a GPU.")] = None,
+    reduce: Annotated[int | None, typer.Option(help="Divide widths by 1, 2, 4 or 8. Default: 1 on a GPU, else 8.")] = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Speed and memory of recipes beside the un-pruned model, on random weights of a published shape."""
+    import torch
+    from rich.progress import Progress
+
+    from vlmprune.demo import make_folder
+    from vlmprune.evals import bench as evals
+    from vlmprune.evals.shapes import shape_named
+
+    found, device = shape_named(shape), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = not device.startswith("cpu")
+    if (dtype := dtype or ("bfloat16" if on_gpu else "float32")) not in (dtypes := ("bfloat16", "float16", "float32")):
+        raise unknown("dtype", dtype, dtypes)
+    reduce = reduce or (1 if on_gpu else 8)
+    if out:
+        make_folder(out)
+    model = found.build(device, getattr(torch, dtype), reduce)
+    recipes, batches = recipe or list(found.recipes), batch or [1]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("runs", total=(rounds + 1) * (len(recipes) + 1) * len(batches))
+        rows = []
+        for size in batches:
+            inputs = found.inputs(model, size)
+            rows += evals.measure(model, inputs, recipes, rounds, new_tokens, lambda: progress.advance(task))
+    layers = model.config.text_config.num_hidden_layers
+    whole = "" if reduce == 1 else f", widths / {reduce}, {layers} layers"
+    title = f"{shape}{whole}, {found.visual} visual tokens, {dtype}, {device}"
+    numbers = {
+        "title": title,
+        "shape": shape,
+        "reduce": reduce,
+        "dtype": dtype,
+        "device": device,
+        "environment": environment(),
+        "rows": [row.to_dict() for row in rows],
+    }
+    if out:
+        (out / "bench.json").write_text(json.dumps(numbers, indent=1) + "\n")
+        (out / "bench.md").write_text(f"{title}\n\n{evals.markdown(rows)}\n")
+        evals.plot(rows, title, out / "bench.png")
+    if as_json:
+        _print_json(numbers)
+        return
+    if console.width >= 160:
+        table = Table(*(Column(name, justify="right") for name in evals.COLUMNS), title=title)
+        for row in rows:
+            table.add_row(*evals.cells(row))
+    else:  # many columns need room
+        table = Table("recipe", Column("", overflow="fold"), title=title, show_lines=True)
+        for row in rows:
+            lines = [f"[dim]{name}[/] {cell}" for name, cell in zip(evals.COLUMNS[1:], evals.cells(row)[1:], strict=True)]
+            table.add_row(row.recipe, "   ".join(lines).replace("[/]", "[/dim]"))
+    console.print(table)
+    for sentence in evals.overheads(rows):
+        console.print(f"Our own work, {sentence} of TTFT", markup=False, highlight=False)
 
 
 @app.command()

@@ -21,10 +21,15 @@ TUNNEL = "vlmprune"
 
 @dataclass(eq=False)
 class Clock:
-    """Elapsed time on the device the work runs on: GPU events are read only when somebody asks."""
+    """Elapsed time on the device the work runs on: GPU events are read only when somebody asks.
+
+    Attributes:
+        what: what was timed, in a reader's words.
+    """
 
     start: Any = None
     end: Any = None
+    what: str = ""
 
     @staticmethod
     def now(device: torch.device) -> Any:
@@ -116,6 +121,7 @@ class Prefill:
         steered: what redistribution did, per layer.
         itemsize: bytes per number.
         prefill, selection: time in the language model, and in deciding and shortening within it.
+        tower: time in looking and shortening inside the vision tower, before the language model.
     """
 
     batch: int
@@ -135,6 +141,7 @@ class Prefill:
     steered: list[Steered] = field(default_factory=list)
     prefill: Clock = field(default_factory=Clock)
     selection: list[Clock] = field(default_factory=list)
+    tower: list[Clock] = field(default_factory=list)
 
 
 class Projections(NamedTuple):
@@ -301,7 +308,13 @@ class EditReport:
 @dataclass(frozen=True)
 class Report:
     """The last prefill in numbers. FLOPs and bytes are of the language model's prefill, for the whole batch (`vlmprune.cost`
-    has the formula); the un-pruned figures are of the same prompt. `print` shows it as a table."""
+    has the formula); the un-pruned figures are of the same prompt. `print` shows it as a table.
+
+    Attributes:
+        selection_ms: choosing and shortening, a part of `prefill_ms`.
+        overhead: the same by place, in milliseconds; and looking and shortening inside the vision tower, which is no part of
+            `prefill_ms`.
+    """
 
     recipe: str
     batch: int
@@ -320,6 +333,7 @@ class Report:
     prefill_ms: float
     selection_ms: float
     edits: tuple[EditReport, ...] = ()
+    overhead: tuple[tuple[str, float], ...] = ()
 
     @staticmethod
     def of(record: Prefill, recipe: str) -> Report:
@@ -359,6 +373,7 @@ class Report:
                 EditReport.of(name, [s for s in record.steered if s.method == name])
                 for name in dict.fromkeys(s.method for s in record.steered)
             ),
+            overhead=_by_place([*record.tower, *record.selection]),
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -383,6 +398,11 @@ class Report:
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.rows())
         return "\n".join(f"{label:<{width}}  {value}" for label, value in self.rows())
+
+
+def _by_place(clocks: list[Clock]) -> tuple[tuple[str, float], ...]:
+    places = dict.fromkeys(clock.what for clock in clocks)
+    return tuple((place, sum(clock.ms for clock in clocks if clock.what == place)) for place in places)
 
 
 def _mean(values: list[Tensor]) -> float:
