@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import groupby
 from threading import local
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from vlmprune.adapters.family import has_mrope
 from vlmprune.adapters.registry import family_of
 from vlmprune.attention import pruned_mask, route_attention
-from vlmprune.cache import PrunedLayer, check_same_cuts, pruned_layer
+from vlmprune.cache import PrunedLayer, check_same_cuts, keep_only, pruned_layer
 from vlmprune.cost import DecoderShape
 from vlmprune.errors import UsageError
 from vlmprune.layout import Layout, Prompt, group_by_size, on_device, on_host, real_tokens
@@ -448,11 +449,11 @@ class Run:
         call.chosen, call.replayed = known.chosen, bool(known.chosen)
         call.uncached, call.resumed = known.marks, bool(known.marks)
 
-    def _enter_text(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_text(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: Call | None = kwargs.get(TUNNEL)
         if call is None or call.layout is None:
             self._refuse_what_the_tower_left(call, kwargs.get("inputs_embeds"))
-            return
+            return None
         embeddings: Tensor = kwargs["inputs_embeds"]
         self._set_newlines_apart(call, embeddings)
         images = call.layout.images
@@ -475,6 +476,18 @@ class Run:
             if self._needs & {"embeddings", "text_embeddings"}:
                 call.embeddings = embeddings
             self._steering.enter_text(call, embeddings)
+        # With padding, the model would make a mask of the whole prompt, [batch, 1, n, n], which no layer would see.
+        return (args, {**kwargs, "attention_mask": None}) if self._shortens_at_once(call) else None
+
+    def _shortens_at_once(self, call: Call) -> bool:
+        """Whether all layers will compute fewer tokens than the prompt has, as far as budgets tell."""
+        return any(
+            cut.stage.layer == 0
+            and cut.stage.site == "llm"
+            and not cut.method.adaptive
+            and any(self._budget_of(cut).resolve(len(index)) < len(index) for index in call.remaining)
+            for cut in self._cuts
+        )
 
     def _enter_steered(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call: Call | None = kwargs.get(TUNNEL)
@@ -525,7 +538,7 @@ class Run:
     def _shortened(self, index: int, call: Call, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer that computes fewer tokens than the conversation has."""
         batch, device, implementation = hidden.shape[0], hidden.device, self._text.config._attn_implementation
-        group = sum(layer <= index for layer in self._layers)  # masks are equal in all layers between two stages
+        group = self._group(index)
         layer = None
         if cache is not None:
             layer = pruned_layer(cache, index, self._layers, call.mask)
@@ -560,6 +573,10 @@ class Run:
             call.record.stored.append(keys.shape[1])
         return {**changed, "attention_mask": call.masks[group]}
 
+    def _group(self, index: int) -> int:
+        """Number of the stages up to a layer: masks, and what is stored, are equal in all layers between two stages."""
+        return sum(layer <= index for layer in self._layers)
+
     def _rotary(
         self, index: int, call: Call, hidden: Tensor, layer: PrunedLayer | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
@@ -568,7 +585,7 @@ class Run:
         carried = None if layer is None else layer.shift
         if call.reduction is None and call.shift is None and carried is None:
             return full
-        name = id(full[0]), sum(layer <= index for layer in self._layers)
+        name = id(full[0]), 0 if carried is None else self._group(index)
         if name not in call.rotary:  # the full ones are held with their name, so that it cannot be given to another tensor
             shift = carried if carried is None else carried[:, None]
             if call.shift is not None:
@@ -592,7 +609,7 @@ class Run:
         full = self._shape.layers - len(record.entering)
         record.entering[:0] = [call.sequence] * full
         record.stored[:0] = [call.past + call.sequence] * full
-        record.resident = list(record.stored)
+        record.resident, record.peak = list(record.stored), sum(record.stored)
         if self._cache_cut is not None and call.reduction is not None:
             self._cut_cache(self._cache_cut, call, output.get("past_key_values"))  # made by the model itself in a plain call
         record.prefill.end = Clock.now(hidden.device)
@@ -606,15 +623,15 @@ class Run:
         for number, cut in enumerate(self._cuts):
             if cut.stage.layer != index or cut.stage.site == "cache":
                 continue
+            cache_ = kwargs.get("past_key_values")
+            layer = cache_.layers[index] if call.past and cache_ is not None else None
+            pruned = layer if isinstance(layer, PrunedLayer) else None
+            now = partial(self._rotary, index, call, hidden, pruned, kwargs)
             with _timed(call, hidden.device, f"layer {index}"):
                 if cut.stage.site == "vision":
                     call.chosen[number] = _left_by_tower(call, hidden)
                     call.entered = list(map(len, call.chosen[number].remaining))
                 elif number not in call.chosen:
-                    cache_ = kwargs.get("past_key_values")
-                    layer = cache_.layers[index] if call.past and cache_ is not None else None
-                    pruned = layer if isinstance(layer, PrunedLayer) else None
-                    now = partial(self._rotary, index, call, hidden, pruned, kwargs)
                     ahead = partial(attention_ahead, call, self._family, module, index, hidden, cache=cache_)
                     tools = Tools(
                         ahead=cache(lambda: _as_the_model(call, hidden.device, lambda: ahead(rotary=now()))),  # noqa: B023
@@ -623,7 +640,7 @@ class Run:
                         project=partial(_as_the_model, call, hidden.device, self._projector()),
                     )
                     call.chosen[number] = self._choose(cut, call, hidden, tools)
-                hidden = self._shorten(cut, call, call.chosen[number], hidden)
+                hidden = self._shorten(cut, call, call.chosen[number], hidden, kwargs, now)
         return hidden
 
     def _projector(self) -> Any:
@@ -673,8 +690,16 @@ class Run:
         joined = [_join(pieces) for pieces in kept]
         return Chosen([index for index, _ in joined], [features for _, features in joined])
 
-    def _shorten(self, cut: _Cut, call: Call, chosen: Chosen, hidden: Tensor) -> Tensor:
-        """Drop what was not chosen, after what was merged has taken its place."""
+    def _shorten(
+        self,
+        cut: _Cut,
+        call: Call,
+        chosen: Chosen,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        rotary: Callable[[], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Drop what was not chosen, after what was merged has taken its place. `rotary` gives the embeddings of `hidden`."""
         assert call.layout is not None
         assert call.record is not None
         assert call.alive is not None
@@ -703,9 +728,16 @@ class Run:
             moved = (before & ~alive).cumsum(dim=1)
             call.shift = moved if call.shift is None else call.shift + moved
         shorter = Reduction.keeping(alive, call.counts)
-        hidden = shorter.after(call.reduction).gather(hidden)
+        stays = shorter.after(call.reduction)
+        if call.shift is None:
+            hidden, cos, sin = stays.gather_all(hidden, *rotary())
+            call.rotary.clear()
+            full = kwargs["position_embeddings"]
+            call.rotary[id(full[0]), 0] = full, (cos, sin)
+        else:  # "compact" makes new ones
+            hidden = stays.gather(hidden)
+            call.rotary.clear()
         call.reduction, call.alive = shorter, alive
-        call.rotary.clear()
         return hidden
 
     def _cut_cache(self, cut: _Cut, call: Call, cache_: Any) -> None:
@@ -715,10 +747,14 @@ class Run:
         assert call.record is not None
         if cache_ is None:
             return
-        for index in range(cut.stage.layer, self._shape.layers):
-            layer = pruned_layer(cache_, index, self._layers, call.mask)
-            layer.keep_only(call.alive.to(layer.keys.device), call.past)  # type: ignore[union-attr]
-            call.record.resident[index] = layer.keys.shape[-2]  # type: ignore[union-attr]
+        counts = None if call.past else call.counts
+        for _, group in groupby(range(cut.stage.layer, self._shape.layers), self._group):
+            layers = {index: pruned_layer(cache_, index, self._layers, call.mask) for index in group}
+            keep_only(list(layers.values()), call.alive, call.past, counts)
+            shorter: list[int] = [layer.keys.shape[-2] for layer in layers.values()]  # type: ignore[union-attr]
+            call.record.peak = max(call.record.peak, sum(call.record.resident) + sum(shorter))  # both exist for a moment
+            for index, entries in zip(layers, shorter, strict=True):
+                call.record.resident[index] = entries
         call.record.keep_cache[cut.stage.layer] = call.alive
         call.record.kept += [
             Kept(cut.stage.layer, cut.label, "cache", image.sample, image.ordinal, len(image), remaining)

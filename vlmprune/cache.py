@@ -7,6 +7,7 @@ redistribution found out about a conversation (`Marks`) lives there too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -199,25 +200,6 @@ class PrunedLayer(MarkedLayer):
         self._set_prefix(slots, valid, self.dense and dense, logical)
         return slots, valid, self.dense
 
-    def keep_only(self, alive: Tensor, past: int) -> None:
-        """Forget stored entries of the last prompt for good (site "cache").
-
-        Args:
-            alive: `[batch, sequence]` bool over the tokens of the last call.
-            past: tokens of the conversation before that call; their entries stay.
-        """
-        assert self.keys is not None
-        assert self.values is not None
-        slots, valid = self.entries(alive.shape[0], alive.device)
-        logical = self.get_seq_length()
-        here = (slots - past).clamp(0, alive.shape[1] - 1)
-        stays = Reduction.keeping(valid & ((slots < past) | alive.gather(1, here)))
-        if self.marks is not None and self.marks.codes is not None:
-            self.marks.codes = self.marks.padded(self._stored())
-            self.marks.entries(stays.rows, stays.rows.shape[1])
-        self.keys, self.values = stays.gather(self.keys), stays.gather(self.values)
-        self._set_prefix(slots.gather(1, stays.rows), stays.valid, stays.dense, logical)
-
     def reset(self) -> None:
         super().reset()
         self.slots = self.valid = self.shift = None
@@ -264,6 +246,30 @@ class PrunedLayer(MarkedLayer):
             self.slots, self.valid = self.slots[indices], self.valid[indices]
         if self.shift is not None:
             self.shift = self.shift[indices.to(self.shift.device)]
+
+
+def keep_only(layers: Sequence[PrunedLayer], alive: Tensor, past: int, counts: Sequence[int] | None = None) -> None:
+    """Forget stored entries of the last prompt for good (site "cache"); the memory of the longer ones is given back.
+
+    Args:
+        layers: of one cache, filled, with the same entries.
+        alive: `[batch, sequence]` bool over the tokens of the last call.
+        past: tokens of the conversation before that call; their entries stay.
+        counts: entries of each row that stay, if they are known.
+    """
+    first = layers[0]
+    slots, valid = first.entries(alive.shape[0], alive.device)
+    here = (slots - past).clamp(0, alive.shape[1] - 1)
+    stays = Reduction.keeping(valid & ((slots < past) | alive.gather(1, here)), counts)
+    logical, slots = first.get_seq_length(), slots.gather(1, stays.rows)
+    stored = [x for layer in layers for x in (layer.keys, layer.values) if x is not None]
+    shorter = stays.gather_all(*stored)
+    for number, layer in enumerate(layers):
+        if layer.marks is not None and layer.marks.codes is not None:
+            layer.marks.codes = layer.marks.padded(layer._stored())
+            layer.marks.entries(stays.rows, stays.rows.shape[1])
+        layer.keys, layer.values = shorter[2 * number], shorter[2 * number + 1]
+        layer._set_prefix(slots, stays.valid, stays.dense, logical)
 
 
 def check_same_cuts(cache: Cache | None, cuts: tuple[int, ...]) -> None:

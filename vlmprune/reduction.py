@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmprune.kernels.gather_tokens import gather_tokens
+from vlmprune.kernels.gather_tokens import gather_all, gather_tokens
 from vlmprune.layout import on_host
 
 
@@ -67,6 +67,13 @@ class Reduction:
         """`[batch or 1, …, sequence, dim]` -> `[batch, …, kept, dim]`; left padding is zero, never a dropped token (a NaN there
         would poison masked attention)."""
         return gather_tokens(x, self.rows.to(x.device), None if self.dense else self.valid.to(x.device))
+
+    def gather_all(self, *tensors: Tensor) -> list[Tensor]:
+        """`gather` of several tensors, in one launch where they are on one device."""
+        if len({x.device for x in tensors}) > 1:
+            return [self.gather(x) for x in tensors]
+        device = tensors[0].device
+        return gather_all(tensors, self.rows.to(device), None if self.dense else self.valid.to(device))
 
     def scatter(self, x: Tensor, sequence: int) -> Tensor:
         """`[batch, kept, dim]` -> `[batch, sequence, dim]`, zero where nothing was kept."""

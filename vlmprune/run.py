@@ -118,6 +118,7 @@ class Prefill:
         entering: per decoder layer, tokens that entered it per row, padding that was computed included.
         stored: per decoder layer, entries per row in the KV cache after it.
         resident: the same when prefill is over; smaller where a cache stage forgot some.
+        peak: the most entries per row that all layers together ever stored.
         steered: what redistribution did, per layer.
         itemsize: bytes per number.
         prefill, selection: time in the language model, and in deciding and shortening within it.
@@ -138,6 +139,7 @@ class Prefill:
     entering: list[int] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
+    peak: int = 0
     steered: list[Steered] = field(default_factory=list)
     prefill: Clock = field(default_factory=Clock)
     selection: list[Clock] = field(default_factory=list)
@@ -311,6 +313,8 @@ class Report:
     has the formula); the un-pruned figures are of the same prompt. `print` shows it as a table.
 
     Attributes:
+        kv_bytes, kv_bytes_peak: what the KV cache holds after prefill, and the most it held; more where a stage shortens it,
+            whose old and new entries exist side by side for a moment.
         selection_ms: choosing and shortening, a part of `prefill_ms`.
         overhead: the same by place, in milliseconds; and looking and shortening inside the vision tower, which is no part of
             `prefill_ms`.
@@ -330,6 +334,7 @@ class Report:
     flops_unpruned: int
     kv_bytes: int
     kv_bytes_unpruned: int
+    kv_bytes_peak: int
     prefill_ms: float
     selection_ms: float
     edits: tuple[EditReport, ...] = ()
@@ -367,6 +372,7 @@ class Report:
             flops_unpruned=batch * shape.layers * shape.layer_flops(full, record.past + full),
             kv_bytes=batch * sum(shape.layer_kv_bytes(keys, record.itemsize) for keys in record.resident),
             kv_bytes_unpruned=batch * shape.layers * shape.layer_kv_bytes(record.past + full, record.itemsize),
+            kv_bytes_peak=batch * shape.layer_kv_bytes(record.peak, record.itemsize),
             prefill_ms=record.prefill.ms,
             selection_ms=sum(clock.ms for clock in record.selection),
             edits=tuple(
@@ -379,6 +385,8 @@ class Report:
     def rows(self) -> list[tuple[str, str]]:
         """The report as labelled lines."""
         kept = [(f"kept at {_place(s)} ({s.method})", _each(s.kept, s.original)) for s in self.stages]
+        higher = self.kv_bytes_peak > self.kv_bytes
+        peak = f", {self.kv_bytes_peak / 1024:.4g} KiB before the cache was shortened" if higher else ""
         newlines = [("row separators", f"{self.newlines}, counted as text, {self.newline_policy}")] if self.newlines else []
         return [
             ("recipe", self.recipe),
@@ -391,7 +399,7 @@ class Report:
                 f"{self.visual_compute_average:.1f} entering on average, {self.visual_nominal_average:.1f} leaving",
             ),
             ("prefill FLOPs", _share(self.flops / 1e9, self.flops_unpruned / 1e9, "G")),
-            ("KV cache", _share(self.kv_bytes / 1024, self.kv_bytes_unpruned / 1024, "KiB")),
+            ("KV cache", _share(self.kv_bytes / 1024, self.kv_bytes_unpruned / 1024, "KiB") + peak),
             ("prefill time", f"{self.prefill_ms:.2f} ms, of which choosing and shortening {self.selection_ms:.2f} ms"),
         ]
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vlmprune as vp
-from vlmprune.cache import MarkedLayer, Marks, PrunedLayer
+from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, keep_only
 
 STRATEGIES = {
     "greedy": {},
@@ -155,7 +155,7 @@ def test_marks_follow_the_cache():
         layer.reset()
         assert layer.marks is None
     pruned = PrunedLayer.adopt(filled(MarkedLayer), (0,), None)
-    pruned.keep_only(torch.tensor([[True, False, True, False, True, True]] * 2), 0)
+    keep_only([pruned], torch.tensor([[True, False, True, False, True, True]] * 2), 0)
     assert pruned.marks.codes.tolist() == [[[0, 2, 0, 0]], [[3, 1, 0, 0]]]
     assert pruned.keys.shape[-2] == 4
 

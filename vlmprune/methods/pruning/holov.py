@@ -64,8 +64,8 @@ def _score(attention: Tensor, features: Tensor) -> Tensor:
 
 
 def _quotas(score: Tensor, sizes: list[int], keep: int) -> Tensor:
-    """`[image, run]` tokens of each run, exactly `keep` in all: shares cut off, then one more each in the order of scores, round
-    after round, where there is room."""
+    """`[image, run]` tokens of each run, exactly `keep` in all: shares cut off, then one more each in the order of scores,
+    round after round, where there is room."""
     size = on_device(np.array(sizes), score.device).expand_as(score)
     quotas = (score / (score.sum(dim=-1, keepdim=True) + 1e-6) * keep).floor().long().minimum(size)
     missing = keep - quotas.sum(dim=-1)
