@@ -63,6 +63,10 @@ def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str) -> R
     return Run(model, Recipe.of(*methods))
 
 
+untraced = torch.compiler.disable
+"""What hooks do depends on the prompt: `torch.compile` runs them as they are, and compiles what is between them."""
+
+
 class Run:
     """A wrapped model's handle, in the manner of torch's `RemovableHandle`.
 
@@ -284,6 +288,7 @@ class Run:
                 self._hook(projector.register_forward_pre_hook(self._enter_merger))
         self._hook(projector.register_forward_hook(self._leave_projector))
 
+    @untraced
     def _begin_tower(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         lengths = [hidden.shape[1] - 1] if self._facts.cls else kwargs["cu_seqlens"].diff().tolist()
@@ -302,6 +307,7 @@ class Run:
             device=hidden.device,
         )
 
+    @untraced
     def _see_block(
         self,
         index: int,
@@ -320,6 +326,7 @@ class Run:
             for probe in probes:
                 tower.note(probe, query, key, scaling)
 
+    @untraced
     def _enter_block(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shorten what enters a block of the tower."""
         tower = self._thread.tower
@@ -336,10 +343,12 @@ class Run:
             hidden = tower.shorten_packed(index, hidden)
             return (hidden, *args[1:]), tower.packed_arguments(kwargs)
 
+    @untraced
     def _enter_merger(self, _: nn.Module, args: tuple[Any, ...]) -> Any:
         tower = self._thread.tower
         return None if tower.pruner is None else (tower.shorten_packed(len(self._blocks()), args[0]), *args[1:])
 
+    @untraced
     def _leave_projector(self, _: nn.Module, args: tuple[Any, ...], features: Tensor) -> Tensor:
         with self._in_tower(features.device):
             return self._remember(args, features)
@@ -367,6 +376,7 @@ class Run:
 
     # -- attention in the language model ---------------------------------------------------------------------------------
 
+    @untraced
     def _see_attention(
         self,
         layer: int,
@@ -386,6 +396,7 @@ class Run:
 
     # -- hooks, in the order of a forward pass ---------------------------------------------------------------------------
 
+    @untraced
     def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         # With pictures encoded beforehand, this is generate(), and it asks for the logits of the last prompt token and of
         # everything after it; in a plain call the number means nothing of the kind.
@@ -394,6 +405,7 @@ class Run:
         tail = last - 1 if isinstance(last, int) and last > 1 else 0
         return args, {**kwargs, TUNNEL: Call(tail=tail, asked=asked if isinstance(asked, int) else 0)}
 
+    @untraced
     def _enter_base(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         call: Call = kwargs.get(TUNNEL) or Call()
         cache = kwargs.get("past_key_values")
@@ -449,11 +461,15 @@ class Run:
         call.chosen, call.replayed = known.chosen, bool(known.chosen)
         call.uncached, call.resumed = known.marks, bool(known.marks)
 
+    @untraced
     def _enter_text(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: Call | None = kwargs.get(TUNNEL)
         if call is None or call.layout is None:
             self._refuse_what_the_tower_left(call, kwargs.get("inputs_embeds"))
-            return None
+            if call is None or not self._decodes_without_padding(kwargs):
+                return None
+            call.idle = True
+            return args, {**kwargs, "attention_mask": None}
         embeddings: Tensor = kwargs["inputs_embeds"]
         self._set_newlines_apart(call, embeddings)
         images = call.layout.images
@@ -479,6 +495,17 @@ class Run:
         # With padding, the model would make a mask of the whole prompt, [batch, 1, n, n], which no layer would see.
         return (args, {**kwargs, "attention_mask": None}) if self._shortens_at_once(call) else None
 
+    def _decodes_without_padding(self, kwargs: dict[str, Any]) -> bool:
+        """One token follows a conversation in which every stored entry is visible: no layer needs a mask, nor us."""
+        cache = kwargs.get("past_key_values")
+        embeddings = kwargs.get("inputs_embeds")
+        if not self._layers or cache is None or embeddings is None or embeddings.shape[1] != 1 or not cache.layers:
+            return False
+        layers = [cache.layers[index] for index in self._layers]  # the others store what one of these does, or everything
+        if not all(isinstance(layer, PrunedLayer) and layer.dense and layer.shift is None for layer in layers):
+            return False
+        return self._layers[0] == 0 or layers[0].unpadded
+
     def _shortens_at_once(self, call: Call) -> bool:
         """Whether all layers will compute fewer tokens than the prompt has, as far as budgets tell."""
         return any(
@@ -489,6 +516,7 @@ class Run:
             for cut in self._cuts
         )
 
+    @untraced
     def _enter_steered(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call: Call | None = kwargs.get(TUNNEL)
         if call is not None and self.enabled:
@@ -517,8 +545,10 @@ class Run:
 
     def _enter_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: Call | None = kwargs.get(TUNNEL)
-        if call is None:
-            return None
+        return None if call is None or call.idle else self._at_layer(index, module, call, args, kwargs)
+
+    @untraced
+    def _at_layer(self, index: int, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values")
         if call.layout is not None:
@@ -564,6 +594,7 @@ class Run:
         keys, keys_valid, keys_dense = slots, valid, dense
         if layer is not None:
             keys, keys_valid, keys_dense = layer.announce(slots, valid, dense, call.sequence or hidden.shape[1])
+            layer.unpadded &= dense if call.prompt is None else bool(call.prompt.real.all())
             if call.shift is not None:
                 layer.shift = call.shift[:, -1] + (0 if layer.shift is None else layer.shift)
         if group not in call.masks:
@@ -597,6 +628,7 @@ class Run:
             call.rotary[name] = full, moved if rows is None else (rows.gather(moved[0]), rows.gather(moved[1]))
         return call.rotary[name][1]
 
+    @untraced
     def _leave_text(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call: Call | None = kwargs.get(TUNNEL)
         if call is None or call.record is None:

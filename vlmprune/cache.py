@@ -127,6 +127,7 @@ class PrunedLayer(MarkedLayer):
         slots: `[batch, prefix]` logical position of each stored entry of the prefix.
         valid: `[batch, prefix]` bool, False where a ragged batch is padded.
         dense: every entry of the prefix is valid.
+        unpadded: the conversation has no padding, also where entries were dropped.
         logical_prefix: tokens of the conversation that the prefix stands for.
         shift: `[batch]` by how much rotary positions of later tokens move up, or None where all keep their own.
         cuts: layers of the recipe's stages. A conversation goes on only under cuts at the same layers, because these decide
@@ -138,7 +139,7 @@ class PrunedLayer(MarkedLayer):
         self.cuts = cuts
         self.slots: Tensor | None = None
         self.valid: Tensor | None = None
-        self.dense = True
+        self.dense = self.unpadded = True
         self.logical_prefix = 0
         self.shift: Tensor | None = None
 
@@ -156,7 +157,8 @@ class PrunedLayer(MarkedLayer):
             batch, device = layer.keys.shape[0], layer.keys.device
             slots = torch.arange(length, device=device).expand(batch, length)
             valid = torch.ones_like(slots, dtype=torch.bool) if real is None else real[:, :length].to(device, torch.bool)
-            pruned._set_prefix(slots, valid, real is None or bool(on_host(valid.all())), length)
+            pruned.unpadded = real is None or bool(on_host(valid.all()))
+            pruned._set_prefix(slots, valid, pruned.unpadded, length)
         return pruned
 
     def _set_prefix(self, slots: Tensor, valid: Tensor, dense: bool, logical: int) -> None:
@@ -203,7 +205,8 @@ class PrunedLayer(MarkedLayer):
     def reset(self) -> None:
         super().reset()
         self.slots = self.valid = self.shift = None
-        self.dense, self.logical_prefix = True, 0
+        self.dense = self.unpadded = True
+        self.logical_prefix = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens (assisted decoding). A negative number, as in transformers.

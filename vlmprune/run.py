@@ -209,6 +209,7 @@ class Call:
         text: the prompt's text after its last picture, as rows of the call's sequence.
         text_attention: per decoder layer, `[batch, head, text, key]` attention of these rows.
         masks: per group of layers between two stages, the mask of that group.
+        idle: nothing is left to do for this call.
         rotary: rotary embeddings of the rows that are computed, by the identity of the full ones (models may have several)
             and by group of layers.
         shift: `[batch, sequence]` by how many places each token moves up ("compact" positions); None if none does.
@@ -255,6 +256,7 @@ class Call:
     uncached: dict[int, Any] = field(default_factory=dict)
     resumed: bool = False
     record: Prefill | None = None
+    idle: bool = False
 
 
 @dataclass(frozen=True)
