@@ -628,13 +628,13 @@ class Run:
             call.rotary[name] = full, moved if rows is None else (rows.gather(moved[0]), rows.gather(moved[1]))
         return call.rotary[name][1]
 
-    @untraced
     def _leave_text(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call: Call | None = kwargs.get(TUNNEL)
-        if call is None or call.record is None:
-            return None
+        return None if call is None or call.record is None else self._finish(call, call.record, output)
+
+    @untraced
+    def _finish(self, call: Call, record: Prefill, output: Any) -> Any:
         hidden: Tensor = output[0]
-        record = call.record
         if call.reduction is not None:
             output.last_hidden_state = call.reduction.scatter(hidden, call.sequence)
         # Layers before the first cut, and all of them if nothing was cut, ran in full.
