@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmprune.attention import BLOCK, block_mask, pruned_mask, rows_attention
 from vlmprune.kernels.attention_mass import attention_mass
@@ -83,6 +84,28 @@ def test_blocks_are_those_of_torch(queries, keys, padding, causal):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs), name
     assert torch.equal(create_mask(mine.mask_mod, 3, 1, queries, keys, "cpu"), create_mask(visible, 3, 1, queries, keys, "cpu"))
+
+
+def test_flex_builds_no_map_of_all_rows():
+    """Red: a mask of blocks, or the rows a probe reads in it, pass through queries × keys."""
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.numbers = max(self.numbers, out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    n = 4096
+    valid = torch.arange(n)[None] >= 100
+    query = key = torch.zeros(1, 1, n, 1)
+    with Largest() as made:
+        rows_attention(query, key, block_mask(n, valid), 1.0, torch.tensor([[n - 1, 7]]))
+    assert n <= made.numbers < n * 16
+    with Largest() as made:
+        create_block_mask(block_mask(n, valid).mask_mod, 1, None, n, n, "cpu")
+    assert made.numbers >= n * n, "the test is blind"
 
 
 @pytest.mark.parametrize("form", ["none", "bool", "additive", "blocks"])

@@ -85,19 +85,17 @@ def block_mask(queries: int, key_valid: Tensor, causal: bool = True) -> BlockMas
         causal: False where every row sees all keys.
     """
     device, keys = key_valid.device, key_valid.shape[1]
-    # A tensor: as a number it would be part of the code that `torch.compile` makes for every length of a conversation.
-    offset = torch.full((), keys - queries if causal else keys, device=device)
+    offset = keys - queries if causal else keys
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query + offset) & key_valid[batch, key]
 
     first_row = torch.arange(0, queries, BLOCK, device=device)
-    last_row = (first_row + BLOCK - 1).clamp(max=queries - 1)
     blocks = -(-keys // BLOCK)
     valid = torch.nn.functional.pad(key_valid, (0, blocks * BLOCK - keys)).unflatten(1, (blocks, BLOCK))
     place = torch.arange(blocks * BLOCK, device=device).view(blocks, BLOCK)
     first_key = place.masked_fill(~valid, blocks * BLOCK + keys).amin(dim=2)  # beyond every row where there is none
-    seen = first_key[:, None] <= (last_row + offset)[:, None]  # [batch, block of queries, block of keys]
+    seen = first_key[:, None] <= (first_row + BLOCK - 1 + offset)[:, None]  # [batch, block of queries, block of keys]
     full = valid.all(dim=2)[:, None] & (place[:, -1] <= (first_row + offset)[:, None])
     full &= (first_row + BLOCK <= queries)[:, None]  # nor are blocks full that hang over the last row
 
