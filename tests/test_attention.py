@@ -62,6 +62,15 @@ def test_flex_takes_a_mask_of_blocks():
     assert torch.equal(create_mask(mask.mask_mod, 2, 1, 1, 4, "cpu"), VALID[:, None, None])
 
 
+def test_flex_without_padding_works_on_any_device():
+    """Red: layers on another device (``device_map``) look up padding where the mask was made; there is none to look up."""
+    dense = pruned_mask(SLOTS[:1], VALID[:1], SLOTS[:1], VALID[:1], True, "flex_attention", torch.float32)
+    assert create_mask(dense.mask_mod, 1, 1, 4, 4, "meta").shape == (1, 1, 4, 4)
+    ragged = pruned_mask(SLOTS, VALID, SLOTS, VALID, False, "flex_attention", torch.float32)
+    with pytest.raises(RuntimeError):
+        create_mask(ragged.mask_mod, 2, 1, 4, 4, "meta")
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padding", [(0, 0, 0), (0, 5, 200), (128, 257, 1)], ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 300), (3, 384), (128, 128), (300, 300), (256, 512), (257, 700)])
@@ -70,7 +79,7 @@ def test_blocks_are_those_of_torch(queries, keys, padding, causal):
     valid = torch.arange(keys) >= torch.tensor(padding).clamp(max=keys)[:, None]
     if padding[0]:
         valid[0, keys // 2 : keys // 2 + 140] = False  # a hole wider than a block
-    mine = block_mask(queries, valid, causal)
+    mine = block_mask(queries, valid, causal=causal)
     past = keys - queries
 
     def visible(batch, head, query, key):

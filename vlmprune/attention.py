@@ -58,7 +58,7 @@ def pruned_mask(
     if "flash" in implementation:
         return None if dense else key_valid
     if implementation == "flex_attention":  # without a mask it is not causal
-        return None if dense and queries == 1 else block_mask(queries, key_valid)
+        return None if dense and queries == 1 else block_mask(queries, key_valid, dense)
     if dense and (queries == 1 or queries == keys) and implementation != "eager":
         return None
     visible = (key_slots[:, None, :] <= query_slots[:, :, None]) & key_valid[:, None, :]
@@ -72,7 +72,7 @@ def pruned_mask(
     return visible
 
 
-def block_mask(queries: int, key_valid: Tensor, causal: bool = True) -> BlockMask:
+def block_mask(queries: int, key_valid: Tensor, dense: bool = False, causal: bool = True) -> BlockMask:
     """Flex attention's mask of `queries` rows, the last of the keys: of the keys up to each, those that are no padding.
 
     Entries stand in the order of time, so that their places say what is causal. Which blocks are empty, full or neither is
@@ -82,13 +82,16 @@ def block_mask(queries: int, key_valid: Tensor, causal: bool = True) -> BlockMas
     Args:
         queries: number of rows.
         key_valid: `[batch, key]` bool, False on padding.
+        dense: there is no padding.
         causal: False where every row sees all keys.
     """
     device, keys = key_valid.device, key_valid.shape[1]
     offset = keys - queries if causal else keys
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query + offset) & key_valid[batch, key]
+        before = key <= query + offset
+        # A tensor that is looked up here does not follow the mask to the device of another layer.
+        return before if dense else before & key_valid[batch, key]
 
     first_row = torch.arange(0, queries, BLOCK, device=device)
     blocks = -(-keys // BLOCK)
