@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from tiny_models import FLEX
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 Keep = dict[int, torch.Tensor]
@@ -182,7 +184,7 @@ def altered(model, effects: Sequence[Effect], index: int, args: tuple, kwargs: d
     first = columns - queries
     own = torch.arange(columns) == torch.arange(first, columns)[:, None]
     allowed = (allowed & visible_cells(effects, index, rows, first, columns)[:, None]) | own
-    kwargs["attention_mask"] = allowed if uses_sdpa(model) else as_float_mask(allowed, hidden.dtype)
+    kwargs["attention_mask"] = as_mask(model, allowed, hidden.dtype)
     for effect in effects:
         if first <= effect.start < columns:
             for sample, places, features in effect.merged.get(index, []):
@@ -227,6 +229,8 @@ class LiveMaskOracle:
                 allowed = (torch.arange(past + queries) <= torch.arange(past, past + queries)[:, None])[None, None]
             else:
                 assert given.shape[-2:] == (queries, past + queries), f"unexpected mask of shape {tuple(given.shape)}"
+                if isinstance(given, BlockMask):
+                    given = create_mask(given.mask_mod, given.shape[0], 1, *given.shape[-2:], "cpu")
                 allowed = given if given.dtype == torch.bool else given == 0
             return altered(self.model, self.effects, index, args, kwargs, allowed)
 
@@ -315,7 +319,7 @@ def naively_dropped_logits(
                     cos, sin = kwargs["position_embeddings"]
                     kwargs["position_embeddings"] = (cos[:, alive], sin[:, alive])
                 allowed = torch.ones(len(alive), len(alive), dtype=torch.bool).tril()[None, None]
-                kwargs["attention_mask"] = allowed if uses_sdpa(model) else as_float_mask(allowed, hidden.dtype)
+                kwargs["attention_mask"] = as_mask(model, allowed, hidden.dtype)
             return (hidden, *args[1:]), kwargs
 
         return hook
@@ -344,11 +348,16 @@ def decoder_layers(model) -> torch.nn.ModuleList:
     return model.model.language_model.layers
 
 
-def uses_sdpa(model) -> bool:
-    return model.config._attn_implementation == "sdpa"
-
-
-def as_float_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def as_mask(model, allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | BlockMask:
+    """``allowed`` [rows or 1, 1, query, column] in the form that the model's attention takes."""
+    implementation = model.config._attn_implementation
+    if implementation == "sdpa":
+        return allowed
+    if implementation == FLEX:
+        rows, _, queries, columns = allowed.shape
+        return create_block_mask(
+            lambda row, head, query, column: allowed[row % rows, 0, query, column], rows, None, queries, columns, "cpu"
+        )
     return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlmprune.attention import pruned_mask, rows_attention
+from vlmprune.attention import BLOCK, block_mask, pruned_mask, rows_attention
 from vlmprune.kernels.attention_mass import attention_mass
 
 SLOTS = torch.tensor([[0, 2, 5, 6], [9, 1, 3, 6]])  # row 1 begins with padding
@@ -47,7 +49,75 @@ def test_flash_takes_padding_as_two_dimensions():
     assert pruned_mask(SLOTS, VALID, SLOTS, VALID, False, "flash_attention_2", torch.float32) is VALID
 
 
-@pytest.mark.parametrize("form", ["none", "bool", "additive"])
+def test_flex_takes_a_mask_of_blocks():
+    """Without a mask flex attention is not causal, so that only one query among dense keys can do without."""
+    dense, one = (SLOTS[:1], VALID[:1]), (SLOTS[:1, -1:], VALID[:1, -1:])
+    assert pruned_mask(*one, *dense, True, "flex_attention", torch.float32) is None
+    mask = pruned_mask(*dense, *dense, True, "flex_attention", torch.float32)
+    assert torch.equal(create_mask(mask.mask_mod, 1, 1, 4, 4, "cpu"), torch.ones(1, 1, 4, 4).tril().bool())
+    mask = pruned_mask(SLOTS, VALID, SLOTS, VALID, False, "flex_attention", torch.float32)
+    expected = torch.ones(2, 1, 4, 4).tril().bool() & VALID[:, None, None]
+    assert torch.equal(create_mask(mask.mask_mod, 2, 1, 4, 4, "cpu"), expected)
+    mask = pruned_mask(SLOTS[:, -1:], VALID[:, -1:], SLOTS, VALID, False, "flex_attention", torch.float32)
+    assert torch.equal(create_mask(mask.mask_mod, 2, 1, 1, 4, "cpu"), VALID[:, None, None])
+
+
+def test_flex_without_padding_works_on_any_device():
+    """Red: layers on another device (``device_map``) look up padding where the mask was made; there is none to look up."""
+    dense = pruned_mask(SLOTS[:1], VALID[:1], SLOTS[:1], VALID[:1], True, "flex_attention", torch.float32)
+    assert create_mask(dense.mask_mod, 1, 1, 4, 4, "meta").shape == (1, 1, 4, 4)
+    ragged = pruned_mask(SLOTS, VALID, SLOTS, VALID, False, "flex_attention", torch.float32)
+    with pytest.raises(RuntimeError):
+        create_mask(ragged.mask_mod, 2, 1, 4, 4, "meta")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padding", [(0, 0, 0), (0, 5, 200), (128, 257, 1)], ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 300), (3, 384), (128, 128), (300, 300), (256, 512), (257, 700)])
+def test_blocks_are_those_of_torch(queries, keys, padding, causal):
+    """Red: a block of the mask counts as empty or full and is not, or a partial one is skipped."""
+    valid = torch.arange(keys) >= torch.tensor(padding).clamp(max=keys)[:, None]
+    if padding[0]:
+        valid[0, keys // 2 : keys // 2 + 140] = False  # a hole wider than a block
+    mine = block_mask(queries, valid, causal=causal)
+    past = keys - queries
+
+    def visible(batch, head, query, key):
+        return valid[batch, key] & ((key <= query + past) | (not causal))
+
+    torchs = create_block_mask(visible, 3, None, queries, keys, "cpu", BLOCK)
+    assert mine.shape == torchs.shape
+    assert mine.BLOCK_SIZE == torchs.BLOCK_SIZE
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "full_q_num_blocks"):
+        ours, theirs = getattr(mine, name), getattr(torchs, name)
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs), name
+    assert torch.equal(create_mask(mine.mask_mod, 3, 1, queries, keys, "cpu"), create_mask(visible, 3, 1, queries, keys, "cpu"))
+
+
+def test_flex_builds_no_map_of_all_rows():
+    """Red: a mask of blocks, or the rows a probe reads in it, pass through queries × keys."""
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.numbers = max(self.numbers, out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    n = 4096
+    valid = torch.arange(n)[None] >= 100
+    query = key = torch.zeros(1, 1, n, 1)
+    with Largest() as made:
+        rows_attention(query, key, block_mask(n, valid), 1.0, torch.tensor([[n - 1, 7]]))
+    assert n <= made.numbers < n * 16
+    with Largest() as made:
+        create_block_mask(block_mask(n, valid).mask_mod, 1, None, n, n, "cpu")
+    assert made.numbers >= n * n, "the test is blind"
+
+
+@pytest.mark.parametrize("form", ["none", "bool", "additive", "blocks"])
 def test_rows_attention_equals_the_full_map(form):
     torch.manual_seed(0)
     query, key = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 7, 8)  # grouped heads, two keys from an earlier turn
@@ -58,6 +128,7 @@ def test_rows_attention_equals_the_full_map(form):
         "none": None,
         "bool": visible,
         "additive": torch.zeros(2, 1, 5, 7).masked_fill(~visible, torch.finfo(torch.float32).min),
+        "blocks": create_block_mask(lambda b, h, q, k: visible[b, 0, q, k], 2, None, 5, 7, "cpu"),
     }[form]
     scores = query @ key.repeat_interleave(2, dim=1).transpose(-1, -2) * 0.3
     full = scores.masked_fill(~visible, float("-inf")).softmax(-1)

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tiny_models import IMAGE, build, make_inputs, shared
+from tiny_models import FLEX, IMAGE, build, make_inputs, shared
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -69,11 +69,29 @@ def test_cls_with_another_tower():
 def test_attention_implementations():
     model = build("llava")
     text = model.model.language_model.config
-    text._attn_implementation_internal = "flex_attention"
-    refused(model, RECIPE, "attention implementation 'flex_attention' is not supported")
+    text._attn_implementation_internal = "paged|sdpa"
+    refused(model, RECIPE, "attention implementation 'paged|sdpa' is not supported")
     text._attn_implementation_internal = "flash_attention_2"
     refused(model, "random:layer=0,fraction=0.5 + fastv:layer=2,fraction=0.2", "fastv looks at attention in the language model")
     vp.wrap(model, RECIPE).remove()  # choosing without attention needs no scores
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+def test_flex_attention_where_transformers_refuses_it(family):
+    """Transformers says so first; where somebody gets round that, we do."""
+    model = build(family)
+    with pytest.raises(ValueError, match="does not support an attention implementation through torch's flex_attention"):
+        build(family, FLEX)
+    with pytest.raises(ValueError, match="does not support an attention implementation through torch's flex_attention"):
+        model.set_attn_implementation(FLEX)
+    vp.wrap(model, RECIPE).remove()
+    model.model.language_model.config._attn_implementation_internal = FLEX
+    refused(
+        model,
+        RECIPE,
+        "attention implementation 'flex_attention' is not supported (supported: sdpa, eager, flash_attention_2, "
+        "flash_attention_3)",
+    )
 
 
 def test_sliding_windows():

@@ -33,7 +33,19 @@ from oracles import (
 )
 from test_generation import CountQueries, next_turn, words
 from test_reversible import Snapshot
-from tiny_models import ALL_FAMILIES, FIRST_WORD, LAYERS, VOCAB, build, image_lengths, make_inputs, make_single, shared
+from tiny_models import (
+    ALL_FAMILIES,
+    FIRST_WORD,
+    FLEX,
+    FLEX_FAMILIES,
+    LAYERS,
+    VOCAB,
+    build,
+    image_lengths,
+    make_inputs,
+    make_single,
+    shared,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -259,6 +271,15 @@ def test_generation_equals_masked_in_eager(family, recipe):
     model = shared(family, "eager")
     it = run_on(model, make_inputs(family, model, BATCH), recipe, 2)
     assert_equals_masked(model, it.inputs, it.effect, it.generated, it.logits)
+
+
+@over([case for case in SINGLE if case[0] in FLEX_FAMILIES])
+def test_generation_equals_masked_in_flex_attention(family, recipe):
+    """Red: scores, tower or masks of models that run flex attention; or it chooses otherwise than SDPA."""
+    model = shared(family, FLEX)
+    it = run_on(model, make_inputs(family, model, BATCH), recipe, 2)
+    assert_equals_masked(model, it.inputs, it.effect, it.generated, it.logits)
+    assert decisions(it.last) == decisions(ran(family, recipe).last)
 
 
 @over(without_cache_stage(SINGLE + COMPACT))

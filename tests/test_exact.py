@@ -27,7 +27,7 @@ from oracles import (
     random_keep,
     scheduled_lengths,
 )
-from tiny_models import FAMILIES, LAYERS, image_lengths, make_inputs, make_single, shared
+from tiny_models import FAMILIES, FLEX, LAYERS, image_lengths, implementations_of, make_inputs, make_single, shared
 
 import vlmprune as vp
 from vlmprune.kernels.select_diverse import greedy_order, select_diverse
@@ -55,7 +55,7 @@ METHODS = {
     "last layer": f"random:layer={LAYERS - 1},fraction=0.25",
 }
 families = pytest.mark.parametrize("family", FAMILIES)
-attentions = pytest.mark.parametrize("attn", ["sdpa", "eager"])
+implementations = pytest.mark.parametrize(("family", "attn"), implementations_of(FAMILIES))
 batches = pytest.mark.parametrize("batch", BATCHES)
 
 
@@ -76,8 +76,7 @@ def _no_grad():
 
 
 # --- the oracles themselves ------------------------------------------------------------------------------------------
-@families
-@attentions
+@implementations
 def test_oracle_without_masks_is_the_model(family, attn):
     """Red: the oracle feeds other tokens, positions or masks than the model itself would."""
     model = shared(family, attn)
@@ -86,8 +85,7 @@ def test_oracle_without_masks_is_the_model(family, attn):
     torch.testing.assert_close(masked_logits(model, inputs, {})[real], model(**inputs).logits[real], atol=TOLERANCE, rtol=0)
 
 
-@families
-@attentions
+@implementations
 @pytest.mark.parametrize("fractions", [{0: 0.5}, {2: 0.5}, {1: 0.6, 3: 0.3}], ids=str)
 def test_oracles_agree(family, attn, fractions):
     """Red: masking in one full forward, masking step by step with a cache, and naive dropping do not agree."""
@@ -132,19 +130,19 @@ def test_inputs_do_not_depend_on_the_batch(family):
 
 # --- keeping everything ----------------------------------------------------------------------------------------------
 KEEP_ALL = [
-    (family, f"{method}:layer={layers},fraction={fractions}")
-    for family in FAMILIES
+    (family, attn, f"{method}:layer={layers},fraction={fractions}")
+    for family, attn in implementations_of(FAMILIES)
     for method in ("random", "fastv", "divprune", "cls")
     for layers, fractions in (("0", "1.0"), ("2", "1.0"), ("1|3", "1.0|1.0"))
     if not (method == "fastv" and layers == "0") and not (method == "cls" and family != "llava")
 ]
 
 
-@pytest.mark.parametrize(("family", "recipe"), KEEP_ALL, ids=lambda value: str(value))
+@pytest.mark.parametrize(("family", "attn", "recipe"), KEEP_ALL, ids=lambda value: str(value))
 @pytest.mark.parametrize("batch", ["two images", "ragged"])
-def test_keep_all_is_bit_identical(family, recipe, batch):
+def test_keep_all_is_bit_identical(family, attn, recipe, batch):
     """Red: the machinery itself (scores, gathers, masks, caches) disturbs a model from which nothing is dropped."""
-    model = shared(family)
+    model = shared(family, attn)
     inputs = make_inputs(family, model, BATCHES[batch])
     real = inputs["attention_mask"].bool()
     plain = model(**inputs).logits
@@ -175,8 +173,7 @@ def test_text_only_prompt_is_refused_by_name(family):
 
 
 # --- pruned equals masked --------------------------------------------------------------------------------------------
-@families
-@attentions
+@implementations
 @batches
 @pytest.mark.parametrize("stages", STAGES)
 def test_generate_equals_masked(family, attn, batch, stages):
@@ -234,11 +231,21 @@ def test_methods_equal_masked(family, method):
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [("llava", "fastv"), ("llava", "cls"), ("qwen2_5_vl", "fastv"), ("qwen2_5_vl", "sum")]
+    ("family", "attn", "method"),
+    [
+        ("llava", "eager", "fastv"),
+        ("llava", "eager", "cls"),
+        ("qwen2_5_vl", "eager", "fastv"),
+        ("qwen2_5_vl", "eager", "sum"),
+        ("llava", FLEX, "fastv deep"),
+        ("llava", FLEX, "cls"),
+        ("llava", FLEX, "sum"),
+        ("llava_next", FLEX, "sum"),
+    ],
 )
-def test_methods_equal_masked_in_eager(family, method):
-    """Red: reading attention scores breaks models that run eager attention."""
-    model = shared(family, "eager")
+def test_methods_equal_masked_in_other_attention(family, attn, method):
+    """Red: reading attention scores breaks models that run eager or flex attention."""
+    model = shared(family, attn)
     inputs = make_inputs(family, model, BATCHES["ragged"])
     with vp.wrap(model, METHODS[method]) as run:
         _, generated, logits = generate_logits(model, inputs)
@@ -246,14 +253,14 @@ def test_methods_equal_masked_in_eager(family, method):
     assert_equals_masked(model, inputs, keep, generated, logits)
 
 
-@families
+@implementations
 @pytest.mark.parametrize("pad", ["left", "right"])
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("stages", STAGES)
-def test_plain_forward_equals_masked(family, pad, use_cache, stages):
+def test_plain_forward_equals_masked(family, attn, pad, use_cache, stages):
     """Red: a plain forward (scoring, training) returns logits of another length, or wrong ones at kept tokens."""
     recipe, budgets = STAGES[stages]
-    model = shared(family)
+    model = shared(family, attn)
     inputs = make_inputs(family, model, BATCHES["with text row"], pad=pad)
     with vp.wrap(model, recipe) as run:
         logits = model(**inputs, use_cache=use_cache).logits
@@ -264,10 +271,10 @@ def test_plain_forward_equals_masked(family, pad, use_cache, stages):
     assert (logits[kept] - model(**inputs).logits[kept]).abs().max() > 0.1
 
 
-@families
-def test_forward_without_attention_mask(family):
+@implementations
+def test_forward_without_attention_mask(family, attn):
     """Red: gaps in the positions are mistaken for packed sequences when neither mask nor cache is there."""
-    model = shared(family)
+    model = shared(family, attn)
     inputs = make_inputs(family, model, BATCHES["two images"])
     without = {name: value for name, value in inputs.items() if name != "attention_mask"}
     with vp.wrap(model, STAGES["1+3"][0]) as run:
@@ -276,8 +283,7 @@ def test_forward_without_attention_mask(family):
     torch.testing.assert_close(logits[keep[3]], masked_logits(model, inputs, keep)[keep[3]], atol=TOLERANCE, rtol=0)
 
 
-@families
-@attentions
+@implementations
 @pytest.mark.parametrize("batch", ["one image", "ragged"])
 @pytest.mark.parametrize("chunks", [(1, 1, 1), (2, 1, 3)], ids=str)
 def test_decode_by_plain_forwards(family, attn, batch, chunks):
@@ -480,8 +486,7 @@ def test_padding_side_does_not_matter(family, method):
 
 
 # --- what the methods select -----------------------------------------------------------------------------------------
-@families
-@attentions
+@implementations
 @pytest.mark.parametrize("layer", [1, 2, 4])
 def test_fastv_keeps_what_eager_attention_says(family, attn, layer):
     """Red: wrong layer, wrong query row, wrong heads, or padding counted, in FastV's score."""
@@ -498,10 +503,10 @@ def test_fastv_keeps_what_eager_attention_says(family, attn, layer):
         assert image.index.tolist() == sorted(of_image.topk(len(of_image) // 2).indices.tolist())
 
 
-@families
-def test_fastv_second_stage_sees_the_pruned_attention(family):
+@implementations
+def test_fastv_second_stage_sees_the_pruned_attention(family, attn):
     """Red: the second stage's scores come from a layer that still saw the dropped tokens, or from the wrong tokens."""
-    model = shared(family)
+    model = shared(family, attn)
     inputs = make_inputs(family, model, BATCHES["ragged"])
     with vp.wrap(model, "random:layer=1,fraction=0.6,seed=0 + fastv:layer=3,fraction=0.3") as run:
         model(**inputs)

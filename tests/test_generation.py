@@ -19,7 +19,19 @@ from oracles import (
     physical_lengths,
     prompt_positions,
 )
-from tiny_models import FAMILIES, FIRST_WORD, IMAGE, LAYERS, VOCAB, build, make_inputs, shared, warm_up
+from tiny_models import (
+    FAMILIES,
+    FIRST_WORD,
+    FLEX,
+    IMAGE,
+    LAYERS,
+    VOCAB,
+    build,
+    implementations_of,
+    make_inputs,
+    shared,
+    warm_up,
+)
 from transformers import DynamicCache
 
 import vlmprune as vp
@@ -76,11 +88,11 @@ def test_strategy_gives_the_masked_sequences(family, recipe, strategy, samples):
     check_strategy(family, "sdpa", recipe, strategy, samples)
 
 
-@families
+@pytest.mark.parametrize(("family", "attn"), [*((family, "eager") for family in FAMILIES), ("llava", FLEX)])
 @pytest.mark.parametrize("strategy", ["beam", "no cache"])
-def test_strategy_in_eager_attention(family, strategy):
-    """Red: as above, with additive masks."""
-    check_strategy(family, "eager", RECIPES["two stages"], STRATEGIES[strategy], RAGGED)
+def test_strategy_in_other_attention(family, attn, strategy):
+    """Red: as above, with additive masks, or the block masks of flex attention."""
+    check_strategy(family, attn, RECIPES["two stages"], STRATEGIES[strategy], RAGGED)
 
 
 def check_strategy(family, attn, recipe, strategy, samples):
@@ -259,8 +271,7 @@ def interleaved(first: dict, later: dict, rows: int) -> dict:
     return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack(grids)}
 
 
-@families
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "attn"), implementations_of(FAMILIES))
 @recipes
 @pytest.mark.parametrize("samples", [ONE, RAGGED], ids=["one", "ragged"])
 def test_second_turn_of_text(family, attn, recipe, samples):
@@ -284,16 +295,16 @@ def test_second_turn_of_text(family, attn, recipe, samples):
     assert physical_lengths(third.past_key_values)[-1] == third.sequences.shape[1] - 1 - dropped
 
 
-@families
+@pytest.mark.parametrize(("family", "attn"), [*((family, "sdpa") for family in FAMILIES), ("llava", FLEX)])
 @recipes
 @pytest.mark.parametrize(
     "samples",
     [[["text5", "image", "text4"]], [["text5", "image", "text4"], ["text9", "image", "text1"]]],
     ids=["one", "ragged"],
 )
-def test_second_turn_with_a_new_image(family, recipe, samples):
+def test_second_turn_with_a_new_image(family, attn, recipe, samples):
     """Red: pruning a later picture onto an already pruned cache drops, masks or addresses the wrong entries."""
-    model = shared(family)
+    model = shared(family, attn)
     rows = len(samples)
     inputs = make_inputs(family, model, samples)
     later = make_inputs(family, model, [["text3", "image", "text6"]] * rows, seed=5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import assert_equals_masked, decoder_layers, generate_logits, kept_sets
-from tiny_models import FAMILIES, build, make_inputs, warm_up
+from tiny_models import FAMILIES, FLEX, build, make_inputs, warm_up
 from torch.nn.modules import module as torch_module
 from transformers import LogitsProcessor, LogitsProcessorList, cache_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -230,6 +230,17 @@ def test_refused_wrap_leaves_the_earlier_run(models):
         assert Snapshot(model).differences(before) == []
         assert torch.equal(model(**inputs).logits, logits)
         assert run.last.keep.keys() == {1}
+
+
+@pytest.mark.parametrize("recipe", [RECIPES["llava", "sum"], "flowcut:fraction=0.5", "pai + fastv:layer=2,fraction=0.5"])
+def test_remove_leaves_no_trace_under_flex_attention(recipe):
+    """Red: block masks of shorter sequences, or routed attention, outlive the run."""
+    model = build("llava", FLEX)
+    warm_up(model, "llava")
+    expected, before = state("llava", model), Snapshot(model)
+    with vp.wrap(model, recipe):
+        assert not torch.equal(state("llava", model)[0], expected[0])
+    assert_untouched("llava", model, before, expected)
 
 
 # --- wrapping again --------------------------------------------------------------------------------------------------

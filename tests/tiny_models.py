@@ -8,6 +8,8 @@ while rounding changes them by at most 2e-5.
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Iterable
 
 import torch
 from transformers import (
@@ -31,6 +33,9 @@ from transformers.models.llava_next.modeling_llava_next import (
 FAMILIES = ("llava", "qwen2_5_vl")
 """The families that most tests run on."""
 ALL_FAMILIES = (*FAMILIES, "llava_next", "qwen2_vl")
+FLEX = "flex_attention"
+FLEX_FAMILIES = ("llava", "llava_next")
+"""The families whose Transformers classes run flex attention."""
 LAYERS = 6
 VOCAB = 96
 PAD, IMAGE, VIDEO, VISION_START, VISION_END = 0, 1, 2, 3, 4
@@ -53,8 +58,21 @@ QWEN_GRIDS = ((4, 4), (4, 6))
 QWEN_PATCH, QWEN_MERGE, QWEN_TIME = 4, 2, 2
 
 
+def attentions_of(family: str) -> list[str]:
+    """The attention implementations that run here; flash attention needs a GPU."""
+    return ["sdpa", "eager", FLEX] if family in FLEX_FAMILIES else ["sdpa", "eager"]
+
+
+def implementations_of(families: Iterable[str]) -> list[tuple[str, str]]:
+    """(family, attention implementation) of each that runs."""
+    return [(family, attn) for family in families for attn in attentions_of(family)]
+
+
 def build(family: str, attn: str = "sdpa", seed: int = 0):
     """A fresh model in evaluation mode (float32); the same seed gives the same weights for every ``attn``."""
+    if attn == FLEX:
+        # Transformers compiles flex attention, for a CPU into C++ that does not compile; plain, it is the same function.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read whenever something is to be compiled
     cls, make_config = _MODELS[family]
     config = make_config()
     config._attn_implementation = attn

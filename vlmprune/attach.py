@@ -217,7 +217,8 @@ class Run:
                 "pruning them is not supported; load the model with full attention."
             )
         implementation = text_config._attn_implementation
-        supported = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+        supported = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+        supported += ["flex_attention"] if self._text._supports_flex_attn else []
         if implementation not in supported:
             raise UsageError(
                 f"attention implementation {implementation!r} is not supported (supported: {', '.join(supported)}): call "
@@ -315,7 +316,7 @@ class Run:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         scaling: float,
         **_: Any,
     ) -> None:
@@ -384,7 +385,7 @@ class Run:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         scaling: float,
         **kwargs: Any,
     ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -22,6 +23,9 @@ KEY = "vlmprune"
 
 Observer = Callable[..., None]
 """Called as observer(query, key, value, attention_mask, scaling=…, **kwargs), shapes as in `rows_attention`."""
+
+BLOCK = 128
+"""Rows and columns of a block of flex attention's masks, as in transformers'."""
 
 Editor = Callable[..., Any]
 """Called as editor(own, query, key, value, scaling=…, **kwargs), where own() is what the model itself computes."""
@@ -35,22 +39,26 @@ def pruned_mask(
     dense: bool,
     implementation: str,
     dtype: torch.dtype,
-) -> Tensor | None:
+) -> Tensor | BlockMask | None:
     """The causal mask of a shortened sequence, in the form the attention implementation expects.
 
     Args:
         query_slots, query_valid: `[batch, query]` logical positions, and False on left padding.
         key_slots, key_valid: `[batch, key]` the same of all stored entries, the queries' own last.
         dense: no padding among queries and keys.
-        implementation: the model's own: sdpa (bool mask), eager (additive mask) or flash_attention_* (2-D mask).
+        implementation: the model's own: sdpa (bool mask), eager (additive mask), flash_attention_* (2-D mask) or
+            flex_attention (block mask).
         dtype: dtype of an additive mask.
 
     Returns:
-        None where the implementation is causal by itself, else `[batch, 1, query, key]` (flash: `[batch, key]`).
+        None where the implementation is causal by itself, or one query sees everything; else `[batch, 1, query, key]` (flash:
+        `[batch, key]`).
     """
     queries, keys = query_slots.shape[1], key_slots.shape[1]
     if "flash" in implementation:
         return None if dense else key_valid
+    if implementation == "flex_attention":  # without a mask it is not causal
+        return None if dense and queries == 1 else block_mask(queries, key_valid, dense)
     if dense and (queries == 1 or queries == keys) and implementation != "eager":
         return None
     visible = (key_slots[:, None, :] <= query_slots[:, :, None]) & key_valid[:, None, :]
@@ -64,18 +72,70 @@ def pruned_mask(
     return visible
 
 
-def rows_attention(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float, rows: Tensor) -> Tensor:
+def block_mask(queries: int, key_valid: Tensor, dense: bool = False, causal: bool = True) -> BlockMask:
+    """Flex attention's mask of `queries` rows, the last of the keys: of the keys up to each, those that are no padding.
+
+    Entries stand in the order of time, so that their places say what is causal. Which blocks are empty, full or neither is
+    known from the first valid key of each block; nothing of size query × key is built, and nothing is compiled. Rows that see
+    nothing become zero in flex attention.
+
+    Args:
+        queries: number of rows.
+        key_valid: `[batch, key]` bool, False on padding.
+        dense: there is no padding.
+        causal: False where every row sees all keys.
+    """
+    device, keys = key_valid.device, key_valid.shape[1]
+    offset = keys - queries if causal else keys
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        before = key <= query + offset
+        # A tensor that is looked up here does not follow the mask to the device of another layer.
+        return before if dense else before & key_valid[batch, key]
+
+    first_row = torch.arange(0, queries, BLOCK, device=device)
+    blocks = -(-keys // BLOCK)
+    valid = torch.nn.functional.pad(key_valid, (0, blocks * BLOCK - keys)).unflatten(1, (blocks, BLOCK))
+    place = torch.arange(blocks * BLOCK, device=device).view(blocks, BLOCK)
+    first_key = place.masked_fill(~valid, blocks * BLOCK + keys).amin(dim=2)  # beyond every row where there is none
+    seen = first_key[:, None] <= (first_row + BLOCK - 1 + offset)[:, None]  # [batch, block of queries, block of keys]
+    full = valid.all(dim=2)[:, None] & (place[:, -1] <= (first_row + offset)[:, None])
+    full &= (first_row + BLOCK <= queries)[:, None]  # nor are blocks full that hang over the last row
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """How many blocks of keys, and which, in rising order: `[batch, 1, block of queries]` and `[…, block of keys]`."""
+        order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return chosen.sum(dim=-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(seen & ~full), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(queries, keys)
+    )
+
+
+def visible_in_rows(mask: BlockMask, rows: Tensor, keys: int) -> Tensor:
+    """`[batch, row, key]` bool: what flex attention's `mask` shows to the query rows `[batch, row]`, to all heads alike."""
+    device = rows.device
+    see = torch.vmap(mask.mask_mod, in_dims=(None, None, None, 0))
+    see = torch.vmap(torch.vmap(see, in_dims=(None, None, 0, None)), in_dims=(0, None, 0, None))
+    return see(torch.arange(len(rows), device=device), rows.new_zeros(()), rows, torch.arange(keys, device=device))
+
+
+def rows_attention(
+    query: Tensor, key: Tensor, attention_mask: Tensor | BlockMask | None, scaling: float, rows: Tensor
+) -> Tensor:
     """`[batch, head, row, key]` fp32 attention of chosen query rows, under the mask the layer itself uses.
 
     Args:
         query, key: `[batch, head, query, dim]`, `[batch, kv_head, key, dim]`.
-        attention_mask: None (causal), bool or additive `[batch or 1, 1, query, key]`.
+        attention_mask: None (causal), bool or additive `[batch or 1, 1, query, key]`, or a block mask.
         rows: `[batch, row]` indices of query rows.
     """
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     chosen = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
     if attention_mask is None:
         visible = torch.arange(keys, device=key.device) <= (rows + keys - queries)[:, :, None]
+    elif isinstance(attention_mask, BlockMask):
+        visible = visible_in_rows(attention_mask, rows, keys)
     else:
         mask = attention_mask.expand(batch, -1, -1, -1)[:, 0]
         visible = mask.gather(1, rows[:, :, None].expand(-1, -1, keys))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 
 from vlmprune.adapters.family import Family
@@ -179,7 +180,7 @@ def see_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockMask | None,
     scaling: float,
 ) -> None:
     """Note what a method wants to know of the attention in the layer before a cut."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from vlmprune.cost import DecoderShape
 from vlmprune.errors import UsageError
@@ -245,7 +246,7 @@ class Call:
     projections: dict[int, Projections] = field(default_factory=dict)
     text: Reduction | None = None
     text_attention: dict[int, Tensor] = field(default_factory=dict)
-    masks: dict[int, Tensor | None] = field(default_factory=dict)
+    masks: dict[int, Tensor | BlockMask | None] = field(default_factory=dict)
     rotary: dict[tuple[int, int], tuple[Any, Any]] = field(default_factory=dict)
     shift: Tensor | None = None
     chosen: dict[int, Chosen] = field(default_factory=dict)

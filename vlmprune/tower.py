@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
+from vlmprune.attention import block_mask
 from vlmprune.errors import UsageError
 from vlmprune.kernels.attention_mass import attention_mass
 from vlmprune.layout import on_host
@@ -145,7 +147,7 @@ class TowerPass:
         state.carried = {name: carried[view, reduction.rows] for name, carried in state.carried.items()}
         return reduction.gather(patches)
 
-    def mask(self, implementation: str, dtype: torch.dtype) -> Tensor | None:
+    def mask(self, implementation: str, dtype: torch.dtype) -> Tensor | BlockMask | None:
         """The attention mask of views of different lengths, in the form the implementation expects; None without padding."""
         valid = self.states[0].valid
         if valid is None:
@@ -153,6 +155,8 @@ class TowerPass:
         visible = torch.nn.functional.pad(valid, (1, 0), value=True)
         if "flash" in implementation:
             return visible
+        if implementation == "flex_attention":
+            return block_mask(visible.shape[1], visible, causal=False)
         visible = visible[:, None, None]
         if implementation == "eager":
             return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)

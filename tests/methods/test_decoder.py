@@ -8,7 +8,7 @@ import loops
 import pytest
 import torch
 from oracles import prompt_positions
-from tiny_models import ALL_FAMILIES, IMAGE, make_inputs, shared
+from tiny_models import ALL_FAMILIES, IMAGE, implementations_of, make_inputs, shared
 
 import vlmprune as vp
 from vlmprune.schedule import at
@@ -154,10 +154,9 @@ def told(see: View, image: int) -> dict:
     return found
 
 
-@families
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "attn"), implementations_of(ALL_FAMILIES))
 @pytest.mark.parametrize("before", [None, "random:layer=1,fraction=0.6"], ids=["first cut", "second cut"])
-def test_what_the_language_model_tells(before, attn, family):
+def test_what_the_language_model_tells(before, family, attn):
     """In a ragged batch, before and after another cut, every picture is told what it is told alone, and that is what the stock
     model's own modules compute."""
     model = shared(family, attn)
@@ -227,8 +226,7 @@ def eager_attention(model, inputs, layer):
         return model(**inputs, output_attentions=True).attentions[layer]  # [batch, head, query, key]
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "attn"), implementations_of(("llava", "qwen2_5_vl")))
 def test_text_attention_is_the_models_own(family, attn):
     """AdaptInfer's kept set from the full eager maps of the layer before the cut, sample by sample."""
     eager, model = shared(family, "eager"), shared(family, attn)

@@ -12,7 +12,17 @@ import loops
 import pytest
 import tiny_models
 import torch
-from tiny_models import FIRST_WORD, IMAGE, NEXT_PINPOINTS, PAD, VISION_END, VISION_START, VOCAB
+from tiny_models import (
+    FIRST_WORD,
+    IMAGE,
+    NEXT_PINPOINTS,
+    PAD,
+    VISION_END,
+    VISION_START,
+    VOCAB,
+    attentions_of,
+    implementations_of,
+)
 from transformers.models.llava_next.modeling_llava_next import select_best_resolution
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
@@ -219,7 +229,7 @@ def projected(model, features: torch.Tensor) -> torch.Tensor:
 FOUR = [[PICTURE], [PICTURE, PICTURE], [PICTURE]]
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", attentions_of("llava"))
 @pytest.mark.parametrize("scale", ["code", "paper"])
 @pytest.mark.parametrize("keep", [5, 14])
 def test_flowcut_drops_patches_in_the_tower(keep, scale, attn):
@@ -330,7 +340,7 @@ def test_the_packing_of_these_tests_is_the_models():
 
 
 @pytest.mark.parametrize("newlines", ["keep", "drop"])
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", attentions_of("llava_next"))
 def test_flowcut_per_view(attn, newlines):
     """K/2 patches of every view, rounded down, decided view by view; they survive packing and un-padding at their places; row
     separators as asked for, and the report says so."""
@@ -638,7 +648,7 @@ def middling(model, pixels: torch.Tensor) -> float:
     return (scores[-6] + scores[-5]) / 2
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", attentions_of("llava"))
 @pytest.mark.parametrize("windows", [None, 0, 1, 3])
 def test_mustdrop_merges_in_the_tower(windows, attn):
     """Pictures that merge different numbers of windows, in one batch: ids and features of each as a loop gives them alone."""
@@ -769,10 +779,9 @@ def views_in_order(prompt: Prompts, copies: int = 1) -> list[tuple]:
     return [(see, n, p) for see, group in zip(Peek.seen, groups.values(), strict=True) for n, p in enumerate(group)]
 
 
-@pytest.mark.parametrize("family", CALLS)
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "attn"), implementations_of(CALLS))
 @pytest.mark.parametrize("how", ["plain", "encoded", "beams"])
-def test_what_the_tower_tells(how, attn, family):
+def test_what_the_tower_tells(how, family, attn):
     """CLS attention of three blocks, keys, features and places of every token equal the eager tower's own outputs, through
     packing, un-padding, encoding beforehand, and copying for beams."""
     model, prompt = deep(family, attn), prompts(family, CALLS[family])

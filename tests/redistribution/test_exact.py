@@ -7,7 +7,7 @@ import torch
 from oracles import TOLERANCE, decoder_layers, generate_logits, masked_logits
 from redistribution import explicit
 from redistribution.explicit import Explicit
-from tiny_models import ALL_FAMILIES, LAYERS, build, make_inputs, make_single, shared
+from tiny_models import ALL_FAMILIES, LAYERS, attentions_of, build, implementations_of, make_inputs, make_single, shared
 
 import vlmprune as vp
 from vlmprune.kernels.grouped_attention import reference
@@ -34,6 +34,10 @@ CASES = [
     if name not in CLS_ONLY or family.startswith("llava")
 ]
 every_case = pytest.mark.parametrize(("family", "recipe"), CASES)
+every_attention = pytest.mark.parametrize(
+    ("family", "recipe", "attn"),
+    [pytest.param(*case.values, attn, id=f"{case.id}-{attn}") for case in CASES for attn in attentions_of(case.values[0])],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -83,16 +87,16 @@ def paint_sets(eager, inputs):
 
 
 @pytest.mark.parametrize(
-    ("family", "name"),
+    ("family", "attn", "name"),
     [
-        ("llava", name) if name == "paint" else (family, name)
+        (family, attn, name)
         for name in RECIPES
         if name != "vhr"
         for family in (("llava",) if name == "paint" else ("llava", "qwen2_5_vl"))
+        for attn in attentions_of(family)
     ],
 )
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_equals_the_loops(family, name, attn):
+def test_equals_the_loops(family, attn, name):
     """Red: rows, layers, sinks, groups, padding, or what decoding remembers differ from the paper's."""
     model, eager = shared(family, attn), shared(family, "eager")
     inputs = make_inputs(family, model, SAMPLES)
@@ -108,7 +112,7 @@ def test_equals_the_loops(family, name, attn):
             assert (logits[row] - plain[row]).abs().max() > 0.01, f"the test is blind: nothing changed in row {row}"
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", attentions_of("llava"))
 def test_var_with_pruning_equals_the_loops(attn):
     """Red: image spans or sinks are not those that survived the cuts."""
     model, eager = shared("llava", attn), shared("llava", "eager")
@@ -164,8 +168,7 @@ def vhr_heads(model, inputs, texts, layers):
             hook.remove()
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "attn"), implementations_of(("llava", "llava_next", "qwen2_5_vl")))
 def test_vhr_equals_algorithm_1(family, attn):
     """Red: the text-only stream sees pictures, other positions, or un-reinforced layers; or heads are chosen otherwise."""
     model = shared(family, attn)
@@ -258,7 +261,7 @@ NEUTRAL = [
 ]
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", attentions_of("llava"))
 @pytest.mark.parametrize("recipe", [*NEUTRAL, "var:sink_dims=5,tau=0.1,min_image_mass=1", "var:sink_dims=5,tau=60"])
 def test_neutral_is_bit_identical(attn, recipe):
     """Red: the machinery disturbs a model in which nothing is edited."""
@@ -270,9 +273,9 @@ def test_neutral_is_bit_identical(attn, recipe):
     assert torch.equal(model(**inputs).logits, plain)
 
 
-@every_case
-def test_removal_is_bit_identical(family, recipe):
-    model = shared(family)
+@every_attention
+def test_removal_is_bit_identical(family, recipe, attn):
+    model = shared(family, attn)
     inputs = make_inputs(family, model, SAMPLES)
     plain = model(**inputs).logits
     run = vp.wrap(model, recipe)
@@ -281,8 +284,7 @@ def test_removal_is_bit_identical(family, recipe):
     assert torch.equal(model(**inputs).logits, plain)
 
 
-@every_case
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@every_attention
 def test_no_leak_from_later_tokens(family, recipe, attn):
     """Red: an edit ignores the causal mask, which SDPA leaves implicit. ACT and VHR look at the whole prompt, by design."""
     if not vp.REDISTRIBUTORS[recipe.partition(":")[0]].causal:

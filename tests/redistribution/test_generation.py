@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import TOLERANCE, generate_logits
 from redistribution.test_exact import CASES, RECIPES, SAMPLES, VAR
-from tiny_models import VOCAB, build, make_inputs, shared
+from tiny_models import FLEX, VOCAB, build, make_inputs, shared
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -204,6 +204,19 @@ def test_flash_contract(flash, recipe, pruned):
     with vp.wrap(flash, pruned + recipe):
         _, flash_ids, logits = generate_logits(flash, inputs, 4)
     assert torch.equal(ids, flash_ids)
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_flex_attention_says_what_sdpa_says(recipe):
+    """Red: an edit, a text-only stream or a decoding step behind a cut depends on how the model's own attention runs."""
+    model, flex = shared("llava"), shared("llava", FLEX)
+    inputs = make_inputs("llava", model, SAMPLES)
+    with vp.wrap(model, CUT + recipe):
+        _, ids, expected = generate_logits(model, inputs, 4)
+    with vp.wrap(flex, CUT + recipe):
+        _, flex_ids, logits = generate_logits(flex, inputs, 4)
+    assert torch.equal(ids, flex_ids)
     torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
 
 
