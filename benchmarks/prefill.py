@@ -2,8 +2,8 @@
 
     python benchmarks/prefill.py [--rounds 9] [--threads 1] [--out benchmarks/results/prefill-cpu]
 
-Both models run SDPA with and without pruning; rounds are interleaved; the figures are the language model's, from the entry of the
-prompt with its encoded pictures. Results are medians with quartiles, and the ratio is taken within rounds.
+Both models run SDPA with and without pruning; rounds are interleaved; the figures are the language model's, from the entry
+of the prompt with its encoded pictures. Results are medians with quartiles, and the ratio is taken within rounds.
 """
 
 from __future__ import annotations

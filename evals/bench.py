@@ -52,8 +52,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster than un-pruned: median over the rounds of the ratio within a round, and the middle 95 % of medians of
-    rounds drawn with replacement."""
+    """How many times faster than un-pruned: median over the rounds of the ratio within a round, and the middle 95 % of the
+    medians of rounds drawn with replacement."""
 
     times: float
     low: float

@@ -135,7 +135,6 @@ def _clip(reduce: int) -> CLIPVisionConfig:
         num_attention_heads=16 // reduce,
         image_size=CLIP_SIDE,
         patch_size=CLIP_PATCH,
-        vocab_size=32000,
         projection_dim=768,
     )
 
@@ -158,7 +157,7 @@ def _llava_config(reduce: int) -> LlavaConfig:
     return LlavaConfig(
         vision_config=_clip(reduce),
         text_config=_vicuna(reduce),
-        image_token_id=32000,
+        image_token_index=32000,
         image_seq_length=576,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -202,13 +201,14 @@ def _qwen_config(reduce: int) -> Qwen2_5_VLConfig:
         "max_position_embeddings": 32768,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
     }
-    tokens = {
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-    }
-    return Qwen2_5_VLConfig(vision_config=vision, text_config=text, **tokens)
+    return Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=151655,
+        video_token_id=151656,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+    )
 
 
 def _llava_picture(config: Any, batch: int, random: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:

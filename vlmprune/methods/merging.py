@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+CHUNK = 1 << 20
+"""Similarities or distances `[image, token, token]` that exist at one time."""
+
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
     """`[image, n, dim]`: tokens `index` `[image, n]` of `[image, token, dim]`."""
@@ -18,15 +21,31 @@ def others(chosen: Tensor, visual: int) -> Tensor:
     return taken.argsort(dim=1, stable=True)[:, : visual - chosen.shape[1]]
 
 
+def chunks(x: Tensor, columns: int) -> tuple[Tensor, ...]:
+    """`[image, n, dim]` in pieces of so many tokens that their similarities to `columns` others are at most `CHUNK`."""
+    return x.split(max(CHUNK // max(len(x) * columns, 1), 1), dim=1)
+
+
+def most_similar(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of `[image, n, dim]` its highest cosine with a centre `[image, c, dim]`, and which centre: `[image, n]` each."""
+    columns = normalize(centres.float(), dim=-1).transpose(1, 2)
+    found = [(part @ columns).max(dim=-1) for part in chunks(normalize(x.float(), dim=-1), centres.shape[1])]
+    return torch.cat([best.values for best in found], dim=1), torch.cat([best.indices for best in found], dim=1)
+
+
 def nearest(x: Tensor, centres: Tensor) -> Tensor:
     """`[image, n]` index of the centre `[image, c, dim]` with the highest cosine, for each of `[image, n, dim]`."""
-    return (normalize(x.float(), dim=-1) @ normalize(centres.float(), dim=-1).transpose(1, 2)).argmax(dim=-1)
+    return most_similar(x, centres)[1]
 
 
 def gathered(x: Tensor, home: Tensor, centres: int) -> tuple[Tensor, Tensor]:
     """Sum `[image, c, dim]` in fp32 and count `[image, c, 1]` of the tokens `[image, n, dim]` that joined each centre."""
-    member = one_hot(home, centres).to(torch.float32)  # [image, n, c]
-    return member.transpose(1, 2) @ x.float(), member.sum(dim=1)[..., None]
+    total, count = x.new_zeros(len(x), centres, x.shape[-1]).float(), x.new_zeros(len(x), centres, 1).float()
+    parts = chunks(x.float(), centres)
+    for part, own in zip(parts, home.split(parts[0].shape[1], dim=1), strict=True):
+        member = one_hot(own, centres).to(torch.float32).transpose(1, 2)  # [image, c, token]
+        total, count = total + member @ part, count + member.sum(dim=-1, keepdim=True)
+    return total, count
 
 
 def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
@@ -38,11 +57,21 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
         denser.
     """
     x = x.float()
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
-    density = (-distance.topk(min(clusters, x.shape[1]), dim=-1, largest=False).values.square().mean(dim=-1)).exp()
+
+    def distance(part: Tensor, to: Tensor) -> Tensor:
+        return torch.cdist(part, to, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
+
+    near = min(clusters, x.shape[1])
+    parts = chunks(x, x.shape[1])  # distances are computed twice: all of them at one time would be n × n
+    closest = [distance(part, x).topk(near, dim=-1, largest=False).values for part in parts]
+    density = (-torch.cat(closest, dim=1).square().mean(dim=-1)).exp()
     rank = density.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    denser = rank[:, None, :] < rank[:, :, None]
-    peak = distance.masked_fill(~denser, torch.inf).amin(dim=-1).minimum(distance.amax(dim=(1, 2))[:, None])
+    to_denser, farthest = [], []
+    for part, own in zip(parts, rank.split(parts[0].shape[1], dim=1), strict=True):
+        away = distance(part, x)
+        farthest.append(away.amax(dim=(1, 2)))
+        to_denser.append(away.masked_fill_(rank[:, None, :] >= own[:, :, None], torch.inf).amin(dim=-1))
+    peak = torch.cat(to_denser, dim=1).minimum(torch.stack(farthest).amax(dim=0)[:, None])
     centre = (density * peak).argsort(dim=-1, descending=True, stable=True)[:, :clusters]
-    home = distance.gather(2, centre[:, None].expand(-1, x.shape[1], -1)).argmin(dim=-1)
+    home = torch.cat([distance(part, rows(x, centre)).argmin(dim=-1) for part in parts], dim=1)
     return centre, home.scatter(1, centre, torch.arange(clusters, device=x.device).expand_as(centre))

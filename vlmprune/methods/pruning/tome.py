@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vlmprune.methods.base import Choice, Pruner
-from vlmprune.methods.merging import rows
+from vlmprune.methods.merging import most_similar, rows
 from vlmprune.schedule import at
 from vlmprune.view import View
 
@@ -45,7 +44,7 @@ def _merge_once(x: Tensor, weight: Tensor, place: Tensor, keep: int) -> tuple[Te
     """One round: `[image, token, dim]`, `[image, token]` tokens each stands for, `[image, token]` where it stands."""
     a, b = x[:, ::2], x[:, 1::2]
     pairs = min(x.shape[1] - keep, x.shape[1] // 2)
-    best, partner = (normalize(a, dim=-1) @ normalize(b, dim=-1).transpose(1, 2)).max(dim=-1)  # [image, a]
+    best, partner = most_similar(a, b)  # [image, a]
     order = best.argsort(dim=-1, descending=True, stable=True)
     gone, stays = order[:, :pairs], order[:, pairs:].sort(dim=-1).values
     home = partner.gather(1, gone)

@@ -1,0 +1,125 @@
+"""No path builds an attention map: 8,192 tokens, of which 8,100 are one picture, under every method.
+
+A whole map has n² numbers per head. Every tensor that any operation makes is looked at; the limit is a sixteenth of one head's
+map, masks included. SDPA runs once in every layer of the tower and of the language model.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from tiny_models import IMAGE, VOCAB
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import vlmprune as vp
+
+TOKENS, SIDE, PATCH = 8192, 90, 2
+LAYERS, BLOCKS = 4, 3
+LIMIT = TOKENS**2 // 16
+PRUNING = [
+    "adaptinfer:layer=1|2,tokens=300|100",
+    "cdpruner:tokens=100",
+    "cls:tokens=300",
+    "dart:layer=2,tokens=300",
+    "divprune:tokens=100",
+    "fastv:layer=2,tokens=300",
+    "flowcut:tokens=300",
+    "flowcut:layer=2,tokens=300",
+    "holov:tokens=300",
+    "mustdrop:layer=1|2,tokens=300|100,merge=0.3,cache_layer=0",
+    "pdrop:layer=1|2,tokens=300|100",
+    "random:tokens=300",
+    # Half of the tokens, where as many clusters or merged tokens as possible would show
+    "sparsevlm:layer=2,fraction=0.5",
+    "sparsevlm:layer=2,tokens=300,version=2",
+    "tome:fraction=0.5",
+    "uniform:tokens=300",
+    "visionzip:fraction=0.5",
+    "vscan:layer=0|2,fraction=0.5|0.2",
+]
+REDISTRIBUTION = [
+    "act:layers=1|2",
+    "pai:layers=1|2",
+    "paint:layers=1|2",
+    "var:layers=1|2,sink_dims=cosine",
+    "vhr:layers=1|2",
+    "zerotuning:layers=1|2,gain=2",
+]
+
+
+class Watch(TorchDispatchMode):
+    """The largest storage that any operation made, in numbers, and how often attention ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers, self.by, self.attention = 0, "", 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.attention += "scaled_dot_product" in str(function)
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor) and (numbers := x.untyped_storage().nbytes() // x.element_size()) > self.numbers:
+                self.numbers, self.by = numbers, f"{function} {list(x.shape)}"
+        return out
+
+
+@functools.cache
+def model() -> LlavaForConditionalGeneration:
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=1,
+        image_size=SIDE * PATCH,
+        patch_size=PATCH,
+    )
+    text = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=2 * TOKENS,
+    )
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=SIDE**2)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@functools.cache
+def inputs() -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    words = torch.randint(8, VOCAB, (TOKENS - SIDE**2,), generator=random)
+    ids = torch.cat((words[:40], torch.full((SIDE**2,), IMAGE), words[40:]))[None]
+    assert ids.shape[1] == TOKENS
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, SIDE * PATCH, SIDE * PATCH, generator=random)}
+
+
+def test_every_method_is_here():
+    assert {recipe.partition(":")[0] for recipe in PRUNING} == set(vp.METHODS)
+    assert {recipe.partition(":")[0] for recipe in REDISTRIBUTION} == set(vp.REDISTRIBUTORS)
+
+
+@pytest.mark.parametrize("recipe", [*PRUNING, *REDISTRIBUTION])
+def test_prefill_of_8192_tokens_builds_no_map_and_stays_with_sdpa(recipe):
+    """Red: an attention or similarity map exists at one time, or a layer leaves SDPA."""
+    with torch.inference_mode(), vp.wrap(model(), recipe) as run, Watch() as seen:
+        model()(**inputs(), use_cache=True, logits_to_keep=1)
+    assert seen.numbers < LIMIT, seen.by
+    # VHR runs the prompt without its picture beside layers 0 to 2. What edits every row of a layer computes them all itself.
+    apart = {"vhr": 3, "act": -2, "zerotuning": -2}.get(recipe.partition(":")[0], 0)
+    assert seen.attention == BLOCKS + LAYERS + apart
+    assert run.report().prompt_tokens == TOKENS
+
+
+def test_the_watch_sees_a_map():
+    with Watch() as seen:
+        query = torch.zeros(1, 1, TOKENS, 1)
+        (query @ query.transpose(-1, -2)).sum()
+        torch.nn.functional.scaled_dot_product_attention(query[:, :, :4], query, query)
+    assert seen.numbers == TOKENS**2 > LIMIT
+    assert seen.attention == 1
