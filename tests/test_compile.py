@@ -1,0 +1,44 @@
+"""`torch.compile` of a wrapped model: hooks run as they are, what is between them is compiled, once for all prompts of a shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo
+from tiny_models import build, make_inputs
+from torch._dynamo.testing import CompileCounter
+
+import vlmprune as vp
+
+SAMPLES = [["text3", "image", "text4"]]
+
+
+@pytest.fixture(autouse=True)
+def dynamo(monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # set where flex attention runs un-compiled
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("recipe", ["random:layer=0,tokens=4", "fastv:layer=2,tokens=4"])
+@torch.no_grad()
+def test_compiled_equals_plain(recipe):
+    model = build("llava")
+    prompts = [make_inputs("llava", model, SAMPLES, seed=seed) for seed in range(3)]
+    word = torch.full((1, 1), 20)
+    with vp.wrap(model, recipe) as run:
+        counter = CompileCounter()
+        compiled = torch.compile(model, backend=counter)
+        graphs = []
+        for inputs in prompts:
+            expected, answer = model(**inputs), compiled(**inputs)
+            assert torch.equal(answer.logits, expected.logits)
+            assert run.report().stages[0].kept == (4,)
+            mask = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
+            step = {"input_ids": word, "attention_mask": mask}
+            one = model(**step, past_key_values=expected.past_key_values).logits
+            assert torch.equal(compiled(**step, past_key_values=answer.past_key_values).logits, one)
+            graphs.append(counter.frame_count)
+    assert graphs[0] > 0  # the counter counts
+    assert graphs[2] == graphs[1], "a prompt of a known shape was compiled again"
