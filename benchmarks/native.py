@@ -4,8 +4,8 @@
 
 Hooks, masks, choosing and gathers are all that lies between the two. A LLaVA-shaped random model, 1024 wide, 12 layers, 16
 heads, 576 visual and 60 text tokens, SDPA everywhere, pictures encoded beforehand. A recipe that cuts between layers is
-compared with the sum of its layers' native times, each an equal part of a native prompt of that length. Every round measures every
-line, in turn; ratios are taken within rounds. Decoding: one step behind each of the caches.
+compared with the sum of its layers' native times, each an equal part of a native prompt of that length. Every round measures
+every line, in turn; ratios are taken within rounds. Decoding: one step behind each of the caches.
 """
 
 from __future__ import annotations
