@@ -45,8 +45,8 @@ class Spread:
     high: float
 
     @staticmethod
-    def of(times: Sequence[float]) -> Spread:
-        low, _, high = quantiles(times, n=4)
+    def of(times: list[float]) -> Spread:
+        low, _, high = quantiles(times, n=4) if len(times) > 1 else times * 3
         return Spread(median(times), low, high)
 
 
@@ -125,7 +125,7 @@ def measure(
         model: a stock, un-wrapped model whose `generation_config` knows no end of text, so that all runs are as long.
         inputs: the processor's output.
         recipes: recipe strings; a wrong one is refused before anything is measured.
-        rounds: measured rounds, at least 3; before them one that counts FLOPs and memory and warms up.
+        rounds: measured rounds; before them one that counts FLOPs and memory and warms up.
         new_tokens: tokens to generate, at least 1.
         tick: called after every run, for a progress bar.
 
