@@ -138,6 +138,11 @@ class Session:
         self.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
 
 
+def in_a_line(error: Exception) -> str:
+    """An error's kind and the first line of what it says."""
+    return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
+
+
 REHEARSAL_NOTE = (
     "rehearsal on a CPU with reduced sizes: it shows that the path runs and that kernels are right; nothing is timed"
 )

@@ -178,6 +178,7 @@ def _llava_next_config(reduce: int) -> LlavaNextConfig:
 
 def _qwen_config(reduce: int) -> Qwen2_5_VLConfig:
     depth, heads = _depth(32, reduce), 28 // min(reduce, 7)  # heads divide 28 and stay 128 wide
+    whole = max(depth // 4, 2)  # every so many blocks, one sees the whole picture
     vision = {
         "depth": depth,
         "hidden_size": 1280 // reduce,
@@ -189,7 +190,7 @@ def _qwen_config(reduce: int) -> Qwen2_5_VLConfig:
         "temporal_patch_size": 2,
         "tokens_per_second": 2,
         "window_size": 112,
-        "fullatt_block_indexes": [(index + 1) * depth // 4 - 1 for index in range(4)],
+        "fullatt_block_indexes": list(range(whole - 1, depth, whole)),
     }
     text = {
         "hidden_size": 128 * heads,
