@@ -16,6 +16,7 @@ out and take back).
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -291,6 +292,7 @@ def _peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         work()
         _wait(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler tells stderr whenever it starts and stops
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         work()

@@ -273,7 +273,8 @@ def bench(
         _print_json(numbers)
         return
     if console.width >= 160:
-        table = Table(*(Column(name, justify="right") for name in evals.COLUMNS), title=title)
+        first, *others = evals.COLUMNS
+        table = Table(Column(first, overflow="fold"), *(Column(name, justify="right") for name in others), title=title)
         for row in rows:
             table.add_row(*evals.cells(row))
     else:  # many columns need room
