@@ -15,6 +15,7 @@ tf32). A row that sees no key gets zeros.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -85,19 +86,16 @@ def _partial(
     group, row = line % GROUPS, line // (GROUPS * HEADS)
     head = (tl.program_id(2) % kv_heads) * HEADS + line // GROUPS % HEADS
     at, value_at = tl.arange(0, DIMS), tl.arange(0, VALUE_DIMS)
-    query_row, key_row, value_row = (
-        tl.multiple_of(query_row, UNIT), tl.multiple_of(key_row, UNIT), tl.multiple_of(value_row, UNIT)
-    )  # fmt: skip
-    query += batch * query_batch
+    query += batch * query_batch * UNIT
     q = tl.load(
-        query + head[:, None].to(tl.int64) * query_head + row[:, None].to(tl.int64) * query_row + at[None, :],
+        query + head[:, None].to(tl.int64) * query_head * UNIT + row[:, None].to(tl.int64) * query_row * UNIT + at[None, :],
         mask=real[:, None] & (at[None, :] < DIM), other=0,
     )  # fmt: skip
     limit = tl.full([LINES], 0, tl.int32) + (keys - 1)
     if HAS_POSITION:
         limit = tl.load(position + batch * position_batch + row, mask=real, other=-1).to(tl.int32)
-    key += batch * key_batch + kv_head * key_head
-    value += batch * value_batch + kv_head * value_head
+    key += (batch * key_batch + kv_head * key_head) * UNIT
+    value += (batch * value_batch + kv_head * value_head) * UNIT
     valid += batch * valid_batch
     marks += batch * marks_batch
     begin = split * share
@@ -109,9 +107,13 @@ def _partial(
     for start in range(begin, end, KEYS):
         keys_at = start + tl.arange(0, KEYS)
         there = keys_at < end
-        k = tl.load(key + keys_at[None, :].to(tl.int64) * key_row + at[:, None], mask=there[None, :] & (at[:, None] < DIM), other=0)
+        k = tl.load(
+            key + keys_at[None, :].to(tl.int64) * key_row * UNIT + at[:, None],
+            mask=there[None, :] & (at[:, None] < DIM),
+            other=0,
+        )
         v = tl.load(
-            value + keys_at[:, None].to(tl.int64) * value_row + value_at[None, :],
+            value + keys_at[:, None].to(tl.int64) * value_row * UNIT + value_at[None, :],
             mask=there[:, None] & (value_at[None, :] < VALUE_DIM), other=0,
         )  # fmt: skip
         scores, seen = _scores(q, k, scale, keys_at, there, limit, valid, HAS_VALID, WIDE)
@@ -137,9 +139,7 @@ def _partial(
     tl.store(stats + place * 3, top, mask=real)
     tl.store(stats + place * 3 + 1, total, mask=real)
     tl.store(stats + place * 3 + 2, mass, mask=real)
-    tl.store(
-        sums + place[:, None] * VALUE_DIM + value_at[None, :], kept, mask=real[:, None] & (value_at[None, :] < VALUE_DIM)
-    )
+    tl.store(sums + place[:, None] * VALUE_DIM + value_at[None, :], kept, mask=real[:, None] & (value_at[None, :] < VALUE_DIM))
 
 
 @triton.jit
@@ -214,13 +214,14 @@ def _row_masses(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < rows
     at = tl.arange(0, DIMS)
-    query_row, key_row = tl.multiple_of(query_row, UNIT), tl.multiple_of(key_row, UNIT)
-    query += batch * query_batch + head * query_head
-    q = tl.load(query + row[:, None].to(tl.int64) * query_row + at[None, :], mask=real[:, None] & (at[None, :] < DIM), other=0)
+    query += (batch * query_batch + head * query_head) * UNIT
+    q = tl.load(
+        query + row[:, None].to(tl.int64) * query_row * UNIT + at[None, :], mask=real[:, None] & (at[None, :] < DIM), other=0
+    )
     limit = tl.full([ROWS], 0, tl.int32) + (keys - 1)
     if HAS_POSITION:
         limit = tl.load(position + batch * position_batch + row, mask=real, other=-1).to(tl.int32)
-    key += batch * key_batch + head // HEADS * key_head
+    key += (batch * key_batch + head // HEADS * key_head) * UNIT
     valid += batch * valid_batch
     groups += batch * groups_batch + head * groups_head
     end = tl.minimum(keys, tl.max(tl.where(real, limit, -1), 0) + 1)
@@ -231,7 +232,11 @@ def _row_masses(
     for start in range(0, end, KEYS):
         keys_at = start + tl.arange(0, KEYS)
         there = keys_at < end
-        k = tl.load(key + keys_at[None, :].to(tl.int64) * key_row + at[:, None], mask=there[None, :] & (at[:, None] < DIM), other=0)
+        k = tl.load(
+            key + keys_at[None, :].to(tl.int64) * key_row * UNIT + at[:, None],
+            mask=there[None, :] & (at[:, None] < DIM),
+            other=0,
+        )
         scores, seen = _scores(q, k, scale, keys_at, there, limit, valid, HAS_VALID, WIDE)
         scores = tl.where(seen, scores, float("-inf"))
         new = tl.maximum(top, tl.max(scores, 1))
@@ -273,16 +278,15 @@ def _weighted(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < rows
     at, value_at = tl.arange(0, DIMS), tl.arange(0, VALUE_DIMS)
-    query_row, key_row, value_row = (
-        tl.multiple_of(query_row, UNIT), tl.multiple_of(key_row, UNIT), tl.multiple_of(value_row, UNIT)
-    )  # fmt: skip
-    query += batch * query_batch + head * query_head
-    q = tl.load(query + row[:, None].to(tl.int64) * query_row + at[None, :], mask=real[:, None] & (at[None, :] < DIM), other=0)
+    query += (batch * query_batch + head * query_head) * UNIT
+    q = tl.load(
+        query + row[:, None].to(tl.int64) * query_row * UNIT + at[None, :], mask=real[:, None] & (at[None, :] < DIM), other=0
+    )
     limit = tl.full([ROWS], 0, tl.int32) + (keys - 1)
     if HAS_POSITION:
         limit = tl.load(position + batch * position_batch + row, mask=real, other=-1).to(tl.int32)
-    key += batch * key_batch + head // HEADS * key_head
-    value += batch * value_batch + head // HEADS * value_head
+    key += (batch * key_batch + head // HEADS * key_head) * UNIT
+    value += (batch * value_batch + head // HEADS * value_head) * UNIT
     valid += batch * valid_batch
     groups += batch * groups_batch + head * groups_head
     end = tl.minimum(keys, tl.max(tl.where(real, limit, -1), 0) + 1)
@@ -293,9 +297,13 @@ def _weighted(
     for start in range(0, end, KEYS):
         keys_at = start + tl.arange(0, KEYS)
         there = keys_at < end
-        k = tl.load(key + keys_at[None, :].to(tl.int64) * key_row + at[:, None], mask=there[None, :] & (at[:, None] < DIM), other=0)
+        k = tl.load(
+            key + keys_at[None, :].to(tl.int64) * key_row * UNIT + at[:, None],
+            mask=there[None, :] & (at[:, None] < DIM),
+            other=0,
+        )
         v = tl.load(
-            value + keys_at[:, None].to(tl.int64) * value_row + value_at[None, :],
+            value + keys_at[:, None].to(tl.int64) * value_row * UNIT + value_at[None, :],
             mask=there[:, None] & (value_at[None, :] < VALUE_DIM), other=0,
         )  # fmt: skip
         scores, seen = _scores(q, k, scale, keys_at, there, limit, valid, HAS_VALID, WIDE)
@@ -306,9 +314,7 @@ def _weighted(
             changed += factor[:, None] * _inside(groups, keys_at, marked, groups_key, groups_group, group)[None, :]
         found += _product((weights * changed).to(v.dtype), v, WIDE)
     place = (batch * rows + row) * heads + head
-    tl.store(
-        out + place[:, None] * VALUE_DIM + value_at[None, :], found, mask=real[:, None] & (value_at[None, :] < VALUE_DIM)
-    )
+    tl.store(out + place[:, None] * VALUE_DIM + value_at[None, :], found, mask=real[:, None] & (value_at[None, :] < VALUE_DIM))
 
 
 @triton.jit
@@ -324,16 +330,21 @@ def _column_means(
     keys_at = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     there = keys_at < keys
     at = tl.arange(0, DIMS)
-    query_row, key_row = tl.multiple_of(query_row, UNIT), tl.multiple_of(key_row, UNIT)
-    query += batch * query_batch + head * query_head
-    key += batch * key_batch + head // HEADS * key_head
-    k = tl.load(key + keys_at[None, :].to(tl.int64) * key_row + at[:, None], mask=there[None, :] & (at[:, None] < DIM), other=0)
+    query += (batch * query_batch + head * query_head) * UNIT
+    key += (batch * key_batch + head // HEADS * key_head) * UNIT
+    k = tl.load(
+        key + keys_at[None, :].to(tl.int64) * key_row * UNIT + at[:, None], mask=there[None, :] & (at[:, None] < DIM), other=0
+    )
     total = tl.zeros([KEYS], tl.float32)
     seeing = tl.zeros([KEYS], tl.float32)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         real = row < rows
-        q = tl.load(query + row[:, None].to(tl.int64) * query_row + at[None, :], mask=real[:, None] & (at[None, :] < DIM), other=0)
+        q = tl.load(
+            query + row[:, None].to(tl.int64) * query_row * UNIT + at[None, :],
+            mask=real[:, None] & (at[None, :] < DIM),
+            other=0,
+        )
         limit = tl.load(position + batch * position_batch + row, mask=real, other=-1).to(tl.int32)
         counts = real & (tl.load(counted + batch * counted_batch + row, mask=real, other=0) != 0)
         log = tl.load(logs + tl.program_id(1).to(tl.int64) * rows + row, mask=real, other=0.0)
@@ -381,10 +392,14 @@ def _value_dims(dim: int) -> dict[str, int]:
     return {"VALUE_DIM": dim, "VALUE_DIMS": _padded(dim)}
 
 
-def _unit(*tensors: Tensor) -> int:
-    """A number of elements that all rows are apart by a multiple of: 16 bytes are moved at a time where it is 8."""
-    apart = [stride for x in tensors for stride in x.stride()[:-1]]
-    return next(unit for unit in (8, 4, 2, 1) if all(stride % unit == 0 for stride in apart))
+def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
+    """Strides of batch, head and row of every tensor, counted in units of 1, 2, 4 or 8 elements, behind that number.
+
+    From a product with a constant the compiler knows how addresses are aligned: 16 bytes are moved at a time where it is 8.
+    """
+    strides = [stride for x in tensors for stride in x.stride()[:3]]
+    unit = math.gcd(8, *strides)
+    return unit, [stride // unit for stride in strides]
 
 
 def _shares(lines: int, keys: int, programs: int, tile: int, tall: int) -> tuple[int, int]:
@@ -442,14 +457,15 @@ def grouped_attention(
     out = query.new_empty((batch, rows, heads, value.shape[3]), dtype=torch.float32)
     options, warps, stages = _many_options(max(query.shape[3], value.shape[3]), query.dtype)
     options |= _dims(query.shape[3]) | _value_dims(value.shape[3])
+    unit, strides = _strides(query, key, value)
     _weighted[(triton.cdiv(rows, options["ROWS"]), batch * heads)](
         query, key, value, groups, query if position is None else _row_major(position), _flags(valid, query), logs,
         factors.float().contiguous(), out,
         scaling * LOG2E, rows, key.shape[2], groups.shape[2], heads,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        *strides,
         *_heads_strides(groups), *groups.stride()[2:], _shared_stride(position), _shared_stride(valid),
         HEADS=heads // key.shape[1], GROUPS=groups.shape[3], HAS_POSITION=position is not None, HAS_VALID=valid is not None,
-        UNIT=_unit(query, key, value), **options, num_warps=warps, num_stages=stages,
+        UNIT=unit, **options, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, factors, masses
 
@@ -474,11 +490,12 @@ def column_means(query: Tensor, key: Tensor, scaling: float, position: Tensor, v
     _masses_of_rows(query, key, scaling, position, valid, None, None, logs)
     out = query.new_empty((batch, heads, key.shape[2]), dtype=torch.float32)
     options, warps, stages = _many_options(dim, query.dtype)
+    unit, strides = _strides(query, key)
     _column_means[(triton.cdiv(key.shape[2], options["KEYS"]), batch * heads)](
         query, key, _row_major(position), _flags(valid, query), _flags(counted, query), logs, out,
         scaling * LOG2E, rows, key.shape[2], heads,
-        *query.stride()[:3], *key.stride()[:3], _shared_stride(position), _shared_stride(valid), _shared_stride(counted),
-        HEADS=heads // key.shape[1], HAS_VALID=valid is not None, UNIT=_unit(query, key), **options,
+        *strides, _shared_stride(position), _shared_stride(valid), _shared_stride(counted),
+        HEADS=heads // key.shape[1], HAS_VALID=valid is not None, UNIT=unit, **options,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
@@ -499,13 +516,14 @@ def _masses_of_rows(
     count = 0 if groups is None else groups.shape[3]
     groups_strides = (0, 0, 0, 0) if groups is None else (*_heads_strides(groups), *groups.stride()[2:])
     options, warps, stages = _many_options(dim, query.dtype)
+    unit, strides = _strides(query, key)
     _row_masses[(triton.cdiv(rows, options["ROWS"]), batch * heads)](
         query, key, query if groups is None else groups, query if position is None else _row_major(position), _flags(valid, query),
         logs if masses is None else masses, logs,
         scaling * LOG2E, rows, key.shape[2], 0 if groups is None else groups.shape[2], heads,
-        *query.stride()[:3], *key.stride()[:3], *groups_strides, _shared_stride(position), _shared_stride(valid),
+        *strides, *groups_strides, _shared_stride(position), _shared_stride(valid),
         HEADS=heads // key.shape[1], GROUPS=count, GROUPS_PADDED=triton.next_power_of_2(max(count, 1)),
-        HAS_POSITION=position is not None, HAS_VALID=valid is not None, UNIT=_unit(query, key), **options,
+        HAS_POSITION=position is not None, HAS_VALID=valid is not None, UNIT=unit, **options,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
@@ -534,13 +552,14 @@ def _shared_out(
     shares, share = _shares(lines, keys, batch * kv_heads, options["KEYS"], options["LINES"])
     sums = query.new_empty((batch * kv_heads, lines, shares, value_dim), dtype=torch.float32)
     stats = query.new_empty((batch * kv_heads, lines, shares, 3), dtype=torch.float32)
+    unit, strides = _strides(query, key, value)
     _partial[(triton.cdiv(lines, options["LINES"]), shares, batch * kv_heads)](
         query, key, value, marks, query if position is None else _row_major(position), _flags(valid, query), sums, stats,
         scaling * LOG2E, rows, keys, marks.shape[2], share, kv_heads,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        *strides,
         *_heads_strides(marks), *marks.stride()[2:], _shared_stride(position), _shared_stride(valid),
         HEADS=heads // kv_heads, GROUPS=marks.shape[3], RAISED=raised,
-        HAS_POSITION=position is not None, HAS_VALID=valid is not None, UNIT=_unit(query, key, value), **options,
+        HAS_POSITION=position is not None, HAS_VALID=valid is not None, UNIT=unit, **options,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return sums, stats
@@ -573,7 +592,8 @@ def variants() -> list[Variant]:
     for dtype, name, dims in ((torch.bfloat16, "bf16", (64, 72, 80, 128, 256)), (torch.float32, "fp32", (64, 80, 128))):
         for dim in dims:
             size = f"{name}, head size {dim}"
-            for lines, groups, what in ((4, 4, "1 line of 4 groups"), (28, 4, "7 lines of 4 groups"), (1, 1, "1 line raised")):
+            cases = [(4, 4, "1 line of 4 groups"), (28, 4, "7 lines of 4 groups"), (1, 1, "1 line raised")]
+            for lines, groups, what in cases if dim >= 128 else cases[::2]:
                 options, *launch = _few_options(lines, dim, dim, dtype)
                 few = {"HEADS": lines // groups, "GROUPS": groups, "RAISED": groups == 1, "HAS_POSITION": True}
                 few |= {"HAS_VALID": True, "UNIT": 8, **options}
@@ -600,6 +620,5 @@ def _variant(case: str, kernel: Any, dtype: str, constants: dict[str, Any], warp
     pointers = POINTERS | dict.fromkeys(("query", "key", "value"), dtype)
     names = [parameter.name for parameter in kernel.params if parameter.name not in constants]
     types = {name: f"*{pointers[name]}" if name in pointers else "fp32" if name == "scale" else "i32" for name in names}
-    rows_apart = ("query_head", "query_row", "key_head", "key_row", "value_head", "value_row")
-    aligned = tuple(name for name in names if name in pointers or name in rows_apart)
+    aligned = tuple(name for name in names if name in pointers)
     return Variant("grouped_attention", case, kernel, types, constants, aligned, warps, stages)

@@ -28,7 +28,7 @@ def greedy_order(features: Tensor, keep: int) -> Tensor:
         keep: tokens to pick of each picture, at most `visual`. Ties go to the lower index; no index is picked twice, also
             where tokens are exact duplicates.
     """
-    unit = normalize(features.float(), dim=-1)
+    unit = normalize(features.detach().float(), dim=-1)
     images, visual, _ = unit.shape
     rows = torch.arange(images, device=features.device)
     order = torch.empty(images, keep, dtype=torch.long, device=features.device)
