@@ -1,20 +1,20 @@
 """Attention of chosen query rows with an edit that is decided per row: by masses of groups of keys, or on the scores.
 
-With R = rows · heads and K keys of size d: `grouped_attention` and `scored_attention` read queries, keys and values once and write
-R · d fp32 numbers; 4 · batch · R · K · d FLOPs for the two products, half of it where rows are causal. `column_means` reads queries
-and keys, and makes the one product twice: 4 · batch · R · K · d. Figures to measure against, on an H200:
+With R = rows · heads and K keys of size d: `grouped_attention` and `scored_attention` read queries, keys and values once and
+write R · d fp32 numbers; 4 · batch · R · K · d FLOPs for the two products, half of it where rows are causal. `column_means`
+reads queries and keys, and makes the one product twice: 4 · batch · R · K · d. Figures to measure against, on an H200:
 
-    one row (decoding)    the memory's 4.8 TB/s. 32 heads of 128 over 32 768 keys in bf16 with 8 KV heads: 134 MB, 28 µs; with 32
-                          of them 537 MB, 112 µs. Groups cost no further read of K or V. Short contexts are bound by launches:
+    one row (decoding)    the memory's 4.8 TB/s. 32 heads of 128 over 32 768 keys in bf16 with 8 KV heads: 134 MB, 28 µs; with
+                          32 of them 537 MB, 112 µs. Groups cost no further read of K or V. Short contexts are bound by launches:
                           three kernels, and a dozen small operations of `coefficients`, where plain attention has one or two;
                           1.1 × SDPA is to be expected from some ten thousand keys on, or inside a CUDA graph.
     many rows (prefill)   the tensor cores' 989 TFLOP/s in bf16. 60 rows over 640 keys, 32 heads of 128: 0.6 GFLOP, 0.6 µs; all
                           4096 rows of a prompt: 275 GFLOP (half if causal), 0.3 ms. The scores are made twice: 1.5 × the FLOPs.
     fp32                  67 TFLOP/s, no tensor cores.
 
-Gradients: the torch reference has them, kernels have none. With "auto", a call that needs a gradient (one of query, key and value
-requires it, and gradients are enabled) therefore takes the reference; with "triton" it is refused. `column_means` has none: callers
-detach its arguments, and it is for finding marks.
+Gradients: the torch reference has them, kernels have none. With "auto", a call that needs a gradient (one of query, key and
+value requires it, and gradients are enabled) therefore takes the reference; with "triton" it is refused. `column_means` has
+none: callers detach its arguments, and it is for finding marks.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ Many rows (prefill)     `_row_masses`: masses, and the logarithm of the softmax'
                         one a group: with G groups 3 products of rows × keys × dim instead of 2·G, and no G outputs in memory.
 Column means            `_row_masses` without groups, then `_column_means`: a tile of keys passes over all rows.
 
-Exponents are to base 2: a score in here is s · log2(e). Products of fp16 and bf16 accumulate in fp32, probabilities rounded to the
-dtype of the values, as in flash attention; masses are sums before that rounding. Products of fp32 are fp32's own ("ieee", no
-tf32). A row that sees no key gets zeros.
+Exponents are to base 2: a score in here is s · log2(e). Products of fp16 and bf16 accumulate in fp32, probabilities rounded to
+the dtype of the values, as in flash attention; masses are sums before that rounding. Products of fp32 are fp32's own ("ieee",
+no tf32). A row that sees no key gets zeros.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def _partial(
 ):  # fmt: skip
     """One share of the keys for one tile of lines; a line is a row × query head × group.
 
-    Grid: tiles of lines, shares, batch × KV head. `stats` `[batch, kv_head, line, share, 3]` gets maximum, total and mass, `sums`
-    `[batch, kv_head, line, share, value_dim]` Σ e^(s − maximum) · v over the group. RAISED: `marks` are weights on |s|.
+    Grid: tiles of lines, shares, batch × KV head. `stats` `[batch, kv_head, line, share, 3]` gets maximum, total and mass,
+    `sums` `[batch, kv_head, line, share, value_dim]` Σ e^(s − maximum) · v over the group. RAISED: `marks` are weights on |s|.
     """
     split, shares = tl.program_id(1), tl.num_programs(1)
     batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
@@ -146,7 +146,7 @@ def _partial(
 def _settle(stats, masses, rows, shares, HEADS: tl.constexpr, GROUPS: tl.constexpr, RAISED: tl.constexpr, SHARES: tl.constexpr):
     """What the shares of the keys come to, for one line. Grid: batch × KV head × line.
 
-    In `stats` the maximum of each share is replaced by what its sums are to be multiplied with, so that the softmax sums to one.
+    In `stats` the maximum of each share is replaced by what its sums are to be multiplied with, so that the softmax sums to 1.
     `masses` `[batch, head, row, group]` unless RAISED.
     """
     line = tl.program_id(0).to(tl.int64)
@@ -206,7 +206,7 @@ def _row_masses(
     HAS_POSITION: tl.constexpr, HAS_VALID: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Masses `[batch, head, row, group]`, and log2 of the softmax's denominator `[batch, head, row]`, −inf where nothing is seen.
+    """Masses `[batch, head, row, group]`, and log2 of the softmax's denominator `[batch, head, row]`, −inf if nothing is seen.
 
     Grid: tiles of rows, batch × head. HEADS: query heads of a KV head. GROUPS = 0: no masses.
     """
@@ -518,8 +518,8 @@ def _masses_of_rows(
     options, warps, stages = _many_options(dim, query.dtype)
     unit, strides = _strides(query, key)
     _row_masses[(triton.cdiv(rows, options["ROWS"]), batch * heads)](
-        query, key, query if groups is None else groups, query if position is None else _row_major(position), _flags(valid, query),
-        logs if masses is None else masses, logs,
+        query, key, query if groups is None else groups, query if position is None else _row_major(position),
+        _flags(valid, query), logs if masses is None else masses, logs,
         scaling * LOG2E, rows, key.shape[2], 0 if groups is None else groups.shape[2], heads,
         *strides, *groups_strides, _shared_stride(position), _shared_stride(valid),
         HEADS=heads // key.shape[1], GROUPS=count, GROUPS_PADDED=triton.next_power_of_2(max(count, 1)),
@@ -587,7 +587,7 @@ def _combined(sums: Tensor, stats: Tensor, factors: Tensor | None, batch: int, r
 
 
 def variants() -> list[Variant]:
-    """Compiled ahead of time: head sizes and dtypes, decoding and prefill, as VAR (4 groups) and PAI (raised scores) call them."""
+    """Compiled ahead of time: head sizes and dtypes, decoding and prefill, as VAR (4 groups) and PAI (raised scores) do."""
     found = []
     for dtype, name, dims in ((torch.bfloat16, "bf16", (64, 72, 80, 128, 256)), (torch.float32, "fp32", (64, 80, 128))):
         for dim in dims:

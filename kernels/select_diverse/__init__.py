@@ -1,12 +1,13 @@
 """Diverse subsets of the tokens of each picture: greedy max-min distance, and greedy determinants.
 
-Both read the features once a pick: `(keep + 1) · visual · dim` numbers and `2 · (keep + 1) · visual · dim` FLOPs; max-min needs
-`2 · visual² · dim` FLOPs more for its first pick, determinants `keep² · visual` for what picks have in common. Roofline on an H200
-for 320 of 2880 tokens in bf16: at width 4096 the first pick is 68 GFLOP, 0.07 ms at 989 TFLOP/s; a pick reads 24 MB, 5 µs and for
-all 1.6 ms at 4.8 TB/s from memory. The goal of 1 ms needs those reads to come from the caches of the multiprocessors (22 tokens,
-0.18 MB each) instead. At width 1024 it is 17 GFLOP, 0.02 ms, and 5.9 MB, 1.2 µs a pick, 0.4 ms. On top of either comes one exchange
-of words among all programs for each pick, 1 to 2 µs. Nobody has measured this yet: 0.5 to 1 ms is expected at width 1024, 1 to 2 ms
-at width 4096. Determinants are one launch a pick, 5 to 10 µs on the host unless captured in a CUDA graph.
+Both read the features once a pick: `(keep + 1) · visual · dim` numbers and `2 · (keep + 1) · visual · dim` FLOPs; max-min
+needs `2 · visual² · dim` FLOPs more for its first pick, determinants `keep² · visual` for what picks have in common. Roofline
+on an H200 for 320 of 2880 tokens in bf16: at width 4096 the first pick is 68 GFLOP, 0.07 ms at 989 TFLOP/s; a pick reads 24
+MB, 5 µs and for all 1.6 ms at 4.8 TB/s from memory. The goal of 1 ms needs those reads to come from the caches of the
+multiprocessors (22 tokens, 0.18 MB each) instead. At width 1024 it is 17 GFLOP, 0.02 ms, and 5.9 MB, 1.2 µs a pick, 0.4 ms. On
+top of either comes one exchange of words among all programs for each pick, 1 to 2 µs. Nobody has measured this yet: 0.5 to 1
+ms is expected at width 1024, 1 to 2 ms at width 4096. Determinants are one launch a pick, 5 to 10 µs on the host unless
+captured in a CUDA graph.
 
 On a CPU 320 of 2880 tokens take less than three products of the features with themselves (benchmarks/select_diverse.py).
 """

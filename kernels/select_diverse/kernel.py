@@ -2,7 +2,7 @@
 
     word = distance as an ordered integer · 2³² + (2³¹ − 1 − token)      the greatest word: farthest, then lowest index
 
-Max-min        `_nearest` finds each token's greatest similarity, tiles of rows × columns, and `_farthest` does all the rest in one
+Max-min        `_nearest` finds each token's greatest similarity, tiles of rows × columns, and `_farthest` does the rest in one
                launch. For every pick a program takes the greatest of all words of its picture, measures its own tokens against
                that token, and writes its next word. Words of different picks are different places, and a place that is not yet
                written holds EMPTY: a word is its own signal, so that programs need no barrier, no order of other memory, and
@@ -326,7 +326,8 @@ def _greedy(features: Tensor, keep: int, most: int, order: Tensor) -> None:
         _farthest[(programs, images)](
             features, inverse, likeness, apart, words, order,
             visual, keep, step, steps, tiles, shares, *features.stride()[:2],
-            **tile, PROGRAMS=triton.next_power_of_2(programs), num_warps=8, num_stages=1, launch_cooperative_grid=not INTERPRETED,
+            **tile, PROGRAMS=triton.next_power_of_2(programs), num_warps=8, num_stages=1,
+            launch_cooperative_grid=not INTERPRETED,
         )  # fmt: skip
 
 
