@@ -112,18 +112,23 @@ def test_nothing_to_do():
 
 
 def test_offsets_pass_two_to_the_31():
-    """The second key stands 2³¹ elements behind the first, in a buffer of which only two pages are touched."""
-    far = 2**31 + 64
-    buffer = torch.Tensor(torch.UntypedStorage(2 * (far + 64))).view(torch.bfloat16)[: far + 64]
-    key = buffer.as_strided((1, 1, 2, 16), (1, 1, far, 1))
-    key[:, :, 0], key[:, :, 1] = drawn(16, dtype=torch.bfloat16, seed=1), drawn(16, dtype=torch.bfloat16, seed=2)
+    """The third key stands 2³¹ elements behind the first, at a stride that itself fits 32 bits; few pages are ever touched."""
+    far = 2**30
+    buffer = torch.Tensor(torch.UntypedStorage(2 * (2 * far + 64))).view(torch.bfloat16)
+    key = buffer.as_strided((1, 1, 3, 16), (1, 1, far, 1))
+    for place in range(3):
+        key[:, :, place] = drawn(16, dtype=torch.bfloat16, seed=place)
     query = drawn(1, 2, 3, 16, dtype=torch.bfloat16, seed=3)
     for op_ in (attention_rows, attention_mass):
         assert torch.equal(op_(query, key, 0.25, impl="triton"), op_(query, key.contiguous(), 0.25, impl="triton"))
-    wide = buffer.as_strided((2, 1, 1, 16), (far, 1, 1, 1))
-    rows = attention_rows(wide, drawn(2, 1, 4, 16, dtype=torch.bfloat16, seed=4), 0.25, impl="triton")
-    again = attention_rows(wide.contiguous(), drawn(2, 1, 4, 16, dtype=torch.bfloat16, seed=4), 0.25, impl="triton")
-    assert torch.equal(rows, again)
+    near = drawn(3, 3, 4, 16, dtype=torch.bfloat16, seed=4)
+    for strides in ((far, 0, 16, 1), (0, far, 16, 1), (0, 16, far, 1)):
+        wide = buffer.as_strided((3, 3, 3, 16), strides)
+        for place in range(3):
+            wide[place, place, place] = drawn(16, dtype=torch.bfloat16, seed=place)
+        for first, second in ((wide, near), (near, wide)):
+            found = attention_rows(first, second, 0.25, impl="triton")
+            assert torch.equal(found, attention_rows(first.contiguous(), second.contiguous(), 0.25, impl="triton"))
 
 
 def test_mass_never_has_rows_by_keys(monkeypatch):

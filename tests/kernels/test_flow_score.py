@@ -109,15 +109,20 @@ def test_nothing_to_do():
 
 
 def test_offsets_pass_two_to_the_31():
-    """The second token stands 2³¹ elements behind the first, in a buffer of which only two pages are touched."""
-    far = 2**31 + 64
-    buffer = torch.Tensor(torch.UntypedStorage(2 * (far + 64))).view(torch.bfloat16)[: far + 64]
-    x = buffer.as_strided((1, 1, 2, 16), (1, 1, far, 1))
-    x[:, :, 0], x[:, :, 1] = drawn(16, dtype=torch.bfloat16, seed=1), drawn(16, dtype=torch.bfloat16, seed=2)
-    one = drawn(1, 1, 16, dtype=torch.bfloat16, seed=3)
-    near = x.contiguous()
-    for found, expected in zip(on_triton(one, x, x, one, 0.3, 0.2), on_triton(one, near, near, one, 0.3, 0.2), strict=True):
-        assert torch.equal(found, expected)
+    """Something stands 2³¹ elements behind the start, at a stride that itself fits 32 bits; few pages are ever touched."""
+    far = 2**30
+    buffer = torch.Tensor(torch.UntypedStorage(2 * (2 * far + 64))).view(torch.bfloat16)
+    for strides in ((far, 0, 16, 1), (0, far, 16, 1), (0, 16, far, 1)):
+        x = buffer.as_strided((3, 3, 3, 16), strides)
+        for place in range(3):
+            x[place, place, place] = drawn(16, dtype=torch.bfloat16, seed=place)
+        near = x.contiguous()
+        results = (
+            on_triton(x[:, :, 2], x, x, x[:, :, 1], 0.3, 0.2),
+            on_triton(near[:, :, 2], near, near, near[:, :, 1], 0.3, 0.2),
+        )
+        for found, expected in zip(*results, strict=True):
+            assert torch.equal(found, expected)
 
 
 def test_autocast_and_gradients():

@@ -120,15 +120,16 @@ def test_gather_all_is_one_launch(monkeypatch):
 
 
 def test_offsets_pass_two_to_the_31():
-    """Bytes beyond 2³² of a buffer of which only two pages are touched."""
-    far = 2**31 + 4096
-    buffer = torch.Tensor(torch.UntypedStorage(2 * (far + 64))).view(torch.bfloat16)[: far + 64]  # mapped, not touched
-    x = buffer.as_strided((1, 2, 16), (1, far, 1))
-    x[:, 0], x[:, 1] = drawn(16).bfloat16(), drawn(16, seed=5).bfloat16()
-    rows = torch.tensor([[1, 0]])
-    assert identical(gather_tokens(x, rows, impl="triton"), x.flip(1).contiguous())
-    several = gather_all([x, x.unsqueeze(1)], rows, impl="triton")
-    assert identical(several[1], x.flip(1).unsqueeze(1).contiguous())
+    """Something stands 2³¹ elements behind the start, at a stride that itself fits 32 bits; few pages are ever touched."""
+    far = 2**30
+    buffer = torch.Tensor(torch.UntypedStorage(2 * far + 64)).view(torch.int8)
+    rows = torch.tensor([[2, 0, 1]]).expand(3, -1)
+    for strides in ((far, 0, 15, 1), (0, far, 15, 1), (0, 15, far, 1)):  # odd: words are single bytes
+        x = buffer.as_strided((3, 3, 3, 15), strides)
+        for place in range(3):
+            x[place, place, place] = drawn(15, seed=place).mul(9).to(torch.int8)
+        assert identical(gather_tokens(x, rows, impl="triton"), x[:, :, [2, 0, 1]].contiguous())
+        assert identical(gather_all([x, x], rows, impl="triton")[1], x[:, :, [2, 0, 1]].contiguous())
 
 
 @pytest.mark.parametrize("shared", [False, True])
