@@ -1,9 +1,23 @@
-"""One argument chooses an implementation; nothing falls back in silence."""
+"""One argument chooses an implementation; nothing falls back in silence.
+
+impl           CPU tensors                                    CUDA tensors
+"reference"    torch                                          torch
+"auto"         torch, also in the interpreter                 the kernel; torch for float64: kernels compute in fp32
+"triton"       the kernel, in Triton's interpreter, if        the kernel
+               TRITON_INTERPRET=1 (for tests); else refused
+
+Whatever a kernel cannot do is refused with the argument's name. Checks read shapes, dtypes and devices only: a GPU never waits.
+Kernels know no gradients: what an op returns from one is detached, unless the op's docstring says otherwise.
+"""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
-from functools import wraps
+from dataclasses import dataclass
+from functools import cache, wraps
+from importlib.util import find_spec
 from typing import Literal, ParamSpec, TypeVar
 
 import torch
@@ -17,18 +31,114 @@ R = TypeVar("R")
 Impl = Literal["auto", "reference", "triton"]
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Dtypes of numbers that kernels compute with, in fp32."""
 
-def use_triton(op: str, impl: Impl) -> bool:
-    """Whether an op shall run its Triton kernel; there is none yet, so that "auto" is the torch reference everywhere.
+MOST_DIM = 256
+"""Largest head size of the kernels: a tile of wider keys does not fit the shared memory of an SM."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an op must do at least, whatever the implementation: what a roofline is drawn with.
+
+    Attributes:
+        bytes_moved: every input read once and every output written once, in bytes.
+        flops: multiplications and additions; an exponential counts as one.
+    """
+
+    bytes_moved: int
+    flops: int
+
+
+def bytes_of(*tensors: Tensor | None) -> int:
+    """Bytes of all elements of these tensors; an expanded axis counts as often as it is read from memory: once."""
+    total = 0
+    for x in tensors:
+        if x is not None:
+            total += x.element_size() * math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
+    return total
+
+
+def use_triton(op: str, impl: Impl, any_dtype: bool = False, **tensors: Tensor | None) -> bool:
+    """Whether an op shall run its Triton kernel, by the table at the top of this file.
+
+    Args:
+        op: the op's name, for messages.
+        impl: "auto", "reference" or "triton".
+        any_dtype: the op moves numbers and computes nothing.
+        tensors: the op's tensor arguments by name.
 
     Raises:
-        UsageError: an unknown implementation, or one that does not exist for this op.
+        UsageError: an unknown implementation; tensors on several devices; a kernel is asked for and cannot run.
     """
     if impl not in IMPLEMENTATIONS:
         raise unknown("impl", str(impl), IMPLEMENTATIONS)
-    if impl == "triton":
-        raise UsageError(f"{op} has no Triton kernel yet: pass impl='auto' or impl='reference'.")
-    return False
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first = next(iter(given))
+    device = given[first].device
+    for name, x in given.items():
+        if x.device != device:
+            raise UsageError(f"{op}: {name} is on {x.device} but {first} on {device}: move them to one device.")
+    double = None if any_dtype else next((name for name, x in given.items() if x.dtype == torch.float64), None)
+    if impl == "reference" or (impl == "auto" and (device.type != "cuda" or double)):
+        return False
+    if double:
+        raise UsageError(f"{op}: {double} is float64 but kernels compute in fp32: pass impl='reference'.")
+    for name, x in given.items():
+        if not any_dtype and x.is_floating_point() and x.dtype not in KERNEL_DTYPES:
+            raise UsageError(f"{op}: {name} is {x.dtype} but kernels take float16, bfloat16 and float32: convert it.")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cuda" and interpreted:
+        raise UsageError(f"{op}: {first} is on {device} but TRITON_INTERPRET=1, which is for CPU tensors in tests: unset it.")
+    if device.type != "cuda" and not interpreted:
+        raise UsageError(f"{op}: impl='triton' needs CUDA tensors, but {first} is on {device}: pass impl='reference'.")
+    if not _has_triton():
+        raise UsageError(f"{op} on {device} needs Triton: pip install 'vlmprune[kernels]', or pass impl='reference'.")
+    return True
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def check(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> None:
+    """Refuse a tensor that does not fit.
+
+    Args:
+        op, name: of the op and of the argument, for the message.
+        x: the argument.
+        shape: wanted sizes; None where any will do.
+        dtype: wanted dtype; None for any floating point.
+    """
+    if x.ndim != len(shape) or any(wanted not in (None, size) for wanted, size in zip(shape, x.shape, strict=True)):
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise UsageError(f"{op}: {name} must have shape [{sizes}] here, found {list(x.shape)}.")
+    if dtype is None and not x.is_floating_point():
+        raise UsageError(f"{op}: {name} must be floating point, found {x.dtype}.")
+    if dtype is not None and x.dtype != dtype:
+        raise UsageError(f"{op}: {name} must be {dtype}, found {x.dtype}.")
+
+
+def check_heads(op: str, query: Tensor, key: Tensor) -> None:
+    """Refuse `query` and `key` `[batch, head, …]` whose numbers of heads, or dtypes, do not go together."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if not kv_heads or heads % kv_heads:
+        raise UsageError(f"{op}: query has {heads} heads, which the {kv_heads} heads of key must divide.")
+    if query.dtype != key.dtype:
+        raise UsageError(f"{op}: key is {key.dtype} but query {query.dtype}: convert one of them.")
+
+
+def check_dim(op: str, name: str, dim: int) -> None:
+    """Refuse a head size that no kernel has."""
+    if not 1 <= dim <= MOST_DIM:
+        raise UsageError(f"{op}: {name} has head size {dim} but kernels take 1 to {MOST_DIM}: pass impl='reference'.")
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype a reference computes in: fp32, and fp64 for fp64 inputs."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def in_fp32(op: Callable[P, R]) -> Callable[P, R]:

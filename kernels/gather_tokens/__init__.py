@@ -1,16 +1,79 @@
-"""Surviving tokens moved to compact buffers: hidden states, rotary embeddings, keys and values."""
+"""Surviving tokens moved to compact buffers: hidden states, rotary embeddings, keys and values.
+
+Moved at least: the kept rows read once and written once, `2 · batch · … · kept · dim` numbers, and the indices; no FLOPs. The
+figure to measure against is the bandwidth of a copy on the same machine. On an H200 (4.8 TB/s), keys and values of 28 layers,
+8 heads of size 128, 640 tokens kept, bf16: 2 · 28 · 2 · 8 · 640 · 128 · 2 bytes = 147 MB, 31 µs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from vlmprune.kernels.dispatch import Impl, use_triton
+from vlmprune.errors import UsageError
+from vlmprune.kernels.dispatch import Cost, Impl, bytes_of, check, use_triton
 from vlmprune.kernels.gather_tokens import reference
 
-__all__ = ["gather_tokens"]
+__all__ = ["cost", "cost_of_all", "gather_all", "gather_tokens"]
 
 
 def gather_tokens(x: Tensor, rows: Tensor, valid: Tensor | None = None, impl: Impl = "auto") -> Tensor:
-    """`[batch, …, kept, dim]`, see `reference.gather_tokens`."""
-    use_triton("gather_tokens", impl)
-    return reference.gather_tokens(x, rows, valid)
+    """`[batch, …, kept, dim]`, see `reference.gather_tokens`. Any dtype, differentiable in every implementation.
+
+    An index outside `x` is an error of the torch reference and a row of NaN from the kernel.
+
+    Raises:
+        UsageError: shapes or dtypes that do not fit; an implementation that cannot run.
+    """
+    _check("gather_tokens", "x", x, rows, valid)
+    if not use_triton("gather_tokens", impl, any_dtype=True, x=x, rows=rows, valid=valid):
+        return reference.gather_tokens(x, rows, valid)
+    from vlmprune.kernels.gather_tokens import kernel
+
+    return kernel.gather_tokens(x, rows, valid)
+
+
+def gather_all(tensors: Sequence[Tensor], rows: Tensor, valid: Tensor | None = None, impl: Impl = "auto") -> list[Tensor]:
+    """`gather_tokens` of several tensors, of any shapes and dtypes, in one launch.
+
+    Args:
+        tensors: `[batch or 1, …, token, dim]` each.
+        rows, valid: as in `gather_tokens`, for all of them.
+
+    Raises:
+        UsageError: shapes or dtypes that do not fit; an implementation that cannot run.
+    """
+    named = {f"tensors[{place}]": x for place, x in enumerate(tensors)}
+    for name, x in named.items():
+        _check("gather_all", name, x, rows, valid)
+    if not use_triton("gather_all", impl, any_dtype=True, rows=rows, valid=valid, **named):
+        return reference.gather_all(tensors, rows, valid)
+    from vlmprune.kernels.gather_tokens import kernel
+
+    return kernel.gather_all(tensors, rows, valid)
+
+
+def cost(x: Tensor, rows: Tensor, valid: Tensor | None = None) -> Cost:
+    """What `gather_tokens` must move."""
+    return cost_of_all([x], rows, valid)
+
+
+def cost_of_all(tensors: Sequence[Tensor], rows: Tensor, valid: Tensor | None = None) -> Cost:
+    """What `gather_all` must move; kept rows that a batch shares are read once."""
+    moved = bytes_of(rows, valid)
+    for x in tensors:
+        row = x.element_size() * x.shape[1:-2].numel() * x.shape[-1] * rows.shape[1]
+        moved += row * (rows.shape[0] + min(x.shape[0], rows.shape[0]))
+    return Cost(moved, 0)
+
+
+def _check(op: str, name: str, x: Tensor, rows: Tensor, valid: Tensor | None) -> None:
+    check(op, "rows", rows, (None, None), torch.int64)
+    if x.ndim < 3 or x.shape[0] not in (1, rows.shape[0]):
+        raise UsageError(
+            f"{op}: {name} must have shape [{rows.shape[0]} or 1, …, token, dim] as rows has, found {list(x.shape)}."
+        )
+    if valid is not None:
+        check(op, "valid", valid, tuple(rows.shape), torch.bool)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
@@ -22,3 +24,8 @@ def gather_tokens(x: Tensor, rows: Tensor, valid: Tensor | None = None) -> Tenso
     index = rows.view(batch, *between, kept, 1).expand(batch, *x.shape[1:-2], kept, x.shape[-1])
     taken = x.expand(batch, *x.shape[1:]).gather(-2, index)
     return taken if valid is None else taken.masked_fill(~valid.view(batch, *between, kept, 1), 0)
+
+
+def gather_all(tensors: Sequence[Tensor], rows: Tensor, valid: Tensor | None = None) -> list[Tensor]:
+    """`gather_tokens` of each of the tensors."""
+    return [gather_tokens(x, rows, valid) for x in tensors]
