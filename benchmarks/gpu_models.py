@@ -110,7 +110,7 @@ def count_synchronisations(model: Any, inputs: dict[str, Any], recipe: str) -> d
     wrapped = recipe != bench.UNPRUNED
     run = vlmprune.wrap(model, recipe) if wrapped else None
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # inference mode hides numbers handed to the host from the counting on a CPU
             model(**inputs, use_cache=True, logits_to_keep=1)  # kernels are compiled, lazy things made
             with _reported(found) if model.device.type == "cuda" else _Counting(found):
                 model(**inputs, use_cache=True, logits_to_keep=1)
