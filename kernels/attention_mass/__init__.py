@@ -1,12 +1,13 @@
 """Attention that chosen query rows pay to every key, without the other rows: no n×n map is ever built.
 
-Moved at least: keys and the chosen rows read once, the result written once in fp32; `2 · batch · head · row · key · dim` FLOPs for
-the scores and 3 for each number of the softmax. The figure to measure against is one read of the keys. The kernels read them twice,
-the second time mostly from the L2 cache: softmax totals of each row first (the keys split among programs, so that a single row
-fills the GPU too), then the numbers themselves.
+Moved at least: keys and the chosen rows read once, the result written once in fp32; `2 · batch · head · row · key · dim` FLOPs
+for the scores and 3 for each number of the softmax. The figure to measure against is one read of the keys. The kernels read
+them twice, the second time mostly from the L2 cache: softmax totals of each row first (the keys split among programs, so that a
+single row fills the GPU too), then the numbers themselves.
 
-On an H200 (4.8 TB/s, 989 TFLOP/s in bf16), the last row of 2,880 keys of Qwen2.5-VL-7B (28 heads on 4, size 128, bf16): 3 MB of keys
-and 0.3 MB of result, 0.7 µs; 21 MFLOP, 0.02 µs. All 577 rows of CLIP-L (16 heads of 64): 2.4 MB, 0.5 µs; 0.68 GFLOP, 0.7 µs.
+On an H200 (4.8 TB/s, 989 TFLOP/s in bf16), the last row of 2,880 keys of Qwen2.5-VL-7B (28 heads on 4, size 128, bf16): 2.9 MB
+of keys and 0.3 MB of result, 0.7 µs; 21 MFLOP, 0.02 µs. All 577 rows of CLIP-L (16 heads of 64, bf16): 2.4 MB, 0.5 µs;
+0.7 GFLOP, 0.7 µs.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def attention_rows(query: Tensor, key: Tensor, scaling: float, visible: Tensor |
 
 
 def attention_mass(query: Tensor, key: Tensor, scaling: float, visible: Tensor | None = None, impl: Impl = "auto") -> Tensor:
-    """`[batch, head, key]` fp32, see `reference.attention_mass`. Detached, where a kernel computes it; the kernel has no buffer of
-    rows by keys.
+    """`[batch, head, key]` fp32, see `reference.attention_mass`. Detached, where a kernel computes it.
+
+    The kernel has no buffer of rows by keys.
 
     Raises:
         UsageError: shapes or dtypes that do not fit; an implementation that cannot run.

@@ -3,8 +3,8 @@
     1   m_r, l_r of every row and every split of the keys: the largest score, and Σ exp(score − m_r)
     2   exp(score − M_r) / L_r,  M_r = max m_r,  L_r = Σ l_r · exp(m_r − M_r)  over the splits; written, or summed over rows
 
-Query heads that share a key head stand together in one tile: no key is repeated. Scores are computed anew in the second pass, as
-keys are few bytes, and mostly still in the L2 cache, where scores would be many. Invisible keys get the lowest number, as in the
+Query heads that share a key head stand together in one tile: no key is repeated. Scores are computed anew in the second pass:
+keys are few bytes, mostly still in the L2 cache, where scores would be many. Invisible keys get the lowest number, as in the
 reference, so that a row that sees nothing is uniform here too; keys behind the end get −inf.
 """
 
@@ -103,7 +103,7 @@ def _scores(
 
 @triton.jit
 def _totals(maxima, sums, place, real, splits, SPLITS: tl.constexpr):
-    """`[row]` largest score and sum of exponentials over all splits, of the rows at `place` of `[batch · head · row, split]`."""
+    """`[row]` largest score and sum of exponentials over all splits, of the rows at `place` of `[batch·head·row, split]`."""
     split = tl.arange(0, SPLITS)
     at = place[:, None] * splits + split[None, :]
     there = real[:, None] & (split < splits)[None, :]

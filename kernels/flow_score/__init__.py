@@ -1,11 +1,12 @@
 """FlowCut's three criteria of one layer, in one read of its keys and values.
 
-Moved at least: keys and values read once, three fp32 numbers written for each token; `2 · view · (head + kv_head) · token · dim` FLOPs
-for the scores and as many as there are values for the magnitude. The figure to measure against is that read. The kernel also writes
-and reads again `head + kv_head` fp32 scores of each token, a part of 4 / dim of what it reads in bf16 without grouped queries.
+Moved at least: keys and values read once, three fp32 numbers written for each token;
+`2 · view · (head + kv_head) · token · dim` FLOPs for the scores and as many as there are values for the magnitude. The figure
+to measure against is that read. The kernel also writes and reads again `head + kv_head` fp32 scores of each token: 2 / dim of
+what it reads, each time, in bf16 without grouped queries.
 
-On an H200 (4.8 TB/s, 67 TFLOP/s in fp32), five views of 577 tokens of CLIP-L (16 heads of 64, bf16): 11.8 MB, 2.5 µs; 12 MFLOP and
-3 of the magnitude, 0.2 µs.
+On an H200 (4.8 TB/s, 67 TFLOP/s in fp32), five views of 577 tokens of CLIP-L (16 heads of 64, bf16): 11.8 MB, 2.5 µs; 12 MFLOP
+of scores and 3 of magnitudes, 0.2 µs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def flow_score(
     valid: Tensor | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`[view, token]` fp32 each: relation, semantic, magnitude; see `reference.flow_score`. Detached, where a kernel computes it.
+    """`[view, token]` fp32 each: relation, semantic, magnitude; see `reference.flow_score`. Detached where a kernel computes.
 
     Raises:
         UsageError: shapes or dtypes that do not fit; an implementation that cannot run.

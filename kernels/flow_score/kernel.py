@@ -1,11 +1,11 @@
 """One read of keys and values, then the softmax over what came of it, which is a few numbers for each token.
 
-    1   scores of both kinds, their block's largest and Σ exp(score − largest); magnitude, complete     one program a block of tokens
+    1   of each block of tokens: scores of both kinds, the largest and Σ exp(score − largest); the magnitude, complete
     2   relation and semantic from the scores: exp(score − M) / L, M and L over all blocks, mean over heads
 
-A program of pass 1 goes over all heads, because the magnitude is the norm of a mean over heads. Products are sums in fp32, without
-tensor cores: a key meets a handful of queries only, and reading it takes longer. Invisible tokens get the lowest number, as in the
-reference; tokens behind the end get −inf.
+A program of pass 1 goes over all heads, because the magnitude is the norm of a mean over heads. Products are sums in fp32,
+without tensor cores: a key meets a handful of queries only, and reading it takes longer. Invisible tokens get the lowest
+number, as in the reference; tokens behind the end get −inf.
 """
 
 from __future__ import annotations

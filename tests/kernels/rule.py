@@ -12,9 +12,9 @@ with the block's sum, the exponential itself (2 units in the last place on a GPU
 unit 2⁻²³ of a number no larger than the largest result: 1 + 1 + 4 + 2 = 8. For a sum of many results it is their largest sum.
 
 Where results are exponentials of dot products, an error of a score s is a relative error of the result. A dot product over d
-numbers rounds d times, each time a partial sum of at most the size of s by at most 2⁻²⁴ |s|: a random walk whose steps grow from 0
-to that has a standard deviation of √(d / 6) · 2⁻²⁴ |s|, and 2½ of them are √d · 2⁻²⁴ |s|. Torch's CPU library adds in up to 16
-lanes, which divides its error by up to 4 and makes twice of it less than one honest chain: `of_dots` adds the chain's share.
+numbers rounds d times, each time a partial sum of at most the size of s by at most 2⁻²⁴ |s|: a random walk whose steps grow
+from 0 to that has a standard deviation of √(d / 6) · 2⁻²⁴ |s|, and 2½ of them are √d · 2⁻²⁴ |s|. Torch's CPU library adds in up
+to 16 lanes, which divides its error by up to 4 and makes twice of it less than one honest chain: `of_dots` adds that chain.
 """
 
 from __future__ import annotations
