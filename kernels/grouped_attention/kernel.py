@@ -246,7 +246,7 @@ def _row_masses(
             mass += tl.where(column == group, 1.0, 0.0)[None, :] * tl.sum(weights * inside[None, :], 1)[:, None]
         top = new
     numbers = tl.program_id(1).to(tl.int64) * rows + row
-    tl.store(logs + numbers, top + tl.log2(total), mask=real)
+    tl.store(logs + numbers, top + tl.log2(tl.where(total == 0, 1.0, total)), mask=real)
     if GROUPS:
         mass = mass / tl.where(total == 0, 1.0, total)[:, None]
         tl.store(masses + numbers[:, None] * GROUPS + column[None, :], mass, mask=real[:, None] & (column[None, :] < GROUPS))
