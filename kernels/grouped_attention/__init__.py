@@ -5,9 +5,9 @@ write R · d fp32 numbers; 4 · batch · R · K · d FLOPs for the two products,
 reads queries and keys, and makes the one product twice: 4 · batch · R · K · d. Figures to measure against, on an H200:
 
     one row (decoding)    the memory's 4.8 TB/s. 32 heads of 128 over 32 768 keys in bf16 with 8 KV heads: 134 MB, 28 µs; with
-                          32 of them 537 MB, 112 µs. Groups cost no further read of K or V. Short contexts are bound by launches:
-                          three kernels, and a dozen small operations of `coefficients`, where plain attention has one or two;
-                          1.1 × SDPA is to be expected from some ten thousand keys on, or inside a CUDA graph.
+                          32 of them 537 MB, 112 µs. Groups cost no further read of K or V. Short contexts are bound by
+                          launches: three kernels, and a dozen small operations of `coefficients`, where plain attention has
+                          one or two; 1.1 × SDPA is to be expected where keys and values take far longer than these.
     many rows (prefill)   the tensor cores' 989 TFLOP/s in bf16. 60 rows over 640 keys, 32 heads of 128: 0.6 GFLOP, 0.6 µs; all
                           4096 rows of a prompt: 275 GFLOP (half if causal), 0.3 ms. The scores are made twice: 1.5 × the FLOPs.
     fp32                  67 TFLOP/s, no tensor cores.

@@ -15,8 +15,6 @@ no tf32). A row that sees no key gets zeros.
 
 from __future__ import annotations
 
-import math
-import os
 from typing import Any
 
 import torch
@@ -26,12 +24,10 @@ from torch import Tensor
 
 from vlmprune.kernels.dispatch import in_fp32
 from vlmprune.kernels.grouped_attention.reference import Coefficients
+from vlmprune.kernels.launching import in_units, interpreted, packed, unit_of
 from vlmprune.kernels.variants import Variant
 
 LOG2E = 1.4426950408889634
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton's interpreter multiplies bf16 wrongly: products get fp32 operands there, of the same values."""
 
 FEW_LINES = 128
 """Rows × query heads of a KV head × groups up to which programs share out the keys."""
@@ -250,7 +246,7 @@ def _row_masses(
             mass += tl.where(column == group, 1.0, 0.0)[None, :] * tl.sum(weights * inside[None, :], 1)[:, None]
         top = new
     numbers = tl.program_id(1).to(tl.int64) * rows + row
-    tl.store(logs + numbers, top + tl.log2(total), mask=real)
+    tl.store(logs + numbers, top + tl.log2(tl.where(total == 0, 1.0, total)), mask=real)
     if GROUPS:
         mass = mass / tl.where(total == 0, 1.0, total)[:, None]
         tl.store(masses + numbers[:, None] * GROUPS + column[None, :], mass, mask=real[:, None] & (column[None, :] < GROUPS))
@@ -371,7 +367,7 @@ def _few_options(lines: int, dim: int, value_dim: int, dtype: torch.dtype) -> tu
         tile, warps, stages = {"LINES": 16, "KEYS": 32 if widest <= 64 else 16}, 4, 1
     else:
         tile, warps, stages = {"LINES": tall, "KEYS": 64 if widest <= 128 else 32}, 4, 3
-    return {**tile, **_dims(dim), **_value_dims(value_dim), "WIDE": INTERPRETED}, warps, stages
+    return {**tile, **_dims(dim), **_value_dims(value_dim), "WIDE": interpreted()}, warps, stages
 
 
 def _many_options(dim: int, dtype: torch.dtype) -> tuple[dict[str, Any], int, int]:
@@ -381,7 +377,7 @@ def _many_options(dim: int, dtype: torch.dtype) -> tuple[dict[str, Any], int, in
         tile, warps, stages = {"ROWS": 16, "KEYS": 32 if widest <= 64 else 16}, 4, 1
     else:
         tile, warps, stages = {"ROWS": 64, "KEYS": 64 if widest <= 128 else 32}, 4 if widest <= 64 else 8, 3
-    return {**tile, **_dims(dim), "WIDE": INTERPRETED}, warps, stages
+    return {**tile, **_dims(dim), "WIDE": interpreted()}, warps, stages
 
 
 def _dims(dim: int) -> dict[str, int]:
@@ -393,30 +389,21 @@ def _value_dims(dim: int) -> dict[str, int]:
 
 
 def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
-    """Strides of batch, head and row of every tensor, counted in units of 1, 2, 4 or 8 elements, behind that number.
-
-    From a product with a constant the compiler knows how addresses are aligned: 16 bytes are moved at a time where it is 8.
-    """
-    strides = [stride for x in tensors for stride in x.stride()[:3]]
-    unit = math.gcd(8, *strides)
-    return unit, [stride // unit for stride in strides]
+    """A unit, and in it the strides of batch, head and row of every tensor."""
+    unit = unit_of(*tensors)
+    return unit, [stride for x in tensors for stride in in_units(x, unit)]
 
 
 def _shares(lines: int, keys: int, programs: int, tile: int, tall: int) -> tuple[int, int]:
     """How many shares of the keys there are, and how many keys there are in one, a multiple of `tile`."""
-    wanted = max(1, min(PROGRAMS // (programs * triton.cdiv(lines, tall)), MOST_SHARES, triton.cdiv(keys, tile)))
-    share = triton.cdiv(triton.cdiv(keys, wanted), tile) * tile
-    return triton.cdiv(keys, share), share
-
-
-def _row_major(x: Tensor) -> Tensor:
-    """With the numbers of a row next to each other; copied only where they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    wanted = max(1, min(PROGRAMS // max(programs * triton.cdiv(lines, tall), 1), MOST_SHARES))
+    share = max(triton.cdiv(triton.cdiv(keys, wanted), tile), 1) * tile
+    return max(triton.cdiv(keys, share), 1), share
 
 
 def _flags(x: Tensor | None, instead: Tensor) -> Tensor:
     """Bool as bytes; something that is not looked at where there is none."""
-    return instead if x is None else _row_major(x).view(torch.uint8)
+    return instead if x is None else packed(x).view(torch.uint8)
 
 
 def _heads_strides(x: Tensor) -> tuple[int, int]:
@@ -450,7 +437,7 @@ def grouped_attention(
         _settled(stats, masses, rows, heads // key.shape[1], groups.shape[3], False)
         factors = coefficients(masses)
         return _combined(sums, stats, factors, batch, rows, heads), factors, masses
-    query, key, value = map(_row_major, (query, key, value))
+    query, key, value = map(packed, (query, key, value))
     logs = query.new_empty((batch, heads, rows), dtype=torch.float32)
     _masses_of_rows(query, key, scaling, position, valid, groups, masses, logs)
     factors = coefficients(masses)
@@ -459,7 +446,7 @@ def grouped_attention(
     options |= _dims(query.shape[3]) | _value_dims(value.shape[3])
     unit, strides = _strides(query, key, value)
     _weighted[(triton.cdiv(rows, options["ROWS"]), batch * heads)](
-        query, key, value, groups, query if position is None else _row_major(position), _flags(valid, query), logs,
+        query, key, value, groups, query if position is None else packed(position), _flags(valid, query), logs,
         factors.float().contiguous(), out,
         scaling * LOG2E, rows, key.shape[2], groups.shape[2], heads,
         *strides,
@@ -485,14 +472,14 @@ def scored_attention(
 def column_means(query: Tensor, key: Tensor, scaling: float, position: Tensor, valid: Tensor | None, counted: Tensor) -> Tensor:
     """`reference.column_means` on a GPU."""
     batch, heads, rows, dim = query.shape
-    query, key = map(_row_major, (query, key))
+    query, key = map(packed, (query, key))
     logs = query.new_empty((batch, heads, rows), dtype=torch.float32)
     _masses_of_rows(query, key, scaling, position, valid, None, None, logs)
     out = query.new_empty((batch, heads, key.shape[2]), dtype=torch.float32)
     options, warps, stages = _many_options(dim, query.dtype)
     unit, strides = _strides(query, key)
     _column_means[(triton.cdiv(key.shape[2], options["KEYS"]), batch * heads)](
-        query, key, _row_major(position), _flags(valid, query), _flags(counted, query), logs, out,
+        query, key, packed(position), _flags(valid, query), _flags(counted, query), logs, out,
         scaling * LOG2E, rows, key.shape[2], heads,
         *strides, _shared_stride(position), _shared_stride(valid), _shared_stride(counted),
         HEADS=heads // key.shape[1], HAS_VALID=valid is not None, UNIT=unit, **options,
@@ -518,7 +505,7 @@ def _masses_of_rows(
     options, warps, stages = _many_options(dim, query.dtype)
     unit, strides = _strides(query, key)
     _row_masses[(triton.cdiv(rows, options["ROWS"]), batch * heads)](
-        query, key, query if groups is None else groups, query if position is None else _row_major(position),
+        query, key, query if groups is None else groups, query if position is None else packed(position),
         _flags(valid, query), logs if masses is None else masses, logs,
         scaling * LOG2E, rows, key.shape[2], 0 if groups is None else groups.shape[2], heads,
         *strides, *groups_strides, _shared_stride(position), _shared_stride(valid),
@@ -544,7 +531,7 @@ def _shared_out(
         marks: `[batch, 1 or head, marked, group]`.
         raised: marks are weights on the size of the scores, in one group.
     """
-    query, key, value, marks = *map(_row_major, (query, key, value)), marks.contiguous()
+    query, key, value, marks = *map(packed, (query, key, value)), marks.contiguous()
     batch, heads, rows, dim = query.shape
     kv_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
     lines = rows * heads // kv_heads * marks.shape[3]
@@ -554,7 +541,7 @@ def _shared_out(
     stats = query.new_empty((batch * kv_heads, lines, shares, 3), dtype=torch.float32)
     unit, strides = _strides(query, key, value)
     _partial[(triton.cdiv(lines, options["LINES"]), shares, batch * kv_heads)](
-        query, key, value, marks, query if position is None else _row_major(position), _flags(valid, query), sums, stats,
+        query, key, value, marks, query if position is None else packed(position), _flags(valid, query), sums, stats,
         scaling * LOG2E, rows, keys, marks.shape[2], share, kv_heads,
         *strides,
         *_heads_strides(marks), *marks.stride()[2:], _shared_stride(position), _shared_stride(valid),
@@ -596,10 +583,10 @@ def variants() -> list[Variant]:
             for lines, groups, what in cases if dim >= 128 else cases[::2]:
                 options, *launch = _few_options(lines, dim, dim, dtype)
                 few = {"HEADS": lines // groups, "GROUPS": groups, "RAISED": groups == 1, "HAS_POSITION": True}
-                few |= {"HAS_VALID": True, "UNIT": 8, **options}
+                few |= {"HAS_VALID": True, "UNIT": 16 // dtype.itemsize, **options}
                 found.append(_variant(f"_partial, {size}, {what}", _partial, name, few, *launch))
             options, *launch = _many_options(dim, dtype)
-            columns = {"HEADS": 1, "HAS_VALID": True, "UNIT": 8, **options}
+            columns = {"HEADS": 1, "HAS_VALID": True, "UNIT": 16 // dtype.itemsize, **options}
             found.append(_variant(f"_column_means, {size}", _column_means, name, columns, *launch))
             many = columns | {"HAS_POSITION": True, "GROUPS": 4}
             found.append(_variant(f"_row_masses, {size}, 4 groups", _row_masses, name, many | {"GROUPS_PADDED": 4}, *launch))

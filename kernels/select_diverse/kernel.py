@@ -16,7 +16,6 @@ Features are read as they are and divided by their lengths (`_lengths`) afterwar
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -25,11 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmprune.kernels.dispatch import in_fp32
+from vlmprune.kernels.launching import interpreted, packed
 from vlmprune.kernels.select_diverse.reference import RANK
 from vlmprune.kernels.variants import Variant
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton's interpreter multiplies bf16 wrongly and runs programs in turn."""
 
 EMPTY = tl.constexpr(-(2**63))
 """Not yet written; no distance is ordered so low."""
@@ -266,11 +263,9 @@ def _tile(dim: int) -> dict[str, int]:
 
 
 def _square_tile(dim: int, dtype: torch.dtype) -> tuple[dict[str, Any], int, int]:
-    """Constants, warps and stages of `_nearest`."""
+    """Constants, warps and stages of `_nearest`. fp32 is multiplied as three products of tf32, as exact as fp32's sums."""
     side, deep = (64, 32) if dtype == torch.float32 else (128, 64)
-    if INTERPRETED:
-        return {"DIM": dim, "ROWS": 32, "COLUMNS": 32, "DIMS": 64, "WIDE": True}, 4, 1
-    return {"DIM": dim, "ROWS": side, "COLUMNS": side, "DIMS": deep, "WIDE": False}, 8, 3
+    return {"DIM": dim, "ROWS": side, "COLUMNS": side, "DIMS": deep, "WIDE": interpreted()}, 8, 3
 
 
 def _lengths_of(features: Tensor) -> Tensor:
@@ -298,8 +293,7 @@ def _at_once(features: Tensor) -> int:
 @in_fp32
 def greedy_order(features: Tensor, keep: int) -> Tensor:
     """`reference.greedy_order` on a GPU."""
-    features = features.detach()
-    features = features if features.stride(-1) == 1 else features.contiguous()
+    features = packed(features.detach())
     order = features.new_empty((features.shape[0], keep), dtype=torch.long)
     most = _at_once(features)
     for first in range(0, features.shape[0] if keep else 0, most):  # more pictures than programs: some after the others
@@ -321,21 +315,20 @@ def _greedy(features: Tensor, keep: int, most: int, order: Tensor) -> None:
     programs, tiles = _programs(images, visual, tile["TOKENS"], most)
     apart = features.new_full((images, visual), torch.inf, dtype=torch.float32)
     words = features.new_full((images, keep, programs), EMPTY.value, dtype=torch.int64)
-    steps = 1 if INTERPRETED else keep + 1
+    steps = 1 if interpreted() else keep + 1
     for step in range(0, keep + 1, steps):
         _farthest[(programs, images)](
             features, inverse, likeness, apart, words, order,
             visual, keep, step, steps, tiles, shares, *features.stride()[:2],
             **tile, PROGRAMS=triton.next_power_of_2(programs), num_warps=8, num_stages=1,
-            launch_cooperative_grid=not INTERPRETED,
+            launch_cooperative_grid=not interpreted(),
         )  # fmt: skip
 
 
 @in_fp32
 def determinant_order(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     """`reference.determinant_order` on a GPU."""
-    features, weight = features.detach(), weight.detach().contiguous()
-    features = features if features.stride(-1) == 1 else features.contiguous()
+    features, weight = packed(features.detach()), packed(weight.detach())
     images, visual, dim = features.shape
     order = features.new_empty((images, keep), dtype=torch.long)
     inverse = _lengths_of(features)
