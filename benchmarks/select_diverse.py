@@ -73,7 +73,9 @@ def main(
             ("determinant_order", f"`determinant_order`, {KEEP} kept"),
         ):
             low, high = row[name]["quartiles"]
-            lines.append(f"| {row['width']} | {label} | {row[name]['ms']:.0f} | {row[name]['ratio']:.2f} ({low:.2f}–{high:.2f}) |")
+            lines.append(
+                f"| {row['width']} | {label} | {row[name]['ms']:.0f} | {row[name]['ratio']:.2f} ({low:.2f}–{high:.2f}) |"
+            )
     worst = max(row["select_diverse"]["ratio"] for row in rows)
     stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     command = f"python benchmarks/select_diverse.py --rounds {rounds} --threads {threads}"
