@@ -74,7 +74,9 @@ def test_every_kernel_is_compiled():
     started = set()
     for path in sorted((ROOT / "kernels").glob("*/kernel.py")):
         tree = ast.parse(path.read_text())
-        calls = [node.func.value for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
+        calls = [
+            node.func.value for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+        ]
         started |= {(path.parent.name, name.id) for name in calls if isinstance(name, ast.Name)}
         assert "autotune" not in path.read_text(), path
     assert len(started) > 5
