@@ -30,8 +30,8 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> tor
 def assert_greedy(features: torch.Tensor, order: torch.Tensor) -> None:
     """Every pick is as far from the picks before it as any token, in fp64, but for rounding.
 
-    A cosine of unit vectors of d numbers is off by at most (d + 4) · 2⁻²⁴: d roundings of sums no greater than 1, and those of two
-    lengths and their product. A pick may be worse than the best by the error of both.
+    A cosine of unit vectors of d numbers is off by at most (d + 4) · 2⁻²⁴: d roundings of sums no greater than 1, and those of
+    two lengths and their product. A pick may be worse than the best by the error of both.
     """
     unit = torch.nn.functional.normalize(features.double(), dim=-1)
     allowed = 2 * (features.shape[-1] + 4) * 2**-24
@@ -118,6 +118,10 @@ def test_determinants_beyond_the_rank():
     weight = torch.tensor([[1.0, 2.0, 3.0, 1.0, 2.0, 3.0, 0.0, 0.0, 0.0]])
     for impl in ("reference", "triton"):
         assert determinant_order(features, weight, 9, impl=impl).tolist() == [[2, 1, 0, 3, 4, 5, 6, 7, 8]]
+    flat = drawn(1, 12, 3) @ drawn(1, 3, 16, seed=2)  # rank 3, but for rounding
+    for impl in ("reference", "triton"):
+        found = determinant_order(flat, torch.ones(1, 12), 12, impl=impl)[0].tolist()
+        assert found[3:] == sorted(set(range(12)) - set(found[:3]))
 
 
 def test_offsets_pass_two_to_the_31():
