@@ -1,8 +1,9 @@
 """grouped_attention, scored_attention, column_means: interpreted kernels within the rule of rule.py of their references.
 
-In fp16 and bf16 the kernels round each probability to the values' dtype before they multiply, as transformers' own eager attention
-does. An output is then further off by at most half a unit in the last place of every term: eps / 2 · Σ a′_k |v_k|, and by half the
-smallest number of that dtype for every key. Masses and factors are sums before that rounding: the rule alone holds for them.
+In fp16 and bf16 the kernels round each probability to the values' dtype before they multiply, as transformers' own eager
+attention does. An output is then further off by at most half a unit in the last place of every term, eps / 2 · Σ a′_k |v_k|, and
+by half the smallest number of that dtype for every key. The interpreter cuts off where a GPU rounds to the nearest bf16: a whole
+unit. Masses and factors are sums before that rounding: the rule alone holds for them.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def checked(name: str, arguments: list[Any]) -> None:
     found, factor = (found[0], float(found[1].max())) if isinstance(found, tuple) else (found, 1.0)
     kind = torch.finfo(value.dtype)
     vanishing = value.shape[2] * factor * float(value.abs().max()) * kind.smallest_normal * kind.eps / 2
-    allowed = kind.eps / 2 * output(torch.abs) + vanishing + roundings * 2**-24 * float(exact.abs().max())
+    unit = kind.eps if value.dtype == torch.bfloat16 else kind.eps / 2
+    allowed = unit * output(torch.abs) + vanishing + roundings * 2**-24 * float(exact.abs().max())
     assert found.dtype == torch.float32
     off = (found.double() - exact).abs() - allowed
     assert not found.isnan().any()

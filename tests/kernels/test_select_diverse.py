@@ -30,8 +30,8 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> tor
 def assert_greedy(features: torch.Tensor, order: torch.Tensor) -> None:
     """Every pick is as far from the picks before it as any token, in fp64, but for rounding.
 
-    A cosine of unit vectors of d numbers is off by at most (d + 4) · 2⁻²⁴: d roundings of sums no greater than 1, and those of two
-    lengths and their product. A pick may be worse than the best by the error of both.
+    A cosine of unit vectors of d numbers is off by at most (d + 4) · 2⁻²⁴: d roundings of sums no greater than 1, and those of
+    two lengths and their product. A pick may be worse than the best by the error of both.
     """
     unit = torch.nn.functional.normalize(features.double(), dim=-1)
     allowed = 2 * (features.shape[-1] + 4) * 2**-24
