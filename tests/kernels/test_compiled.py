@@ -57,7 +57,7 @@ def test_loads_are_as_wide_as_they_can_be(fresh):
         if op == "attention_mass" or (op == "flow_score" and case.startswith("read")) or "16-byte loads" in case:
             looked += 1
             assert load == "16", case
-    assert looked > 100
+    assert looked > 50
 
 
 def test_the_committed_table_is_of_these_kernels():

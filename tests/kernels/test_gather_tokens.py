@@ -97,26 +97,27 @@ def test_gather_all(padded):
 
 
 def test_gather_all_is_one_launch(monkeypatch):
-    """56 tensors, one start of a kernel."""
+    """56 tensors, one start of a kernel; one tensor needs no table."""
     from vlmprune.kernels.gather_tokens import kernel
 
     started = []
 
     class Counted:
-        def __init__(self, inner):
-            self.inner = inner
+        def __init__(self, name):
+            self.name, self.inner = name, getattr(kernel, name)
 
         def __getitem__(self, grid):
-            started.append(grid)
+            started.append((self.name, grid))
             return self.inner[grid]
 
     for name in ("_gather_one", "_gather_many"):
-        monkeypatch.setattr(kernel, name, Counted(getattr(kernel, name)))
+        monkeypatch.setattr(kernel, name, Counted(name))
     tensors = [drawn(1, 1, 5, 8, seed=seed) for seed in range(56)]
     rows = torch.tensor([[0, 4]])
     found = gather_all(tensors, rows, impl="triton")
     assert all(identical(x, y[:, :, [0, 4]]) for x, y in zip(found, tensors, strict=True))
-    assert started == [(56,)]
+    gather_tokens(tensors[0], rows, impl="triton")
+    assert started == [("_gather_many", (56,)), ("_gather_one", (1,))]
 
 
 def test_offsets_pass_two_to_the_31():
