@@ -459,12 +459,23 @@ class Stopwatch:
         return self(graph.replay), ""
 
 
-def measure_kernels(device: str, sizes: Sizes) -> dict[str, Any]:
+Work = list[tuple[str, Callable[..., Any], tuple[Any, ...], Callable[..., Any]]]
+"""Name, public op, its arguments, and what tells its cost."""
+
+
+def replay_kernels(device: str, work: Work, timings: list[Timing]) -> list[Timing]:
+    """The same timings, each with that of its work replayed from a CUDA graph."""
+    clock = Stopwatch(device)
+    replayed = [clock.replayed(partial(run, *arguments, impl="triton")) for _, run, arguments, _ in work]
+    return [replace(timing, graph_ms=ms, note=note) for timing, (ms, note) in zip(timings, replayed, strict=True)]
+
+
+def measure_kernels(device: str, sizes: Sizes) -> tuple[dict[str, Any], Work]:
     """Times of every op on shapes of LLaVA-NeXT-7B in bf16, and the figures that the goals compare them with.
 
     Returns:
-        "timings"; "copy_gb_s", the bandwidth of a copy; "read_keys_ms", one reading of the keys; "sdpa_row_ms", stock attention
-        of one row. Times are None in a rehearsal.
+        What was found, and the work itself. Found are "timings"; "copy_gb_s", the bandwidth of a copy; "read_keys_ms", one
+        reading of the keys; "sdpa_row_ms", stock attention of one row. Times are None in a rehearsal.
     """
     clock, dtype = Stopwatch(device), torch.bfloat16
     inputs = Inputs(device, sizes, dtype, 128 if sizes is REAL else sizes.variants[0][1])
@@ -489,7 +500,7 @@ def measure_kernels(device: str, sizes: Sizes) -> dict[str, Any]:
     var = vlmprune.VAR()
     decoding = (last, key, value, scaling, None, None, marks, var.coefficients)
     behind = (words, key, value, scaling, position, None, marks, var.coefficients)
-    work: list[tuple[str, Callable[..., Any], tuple[Any, ...], Callable[..., Any]]] = [
+    work: Work = [
         ("attention_mass, last row", attention_mass, (last, key, scaling), attention_mass_cost),
         ("attention_mass, words", attention_mass, (words, key, scaling, causal), attention_mass_cost),
         ("flow_score, tower", flow_score, (cls, *views, anchor, 0.125, 1.0), flow_score_cost),
@@ -505,15 +516,12 @@ def measure_kernels(device: str, sizes: Sizes) -> dict[str, Any]:
     cache = [normal(batch, heads, keys, dim) for _ in range(2 * sizes.layers)]
     work.append(("gather_all, keys and values", gather_all, (cache, kept), cost_of_all))
     timings = [_timed(clock, bandwidth, dtype, *piece) for piece in work]
-    # Graphs last: a capture that fails may take more with it
-    replayed = [clock.replayed(partial(run, *arguments, impl="triton")) for _, run, arguments, _ in work]
-    timings = [replace(timing, graph_ms=ms, note=note) for timing, (ms, note) in zip(timings, replayed, strict=True)]
     return {
         "timings": timings,
         "copy_gb_s": None if bandwidth is None else bandwidth / 1e9,
         "read_keys_ms": read,
         "sdpa_row_ms": sdpa,
-    }
+    }, work
 
 
 def _grouped_cost(
