@@ -24,8 +24,10 @@ from vlmprune.kernels.variants import Variant
 PROGRAMS = 264
 """Programs that fill a GPU: two for each of an H200's 132 multiprocessors."""
 
-STRIDES = ("query_view", "query_head", "key_view", "key_head", "key_step")
-STRIDES += ("value_view", "value_head", "value_step", "anchor_view", "anchor_head", "valid_view", "valid_step")
+STRIDES = (
+    *("query_view", "query_head", "key_view", "key_head", "key_step", "value_view", "value_head", "value_step"),
+    *("anchor_view", "anchor_head", "valid_view", "valid_step"),
+)
 
 
 @triton.jit

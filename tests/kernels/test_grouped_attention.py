@@ -237,29 +237,34 @@ def test_nothing_to_do():
     assert not column_means(*for_columns(arguments), impl="triton").any()
 
 
-def test_offsets_pass_two_to_the_31():
-    """Keys, heads and samples stand 2³¹ elements apart, in memory of which only a few pages are ever touched."""
-    far = 2**31 + 64
-    memory = torch.frombuffer(mmap.mmap(-1, 2 * (far + 64)), dtype=torch.bfloat16)
-    for shape, strides in (((1, 1, 2, 16), (1, 1, far, 1)), ((1, 2, 1, 16), (1, far, 1, 1)), ((2, 1, 1, 16), (far, 1, 1, 1))):
-        x = memory.as_strided(shape, strides).copy_(drawn(*shape, dtype=torch.bfloat16))
-        batch, kv_heads, keys, _ = shape
-        for rows in (1, 70):
-            query = drawn(batch, kv_heads, rows, 16, dtype=torch.bfloat16, seed=2)
-            members = torch.eye(2)[torch.arange(keys) % 2].expand(batch, 1, -1, -1)
-            position = torch.full((1, rows), keys - 1)
-            ends = (None, None, members, factors_of)
-            for far_key, near_key in zip(
-                grouped_attention(query, x, x, 0.25, *ends, impl="triton"),
-                grouped_attention(query, x.contiguous(), x.contiguous(), 0.25, *ends, impl="triton"),
-                strict=True,
-            ):
-                assert far_key.equal(near_key)
-            counted = torch.ones(batch, rows, dtype=torch.bool)
-            found, expected = (
-                column_means(query, k, 0.25, position, None, counted, impl="triton") for k in (x, x.contiguous())
-            )
-            assert found.equal(expected)
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["samples", "heads", "keys"])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_offsets_pass_two_to_the_31(axis, rows):
+    """17 samples, heads or keys stand 2²⁷ elements apart, a stride of 32 bits, in memory of which few pages are touched."""
+    apart, count = 2**27 + 8, 17
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (apart * count)), dtype=torch.bfloat16)
+    shape, strides = [1, 1, 1, 16], [16, 16, 16, 1]
+    shape[axis], strides[axis] = count, apart
+    far = memory.as_strided(shape, strides).copy_(drawn(*shape, dtype=torch.bfloat16))
+    near = far.contiguous()
+    batch, kv_heads, keys, _ = shape
+    query = drawn(batch, kv_heads, rows, 16, dtype=torch.bfloat16, seed=2)
+    members = torch.eye(2)[torch.arange(keys) % 2].expand(batch, 1, -1, -1)
+    ends = (None, None, members, factors_of)
+    found = grouped_attention(query, far, far, 0.25, *ends, impl="triton")
+    for ours, expected in zip(found, grouped_attention(query, near, near, 0.25, *ends, impl="triton"), strict=True):
+        assert ours.equal(expected)
+    position, counted = torch.full((1, rows), keys - 1), torch.ones(batch, rows, dtype=torch.bool)
+    means = [column_means(query, key, 0.25, position, None, counted, impl="triton") for key in (far, near)]
+    assert means[0].equal(means[1])
+    if axis != 2 and rows == 1:  # the same of queries
+        far_query = memory.as_strided(shape, strides)
+        for ours, expected in zip(
+            grouped_attention(far_query, near, near, 0.25, *ends, impl="triton"),
+            grouped_attention(near, near, near, 0.25, *ends, impl="triton"),
+            strict=True,
+        ):
+            assert ours.equal(expected)
 
 
 def test_nothing_of_rows_by_keys(monkeypatch):

@@ -118,6 +118,10 @@ def test_determinants_beyond_the_rank():
     weight = torch.tensor([[1.0, 2.0, 3.0, 1.0, 2.0, 3.0, 0.0, 0.0, 0.0]])
     for impl in ("reference", "triton"):
         assert determinant_order(features, weight, 9, impl=impl).tolist() == [[2, 1, 0, 3, 4, 5, 6, 7, 8]]
+    flat = drawn(1, 12, 3) @ drawn(1, 3, 16, seed=2)  # rank 3, but for rounding
+    for impl in ("reference", "triton"):
+        found = determinant_order(flat, torch.ones(1, 12), 12, impl=impl)[0].tolist()
+        assert found[3:] == sorted(set(range(12)) - set(found[:3]))
 
 
 def test_offsets_pass_two_to_the_31():
