@@ -364,7 +364,7 @@ def _few_options(lines: int, dim: int, value_dim: int, dtype: torch.dtype) -> tu
     widest = max(_padded(dim), _padded(value_dim))
     tall = min(_padded(lines), TALLEST)
     if dtype == torch.float32:
-        tile, warps, stages = {"LINES": 16, "KEYS": 32 if widest <= 128 else 16}, 4 if widest <= 64 else 8, 1
+        tile, warps, stages = {"LINES": 16, "KEYS": 32}, 4 if widest <= 64 else 8, 1
     else:
         tile, warps, stages = {"LINES": tall, "KEYS": 64 if widest <= 128 else 32}, 4, 3
     return {**tile, **_dims(dim), **_value_dims(value_dim), "WIDE": interpreted()}, warps, stages
