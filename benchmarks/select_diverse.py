@@ -2,8 +2,8 @@
 
     python benchmarks/select_diverse.py [--rounds 7] [--threads 1] [--out benchmarks/results/select_diverse-cpu]
 
-In each round both run in turn on the same features, in fp32 with the same number of threads; ratios are taken within rounds, and
-medians with quartiles shown. The bound that the reference is written for is three products.
+In each round all run in turn on the same features, in fp32 with the same number of threads; ratios are taken within rounds,
+and medians with quartiles shown. The bound that the reference is written for is three products.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def main(
             ("determinant_order", f"`determinant_order`, {KEEP} kept"),
         ):
             low, high = row[name]["quartiles"]
-            lines.append(f"| {row['width']} | {label} | {row[name]['ms']:.0f} | {row[name]['ratio']:.2f} ({low:.2f}–{high:.2f}) |")
+            lines.append(
+                f"| {row['width']} | {label} | {row[name]['ms']:.0f} | {row[name]['ratio']:.2f} ({low:.2f}–{high:.2f}) |"
+            )
     worst = max(row["select_diverse"]["ratio"] for row in rows)
     stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     command = f"python benchmarks/select_diverse.py --rounds {rounds} --threads {threads}"

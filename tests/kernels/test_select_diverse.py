@@ -90,7 +90,9 @@ def test_strides():
     assert greedy_order(shared, 5, impl="triton").equal(greedy_order(shared, 5))
     assert greedy_order(features, 0, impl="triton").shape == (2, 0)
     assert determinant_order(features, torch.ones(2, 21), 0, impl="triton").shape == (2, 0)
-    assert greedy_order(features[:0], 3, impl="triton").shape == (0, 3)
+    for impl in ("reference", "triton"):
+        assert greedy_order(features[:0], 3, impl=impl).shape == (0, 3)
+        assert determinant_order(features[:0], torch.ones(0, 21), 3, impl=impl).shape == (0, 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,7 +120,7 @@ def test_determinants_beyond_the_rank():
     weight = torch.tensor([[1.0, 2.0, 3.0, 1.0, 2.0, 3.0, 0.0, 0.0, 0.0]])
     for impl in ("reference", "triton"):
         assert determinant_order(features, weight, 9, impl=impl).tolist() == [[2, 1, 0, 3, 4, 5, 6, 7, 8]]
-    flat = (drawn(1, 12, 3) @ drawn(1, 3, 16, seed=2))  # rank 3, but for rounding
+    flat = drawn(1, 12, 3) @ drawn(1, 3, 16, seed=2)  # rank 3, but for rounding
     for impl in ("reference", "triton"):
         found = determinant_order(flat, torch.ones(1, 12), 12, impl=impl)[0].tolist()
         assert found[3:] == sorted(set(range(12)) - set(found[:3]))
