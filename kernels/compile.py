@@ -73,7 +73,7 @@ def build(variant: Variant, target: int) -> Build:  # pragma: no cover  (tested 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = [parameter.name for parameter in variant.kernel.params]
+    names = list(variant.kernel.arg_names)
     unknown = (variant.signature.keys() | variant.constants.keys()) ^ set(names)
     assert not unknown, f"{variant.case}: parameters {sorted(unknown)} are not both in the kernel and in the variant"
     source = ASTSource(

@@ -605,7 +605,7 @@ POINTERS |= dict.fromkeys(("marks", "groups", "sums", "stats", "masses", "logs",
 def _variant(case: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int, stages: int) -> Variant:
     """With the types of arguments that a launch would find."""
     pointers = POINTERS | dict.fromkeys(("query", "key", "value"), dtype)
-    names = [parameter.name for parameter in kernel.params if parameter.name not in constants]
+    names = [name for name in kernel.arg_names if name not in constants]
     types = {name: f"*{pointers[name]}" if name in pointers else "fp32" if name == "scale" else "i32" for name in names}
     aligned = tuple(name for name in names if name in pointers)
     return Variant("grouped_attention", case, kernel, types, constants, aligned, warps, stages)

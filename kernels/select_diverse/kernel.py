@@ -368,7 +368,7 @@ def _variant(case: str, kernel: Any, dtype: str, constants: dict[str, Any], warp
     """With the types of arguments that a launch would find."""
     pointers = dict.fromkeys(("inverse", "likeness", "apart", "weight", "gain", "rounding", "factor"), "fp32")
     pointers |= {"features": dtype, "words": "i64", "order": "i64"}
-    names = [parameter.name for parameter in kernel.params if parameter.name not in constants]
+    names = [name for name in kernel.arg_names if name not in constants]
     types = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in names}
     aligned = tuple(name for name in names if name in pointers or name.startswith("feature_"))
     return Variant("select_diverse", case, kernel, types, constants, aligned, warps, stages)
