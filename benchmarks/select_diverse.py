@@ -2,8 +2,8 @@
 
     python benchmarks/select_diverse.py [--rounds 7] [--threads 1] [--out benchmarks/results/select_diverse-cpu]
 
-In each round both run in turn on the same features, in fp32 with the same number of threads; ratios are taken within rounds, and
-medians with quartiles shown. The bound that the reference is written for is three products.
+In each round all run in turn on the same features, in fp32 with the same number of threads; ratios are taken within rounds,
+and medians with quartiles shown. The bound that the reference is written for is three products.
 """
 
 from __future__ import annotations

@@ -281,7 +281,7 @@ def _lengths_of(features: Tensor) -> Tensor:
 
 def _programs(images: int, visual: int, tokens: int, most: int) -> tuple[int, int]:
     """Programs of one picture, of which all pictures have at most `most`, and tiles of tokens of each."""
-    tiles = triton.cdiv(triton.cdiv(visual, tokens), max(most // images, 1))
+    tiles = triton.cdiv(triton.cdiv(visual, tokens), max(most // max(images, 1), 1))
     return triton.cdiv(visual, tokens * tiles), tiles
 
 

@@ -1,9 +1,9 @@
 """grouped_attention, scored_attention, column_means: interpreted kernels within the rule of rule.py of their references.
 
 In fp16 and bf16 the kernels round each probability to the values' dtype before they multiply, as transformers' own eager
-attention does. An output is then further off by at most half a unit in the last place of every term, eps / 2 · Σ a′_k |v_k|, and
-by half the smallest number of that dtype for every key. The interpreter cuts off where a GPU rounds to the nearest bf16: a whole
-unit. Masses and factors are sums before that rounding: the rule alone holds for them.
+attention does. An output is then further off by at most half a unit in the last place of every term, eps / 2 · Σ a′_k |v_k|,
+and by half the smallest number of that dtype for every key. The interpreter cuts off where a GPU rounds to the nearest bf16: a
+whole unit. Masses and factors are sums before that rounding: the rule alone holds for them.
 """
 
 from __future__ import annotations

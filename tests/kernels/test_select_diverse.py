@@ -90,7 +90,9 @@ def test_strides():
     assert greedy_order(shared, 5, impl="triton").equal(greedy_order(shared, 5))
     assert greedy_order(features, 0, impl="triton").shape == (2, 0)
     assert determinant_order(features, torch.ones(2, 21), 0, impl="triton").shape == (2, 0)
-    assert greedy_order(features[:0], 3, impl="triton").shape == (0, 3)
+    for impl in ("reference", "triton"):
+        assert greedy_order(features[:0], 3, impl=impl).shape == (0, 3)
+        assert determinant_order(features[:0], torch.ones(0, 21), 3, impl=impl).shape == (0, 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
