@@ -209,6 +209,8 @@ class Steering:
             return self._scaled(call, entered, own())
         self._advance_blind(index, call)
         valid = _keys_valid(call, entered, key)
+        # Inside `torch.autocast`, rotated queries and keys are fp32, and values have the dtype of what the model returns.
+        returned, key, value = value.dtype, key.to(query.dtype), value.to(query.dtype)
         if call.layout is not None and not (call.resumed and entered.holder.marks is not None):
             with torch.autocast(query.device.type, enabled=False):
                 self._mark(method, call, entered, query, key, scaling, valid)
@@ -227,11 +229,9 @@ class Steering:
             position = rows.rows + past
         elif query.shape[2] > 1:
             position = torch.arange(past, key.shape[2], device=key.device)[None]
-        # Inside `torch.autocast`, rotated queries and keys are fp32, and values have the dtype of what the model returns.
-        same = key.to(query.dtype), value.to(query.dtype)
         with torch.autocast(query.device.type, enabled=False):
-            edited, changed = self._edited(call, index, method, marks, chosen, *same, scaling, position, valid, rows)
-        edited = edited.to(value.dtype if result is None else result[0].dtype)
+            edited, changed = self._edited(call, index, method, marks, chosen, key, value, scaling, position, valid, rows)
+        edited = edited.to(returned if result is None else result[0].dtype)
         if result is None:
             return edited.contiguous(), None
         return (_overwritten(result[0], edited, rows, changed), *result[1:])

@@ -70,17 +70,17 @@ def test_edits_are_those_without_autocast(name, recipe, monkeypatch):
 
 @pytest.mark.parametrize("recipe", [RECIPES["act"], RECIPES["var"], "var:sink_dims=cosine"])
 def test_marks_are_those_without_autocast(recipe, monkeypatch):
-    """Red: sinks are found in bf16."""
+    """Red: sinks, or the attention by which ACT finds them, are computed in bf16."""
     model = shared("llava")
     inputs = make_inputs("llava", model, SAMPLES)
     method, made = type(vp.Recipe.parse(recipe).methods[0]), []
     codes = method.codes
 
     def recorded(self, see):
-        found = codes(self, see)
+        found = codes(self, see), see.column_means()
         with torch.autocast("cpu", enabled=False):
-            made.append((found, codes(self, see)))
-        return found
+            made.extend(zip(found, (codes(self, see), see.column_means()), strict=True))
+        return found[0]
 
     monkeypatch.setattr(method, "codes", recorded)
     with vp.wrap(model, recipe), autocast():
