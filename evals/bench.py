@@ -16,6 +16,7 @@ out and take back).
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,8 +46,8 @@ class Spread:
     high: float
 
     @staticmethod
-    def of(times: Sequence[float]) -> Spread:
-        low, _, high = quantiles(times, n=4)
+    def of(times: list[float]) -> Spread:
+        low, _, high = quantiles(times, n=4) if len(times) > 1 else times * 3
         return Spread(median(times), low, high)
 
 
@@ -125,7 +126,7 @@ def measure(
         model: a stock, un-wrapped model whose `generation_config` knows no end of text, so that all runs are as long.
         inputs: the processor's output.
         recipes: recipe strings; a wrong one is refused before anything is measured.
-        rounds: measured rounds, at least 3; before them one that counts FLOPs and memory and warms up.
+        rounds: measured rounds; before them one that counts FLOPs and memory and warms up.
         new_tokens: tokens to generate, at least 1.
         tick: called after every run, for a progress bar.
 
@@ -291,6 +292,7 @@ def _peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         work()
         _wait(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler tells stderr whenever it starts and stops
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         work()

@@ -34,7 +34,7 @@ CLIP_SIDE, CLIP_PATCH = 336, 14
 QWEN_GRID = (64, 80)
 """Patches (rows, columns) of an 896 × 1120 picture: 1,280 tokens of 2 × 2."""
 
-REDUCTIONS = (1, 2, 4, 8)
+REDUCTIONS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Shape:
         """A random model on its device: nothing is made elsewhere, or in another dtype, and moved.
 
         Args:
-            reduce: 1 for the true shape; 2, 4 or 8 divides widths by it, and depths by at most 4.
+            reduce: 1 for the true shape; 2, 4, 8 or 16 divides widths by it, and depths by half of it.
 
         Raises:
             UsageError: another `reduce`, or a device this machine does not have.
@@ -122,8 +122,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _depth(layers: int, reduce: int) -> int:
-    """Methods cut at several layers, so that depth is reduced less than width."""
-    return layers // min(reduce, 4)
+    """Methods cut at several layers, so that depth is reduced by half as much as width."""
+    return layers // max(reduce // 2, 1)
 
 
 def _clip(reduce: int) -> CLIPVisionConfig:
@@ -178,6 +178,7 @@ def _llava_next_config(reduce: int) -> LlavaNextConfig:
 
 def _qwen_config(reduce: int) -> Qwen2_5_VLConfig:
     depth, heads = _depth(32, reduce), 28 // min(reduce, 7)  # heads divide 28 and stay 128 wide
+    whole = max(depth // 4, 2)  # every so many blocks, one sees the whole picture
     vision = {
         "depth": depth,
         "hidden_size": 1280 // reduce,
@@ -189,7 +190,7 @@ def _qwen_config(reduce: int) -> Qwen2_5_VLConfig:
         "temporal_patch_size": 2,
         "tokens_per_second": 2,
         "window_size": 112,
-        "fullatt_block_indexes": [(index + 1) * depth // 4 - 1 for index in range(4)],
+        "fullatt_block_indexes": list(range(whole - 1, depth, whole)),
     }
     text = {
         "hidden_size": 128 * heads,

@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from vlmprune.errors import UsageError, unknown
 from vlmprune.kernels.variants import Variant
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -33,6 +34,7 @@ class Build:
 
     Attributes:
         variant, target: what was compiled, for compute capability `target`.
+        load: bytes of one thread's widest load from global memory, of which 16 is the most.
         registers: of one thread.
         spilled: bytes of spill stores and spill loads of one thread.
         stack: bytes of one thread's stack.
@@ -41,6 +43,7 @@ class Build:
 
     variant: Variant
     target: int
+    load: int
     registers: int
     spilled: int
     stack: int
@@ -64,13 +67,13 @@ def all_variants() -> list[Variant]:
     return found
 
 
-def build(variant: Variant, target: int) -> Build:
+def build(variant: Variant, target: int) -> Build:  # pragma: no cover  (tested in another process: not in the interpreter's)
     """Compile one variant for one target."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = [parameter.name for parameter in variant.kernel.params]
+    names = list(variant.kernel.arg_names)
     unknown = (variant.signature.keys() | variant.constants.keys()) ^ set(names)
     assert not unknown, f"{variant.case}: parameters {sorted(unknown)} are not both in the kernel and in the variant"
     source = ASTSource(
@@ -81,11 +84,18 @@ def build(variant: Variant, target: int) -> Build:
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     compiled: Any = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    used = _assembled(compiled.asm["ptx"], target)
-    return Build(variant, target, *used, compiled.metadata.shared)
+    ptx = compiled.asm["ptx"]
+    return Build(variant, target, widest_load(ptx), *_assembled(ptx, target), compiled.metadata.shared)
 
 
-def _assembled(ptx: str, target: int) -> tuple[int, int, int]:
+def widest_load(ptx: str) -> int:
+    """Bytes of one thread's widest load from global memory in a listing of PTX; 0 if it loads nothing."""
+    direct = [int(count or 1) * int(bits) // 8 for count, bits in re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)]
+    copied = [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?\], 0x([0-9a-f]+)", ptx)]
+    return max(direct + copied, default=0)
+
+
+def _assembled(ptx: str, target: int) -> tuple[int, int, int]:  # pragma: no cover  (as above)
     """Registers, bytes spilled and bytes of stack, as told by the assembler that Triton itself uses.
 
     Triton throws the assembler's words away, and keeps compiled kernels in a cache: it is asked once more.
@@ -116,15 +126,15 @@ def markdown(builds: list[Build]) -> str:
         "# Compiled kernels",
         "",
         f"Written by `{COMMAND}` with Triton {triton.__version__};",
-        "tests/kernels/test_compiled.py compares the cases. Registers, spill and stack (bytes) are one thread's, shared memory (bytes)",
-        "is one program's. It shows that nothing spills, not how fast a kernel is.",
+        "tests/kernels/test_compiled.py compares the cases. Widest load, spill, stack (bytes) and registers are one thread's,",
+        "shared memory (bytes) is one program's. It shows that nothing spills, not how fast a kernel is.",
         "",
-        "| op | case | target | warps | registers | spill | stack | shared |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
+        "| op | case | target | warps | widest load | registers | spill | stack | shared |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for b in builds:
         v = b.variant
-        figures = f"{v.num_warps} | {b.registers} | {b.spilled} | {b.stack} | {b.shared:,}"
+        figures = f"{v.num_warps} | {b.load} | {b.registers} | {b.spilled} | {b.stack} | {b.shared:,}"
         lines.append(f"| {v.op} | {v.case} | sm_{b.target} | {figures} |")
     return "\n".join(lines) + "\n"
 
@@ -134,9 +144,12 @@ def report(variants: list[Variant], out: Path | None) -> int:
 
     Returns:
         Exit code: 1 if any build has a problem.
+
+    Raises:
+        UsageError: in a process whose kernels are interpreted.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("unset TRITON_INTERPRET: an interpreted kernel cannot be compiled.")
+        raise UsageError("kernels that are interpreted cannot be compiled: unset TRITON_INTERPRET.")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns unless this is said; it is the default
     builds = [build(variant, target) for variant in variants for target in SHARED_LIMIT]
     if out is None:
@@ -154,7 +167,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where to write the table; printed if left out")
     parser.add_argument("--op", help="only this op")
     given = parser.parse_args()
-    return report([v for v in all_variants() if given.op in (None, v.op)], given.out)
+    variants = all_variants()
+    ops = {v.op for v in variants}
+    if given.op not in (None, *ops):
+        raise unknown("op", given.op, ops)
+    return report([v for v in variants if given.op in (None, v.op)], given.out)
 
 
 if __name__ == "__main__":

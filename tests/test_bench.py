@@ -131,7 +131,7 @@ def test_command(monkeypatch, capsys, tmp_path):
         (("--shape", "llava-1.5-8b"), "unknown shape 'llava-1.5-8b': did you mean 'llava-1.5-7b'"),
         (("--dtype", "int8"), "unknown dtype 'int8'"),
         (("--device", "zzz"), "cannot use device 'zzz'"),
-        (("--reduce", "3"), "a shape can be reduced by 1, 2, 4, 8, found 3"),
+        (("--reduce", "3"), "a shape can be reduced by 1, 2, 4, 8, 16, found 3"),
         (("--recipe", "fastv:layer=20,tokens=3"), "fastv cuts at layer 20, but the model has layers 0 to 7"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`torch.compile` of a wrapped model: hooks run as they are, what is between them is compiled, once for all prompts of a shape."""
+"""`torch.compile` of a wrapped model: hooks run as they are, what lies between is compiled, once for all prompts of a shape."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ merges as its paper says is tested in ``tests/methods``; here, that the model co
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -99,6 +100,8 @@ COMPOSED = [
             "dart:layer=2,fraction=0.6 + random:layer=4,fraction=0.2",
             "flowcut:fraction=0.6 + pdrop:layer=4,fraction=0.2",
             "tome:layer=1,fraction=0.5 + random:layer=3,tokens=0",
+            "uniform:fraction=0.8 + fastv:layer=3,fraction=0.4,cache_layer=0",
+            "divprune:fraction=0.6 + random:layer=4,fraction=0.2,cache_layer=2",
         )
     ),
     *(
@@ -133,9 +136,10 @@ def over(cases):
 
 
 def without_cache_stage(cases):
-    """MustDrop as it is where nothing can be forgotten after prefill."""
+    """The methods as they are where nothing can be forgotten after prefill."""
     return [
-        (family, recipe.replace(",cache_layer=1", "") + ",cache_layer=-1" * ("mustdrop" in recipe)) for family, recipe in cases
+        (family, re.sub(r",cache_layer=\d", "", recipe) + ",cache_layer=-1" * ("mustdrop" in recipe))
+        for family, recipe in cases
     ]
 
 
@@ -855,6 +859,7 @@ FORMS = [
     "visionzip:tokens=64,contextual=10,positions=compact",
     "vscan:layer=0|3,fraction=0.5|0.25,positions=compact",
 ]
+FORMS = [form if "cache_layer" in form else f"{form},cache_layer=1" for form in FORMS]
 
 
 @pytest.mark.parametrize(

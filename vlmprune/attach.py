@@ -782,7 +782,8 @@ class Run:
         if cache_ is None:
             return
         counts = None if call.past else call.counts
-        for _, group in groupby(range(cut.stage.layer, self._shape.layers), self._group):
+        last = max(other.stage.layer for other in self._cuts if other.stage.site != "cache")  # from there on it is forgotten
+        for _, group in groupby(range(cut.stage.layer, last), self._group):
             layers = {index: pruned_layer(cache_, index, self._layers, call.mask) for index in group}
             keep_only(list(layers.values()), call.alive, call.past, counts)
             shorter: list[int] = [layer.keys.shape[-2] for layer in layers.values()]  # type: ignore[union-attr]

@@ -228,7 +228,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer; 1 leaves out decoding.")] = 16,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: cuda where there is a GPU.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: bfloat16 on a GPU.")] = None,
-    reduce: Annotated[int | None, typer.Option(help="Divide widths by 1, 2, 4 or 8. Default: 1 on a GPU, else 8.")] = None,
+    reduce: Annotated[int | None, typer.Option(help="Divide widths by 2, 4, 8 or 16. Default: 1 on a GPU, else 8.")] = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -275,7 +275,8 @@ def bench(
         _print_json(numbers)
         return
     if console.width >= 160:
-        table = Table(*(Column(name, justify="right") for name in evals.COLUMNS), title=title)
+        first, *others = evals.COLUMNS
+        table = Table(Column(first, overflow="fold"), *(Column(name, justify="right") for name in others), title=title)
         for row in rows:
             table.add_row(*evals.cells(row))
     else:  # many columns need room

@@ -67,7 +67,11 @@ class Recipe:
             UsageError: two methods cut at one place, a later cut keeps more than an earlier one, or a method cannot work.
         """
         plans = [(method.cuts if facts is None else method.plan(facts), method) for method in self.pruners]
-        cuts = sorted(((stage, method) for plan, method in plans for stage in plan), key=lambda cut: cut[0].order)
+        staged = ((stage, method) for plan, method in plans for stage in (*plan, *method.forgets))
+        cuts = sorted(staged, key=lambda cut: cut[0].order)
+        forgetful = [method.name for method in self.pruners if method.forgets]
+        if len(forgetful) > 1:
+            raise UsageError(f"{' and '.join(forgetful)} both cut the cache after prefill: give one of them cache_layer=-1.")
         for (before, first), (after, second) in pairwise(cuts):
             if before.order == after.order:
                 raise UsageError(

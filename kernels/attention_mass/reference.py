@@ -1,4 +1,4 @@
-"""The equation, in fp32.
+"""The equation, in fp32 (fp64 for fp64 inputs).
 
 m[b, h, k] = Σ_r softmax_k( q[b, h, r] · k[b, h, k] · scaling )
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlmprune.kernels.dispatch import in_fp32
+from vlmprune.kernels.dispatch import in_fp32, wide
 
 
 @in_fp32
@@ -26,10 +26,10 @@ def attention_rows(query: Tensor, key: Tensor, scaling: float, visible: Tensor |
     """
     batch, heads, rows, dim = query.shape
     kv_heads = key.shape[1]
-    grouped = query.float().reshape(batch, kv_heads, heads // kv_heads * rows, dim)
-    scores = (grouped @ key.float().transpose(-1, -2)).reshape(batch, heads, rows, key.shape[2]) * scaling
+    grouped = query.to(wide(query)).reshape(batch, kv_heads, heads // kv_heads * rows, dim)
+    scores = (grouped @ key.to(wide(key)).transpose(-1, -2)).reshape(batch, heads, rows, key.shape[2]) * scaling
     if visible is not None:
-        scores = scores.masked_fill(~visible[:, None], torch.finfo(torch.float32).min)
+        scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
 
 

@@ -1,14 +1,24 @@
-"""FlowCut's three criteria of one layer, in one read of its keys and values."""
+"""FlowCut's three criteria of one layer, in one read of its keys and values.
+
+Moved at least: keys and values read once, three fp32 numbers written for each token;
+`2 · view · (head + kv_head) · token · dim` FLOPs for the scores and as many as there are values for the magnitude. The figure
+to measure against is that read. The kernel also writes and reads again `head + kv_head` fp32 scores of each token: 2 / dim of
+what it reads, each time, in bf16 without grouped queries.
+
+On an H200 (4.8 TB/s, 67 TFLOP/s in fp32), five views of 577 tokens of CLIP-L (16 heads of 64, bf16): 11.8 MB, 2.5 µs; 12 MFLOP
+of scores and 3 of magnitudes, 0.2 µs.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from vlmprune.kernels.dispatch import Impl, use_triton
+from vlmprune.kernels.dispatch import Cost, Impl, bytes_of, check, check_heads, use_triton
 from vlmprune.kernels.flow_score import reference
 from vlmprune.kernels.flow_score.reference import entropy_ratio, share
 
-__all__ = ["entropy_ratio", "flow_score", "share"]
+__all__ = ["cost", "entropy_ratio", "flow_score", "share"]
 
 
 def flow_score(
@@ -21,6 +31,36 @@ def flow_score(
     valid: Tensor | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`[view, token]` fp32 each: relation, semantic, magnitude; see `reference.flow_score`."""
-    use_triton("flow_score", impl)
-    return reference.flow_score(query, key, value, anchor, scaling, semantic_scaling, valid)
+    """`[view, token]` fp32 each: relation, semantic, magnitude; see `reference.flow_score`. Detached where a kernel computes.
+
+    Raises:
+        UsageError: shapes or dtypes that do not fit; an implementation that cannot run.
+    """
+    check("flow_score", "query", query, (None, None, None))
+    check("flow_score", "key", key, (query.shape[0], None, None, query.shape[2]))
+    check("flow_score", "value", value, tuple(key.shape))
+    check("flow_score", "anchor", anchor, (key.shape[0], key.shape[1], key.shape[3]))
+    check_heads("flow_score", query, key)
+    if valid is not None:
+        check("flow_score", "valid", valid, (key.shape[0], key.shape[2]), torch.bool)
+    if not use_triton("flow_score", impl, query=query, key=key, value=value, anchor=anchor, valid=valid):
+        return reference.flow_score(query, key, value, anchor, scaling, semantic_scaling, valid)
+    from vlmprune.kernels.flow_score import kernel
+
+    return kernel.flow_score(query, key, value, anchor, scaling, semantic_scaling, valid)
+
+
+def cost(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    anchor: Tensor,
+    scaling: float,
+    semantic_scaling: float,
+    valid: Tensor | None = None,
+) -> Cost:
+    """What `flow_score` must do."""
+    views, kv_heads, tokens, dim = key.shape
+    scores = views * (query.shape[1] + kv_heads) * tokens
+    flops = scores * (2 * dim + 4) + views * kv_heads * tokens * dim + 2 * views * tokens * dim
+    return Cost(bytes_of(query, key, value, anchor, valid) + 12 * views * tokens, flops)

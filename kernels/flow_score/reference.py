@@ -1,4 +1,4 @@
-"""The equations, in fp32 (FlowCut, arXiv:2505.19536, section 3.1).
+"""The equations, in fp32, and fp64 for fp64 inputs (FlowCut, arXiv:2505.19536, section 3.1).
 
 relation   a_j = mean_h softmax_j( q_g^h · k_j^h · scaling )
 semantic   s_j = mean_h softmax_j( v_g^h · v_j^h · semantic_scaling )
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlmprune.kernels.dispatch import in_fp32
+from vlmprune.kernels.dispatch import in_fp32, wide
 
 
 @in_fp32
@@ -36,13 +36,13 @@ def flow_score(
         Relation, semantic and magnitude, `[view, token]` fp32 each. One read of keys and values:
         `view · kv_head · token · dim · 2` numbers, `2 · view · (head + kv_head) · token · dim` FLOPs.
     """
-    key, value = key.float(), value.float()
+    key, value = key.to(wide(key)), value.to(wide(value))
     views, kv_heads, _, dim = key.shape
-    grouped = query.float().reshape(views, kv_heads, -1, dim)
+    grouped = query.to(wide(query)).reshape(views, kv_heads, -1, dim)
     relation = (grouped @ key.transpose(-1, -2)).flatten(1, 2) * scaling  # [view, head, token]
-    semantic = (anchor.float()[:, :, None] @ value.transpose(-1, -2))[:, :, 0] * semantic_scaling
+    semantic = (anchor.to(wide(anchor))[:, :, None] @ value.transpose(-1, -2))[:, :, 0] * semantic_scaling
     if valid is not None:
-        lowest = torch.finfo(torch.float32).min
+        lowest = torch.finfo(relation.dtype).min
         relation = relation.masked_fill(~valid[:, None], lowest)
         semantic = semantic.masked_fill(~valid[:, None], lowest)
     return relation.softmax(-1).mean(1), semantic.softmax(-1).mean(1), value.mean(1).abs().sum(-1)

@@ -1,7 +1,7 @@
 """Rows of several tensors moved in one launch, as words of the widest kind that all addresses and strides allow.
 
 A program moves a tile of ROWS kept tokens by COLUMNS words of one head of one sample. Nothing is computed with the words, so
-that every dtype is alike. An index outside the tensor reads nothing: its row becomes all ones, which is NaN in every float format.
+that every dtype is alike. An index outside the tensor reads nothing: all bits of its row become 1, a NaN in every float format.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _move(
     rest = tile // column_tiles
     place = (rest % row_tiles) * ROWS + tl.arange(0, ROWS)
     rest = rest // row_tiles
-    head = (rest % heads).to(tl.int64)
+    head = rest % heads
     sample = (rest // heads).to(tl.int64)
 
     real = place < kept
@@ -301,18 +301,16 @@ def variants() -> list[Variant]:
     }
     common |= {"kept": "i32"}
     numbers = dict.fromkeys(("batch_stride", "head_stride", "token_stride", "heads", "units", "tokens"), "i32")
-    sizes = [("hidden 4096 bf16", 16, 8192), ("head 128 bf16", 16, 256), ("head 72 bf16", 16, 144), ("head 80 fp32", 16, 320)]
-    sizes += [("head 65 fp32", 4, 260), ("head 65 bf16", 2, 130), ("odd bytes", 1, 77)]
-    for size, unit, widest in sizes:
-        for masked in (False, True):
-            chosen = options(unit, widest) | {"MASKED": masked}
-            warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
-            case = f"{size}, {unit}-byte words" + (", padded" if masked else "")
-            one = {"source": "i64", "target": "i64"} | numbers | common
-            many = {"table": "*i64", "count": "i32"} | common
-            aligned = ("rows", "valid") if masked else ("rows",)
-            found.append(Variant("gather_tokens", f"one, {case}", _gather_one, one, chosen, aligned, warps, stages))
-            chosen = chosen | {"MOST": 64}
-            aligned = (*aligned, "table")
-            found.append(Variant("gather_tokens", f"many, {case}", _gather_many, many, chosen, aligned, warps, stages))
+    cases = [("rows of 8 KiB", 16, 8192, True), ("head 128 bf16", 16, 256, False), ("head 72 bf16", 16, 144, True)]
+    cases += [("head 70 fp32", 8, 280, True), ("head 65 fp32", 4, 260, True), ("head 65 bf16", 2, 130, True)]
+    for size, unit, widest, masked in [*cases, ("odd bytes", 1, 77, True)]:
+        chosen = options(unit, widest) | {"MASKED": masked}
+        warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
+        case = f"{size}, {unit}-byte loads" + (", padded" if masked else "")
+        one = {"source": "i64", "target": "i64"} | numbers | common
+        aligned = ("rows", "valid") if masked else ("rows",)
+        found.append(Variant("gather_tokens", f"one, {case}", _gather_one, one, chosen, aligned, warps, stages))
+        many = {"table": "*i64", "count": "i32"} | common
+        chosen, aligned = chosen | {"MOST": 64}, (*aligned, "table")
+        found.append(Variant("gather_tokens", f"many, {case}", _gather_many, many, chosen, aligned, warps, stages))
     return found

@@ -1,14 +1,33 @@
-"""Attention of chosen query rows with an edit that is decided per row: by masses of groups of keys, or on the scores."""
+"""Attention of chosen query rows with an edit that is decided per row: by masses of groups of keys, or on the scores.
+
+With R = rows · heads and K keys of size d: `grouped_attention` and `scored_attention` read queries, keys and values once and
+write R · d fp32 numbers; 4 · batch · R · K · d FLOPs for the two products, half of it where rows are causal. `column_means`
+reads queries and keys, and makes the one product twice: 4 · batch · R · K · d. Figures to measure against, on an H200:
+
+    one row (decoding)    the memory's 4.8 TB/s. 32 heads of 128 over 32 768 keys in bf16 with 8 KV heads: 134 MB, 28 µs; with
+                          32 of them 537 MB, 112 µs. Groups cost no further read of K or V. Short contexts are bound by
+                          launches: three kernels, and a dozen small operations of `coefficients`, where plain attention has
+                          one or two; 1.1 × SDPA is to be expected where keys and values take far longer than these.
+    many rows (prefill)   the tensor cores' 989 TFLOP/s in bf16. 60 rows over 640 keys, 32 heads of 128: 0.6 GFLOP, 0.6 µs; all
+                          4096 rows of a prompt: 275 GFLOP (half if causal), 0.3 ms. The scores are made twice: 1.5 × the FLOPs.
+    fp32                  67 TFLOP/s, no tensor cores.
+
+Gradients: the torch reference has them, kernels have none. With "auto", a call that needs a gradient (one of query, key and
+value requires it, and gradients are enabled) therefore takes the reference; with "triton" it is refused. `column_means` has
+none: callers detach its arguments, and it is for finding marks.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from vlmprune.kernels.dispatch import Impl, use_triton
+from vlmprune.errors import UsageError
+from vlmprune.kernels.dispatch import Cost, Impl, bytes_of, check, check_dim, check_heads, use_triton
 from vlmprune.kernels.grouped_attention import reference
 from vlmprune.kernels.grouped_attention.reference import Coefficients
 
-__all__ = ["Coefficients", "column_means", "grouped_attention", "scored_attention"]
+__all__ = ["Coefficients", "column_means", "cost", "grouped_attention", "scored_attention"]
 
 
 def grouped_attention(
@@ -22,9 +41,24 @@ def grouped_attention(
     coefficients: Coefficients,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `[batch, row, head, dim]`, factors and masses `[batch, head, row, group]`, see `reference`."""
-    use_triton("grouped_attention", impl)
-    return reference.grouped_attention(query, key, value, scaling, position, valid, groups, coefficients)
+    """Output `[batch, row, head, dim]`, factors and masses `[batch, head, row, group]`, see `reference`.
+
+    Raises:
+        UsageError: shapes or dtypes that do not fit, more marked keys than keys, or an implementation that cannot run.
+    """
+    op = "grouped_attention"
+    _check(op, query, key, value, position, valid)
+    check(op, "groups", groups, (query.shape[0], None, None, None))
+    if groups.shape[1] not in (1, query.shape[1]):
+        raise UsageError(f"{op}: groups must be of 1 or {query.shape[1]} heads as query has, found {groups.shape[1]}.")
+    _check_marked(op, "groups", groups.shape[2], key)
+    impl = _with_gradients(op, impl, query, key, value)
+    if not use_triton(op, impl, query=query, key=key, value=value, position=position, valid=valid, groups=groups):
+        return reference.grouped_attention(query, key, value, scaling, position, valid, groups, coefficients)
+    _check_dims(op, query, value)
+    from vlmprune.kernels.grouped_attention import kernel
+
+    return kernel.grouped_attention(query, key, value, scaling, position, valid, groups, coefficients)
 
 
 def scored_attention(
@@ -37,9 +71,22 @@ def scored_attention(
     weight: Tensor,
     impl: Impl = "auto",
 ) -> Tensor:
-    """`[batch, row, head, dim]`, see `reference.scored_attention`."""
-    use_triton("scored_attention", impl)
-    return reference.scored_attention(query, key, value, scaling, position, valid, weight)
+    """`[batch, row, head, dim]`, see `reference.scored_attention`.
+
+    Raises:
+        UsageError: shapes or dtypes that do not fit, more weights than keys, or an implementation that cannot run.
+    """
+    op = "scored_attention"
+    _check(op, query, key, value, position, valid)
+    check(op, "weight", weight, (query.shape[0], None))
+    _check_marked(op, "weight", weight.shape[1], key)
+    impl = _with_gradients(op, impl, query, key, value)
+    if not use_triton(op, impl, query=query, key=key, value=value, position=position, valid=valid, weight=weight):
+        return reference.scored_attention(query, key, value, scaling, position, valid, weight)
+    _check_dims(op, query, value)
+    from vlmprune.kernels.grouped_attention import kernel
+
+    return kernel.scored_attention(query, key, value, scaling, position, valid, weight)
 
 
 def column_means(
@@ -51,6 +98,60 @@ def column_means(
     counted: Tensor,
     impl: Impl = "auto",
 ) -> Tensor:
-    """`[batch, head, key]` fp32, see `reference.column_means`."""
-    use_triton("column_means", impl)
-    return reference.column_means(query, key, scaling, position, valid, counted)
+    """`[batch, head, key]` fp32, see `reference.column_means`.
+
+    Raises:
+        UsageError: shapes or dtypes that do not fit, or an implementation that cannot run.
+    """
+    op = "column_means"
+    _check(op, query, key, None, position, valid)
+    check(op, "counted", counted, (query.shape[0], query.shape[2]), torch.bool)
+    if not use_triton(op, impl, query=query, key=key, position=position, valid=valid, counted=counted):
+        return reference.column_means(query, key, scaling, position, valid, counted)
+    _check_dims(op, query, None)
+    from vlmprune.kernels.grouped_attention import kernel
+
+    return kernel.column_means(query, key, scaling, position, valid, counted)
+
+
+def cost(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, marks: Tensor) -> Cost:
+    """What `grouped_attention` (marks: its groups) or `scored_attention` (its weight) must do, if rows see all keys."""
+    batch, heads, rows, dim = query.shape
+    width = value.shape[3]
+    written = 4 * batch * heads * rows * width
+    return Cost(bytes_of(query, key, value, valid, marks) + written, 2 * batch * heads * rows * key.shape[2] * (dim + width))
+
+
+def _check(op: str, query: Tensor, key: Tensor, value: Tensor | None, position: Tensor | None, valid: Tensor | None) -> None:
+    check(op, "query", query, (None, None, None, None))
+    batch, _, rows, dim = query.shape
+    check(op, "key", key, (batch, None, None, dim))
+    check_heads(op, query, key)
+    if value is not None:
+        check(op, "value", value, (batch, key.shape[1], key.shape[2], None))
+        if value.dtype != query.dtype:
+            raise UsageError(f"{op}: value is {value.dtype} but query {query.dtype}: convert one of them.")
+    if position is not None:
+        check(op, "position", position, (1 if position.shape[0] == 1 else batch, rows), torch.int64)
+    if valid is not None:
+        check(op, "valid", valid, (batch, key.shape[2]), torch.bool)
+
+
+def _check_marked(op: str, name: str, marked: int, key: Tensor) -> None:
+    if marked > key.shape[2]:
+        raise UsageError(f"{op}: {name} is about {marked} keys, but there are {key.shape[2]}.")
+
+
+def _check_dims(op: str, query: Tensor, value: Tensor | None) -> None:
+    check_dim(op, "query", query.shape[3])
+    if value is not None:
+        check_dim(op, "value", value.shape[3])
+
+
+def _with_gradients(op: str, impl: Impl, *tensors: Tensor) -> Impl:
+    """The implementation to ask for: kernels have no gradients."""
+    if impl == "reference" or not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return impl
+    if impl == "triton":
+        raise UsageError(f"{op}: kernels have no gradients, but query, key or value needs one: pass impl='reference'.")
+    return "reference" if impl == "auto" else impl

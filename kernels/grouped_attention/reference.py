@@ -36,7 +36,8 @@ def grouped_attention(
         query: `[batch, head, row, dim]` the chosen rows, after rotary embedding.
         key, value: `[batch, kv_head, key, dim]`; `head` is a multiple of `kv_head` (grouped-query attention).
         scaling: factor on the scores, usually `dim ** -0.5`.
-        position: `[batch or 1, row]` index of each row among the keys; it sees the keys up to itself. None: it sees all.
+        position: `[batch or 1, row]` index of each row among the keys; it sees the keys up to itself. None: it sees all. What a
+            row that sees no key gets (padding) is finite and means nothing.
         valid: `[batch, key]` bool, False on padding; None if all keys are real.
         groups: `[batch, 1 or head, marked, group]` 0 or 1: which group each of the first `marked` keys is in. All later keys
             are in group 0.

@@ -28,7 +28,7 @@ def greedy_order(features: Tensor, keep: int) -> Tensor:
         keep: tokens to pick of each picture, at most `visual`. Ties go to the lower index; no index is picked twice, also
             where tokens are exact duplicates.
     """
-    unit = normalize(features.float(), dim=-1)
+    unit = normalize(features.detach().float(), dim=-1)
     images, visual, _ = unit.shape
     rows = torch.arange(images, device=features.device)
     order = torch.empty(images, keep, dtype=torch.long, device=features.device)
@@ -36,24 +36,31 @@ def greedy_order(features: Tensor, keep: int) -> Tensor:
         return order
     pick = _nearest_other(unit).argmax(dim=-1)
     apart = unit.new_full((images, visual), torch.inf)  # distance to the nearest selected token; −inf once taken
+    distance = torch.empty_like(apart)
     for step in range(keep):
         order[:, step] = pick
-        apart = torch.minimum(apart, 1.0 - (unit @ unit[rows, pick][..., None])[..., 0])
+        # One matrix-vector product a picture: a batched product reads the features at half the speed on a CPU.
+        for image, tokens in enumerate(unit):
+            torch.mv(tokens, tokens.index_select(0, pick[image, None])[0], out=distance[image])
+        torch.minimum(apart, torch.sub(1.0, distance, out=distance), out=apart)
         apart[rows, pick] = -torch.inf
         pick = apart.argmax(dim=-1)
     return order
 
 
 def _nearest_other(unit: Tensor) -> Tensor:
-    """`[image, visual]` distance of every token to the nearest other one."""
-    visual = unit.shape[1]
-    nearest = []
+    """`[image, visual]` distance of every token to the nearest other one.
+
+    Similarity is symmetric: each pair is computed once, and counts for both of its tokens.
+    """
+    images, visual, _ = unit.shape
+    likeness = unit.new_full((images, visual), -torch.inf)  # the greatest
     for start in range(0, visual, CHUNK):
-        distance = 1.0 - unit[:, start : start + CHUNK] @ unit.transpose(-1, -2)  # [image, chunk, visual]
-        own = torch.arange(distance.shape[1], device=unit.device)
-        distance[:, own, own + start] = torch.inf
-        nearest.append(distance.amin(dim=-1))
-    return torch.cat(nearest, dim=-1)
+        block = unit[:, start : start + CHUNK] @ unit[:, start:].transpose(-1, -2)  # [image, chunk, visual − start]
+        block.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
+        for rows, greatest in ((slice(start, start + CHUNK), block.amax(dim=-1)), (slice(start, None), block.amax(dim=-2))):
+            torch.maximum(likeness[:, rows], greatest, out=likeness[:, rows])
+    return 1.0 - likeness
 
 
 @in_fp32

@@ -177,7 +177,14 @@ def test_low_precision_is_computed_in_fp32():
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
 
 
-def test_no_triton_kernel_yet():
+def test_a_kernel_on_a_cpu_is_refused(monkeypatch):
+    """Red: the torch reference runs in silence where its kernel was asked for."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     query, key, value, *rest = case(torch.float32, 2, "prefill")
-    with pytest.raises(vp.UsageError, match="no Triton kernel yet"):
-        scored_attention(query, key, value, *rest, torch.zeros(2, 3), impl="triton")
+    counted = torch.ones(2, 6, dtype=torch.bool)
+    for name, run in (
+        ("scored_attention", lambda: scored_attention(query, key, value, *rest, torch.zeros(2, 3), impl="triton")),
+        ("column_means", lambda: column_means(query, key, *rest, counted, impl="triton")),
+    ):
+        with pytest.raises(vp.UsageError, match=f"{name}: impl='triton' needs CUDA tensors, but query is on cpu"):
+            run()

@@ -7,6 +7,7 @@ method asks for `Facts`, never for a family's name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar, Literal
@@ -47,6 +48,8 @@ class Pruner:
         preset: or the name of a schedule its paper publishes.
         positions: "original" (survivors keep their rotary positions; gaps remain) or "compact" (everything after a dropped
             token moves up, as several papers' LLaVA code does; not with M-RoPE).
+        cache_layer: first decoder layer whose KV cache forgets, once prefill is over, what the last cut dropped; decoding steps
+            see no more of the picture there. −1: every layer remembers what it computed.
 
     Class attributes:
         needs: probes it looks at (`needs_at` where stages differ).
@@ -78,6 +81,7 @@ class Pruner:
     fraction: InitVar[float | None] = None
     preset: InitVar[str | None] = None
     positions: Positions = "original"
+    cache_layer: int = -1
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
         single = (layer, tokens, fraction) != (None, None, None)
@@ -86,6 +90,7 @@ class Pruner:
         if preset is not None and preset not in self.presets:
             raise unknown(f"preset of {self.name}", preset, self.presets)
         self._one_of("positions", ("original", "compact"))
+        self._in_range("cache_layer", -1, math.inf, whole=True)
         if self.schedule is None:
             schedule = self.presets[preset] if preset is not None else self._from_defaults(layer, tokens, fraction)
             object.__setattr__(self, "schedule", schedule)
@@ -108,6 +113,11 @@ class Pruner:
         """The schedule."""
         assert self.schedule is not None
         return self.schedule
+
+    @property
+    def forgets(self) -> tuple[Stage, ...]:
+        """The stage after prefill, if there is one."""
+        return (Stage(self.cache_layer, Budget(fraction=1.0), "cache"),) if self.cache_layer >= 0 else ()
 
     @property
     def adaptive(self) -> bool:

@@ -50,7 +50,6 @@ class MustDrop(TowerPruner):
             published pairs, by benchmark and the tokens they came to on average.
         merge: least similarity of a window that is merged in the tower; above 1 merges none.
         windows: or exactly this many windows of each view, the most similar ones.
-        cache_layer: first decoder layer whose cache is cut after prefill; −1 for none.
     """
 
     name = "mustdrop"
@@ -83,7 +82,6 @@ class MustDrop(TowerPruner):
                 object.__setattr__(self, "schedule", FILTERED)
         super().__post_init__(layer, tokens, fraction, preset)
         self._in_range("merge", -1, math.inf)
-        self._in_range("cache_layer", -1, math.inf, whole=True)
         if self.windows is not None:
             self._in_range("windows", 0, math.inf, whole=True)
 
@@ -103,8 +101,7 @@ class MustDrop(TowerPruner):
         super().plan(facts)
         everything = Budget(fraction=1.0)
         tower = (Stage(0, everything, "vision"),) if self.windows != 0 and (self.windows or self.merge <= 1) else ()
-        cache = (Stage(self.cache_layer, everything, "cache"),) if self.cache_layer >= 0 else ()
-        return Schedule((*tower, *self.cuts, *cache))
+        return Schedule((*tower, *self.cuts))
 
     def cut(self, index: int, last: int, hidden: Tensor, state: TowerState) -> tuple[Tensor, Tensor] | None:
         per_side = state.side // WINDOW

@@ -1,0 +1,218 @@
+"""How close pruned prefill comes to its bound: the same un-pruned model on a prompt that natively has as few visual tokens.
+
+    python benchmarks/native.py [--rounds 9] [--threads 1] [--out benchmarks/results/native-cpu]
+
+Hooks, masks, choosing and gathers are all that lies between the two. A LLaVA-shaped random model, 1024 wide, 12 layers, 16
+heads, 576 visual and 60 text tokens, SDPA everywhere, pictures encoded beforehand. A recipe that cuts between layers is
+compared with the sum of its layers' native times, each an equal part of a native prompt of that length. Every round measures
+every line, in turn; ratios are taken within rounds. Decoding: one step behind each of the caches.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import vlmprune
+from vlmprune.cli import environment
+
+VISUAL, KEPT, LAYERS, IMAGE = 576, 64, 12, 1
+WORDS = 35, 25
+"""Words before and behind the picture."""
+RECIPES: dict[str, float | None] = {
+    f"random:layer=0,tokens={KEPT}": 0.03,
+    f"divprune:layer=0,tokens={KEPT}": 0.03,
+    f"visionzip:tokens={KEPT}": 0.03,
+    f"flowcut:tokens={KEPT}": 0.05,
+    f"random:layer=2,tokens={KEPT}": 0.03,
+    f"fastv:layer=2,tokens={KEPT}": 0.03,
+    "adaptinfer:layer=2|4|8,tokens=133|64|27": 0.05,
+    "pdrop:layer=3|6|9,tokens=288|144|72": None,
+}
+"""And how much of the un-pruned prefill choosing and shortening may take."""
+
+BOUND_AT_ONCE, BOUND_BETWEEN = 1.08, 1.10
+"""Targets for a cut before the first layer, and for cuts between layers."""
+
+
+def llava_shaped() -> LlavaForConditionalGeneration:
+    vision = CLIPVisionConfig(
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        image_size=336,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+    )
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=VISUAL)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+class Bench:
+    """One model, one picture, and prompts with any number of its tokens."""
+
+    def __init__(self) -> None:
+        self.model = llava_shaped()
+        self.words = torch.randint(10, 4096, (sum(WORDS),))
+        self.pixels = torch.randn(1, 3, 336, 336)
+        self.encoded = self._encode()
+
+    def _encode(self) -> Any:
+        return self.model.base_model.get_image_features(pixel_values=self.pixels, return_dict=True)
+
+    def _prompt(self, encoded: Any) -> dict[str, Any]:
+        count = encoded.pooler_output[0].shape[0]
+        ids = torch.cat((self.words[: WORDS[0]], torch.full((count,), IMAGE), self.words[WORDS[0] :]))[None]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_encoder_outputs": {"image": encoded}}
+
+    def native(self, count: int) -> tuple[float, Any]:
+        """Seconds of an un-pruned prefill with so many visual tokens, and its cache."""
+        fewer = type(self.encoded)(**self.encoded)
+        fewer.pooler_output = [self.encoded.pooler_output[0][:count].clone()]
+        return self._prefill(self._prompt(fewer))
+
+    def pruned(self, recipe: str) -> tuple[float, Any, vlmprune.Report]:
+        with vlmprune.wrap(self.model, recipe) as run:
+            seconds, cache = self._prefill(self._prompt(self._encode()))
+            return seconds, cache, run.report()
+
+    def _prefill(self, prompt: Mapping[str, Any]) -> tuple[float, Any]:
+        start = time.perf_counter()
+        output = self.model(**prompt, use_cache=True, logits_to_keep=1)
+        return time.perf_counter() - start, output.past_key_values
+
+    def step(self, recipe: str | None, cache: Any) -> float:
+        """Seconds of one decoding step."""
+        word = torch.full((1, 1), 20)
+        mask = torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long)
+        with vlmprune.wrap(self.model, recipe) if recipe else nullcontext():
+            start = time.perf_counter()
+            self.model(input_ids=word, attention_mask=mask, past_key_values=cache, use_cache=True)
+            return time.perf_counter() - start
+
+
+def measure(rounds: int, steps: int, tick: Callable[[], None]) -> dict[str, Any]:
+    """Seconds of every line in every round, and the reports."""
+    bench = Bench()
+    reports = {recipe: bench.pruned(recipe)[2] for recipe in RECIPES}
+    counts = sorted({VISUAL, *(kept - sum(WORDS) for report in reports.values() for kept in report.entering)}, reverse=True)
+    seconds: dict[str, list[float]] = {}
+    shares: dict[str, list[dict[str, float]]] = {recipe: [] for recipe in RECIPES}
+    decoding: dict[str, list[float]] = {}
+    caches: dict[str | None, Any] = {}
+    for turn in range(rounds + 1):  # the first warms up
+        for count in counts:
+            taken, cache = bench.native(count)
+            seconds.setdefault(f"native {count}", []).append(taken)
+            if count == VISUAL:
+                caches[None] = cache
+            tick()
+        for recipe in RECIPES:
+            taken, caches[recipe], reports[recipe] = bench.pruned(recipe)
+            seconds.setdefault(recipe, []).append(taken)
+            shares[recipe].append(dict(reports[recipe].overhead))
+            tick()
+        for _ in range(steps):
+            for recipe, cache in caches.items():
+                decoding.setdefault(recipe or "un-pruned", []).append(bench.step(recipe, cache))
+        if not turn:
+            seconds, decoding, shares = {}, {}, {recipe: [] for recipe in RECIPES}
+    whole = seconds[f"native {VISUAL}"]
+    lines = []
+    for recipe, report in reports.items():
+        entering = [kept - sum(WORDS) for kept in report.entering]
+        bound = [sum(seconds[f"native {count}"][turn] for count in entering) / LAYERS for turn in range(rounds)]
+        each = [
+            {place: ms / 1e3 / unpruned for place, ms in share.items()}
+            for share, unpruned in zip(shares[recipe], whole, strict=True)
+        ]
+        lines.append(
+            {
+                "recipe": recipe,
+                "visual tokens entering": entering,
+                "ms": spread([1e3 * s for s in seconds[recipe]]),
+                "bound_ms": spread([1e3 * s for s in bound]),
+                "over_bound": spread([s / b for s, b in zip(seconds[recipe], bound, strict=True)]),
+                "target": BOUND_AT_ONCE if len(set(entering)) == 1 else BOUND_BETWEEN,
+                "faster": spread([w / s for w, s in zip(whole, seconds[recipe], strict=True)]),
+                "flops_ratio": report.flops_unpruned / report.flops,
+                "overhead": spread([sum(share.values()) for share in each]),
+                "overhead_by_place": {place: median(share[place] for share in each) for place in each[0]},
+                "overhead_target": RECIPES[recipe],
+                "step_ms": spread([1e3 * s for s in decoding[recipe]]),
+                "step_over_unpruned": spread([s / w for s, w in zip(decoding[recipe], decoding["un-pruned"], strict=True)]),
+            }
+        )
+    return {"unpruned_ms": spread([1e3 * s for s in whole]), "steps": steps * rounds, "lines": lines}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    low, _, high = quantiles(values, n=4)
+    return {"median": median(values), "low": low, "high": high}
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = [
+        "| recipe | prefill ms | × native bound (quartiles) | target | faster than un-pruned | FLOPs ratio | choosing and "
+        "shortening, share of un-pruned prefill | decoding step, × un-pruned |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for line in results["lines"]:
+        bound, step, share = line["over_bound"], line["step_over_unpruned"], line["overhead"]
+        goal = f", ≤ {line['overhead_target']:.0%}" if line["overhead_target"] else ""
+        rows.append(
+            f"| `{line['recipe']}` | {line['ms']['median']:.1f} | "
+            f"{bound['median']:.3f} ({bound['low']:.3f}–{bound['high']:.3f}) | ≤ {line['target']:.2f} | "
+            f"{line['faster']['median']:.2f}× | {line['flops_ratio']:.2f}× | "
+            f"{share['median']:.2%} ({share['low']:.2%}–{share['high']:.2%}){goal} | "
+            f"{step['median']:.3f} ({step['low']:.3f}–{step['high']:.3f}) |"
+        )
+    return "\n".join(rows)
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=3)] = 9,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Decoding steps per round.")] = 5,
+    out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = Path("benchmarks/results/native-cpu"),
+) -> None:
+    torch.set_num_threads(threads)
+    with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
+        task = progress.add_task("native bound", total=None)
+        results = measure(rounds, steps, lambda: progress.advance(task))
+    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    command = f"python benchmarks/native.py --rounds {rounds} --threads {threads} --steps {steps}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data = {"date": stamp, "command": command, "environment": environment(), **results}
+    out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    text = (
+        f"{table(results)}\n\nUn-pruned prefill: {results['unpruned_ms']['median']:.1f} ms. {stamp}, `{command}`, torch "
+        f"{environment()['torch']}, n = {rounds} rounds, {results['steps']} decoding steps.\n"
+    )
+    out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
