@@ -24,7 +24,7 @@ from vlmprune.cli import environment
 from vlmprune.demo import load_decoder
 from vlmprune.evals.sinks import PROMPTS, find_sinks
 from vlmprune.kernels.grouped_attention import grouped_attention
-from vlmprune.methods.redistributing import Scene
+from vlmprune.methods.redistributing import Scene, spans
 from vlmprune.methods.redistribution.var import TEXT_SINK, VISUAL, VISUAL_SINK
 
 EXPECTED = (507,)
@@ -124,9 +124,9 @@ def main(
             )
     worst = max(row["error"] for table in tables.values() for row in table)
     lines = [
-        f"Sink dimensions found: {found.dims}, {found.shares[0]:.1%} of the first token's energy, layers {found.layers}; "
-        f"threshold {found.energy:.2f}: {found.flagged:.1%} of later tokens are sinks, with {found.flagged_attention:.1%} of "
-        f"attention each, others with {found.other_attention:.1%}. Advice: `{found.advice}`.",
+        f"Sink dimensions found: {found.dims}, {found.shares[0]:.1%} of the first token's energy, in layers "
+        f"{spans(found.layers)}; threshold {found.energy:.2f}: {found.flagged:.1%} of later tokens are sinks, with "
+        f"{found.flagged_attention:.1%} of attention each, others with {found.other_attention:.1%}. Advice: `{found.advice}`.",
         "",
         f"Prompt: {lengths[0]} tokens, a span of {lengths[1]} in a picture's place, {lengths[2]} behind it. Largest difference "
         f"between `grouped_attention` (fp32) and the explicit edit (fp64), by the layer's largest output: {worst:.1e}.",

@@ -134,7 +134,7 @@ def markdown(rows: Sequence[Row]) -> str:
         cells = [f"{100 * row.by_skill[skill].value:.1f}" for skill in skills]
         lost = "—" if row.recipe == UNPRUNED else f"{100 * row.lost:.1f} {percent(row.lost_interval)}"
         mean = f"{100 * row.mean:.1f} {percent(row.interval)}"
-        name = row.recipe if row.recipe == UNPRUNED else f"`{row.recipe}`"
+        name = row.recipe if row.recipe == UNPRUNED else f"`{row.recipe}`".replace("|", "\\|")
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {mean} | {lost} | {100 * row.loyalty:.1f} |")
     counts = ", ".join(f"{skill} {accuracy.n}" for skill, accuracy in rows[0].by_skill.items())
     return "\n".join([*lines, "", f"Questions per skill: {counts}."])

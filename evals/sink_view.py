@@ -15,6 +15,10 @@ from vlmprune.errors import UsageError
 
 VISUAL, VISUAL_SINK, TEXT_SINK = 1, 2, 3
 """Groups of `var`."""
+CAPTION = (
+    "Layers that var edits, in one run with the recipe. Before: as a layer attends without its own edit, behind layers that "
+    "are edited; not the plain model."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +29,8 @@ class SinkView:
         layers: the layers.
         sinks: `[layer, visual]` bool, visual tokens that are sinks.
         text_sinks: per layer, text tokens that are sinks.
-        before, after: `[layer, head]` attention to the picture, mean over the rows behind it.
+        before, after: `[layer, head]` attention to the picture, mean over the rows behind it, before and after the layer's own
+            edit; earlier layers are edited in both.
     """
 
     layers: tuple[int, ...]
@@ -48,7 +53,7 @@ def look(model: Any, inputs: Mapping[str, Any], recipe: str) -> SinkView:
         model(**inputs)
     assert run.last is not None
     steered = [record for record in run.last.steered if record.method == "var" and record.masses is not None]
-    codes = [record.codes[0, 0] for record in steered]
+    codes = [record.codes[0, 0] for record in steered if record.codes is not None]
     visual = [code[(code == VISUAL) | (code == VISUAL_SINK)] for code in codes]
     most = max(map(len, visual))
 
@@ -77,6 +82,7 @@ def draw(view: SinkView, picture: Any, grid: tuple[int, int] | None, title: str,
 
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.9), layout="constrained")
     figure.suptitle(title)
+    figure.supxlabel(CAPTION, fontsize="small")
     axes[0].imshow(picture)
     axes[0].set_title("the picture")
     axes[0].axis("off")
@@ -86,6 +92,7 @@ def draw(view: SinkView, picture: Any, grid: tuple[int, int] | None, title: str,
         axes[1].axis("off")
     else:
         shown = axes[1].imshow(view.sinks, cmap="magma", aspect="auto", vmin=0, vmax=1)
+        axes[1].set_yticks(range(len(view.layers)), view.layers)
         axes[1].set(title="sinks", xlabel="visual token that is left", ylabel="layer")
     figure.colorbar(shown, ax=axes[1], shrink=0.8)
     highest = max(float(view.before.max()), float(view.after.max()), 0.01)

@@ -7,8 +7,10 @@ BOS token is looked at in several places.
 
     e_d = x_d² / ‖x‖²                    of the first token's residual x entering a layer
     on    = layers with max_d e_d > 0.2  (median over prompts); at least 40 % of the depth, or there are no sink dimensions
-    dims  = those with median e_d ≥ 0.05 over prompts and these layers, at most 4, and |x_d| ≥ 300 times the median number
-    energy = half way between the first token's largest e_d (median) and what 95 % of all later tokens have at most
+    dims  = those with median e_d ≥ 0.05 over prompts and these layers, at most 4, and |x_d| ≥ 300 times the median number;
+            not those that a fifth of all later tokens hold as well, with at least half of the first token's e_d
+    energy = half way between the first token's largest e_d (median) and what 95 % of ordinary later tokens have at most,
+             rounded down to two digits; ordinary: less than half of the first token's (others are sinks too: full stops)
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import floor
 from typing import Any
 
 import torch
@@ -23,7 +26,8 @@ from torch import Tensor
 
 from vlmprune.attention import route_attention, rows_attention
 from vlmprune.errors import UsageError
-from vlmprune.sink_dims import KNOWN, shape_of
+from vlmprune.methods.redistributing import spans
+from vlmprune.sink_dims import entries_of
 
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog. It runs into the forest.",
@@ -37,7 +41,9 @@ PROMPTS = (
 )
 TINY_PROMPTS = ("what colour is the circle? " * 2, "how many stars are there? " * 2)
 """For the embedded VLM, which knows a few dozen words."""
-ON, DIM, RATIO, DEPTH, MOST, ORDINARY = 0.2, 0.05, 300.0, 0.4, 4, 0.95
+ON, DIM, RATIO, DEPTH, MOST, ORDINARY, EVERYWHERE = 0.2, 0.05, 300.0, 0.4, 4, 0.95, 0.2
+MANY = 0.1
+"""Share of later tokens above which so many sinks are worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -61,58 +67,95 @@ class Sinks:
 
     Attributes:
         dims: the sink dimensions; empty if there are none.
-        layers: first and last layer in which massive activations are on.
+        layers: layers in which the first token's massive activations are on in these dimensions.
         shares: of the first token's energy in each dimension, median over prompts and these layers.
-        energy: threshold that tells sinks from other tokens.
-        ordinary: the largest share that 95 % of the later tokens stay below.
-        agreement: share of prompts that give the same dimensions by themselves.
+        energy: threshold that tells sinks from other tokens; two digits, between `ordinary` and what the first token has.
+        ordinary: the largest share that 95 % of ordinary later tokens stay below.
+        everywhere: dimensions as large, which later tokens hold as well: no sink dimensions; and the share of tokens that do.
+        agreement: share of prompts that give the same dimensions by themselves, those of `everywhere` among them.
         flagged: share of later tokens that are sinks by these dimensions.
         flagged_attention, other_attention: attention that a flagged, and another, later token gets, in these layers.
         cosine: share of later tokens that the fall-back calls sinks.
         known: what the table of known models says, or None.
+        known_as: which model it takes this one for, by its config.
         evidence: per layer.
     """
 
     dims: tuple[int, ...]
-    layers: tuple[int, int] | None
+    layers: tuple[int, ...]
     shares: tuple[float, ...]
     energy: float | None
     ordinary: float | None
+    everywhere: tuple[tuple[int, float], ...]
     agreement: float
     flagged: float
     flagged_attention: float | None
     other_attention: float | None
     cosine: float
     known: tuple[int, ...] | None
+    known_as: str | None
     evidence: tuple[LayerEvidence, ...]
 
     @property
     def advice(self) -> str:
         """What to write into a recipe."""
         if not self.dims:
+            why = "no few dimensions hold the first token's energy through the model"
+            if self.everywhere:
+                why = f"{self._shared()}, so that they do not tell sinks from other tokens"
             return (
-                "No sink dimensions: no few dimensions hold the first token's energy through the model. "
-                f"sink_dims=cosine works without, and calls {self.cosine:.1%} of later tokens sinks."
+                f"No sink dimensions: {why}. sink_dims=cosine works without, and calls {self.cosine:.1%} of later tokens sinks."
             )
         return f"var:sink_dims={'|'.join(map(str, self.dims))},sink_energy={self.energy:.2f}"
 
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What speaks against following the advice, in sentences."""
+        said = []
+        if self.flagged > MANY:
+            said.append(
+                f"Caution: {self.flagged:.1%} of later tokens are sinks by this threshold, where few should be: raise "
+                "sink_energy, or look with --prompt at texts like yours."
+            )
+        gets, others = self.flagged_attention, self.other_attention
+        if gets is not None and others is not None and gets <= others:
+            said.append(
+                f"Caution: later tokens that are sinks by this threshold get {gets:.1%} of attention each, others "
+                f"{others:.1%}: they do not act as sinks."
+            )
+        if self.known is not None and set(self.known) != set(self.dims):
+            said.append(
+                f"Caution: by its config this is {self.known_as}, whose sink dimensions are {', '.join(map(str, self.known))}; "
+                "its weights say otherwise: name sink_dims in the recipe."
+            )
+        return tuple(said)
+
+    def _shared(self) -> str:
+        held = (f"{share:.0%} of later tokens hold dimension {dim} as the first does" for dim, share in self.everywhere)
+        return " and ".join(held)
+
     def rows(self) -> list[tuple[str, str]]:
         """The finding as labelled lines."""
-        if self.layers is None:
-            return [("known before", str(self.known or "nothing"))]
+        known = (
+            "nothing" if self.known is None else f"{', '.join(map(str, self.known))}, as {self.known_as}, by its config alone"
+        )
+        shared = [("no sink dimensions", self._shared())] if self.everywhere else []
+        if not self.dims:
+            return [*shared, ("known before", known)]
         given = "–" if self.flagged_attention is None else f"{self.flagged_attention:.1%}"
         return [
             ("dimensions", ", ".join(f"{d} ({s:.1%} of the energy)" for d, s in zip(self.dims, self.shares, strict=True))),
-            ("on in layers", f"{self.layers[0]} to {self.layers[1]}"),
+            *shared,
+            ("on in layers", spans(self.layers)),
             ("prompts that agree", f"{self.agreement:.0%}"),
-            ("95 % of later tokens have", f"at most {self.ordinary:.1%}"),
+            ("95 % of ordinary tokens have", f"at most {self.ordinary:.1%}"),
             ("later tokens that are sinks", f"{self.flagged:.1%}, attention {given} each; others {self.other_attention:.1%}"),
-            ("known before", str(self.known or "nothing")),
+            ("known before", known),
         ]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return asdict(self) | {"advice": self.advice}
+        return asdict(self) | {"advice": self.advice, "cautions": self.cautions}
 
 
 def find_sinks(model: Any, prompts: Sequence[Tensor]) -> Sinks:
@@ -134,34 +177,37 @@ def find_sinks(model: Any, prompts: Sequence[Tensor]) -> Sinks:
     passes = [_look(decoder, layers, ids) for ids in prompts]
     energy = torch.stack([states[:, 0].square() / states[:, 0].square().sum(-1, keepdim=True) for states, _ in passes])
     middle = energy.median(dim=0).values  # [layer, dim]
-    on = [layer for layer in range(1, len(layers)) if float(middle[layer].max()) > ON]
-    dims = _dims(middle, on, passes, len(layers))
-    alone = [_dims(one, on, [seen], len(layers)) for one, seen in zip(energy, passes, strict=True)]
+    massive = [layer for layer in range(1, len(layers)) if float(middle[layer].max()) > ON]
+    large = _dims(middle, massive, passes, len(layers))
+    everywhere = tuple((dim, share) for dim in large if (share := _as_the_first(middle, massive, passes, dim)) > EVERYWHERE)
+    dims = tuple(dim for dim in large if dim not in dict(everywhere))
+    on = [layer for layer in massive if dims and float(middle[layer, list(dims)].max()) > ON]
+    alone = [_dims(one, massive, [seen], len(layers)) for one, seen in zip(energy, passes, strict=True)]
     largest = [_share(states[on], dims) for states, _ in passes]
-    ordinary = float(torch.cat([share[:, 1:].flatten() for share in largest]).quantile(ORDINARY)) if dims else None
-    threshold = None
-    if ordinary is not None:
-        threshold = (ordinary + float(torch.cat([share[:, 0] for share in largest]).median())) / 2
+    ordinary, threshold = _threshold(largest) if dims else (None, None)
     flagged, cosine, given = [], [], []
-    for share, (states, attention) in zip(largest, passes, strict=True):
+    for shares, (states, attention) in zip(largest, passes, strict=True):
         if threshold is not None:
-            sinks = share[:, 1:] >= threshold
+            sinks = shares[:, 1:] >= threshold
             flagged.append(sinks.float().mean())
             given.append((attention[on][:, 1:], sinks))
         x = states[len(layers) // 2 :]
         cosine.append((torch.cosine_similarity(x[:, 1:], x[:, :1], dim=-1).abs() > 0.9).float().mean())
+    known = next(iter(entries_of(decoder.config)), None)
     return Sinks(
         dims=dims,
-        layers=(on[0], on[-1]) if dims else None,
+        layers=tuple(on),
         shares=tuple(float(middle[on, dim].median()) for dim in dims),
         energy=threshold,
         ordinary=ordinary,
-        agreement=sum(own == dims for own in alone) / len(alone),
+        everywhere=everywhere,
+        agreement=sum(own == large for own in alone) / len(alone),
         flagged=float(torch.stack(flagged).mean()) if flagged else 0.0,
         flagged_attention=_mean([attention[sinks] for attention, sinks in given]) if dims else None,
         other_attention=_mean([attention[~sinks] for attention, sinks in given]) if dims else None,
         cosine=float(torch.stack(cosine).mean()),
-        known=next((known.dims for known in KNOWN if known.shape == shape_of(decoder.config)), None),
+        known=known.dims if known is not None else None,
+        known_as=known.model if known is not None else None,
         evidence=tuple(_evidence(layer, middle, passes) for layer in range(len(layers))),
     )
 
@@ -203,6 +249,20 @@ def _dims(energy: Tensor, on: list[int], passes: Sequence[tuple[Tensor, Tensor]]
     ranked = typical.argsort(descending=True)[:MOST].tolist()
     ratio = torch.stack([_ratios(states[on]) for states, _ in passes]).median(dim=0).values
     return tuple(sorted(dim for dim in ranked if typical[dim] >= DIM and ratio[dim] >= RATIO))
+
+
+def _as_the_first(energy: Tensor, on: list[int], passes: Sequence[tuple[Tensor, Tensor]], dim: int) -> float:
+    """The share of later tokens that have at least half of the first token's share of energy in a dimension."""
+    half = energy[on, dim].median() / 2
+    return float(torch.stack([(_share(states[on], (dim,))[:, 1:] >= half).float().mean() for states, _ in passes]).mean())
+
+
+def _threshold(largest: Sequence[Tensor]) -> tuple[float, float]:
+    """What ordinary tokens have at most, and the threshold, from each prompt's largest shares `[layer, token]`."""
+    first = float(torch.cat([share[:, 0] for share in largest]).median())
+    later = torch.cat([share[:, 1:].flatten() for share in largest])
+    ordinary = float(later[later < first / 2].quantile(ORDINARY))
+    return ordinary, floor(50 * (ordinary + first)) / 100
 
 
 def _share(states: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -771,6 +771,7 @@ class Run:
             hidden = stays.gather(hidden)
             call.rotary.clear()
         call.reduction, call.alive = shorter, alive
+        call.steps.rows.clear()  # they are places among what a layer computes
         return hidden
 
     def _cut_cache(self, cut: _Cut, call: Call, cache_: Any) -> None:

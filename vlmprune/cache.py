@@ -30,6 +30,7 @@ class Marks:
         heads: `[batch, head]` fp32 factor on the outputs of heads, or None.
         anchor: `[batch, dim]` fp32 residual of the conversation's first token, where a method compares with it, or None.
         groups: `codes` as 0 or 1 for each group, made by `grouped` and kept for decoding.
+        present: `[batch, 1 or head, 1, 1 + groups]` bool, which groups have an entry, made with it.
         idle: no entry is marked, which is known on the host.
     """
 
@@ -38,6 +39,7 @@ class Marks:
     heads: Tensor | None = None
     anchor: Tensor | None = None
     groups: Tensor | None = None
+    present: Tensor | None = None
     idle: bool = False
 
     def grouped(self, groups: int, dtype: torch.dtype) -> Tensor:
@@ -45,7 +47,8 @@ class Marks:
         assert self.codes is not None
         if self.groups is None or self.groups.dtype != dtype:
             numbers = torch.arange(groups + 1, device=self.codes.device)
-            self.groups = (self.codes[..., None] == numbers).to(dtype)
+            member = self.codes[..., None] == numbers
+            self.groups, self.present = member.to(dtype), member.any(dim=2, keepdim=True)
         return self.groups
 
     def padded(self, stored: int) -> Tensor:

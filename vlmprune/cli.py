@@ -117,6 +117,8 @@ def run(
     console.print(f"un-pruned  {result['unpruned']['answer']}", highlight=False)
     console.print(f"pruned     {result['pruned']['answer']}", highlight=False)
     console.print(_cost_table(result["unpruned"], result["pruned"]))
+    for edit in result["edits"]:
+        console.print(f"redistributed ({edit['method']})  {edit['summary']}", highlight=False)
     if draw:
         console.print(f"The picture with the kept patches is {draw}")
 
@@ -423,7 +425,8 @@ def sinks(
     console.print(table)
     for label, value in found.rows():
         console.print(f"{label:<28}{value}", highlight=False)
-    console.print(found.advice, highlight=False)
+    for sentence in (found.advice, *found.cautions):
+        console.print(sentence, highlight=False)
 
 
 @app.command()
@@ -547,6 +550,7 @@ def redistribution_rows() -> list[dict[str, str]]:
     """One row per redistribution method."""
     from vlmprune.adapters.registry import FAMILIES
     from vlmprune.methods import REDISTRIBUTORS
+    from vlmprune.methods.redistributing import spans
     from vlmprune.recipe import Recipe
 
     rows = {"behind": "behind the last picture", "last": "the last", "all": "all"}
@@ -556,7 +560,7 @@ def redistribution_rows() -> list[dict[str, str]]:
             "paper": method.paper,
             "edits": method.edits,
             "rows": rows[method.rows],
-            "layers": _spans(method().layers_of(32)),
+            "layers": spans(method().layers_of(32)),
             "families": "all" if not method.needs else ", ".join(f.name for f in FAMILIES.values() if f.facts.cls),
             "default": ",".join(
                 f"{key}={value}"
@@ -568,17 +572,6 @@ def redistribution_rows() -> list[dict[str, str]]:
         }
         for name, method in sorted(REDISTRIBUTORS.items())
     ]
-
-
-def _spans(layers: tuple[int, ...]) -> str:
-    """Numbers with runs written as first–last."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
 def methods_markdown() -> str:

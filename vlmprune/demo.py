@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -97,7 +98,15 @@ def ask_once(
     plain, pruned, kept = compare(model, processor, inputs, plan, max_new_tokens)
     if target is not None:
         draw.kept_patches(_as_seen(processor, inputs, picture), kept.grid, kept.index).save(target)
-    return {"model": model_name, "recipe": str(plan), "unpruned": plain, "pruned": pruned, "kept": kept.index}
+    edits = [{**asdict(edit), "summary": str(edit)} for edit in kept.edits]
+    return {
+        "model": model_name,
+        "recipe": str(plan),
+        "unpruned": plain,
+        "pruned": pruned,
+        "kept": kept.index,
+        "edits": edits,
+    }
 
 
 def prepare(
@@ -124,13 +133,14 @@ def prepare(
 
 
 class KeptHere:
-    """Raster indices of what the last stage kept of the first picture, and the grid they count in."""
+    """Raster indices of what the last stage kept of the first picture, the grid they count in, and what was edited."""
 
     def __init__(self, run: Run, inputs: Any) -> None:
         assert run.last is not None
         config: Any = run.model.config
         self.grid: tuple[int, int] = family_of(config).image_grid(inputs, config)[0]
         kept = [kept for kept in run.last.kept if kept.ordinal == 0 and kept.sample == 0]
+        self.edits = run.report().edits
         self.index: list[int] = kept[-1].index.tolist() if kept else list(range(self.grid[0] * self.grid[1]))
 
 

@@ -234,7 +234,7 @@ def _build(entry: dict[str, Any]) -> Pruner | Redistributor:
 
 def _build_redistributor(name: str, entry: dict[str, Any]) -> Redistributor:
     method = REDISTRIBUTORS[name]
-    known = list(signature(method).parameters)
+    known = list(signature(method.__init__).parameters)[1:]
     for key, value in entry.items():
         if key not in known:
             raise unknown(f"parameter of {name}", key, known)

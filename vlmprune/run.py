@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from vlmprune.cost import DecoderShape
 from vlmprune.errors import UsageError
 from vlmprune.layout import Bools, Layout, Prompt
+from vlmprune.methods.redistributing import spans
 from vlmprune.reduction import Reduction
 from vlmprune.schedule import Budget, Site, Stage
 
@@ -78,17 +79,19 @@ class Steered:
     """What a redistribution method did to a prompt in one layer.
 
     Attributes:
-        codes: `[batch, 1 or head, key]` group of every stored token, 0 for ordinary ones.
+        codes: `[batch, 1 or head, key]` group of every stored token, 0 for ordinary ones; None if the method marks none.
         factors, masses: `[batch, head, row, 1 + group]` of the edited rows; None if the method has none.
         valid: `[batch, row]` bool, False on rows that pad a shorter text; None if all count.
+        heads: `[batch, head]` factors on the outputs of heads; None if the method scales none.
     """
 
     layer: int
     method: str
-    codes: Tensor
+    codes: Tensor | None = None
     factors: Tensor | None = None
     masses: Tensor | None = None
     valid: Tensor | None = None
+    heads: Tensor | None = None
 
     @property
     def changed(self) -> Tensor | None:
@@ -280,6 +283,7 @@ class EditReport:
         marked: tokens in each of the method's groups 1, 2, …, mean over layers, samples and heads.
         edited: share of heads and rows that were edited, or None where every row of the method's kind is.
         moved: attention that went elsewhere, mean over heads and rows, edited or not; None if not known.
+        scaled: share of heads whose outputs are scaled, mean over layers and samples; None if the method scales none.
     """
 
     method: str
@@ -287,23 +291,27 @@ class EditReport:
     marked: tuple[float, ...]
     edited: float | None
     moved: float | None
+    scaled: float | None = None
 
     @staticmethod
     def of(method: str, steered: list[Steered]) -> EditReport:
-        groups = max(int(s.codes.max()) for s in steered)
-        marked = tuple(
-            _mean([(s.codes == group).sum(dim=-1).float().mean() for s in steered]) for group in range(1, groups + 1)
-        )
+        codes = [s.codes for s in steered if s.codes is not None]
+        heads = [s.heads for s in steered if s.heads is not None]
+        groups = max((int(c.max()) for c in codes), default=0)
+        marked = tuple(_mean([(c == group).sum(dim=-1).float().mean() for c in codes]) for group in range(1, groups + 1))
         return EditReport(
             method=method,
             layers=tuple(s.layer for s in steered),
             marked=marked,
             edited=_over_rows([(s.changed, s.valid) for s in steered]),
             moved=_over_rows([(s.moved, s.valid) for s in steered]),
+            scaled=_mean([(factors != 1).float().mean() for factors in heads]) if heads else None,
         )
 
     def __str__(self) -> str:
-        parts = [f"layers {self.layers[0]} to {self.layers[-1]}" if len(self.layers) > 1 else f"layer {self.layers[0]}"]
+        parts = [f"layers {spans(self.layers)}" if len(self.layers) > 1 else f"layer {self.layers[0]}"]
+        if self.scaled is not None:
+            return f"{parts[0]}, {self.scaled:.1%} of heads scaled"
         parts.append(f"{' / '.join(f'{count:.1f}' for count in self.marked) or 'no'} tokens marked")
         if self.edited is not None and self.moved is not None:
             parts.append(f"{self.edited:.1%} of heads and rows edited, {self.moved:.2%} of their attention moved")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,12 @@ from vlmprune.errors import UsageError
 from vlmprune.kernels.grouped_attention import column_means, grouped_attention, scored_attention
 from vlmprune.layout import on_device
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, Picture, Redistributor, Scene, ScoreEditor
+from vlmprune.methods.redistribution import VAR
 from vlmprune.probes import prompt_end, rows_now
 from vlmprune.recipe import Recipe
 from vlmprune.reduction import Reduction
 from vlmprune.run import TUNNEL, Call, Steered, Steps
-from vlmprune.sink_dims import known_sinks
+from vlmprune.sink_dims import known_or_none, known_sinks
 from vlmprune.view import Facts
 
 
@@ -109,16 +111,22 @@ class Steering:
                 f"{method.name} needs the attention of the vision tower's CLS token, but {facts.refusal}; choose a method that "
                 "does not need it."
             )
-        choice = getattr(method, "sink_dims", None)
-        if choice is None or choice == "cosine" or method.neutral:
+        if not isinstance(method, VAR) or method.sink_dims == "cosine" or method.neutral:
             return
-        dims = method.dims  # type: ignore[attr-defined]
+        size = self._text.config.hidden_size
+        dims, self._energy = method.dims, None
         if dims is None:
             known = known_sinks(self._text.config)
             dims, self._energy = known.dims, known.energy
-        size = self._text.config.hidden_size
+        elif (known_here := known_or_none(self._text.config)) is not None and set(dims) <= set(known_here.dims):
+            self._energy = known_here.energy
         if max(dims) >= size:
             raise UsageError(f"{method.name}: sink_dims has {max(dims)}, but the model has dimensions 0 to {size - 1}.")
+        if method.tau is not None and method.tau >= size**0.5:
+            raise UsageError(
+                f"{method.name}: tau={method.tau:g} is never reached: in a residual of {size} numbers φ stays below √{size} = "
+                f"{size**0.5:.1f}."
+            )
         self._dims[method.name] = dims
 
     # -- hooks -----------------------------------------------------------------------------------------------------------
@@ -161,7 +169,7 @@ class Steering:
         Raises:
             UsageError: the conversation in the cache began without this method.
         """
-        if index not in self.by_layer or call.steps.of_blind:
+        if index not in self.by_layer:
             return
         layer = None if cache is None else marked_layer(cache, index)
         holder = call.uncached.setdefault(index, _Holder()) if layer is None else layer
@@ -201,8 +209,11 @@ class Steering:
             return self._scaled(call, entered, own())
         self._advance_blind(index, call)
         valid = _keys_valid(call, entered, key)
+        # Inside `torch.autocast`, rotated queries and keys are fp32, and values have the dtype of what the model returns.
+        returned, key, value = value.dtype, key.to(query.dtype), value.to(query.dtype)
         if call.layout is not None and not (call.resumed and entered.holder.marks is not None):
-            self._mark(method, call, entered, query, key, scaling, valid)
+            with torch.autocast(query.device.type, enabled=False):
+                self._mark(method, call, entered, query, key, scaling, valid)
         marks = entered.holder.marks
         assert marks is not None
         if marks.idle:
@@ -218,8 +229,9 @@ class Steering:
             position = rows.rows + past
         elif query.shape[2] > 1:
             position = torch.arange(past, key.shape[2], device=key.device)[None]
-        edited, changed = self._edited(call, index, method, marks, chosen, key, value, scaling, position, valid, rows)
-        edited = edited.to(query.dtype)
+        with torch.autocast(query.device.type, enabled=False):
+            edited, changed = self._edited(call, index, method, marks, chosen, key, value, scaling, position, valid, rows)
+        edited = edited.to(returned if result is None else result[0].dtype)
         if result is None:
             return edited.contiguous(), None
         return (_overwritten(result[0], edited, rows, changed), *result[1:])
@@ -247,7 +259,8 @@ class Steering:
             return scored_attention(query, key, value, scaling, position, valid, weight), None
         assert isinstance(method, GroupEditor)
         groups = marks.grouped(method.groups, wide)
-        out, factors, masses = grouped_attention(query, key, value, scaling, position, valid, groups, method.coefficients)
+        coefficients = partial(method.coefficients, present=marks.present)
+        out, factors, masses = grouped_attention(query, key, value, scaling, position, valid, groups, coefficients)
         if call.record is None:
             return out, None
         self._record(call, index, method, marks, factors.detach(), masses.detach(), None if rows is None else rows.valid)
@@ -291,6 +304,9 @@ class Steering:
             column_means=lambda: column_means(query.detach(), key.detach(), scaling, position, valid, prompt)[..., past:],
         )
         codes = method.codes(see)
+        if call.past:  # a turn without a picture marks nothing, nor does it beside samples that have one
+            assert call.prompt is not None
+            codes = codes * on_device(np.asarray(call.prompt.visual.any(axis=1)), codes.device)[:, None, None]
         if before is not None and before.codes is not None and past:
             heads = max(before.codes.shape[1], codes.shape[1])
             earlier = before.padded(past).to(codes.device)
@@ -310,7 +326,10 @@ class Steering:
             end = prompt_end(call, output.shape[1]).to(output.device)
             blind.seeing = output[torch.arange(len(end), device=end.device), end].float()
             self._advance_blind(entered.index, call)
-            marks = entered.holder.marks = Marks(self._names[self.by_layer[entered.index].name], heads=blind.scale)
+            name = self.by_layer[entered.index].name
+            marks = entered.holder.marks = Marks(self._names[name], heads=blind.scale)
+            if call.record is not None:
+                call.record.steered.append(Steered(entered.index, name, heads=blind.scale))
         assert marks is not None
         assert marks.heads is not None
         return (output * marks.heads.to(output)[:, None, :, None], *result[1:])
@@ -321,18 +340,20 @@ class Steering:
         if blind is None or index > self._last_blind:
             return
         with torch.no_grad():
-            output = self._layers[index](blind.hidden, **blind.kwargs)
+            # Not called as a module: its hooks are for the prompt, and would see every layer twice.
+            output = self._layers[index].forward(blind.hidden, **blind.kwargs)
         blind.hidden = output[0] if isinstance(output, tuple) else output
         blind.seeing = None
 
     def _attend_blind(self, index: int, call: Call, result: Any) -> Any:
         blind, method = call.steps.blind, self.by_layer.get(index)
         assert blind is not None
+        result = (result[0], None)  # nobody asked for these weights
         if not isinstance(method, HeadScaler) or blind.seeing is None:
             return result
         scale = method.scale(blind.seeing, result[0][:, -1].float())
         blind.scale = torch.where(blind.pictured[:, None], scale, 1)
-        return (result[0] * blind.scale.to(result[0])[:, None, :, None], *result[1:])
+        return result[0] * blind.scale.to(result[0])[:, None, :, None], None
 
 
 def _prompt(call: Call, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -370,13 +391,13 @@ def _find_rows(call: Call, method: Redistributor, batch: int, tokens: int, devic
     if method.rows == "all":
         return None
     assert call.prompt is not None
-    begin = call.prompt.end
+    begin, place = call.prompt.end, np.arange(call.sequence)
     if method.rows == "behind":
-        behind = call.layout.behind
-        begin = np.array([behind.get(sample, call.sequence) for sample in range(call.batch)])  # without a picture: nothing
-    wanted_rows = call.prompt.real & (np.arange(call.sequence) >= begin[:, None])
-    if call.newlines is not None and call.record is not None and not call.record.newlines_kept:
-        wanted_rows &= ~call.newlines  # the last row separator stands behind the last visual token
+        # Behind all placeholders of the last picture: LLaVA-NeXT's end with a row separator, which is no text behind it.
+        # A prompt without a picture has nothing behind one; a later turn stands behind the pictures of earlier turns.
+        begin = np.where(call.prompt.visual, place + 1, 0).max(axis=1)
+        begin[begin == 0] = 0 if call.past else call.sequence
+    wanted_rows = call.prompt.real & (place >= begin[:, None])
     edited = Reduction.keeping(
         _computed(call, on_device(wanted_rows, call.layout.real.device)), wanted_rows.sum(axis=1).tolist()
     )

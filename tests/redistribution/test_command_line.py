@@ -79,6 +79,42 @@ def test_run_with_redistribution_only(picture):
     assert answer["pruned"]["visual_tokens"] == answer["unpruned"]["visual_tokens"] == len(answer["kept"])
 
 
+def test_run_says_what_was_edited(picture):
+    """Red: `vlmprune run` answers under a redistribution method and does not say what it did."""
+    ask = ["run", "--model", "tiny", "--image", str(picture), "--prompt", "is there a circle?", "--max-new-tokens", "1"]
+    dims = "sink_dims=11|29|111,sink_energy=0.05,max_sink_share=1"
+    printed = " ".join(runner.invoke(app, [*ask, "--recipe", f"var:{dims}"]).output.split())
+    assert "redistributed (var) layers 2–6," in printed
+    assert "of heads and rows edited" in printed
+    assert "redistributed (vhr) layers 1, 4–7, 50.0% of heads scaled" in " ".join(
+        runner.invoke(app, [*ask, "--recipe", "vhr"]).output.split()
+    )
+    answer = json.loads(runner.invoke(app, [*ask, "--json", "--recipe", f"var:{dims}"]).stdout)
+    (edit,) = answer["edits"]
+    assert edit["method"] == "var"
+    assert edit["edited"] > 0
+    assert "tokens marked" in edit["summary"]
+    assert json.loads(runner.invoke(app, [*ask, "--json", "--recipe", "random:fraction=0.5"]).stdout)["edits"] == []
+
+
+def test_the_figure_names_the_layers(picture, tmp_path, monkeypatch):
+    """Red: behind pruning, the axis of the sink map counts from zero."""
+    from matplotlib import pyplot
+
+    monkeypatch.setattr(pyplot, "close", lambda _: None)
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text5", "image", "text4"]])
+    found = sink_view.look(model, inputs, f"random:layer=1,tokens=5 + {VAR}")
+    sink_view.draw(found, Image.open(picture), None, "what?", tmp_path / "figure.png")
+    figure = pyplot.gcf()
+    for axis in figure.axes[1:4]:
+        if axis.get_ylabel() == "layer":
+            assert [label.get_text() for label in axis.get_yticklabels()] == ["2", "3", "4"]
+    assert figure.axes[1].get_ylabel() == "layer"
+    assert "not the plain model" in figure.get_supxlabel()
+    pyplot.close("all")
+
+
 def test_report():
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text5", "image", "text4"], ["text2", "image", "text7"]])

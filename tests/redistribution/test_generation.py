@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import TOLERANCE, generate_logits
 from redistribution.test_exact import CASES, RECIPES, SAMPLES, VAR
-from tiny_models import FLEX, VOCAB, build, make_inputs, shared
+from tiny_models import FLEX, VOCAB, build, make_inputs, make_single, shared
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -101,6 +101,121 @@ def test_second_turn_edits_its_last_row():
     plain = model(input_ids=words, past_key_values=cache).logits
     assert torch.equal(edited[:, :-1], plain[:, :-1])
     assert (edited[:, -1] - plain[:, -1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), "var:sink_dims=cosine,max_sink_share=1,min_image_mass=0"])
+def test_a_turn_with_pictures_for_some(recipe):
+    """Red: beside a sample that brings a picture in a later turn, a turn of text is marked, or its rows are not edited."""
+    model = shared("llava")
+    begins = [make_inputs("llava", model, [["text5", "image", "text4"]], seed=1, first=row) for row in range(2)]
+    together = make_inputs("llava", model, [["text5", "image", "text4"]] * 2, seed=1)
+    later = make_inputs("llava", model, [["text3", "image", "text4"]], seed=2)
+    tokens = later["input_ids"].shape[1]
+    words = torch.randint(8, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(3))
+    past = together["input_ids"].shape[1]
+    step = torch.tensor([[40]])
+
+    def go_on(begin, ids, pixels):
+        cache = model(**begin, use_cache=True).past_key_values
+        mask = torch.ones(len(ids), past + tokens, dtype=torch.long)
+        turn = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, past_key_values=cache).logits
+        mask = torch.ones(len(ids), past + tokens + 1, dtype=torch.long)
+        return turn, model(input_ids=step.expand(len(ids), 1), attention_mask=mask, past_key_values=cache).logits
+
+    with vp.wrap(model, recipe):
+        found = go_on(together, torch.cat((later["input_ids"], words)), later["pixel_values"])
+        expected = go_on(begins[0], later["input_ids"], later["pixel_values"]), go_on(begins[1], words, None)
+    for row in range(2):
+        for batched, alone in zip(found, expected[row], strict=True):
+            torch.testing.assert_close(batched[row : row + 1], alone, atol=2 * TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("recipe", [VAR + ",layers=1:", "pai", "act:alpha=2", "vhr"])
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_padding_on_either_side_of_a_cut(recipe, pad):
+    """Red: rows are still those of before a cut, which kept the longest sample alone and moved all others."""
+    family = "qwen2_5_vl"
+    model = shared(family)
+    samples = [["text30", "image", "text20"], ["text2", "image", "image", "text3"], ["text4", "image", "text2"]]
+    inputs = make_inputs(family, model, samples, pad=pad)
+    with vp.wrap(model, f"random:layer=3,tokens=16 + {recipe}"):
+        logits = model(**inputs).logits
+        for row in range(3):
+            expected = model(**make_single(family, model, samples, row)).logits[0, -3:]
+            found = logits[row, inputs["attention_mask"][row].bool()][-3:]
+            torch.testing.assert_close(found, expected, atol=2 * TOLERANCE, rtol=0)
+
+
+def test_the_first_token_of_padded_samples():
+    """Red: padding stands for the first token that the cosine compares with."""
+    model = shared("llava")
+    samples = [["text9", "image", "text4"], ["text2", "image", "text3"]]
+    with vp.wrap(model, "var:sink_dims=cosine,layers=1:"):
+        batch = model(**make_inputs("llava", model, samples), use_cache=True).past_key_values
+        single = model(**make_single("llava", model, samples, 1), use_cache=True).past_key_values
+    for both, alone in zip(batch.layers[1:], single.layers[1:], strict=True):
+        assert torch.equal(both.marks.codes[1, 0, 8:], alone.marks.codes[0, 0])
+        assert alone.marks.codes[0, 0, 0] == 3
+
+
+def test_act_marks_a_later_turn_by_its_own_columns():
+    """Red: attention to what came before is taken for attention to the turn's tokens."""
+    model, eager = shared("llava"), shared("llava", "eager")
+    first, later = (make_inputs("llava", model, [["text5", "image", "text4"]], seed=seed) for seed in (1, 2))
+    for inputs in (first, later):
+        del inputs["attention_mask"]
+    past = first["input_ids"].shape[1]
+    turn = later["input_ids"].shape[1]
+    with vp.wrap(model, "act:alpha=2,layers=2"):
+        cache = model(**first, use_cache=True).past_key_values
+        model(**later, past_key_values=cache)
+        found = cache.layers[2].marks.codes[0, :, past:]
+    cache = eager(**first, use_cache=True).past_key_values  # the layers before are not edited: they are the plain model's
+    shown = eager(**later, past_key_values=cache, output_attentions=True).attentions[2][0, :, :, past:].double()
+    means = shown.sum(dim=1) / (turn - torch.arange(turn))
+    assert torch.equal(found.bool(), means > 2 / turn)
+    assert 0 < found.float().mean() < 1
+
+
+def test_rows_behind_a_picture_of_llava_next():
+    """Red: the row separator that ends a picture counts as a row of text behind it, which is edited."""
+    model = shared("llava_next")
+    inputs = make_inputs("llava_next", model, [["text5", "image", "text4"], ["text3", "image", "text6"]])
+    for recipe in (VAR, "holov:tokens=8 + " + VAR):
+        with vp.wrap(model, recipe) as run:
+            model(**inputs)
+            (record, *_) = run.last.steered
+        assert record.masses.shape[2] == 6
+        assert record.valid.sum(dim=1).tolist() == [4, 6]
+
+
+# --- what else a model returns ---------------------------------------------------------------------------------------
+@every_case
+def test_hidden_states_and_attentions(family, recipe):
+    """Red: the text-only stream's layers are recorded beside the prompt's."""
+    model = shared(family, "eager")
+    inputs = make_inputs(family, model, SAMPLES)
+    want = {"output_hidden_states": True, "output_attentions": True}
+    shapes = [[tuple(x.shape) for x in part] for part in map(model(**inputs, **want).get, ("hidden_states", "attentions"))]
+    with vp.wrap(model, recipe):
+        output = model(**inputs, **want)
+        assert [[tuple(x.shape) for x in part] for part in (output.hidden_states, output.attentions)] == shapes
+        assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
+        answer = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True, **want)
+    assert [len(x) for x in answer.hidden_states] == [len(shapes[0])] * 3
+    assert [len(x) for x in answer.attentions] == [len(shapes[1])] * 3
+
+
+def test_hooks_of_others_fire_once():
+    """Red: the text-only stream calls decoder layers with their hooks."""
+    model = build("llava")
+    inputs = make_inputs("llava", model, SAMPLES)
+    seen = []
+    for layer in model.model.language_model.layers:
+        layer.register_forward_hook(lambda _, __, output: seen.append(output))
+    with vp.wrap(model, "vhr"):
+        model(**inputs)
+    assert len(seen) == len(model.model.language_model.layers)
 
 
 @pytest.mark.parametrize("recipe", [VAR, CUT + VAR, "var:sink_dims=cosine,max_sink_share=1,min_image_mass=0", "act:alpha=2"])
@@ -248,6 +363,8 @@ def test_flash_looks_at_the_modules_own_config(flash):
         ("var:tua=2", "unknown parameter of var 'tua': did you mean 'tau'"),
         ("var:sink_dims=1,layers=2:9", "is to edit layers '2:9', but the model has layers 0 to 5"),
         ("var:sink_dims=1,layers=6", "is to edit layers '6', but the model has layers 0 to 5"),
+        ("var:sink_dims=1,tau=8", r"tau=8 is never reached: in a residual of 64 numbers φ stays below √64 = 8.0"),
+        ("var:sink_dims=1,sink_energy=1", "sink_energy=1 is never reached"),
         ("pai:layers=two", "layers are written as indices and slices"),
         ("pai + zerotuning:gain=2", "pai and zerotuning both edit layer"),
         ("pai + pai:layers=0", "pai stands twice"),
@@ -261,6 +378,20 @@ def test_bad_input(recipe, sentence):
     with pytest.raises(vp.UsageError, match=sentence):
         vp.wrap(model, recipe)
     assert vars(model.model.language_model) == before
+
+
+@pytest.mark.parametrize(("recipe", "layers"), [("var:sink_dims=1", "2:-1"), ("act", "2:-1"), ("pai", "2:"), ("vhr", None)])
+def test_a_model_with_none_of_the_layers(recipe, layers):
+    """Red: a method whose own layers a shallow model lacks does nothing, in silence."""
+    model = build("llava")
+    del model.model.language_model.layers[2:]
+    model.config.text_config.num_hidden_layers = 2
+    if layers is None:
+        vp.wrap(model, recipe).remove()
+        return
+    with pytest.raises(vp.UsageError, match=rf"edits layers '{layers}' unless it is told others.*layers 0 to 1, none of them"):
+        vp.wrap(model, recipe)
+    vp.wrap(model, f"{recipe}{',' if ':' in recipe else ':'}layers=1").remove()
 
 
 def test_needs_a_cls_token():

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 from oracles import generate_logits
 from tiny_models import FIRST_WORD, LAYERS, build, make_inputs, shared
+from transformers import LlamaConfig
 
 import vlmprune as vp
 from vlmprune.evals.sinks import PROMPTS, find_sinks
-from vlmprune.sink_dims import KNOWN, shape_of
+from vlmprune.sink_dims import KNOWN, known_sinks, shape_of
 
 MARK = 70
 """A word that behaves like a delimiter: it becomes a sink wherever it stands."""
@@ -59,10 +62,10 @@ def test_finder_names_planted_dimensions(dims, family):
     """Red: the finder misses a dimension, or names one too many."""
     found = find_sinks(planted(dims, family), prompts())
     assert found.dims == tuple(sorted(dims))
-    assert found.layers in ((1, 5), (2, 5))  # the words' own mark may be loud enough already
+    assert found.layers == (2, 3, 4, 5)
     assert found.agreement == 1
-    on = LAYERS - found.layers[0]
-    assert found.flagged == pytest.approx((LAYERS - 2) / on / 19, abs=1e-6), "the delimiter, from layer 2 on, and nothing else"
+    assert not any("by this threshold, where" in caution for caution in found.cautions)
+    assert found.flagged == pytest.approx(1 / 19, abs=1e-6), "the delimiter, and nothing else"
     assert f"sink_dims={'|'.join(map(str, sorted(dims)))}" in found.advice
     json.dumps(found.to_dict())
 
@@ -70,7 +73,7 @@ def test_finder_names_planted_dimensions(dims, family):
 def test_finder_finds_nothing_where_nothing_is():
     found = find_sinks(shared("llava"), prompts())
     assert found.dims == ()
-    assert found.layers is None
+    assert found.layers == ()
     assert "No sink dimensions" in found.advice
     assert "cosine" in found.advice
     assert found.rows()
@@ -79,6 +82,105 @@ def test_finder_finds_nothing_where_nothing_is():
 def test_finder_wants_activations_that_last():
     """Red: a dimension that is large in one layer only is called a sink dimension."""
     assert find_sinks(planted({33: 8.0}, layer=4), prompts()).dims == ()
+
+
+@contextmanager
+def loud(model, layer: int, numbers: dict[int, float], places=(0,)):
+    """Huge numbers in some dimensions of the tokens at some places (None: of all), from `layer` on."""
+
+    def hook(_, args):
+        hidden = args[0].clone()
+        for dim, size in numbers.items():
+            hidden[:, slice(None) if places is None else list(places), dim] += size
+        return (hidden, *args[1:])
+
+    handle = model.get_decoder().layers[layer].register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_finder_names_four_at_most():
+    """Red: it stops earlier, or goes on."""
+    model = build("llava")
+    with loud(model, 1, {3: 3e5, 20: -2.9e5, 33: 2.8e5, 50: 2.7e5}):
+        assert find_sinks(model, prompts()).dims == (3, 20, 33, 50)
+    with loud(model, 1, {3: 3e5, 20: -2.9e5, 33: 2.8e5, 50: 2.7e5, 60: 2.6e5}):
+        assert find_sinks(model, prompts()).dims == (3, 20, 33, 50)
+
+
+@pytest.mark.parametrize(("layer", "dims"), [(3, (33,)), (4, ())])
+def test_finder_wants_two_fifths_of_the_depth(layer, dims):
+    """Red: another share of the depth; three of six layers are enough, two are not."""
+    model = build("llava")
+    with loud(model, layer, {33: 1e5}):
+        found = find_sinks(model, prompts())
+    assert found.dims == dims
+    assert found.layers == (tuple(range(layer, LAYERS)) if dims else ())
+
+
+def test_layers_are_those_of_the_dimensions():
+    """Red: a layer in which another dimension is massive counts as one of theirs."""
+    model = build("llava")
+    with loud(model, 1, {33: 1e5}), loud(model, 3, {33: -1e5, 5: 1e5}), loud(model, 4, {33: 1e5, 5: -1e5}):
+        found = find_sinks(model, prompts())
+    assert found.dims == (33,)
+    assert found.layers == (1, 2, 4, 5)
+    assert dict(found.rows())["on in layers"] == "1–2, 4–5"
+
+
+def marks_by_advice(model, advice: str, prompt_ids: torch.Tensor) -> list[list[int]]:
+    """Text sinks per layer, when the advice is followed on a text with a picture behind it."""
+    inputs = make_inputs("llava", model, [["text20", "image", "text3"]])
+    inputs["input_ids"][0, :20] = prompt_ids[0, :20]
+    with vp.wrap(model, f"{advice},layers=1:"), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    return [(layer.marks.codes[0, 0] == 3).nonzero()[:, 0].tolist() for layer in cache.layers[1:]]
+
+
+def test_the_threshold_can_be_used():
+    """Red: with a delimiter in every short text, the threshold falls among delimiters, and is printed as one never reached."""
+    model = build("llava")
+    with loud(model, 1, {33: 1e5}, (0, 12)):
+        found = find_sinks(model, prompts())
+        assert found.dims == (33,)
+        assert found.ordinary < found.energy < 0.9
+        assert found.advice == f"var:sink_dims=33,sink_energy={found.energy}"
+        assert found.flagged == pytest.approx(1 / 19, abs=1e-6)
+        assert not any("by this threshold, where" in caution for caution in found.cautions)
+        assert marks_by_advice(model, found.advice, prompts()[0]) == [[0, 12]] * 5
+
+
+def test_what_every_token_holds_is_no_sink_dimension():
+    """Red: a dimension that is massive in all tokens is named, alone or beside a real one."""
+    model = build("llava")
+    with loud(model, 1, {7: 1e5}, None):
+        found = find_sinks(model, prompts())
+        assert found.dims == ()
+        assert "100% of later tokens hold dimension 7 as the first does" in found.advice
+        assert "100% of later tokens hold dimension 7" in dict(found.rows())["no sink dimensions"]
+        with loud(model, 1, {33: 3e5}):
+            found = find_sinks(model, prompts())
+    assert found.dims == (33,)
+    assert found.flagged == 0
+    assert found.everywhere == ((7, 1.0),)
+    assert found.agreement == 1
+
+
+def test_many_sinks_are_worth_a_warning():
+    model = build("llava")
+    with loud(model, 1, {33: 1e5}, (0, 5, 10, 15)):
+        found = find_sinks(model, prompts())
+    assert found.dims == (33,)
+    assert any("15.8% of later tokens are sinks by this threshold" in caution for caution in found.cautions)
+    assert found.to_dict()["cautions"] == found.cautions
+    quiet = dataclasses.replace(found, flagged=0.01, flagged_attention=0.02, other_attention=0.03)
+    assert quiet.cautions == (
+        "Caution: later tokens that are sinks by this threshold get 2.0% of attention each, others 3.0%: they do not act as "
+        "sinks.",
+    )
+    assert not dataclasses.replace(quiet, flagged_attention=0.04).cautions
 
 
 def test_finder_leaves_no_trace():
@@ -127,10 +229,52 @@ def test_auto_takes_the_known_dimensions(monkeypatch):
         with vp.wrap(model, recipe), torch.no_grad():
             logits.append(model(**inputs).logits)
     assert torch.equal(*logits)
+    # Which energy: known of these dimensions, the default for others, and what is given.
+    monkeypatch.setattr(sink_dims, "KNOWN", (dataclasses.replace(known, dims=(33, 40)),))
+    for recipe, energy in (("var", 0.5), ("var:sink_dims=33", 0.5), ("var:sink_dims=5|33", None), ("var:sink_dims=5", None)):
+        seen = []
+        with vp.wrap(model, recipe), pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(vp.VAR, "codes", lambda _, see, seen=seen: seen.append(see) or see.visual.to(torch.int8)[:, None])
+            model(**inputs)
+        assert {see.sink_energy for see in seen} == {energy}, recipe
     rumour = sink_dims.Known("theirs", shape_of(model.get_decoder().config), (4, 2), 0.5, "a public table", trusted=False)
     monkeypatch.setattr(sink_dims, "KNOWN", (rumour,))
     with pytest.raises(vp.UsageError, match=r"not known; a public table, says 4\|2 for theirs: find them with `vlmprune sinks"):
         vp.wrap(model, "var")
+
+
+def llama_2(**changed):
+    return LlamaConfig(
+        **{"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "vocab_size": 32064} | changed
+    )
+
+
+def test_known_by_more_than_the_shape():
+    """Red: a CodeLlama or LLaMA-1 of 7 B passes for LLaMA-2."""
+    assert known_sinks(llama_2()).dims == (1415, 2533)
+    assert known_sinks(llama_2(vocab_size=32000)).dims == (1415, 2533)
+    code = llama_2(vocab_size=32016, rope_theta=1e6, max_position_embeddings=16384)
+    with pytest.raises(vp.UsageError, match=r"the shape of LLaMA-2-7B.*but rope_theta=1000000.0, there 10000 and max_position"):
+        known_sinks(code)
+    with pytest.raises(
+        vp.UsageError, match=r"max_position_embeddings=2048, there 4096 and rms_norm_eps=1e-06, there 1e-05: find"
+    ):
+        known_sinks(llama_2(rms_norm_eps=1e-6, max_position_embeddings=2048))
+    assert known_sinks(llama_2(rms_norm_eps=9.999999747378752e-06)).dims == (1415, 2533), "a file in fp32"
+
+
+def test_finder_and_table_disagree(monkeypatch):
+    """A model of the config of a known one that has other weights: the config cannot tell, the finder does."""
+    from vlmprune import sink_dims
+
+    model = planted({33: 8.0})
+    known = sink_dims.Known("ours", shape_of(model.get_decoder().config), (33,), 0.5, "planted")
+    monkeypatch.setattr(sink_dims, "KNOWN", (known,))
+    found = find_sinks(model, prompts())
+    assert not any("by its config" in caution for caution in found.cautions)
+    assert dict(found.rows())["known before"] == "33, as ours, by its config alone"
+    monkeypatch.setattr(sink_dims, "KNOWN", (dataclasses.replace(known, dims=(4,)),))
+    assert "by its config this is ours, whose sink dimensions are 4" in find_sinks(model, prompts()).cautions[-1]
 
 
 def test_table():

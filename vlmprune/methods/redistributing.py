@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError, unknown
 
+M = TypeVar("M", bound="Redistributor")
 Rows = Literal["behind", "last", "all"]
 
 
@@ -96,16 +97,24 @@ class Redistributor:
     default_layers: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     causal: ClassVar[bool] = True
+    _given: ClassVar[frozenset[str]] = frozenset()
+    """Names of the parameters that were given, of an instance."""
 
     layers: str = ""
     preset: InitVar[str | None] = None
+
+    def __new__(cls: type[M], **given: Any) -> M:
+        # Afterwards, a parameter that was given as its default looks like one that was not.
+        method = super().__new__(cls)
+        object.__setattr__(method, "_given", frozenset(given))
+        return method
 
     def __post_init__(self, preset: str | None) -> None:
         if preset is not None:
             if preset not in self.presets:
                 raise unknown(f"preset of {self.name}", str(preset), self.presets)
             for key, value in self.presets[preset].items():
-                if getattr(self, key) == type(self).__dataclass_fields__[key].default:
+                if key not in self._given:
                     object.__setattr__(self, key, value)
         object.__setattr__(
             self, "layers", "|".join(map(str, self.layers)) if isinstance(self.layers, list) else str(self.layers)
@@ -121,7 +130,7 @@ class Redistributor:
         """The decoder layers it edits in a model with `depth` of them.
 
         Raises:
-            UsageError: the model lacks one.
+            UsageError: the model lacks one, or has none of them.
         """
         chosen: set[int] = set()
         lacking = False
@@ -135,6 +144,11 @@ class Redistributor:
         if self.layers and (lacking or not chosen):
             raise UsageError(
                 f"{self.name} is to edit layers {self.layers!r}, but the model has layers 0 to {depth - 1}: choose among them."
+            )
+        if not chosen:
+            raise UsageError(
+                f"{self.name} edits layers {self.default_layers!r} unless it is told others, and the model has layers 0 to "
+                f"{depth - 1}, none of them: choose with layers=…."
             )
         return tuple(sorted(chosen))
 
@@ -163,8 +177,13 @@ class GroupEditor(Redistributor):
         """`[batch, 1 or head, token]` group of every token of a prompt, 0 … groups."""
         raise NotImplementedError
 
-    def coefficients(self, mass: Tensor) -> Tensor:
-        """Factors from masses, `[batch, head, row, 1 + group]` both; rows must go on summing to one."""
+    def coefficients(self, mass: Tensor, present: Tensor | None = None) -> Tensor:
+        """Factors from masses, `[batch, head, row, 1 + group]` both; rows must go on summing to one.
+
+        Args:
+            mass: attention to each group; a group's may have rounded to 0.
+            present: `[batch, 1 or head, 1, 1 + group]` bool, groups that have a key; None: those with a mass above 0.
+        """
         raise NotImplementedError
 
 
@@ -209,6 +228,17 @@ def _pieces(name: str, layers: str) -> list[int | slice]:
             raise UsageError(f"{name}: layers are written as indices and slices, for example 2:-1 or 1|18:, found {layers!r}.")
         pieces.append(slice(*ends) if len(ends) == 2 else ends[0])  # type: ignore[arg-type]
     return pieces
+
+
+def spans(layers: Sequence[int]) -> str:
+    """Rising numbers for people, with runs written as first–last."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
 def first_token(see: Scene, batch: int) -> Tensor:

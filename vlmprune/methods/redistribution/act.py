@@ -62,7 +62,7 @@ class ACT(GroupEditor):
         codes = (sinks & see.prompt[:, None]).to(torch.int8)
         return codes if see.first is None else codes.scatter(2, see.first[:, None, None].expand(-1, codes.shape[1], -1), 0)
 
-    def coefficients(self, mass: Tensor) -> Tensor:
+    def coefficients(self, mass: Tensor, present: Tensor | None = None) -> Tensor:
         rest, sinks = mass.unbind(dim=-1)
         possible = rest > torch.finfo(mass.dtype).tiny  # a row that sees sinks only has nothing to give to
         one = torch.ones_like(rest)

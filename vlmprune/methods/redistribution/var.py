@@ -50,9 +50,9 @@ class VAR(GroupEditor):
         keep: share of their attention that sinks keep; 1 − p.
         max_sink_share: highest share of visual sinks in a head's attention to the picture; 1 − rho.
         min_image_mass: lowest attention to the picture.
-        sink_energy: share of a residual's energy in one sink dimension that makes a token a sink; what is known of this
-            model if not given (τ = 20 for the paper's), else 400 / 4096.
-        tau: the same in the paper's unit, τ = √(sink_energy · dim); it wins.
+        sink_energy: share of a residual's energy in one sink dimension that makes a token a sink; if not given, what is known
+            of these dimensions of this model (τ = 20 for the paper's), else 400 / 4096.
+        tau: the same in the paper's unit, τ = √(sink_energy · dim), below √dim; it wins.
         sink_dims: "auto" (known ones of this model), dimensions as "1415|2533", or "cosine" (tokens whose residual points where
             the first token's does; needs no dimensions).
         p, rho: `keep` and `max_sink_share` in the paper's sense.
@@ -85,7 +85,7 @@ class VAR(GroupEditor):
         for ours, paper, value in (("keep", "p", p), ("max_sink_share", "rho", rho)):
             if value is None:
                 continue
-            if preset is not None or getattr(self, ours) != type(self).__dataclass_fields__[ours].default:
+            if preset is not None or ours in self._given:
                 raise UsageError(f"var: {paper} is 1 − {ours}: give {paper}, {ours} or a preset; only one of these.")
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise UsageError(f"var: {paper} must be a number in [0, 1], found {value!r}.")
@@ -94,11 +94,13 @@ class VAR(GroupEditor):
             self._in_range(parameter, 0, 1)
         if self.sink_energy is not None:
             self._in_range("sink_energy", 0, 1)
+            if self.sink_energy == 1:
+                raise UsageError("var: sink_energy=1 is never reached, for no token has all of its energy in one dimension.")
         if self.tau is not None:
             self._in_range("tau", 0, 1e6)
         dims = "|".join(map(str, self.sink_dims)) if isinstance(self.sink_dims, list | tuple) else str(self.sink_dims)
         object.__setattr__(self, "sink_dims", dims)
-        if dims not in ("auto", "cosine") and not all(piece.isdigit() for piece in dims.split("|")):
+        if dims not in ("auto", "cosine") and not all(piece.isdecimal() for piece in dims.split("|")):
             raise UsageError(f"var: sink_dims must be 'auto', 'cosine' or dimensions as 1415|2533, found {dims!r}.")
 
     @property
@@ -128,10 +130,11 @@ class VAR(GroupEditor):
         codes = see.visual * VISUAL + sink * torch.where(see.visual, VISUAL_SINK - VISUAL, TEXT_SINK)
         return codes.to(torch.int8)[:, None]
 
-    def coefficients(self, mass: Tensor) -> Tensor:
+    def coefficients(self, mass: Tensor, present: Tensor | None = None) -> Tensor:
         _, visual, visual_sink, text_sink = mass.unbind(dim=-1)
         image = visual + visual_sink
-        selected = (visual_sink > 0) & (visual > torch.finfo(mass.dtype).tiny)
+        has_sink = (mass > 0 if present is None else present)[..., VISUAL_SINK]
+        selected = has_sink & (visual > torch.finfo(mass.dtype).tiny)
         selected &= (visual_sink <= self.max_sink_share * image) & (image >= self.min_image_mass)
         one = torch.ones_like(visual)
         held = torch.where(selected, self.keep, one)

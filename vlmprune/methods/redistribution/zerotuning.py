@@ -2,8 +2,10 @@
 
     a′_0 = g · a_0 / (1 + (g − 1) a_0),   a′_k = a_k / (1 + (g − 1) a_0)       token 0: the first of the conversation
 
-Exactly a constant log g on the first token's score. g > 1 flattens the rest of a row, g < 1 sharpens it. Differs from the paper
-in: heads and layers are given, not searched for on labelled data or by the output's entropy.
+Exactly a constant log g on the first token's score. g > 1 flattens the rest of a row, g < 1 sharpens it. The divisor is made of
+all other weights plus g · a_0: the paper's form cancels where a_0 is nearly 1 and g small. A row that sees the first token only
+stays as it is, also for g = 0. Differs from the paper in: heads and layers are given, not searched for on labelled data or by
+the output's entropy.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class ZeroTuning(GroupEditor):
     def codes(self, see: Scene) -> Tensor:
         return first_token(see, see.prompt.shape[0])
 
-    def coefficients(self, mass: Tensor) -> Tensor:
-        first = mass[..., 1]
-        rest = 1 / (1 + (self.gain - 1) * first).clamp_min(torch.finfo(mass.dtype).tiny)
-        return torch.stack((rest, self.gain * rest), dim=-1)
+    def coefficients(self, mass: Tensor, present: Tensor | None = None) -> Tensor:
+        others, first = mass.unbind(dim=-1)
+        total = others + self.gain * first
+        possible = total > torch.finfo(mass.dtype).tiny
+        rest = torch.where(possible, 1 / torch.where(possible, total, 1), 1)
+        return torch.stack((rest, torch.where(possible, self.gain * rest, 1)), dim=-1)
