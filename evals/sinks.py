@@ -148,7 +148,7 @@ class Sinks:
             *shared,
             ("on in layers", spans(self.layers)),
             ("prompts that agree", f"{self.agreement:.0%}"),
-            ("95 % of ordinary tokens have", f"at most {self.ordinary:.1%}"),
+            ("ordinary tokens, 95 % have", f"at most {self.ordinary:.1%}"),
             ("later tokens that are sinks", f"{self.flagged:.1%}, attention {given} each; others {self.other_attention:.1%}"),
             ("known before", known),
         ]
