@@ -175,6 +175,16 @@ def test_families_and_compositions(family, recipe, ask):
     assert len(reads) == (2 if family == "llava_next" else 1), reads
 
 
+@pytest.mark.parametrize(
+    "recipe", ["random:layer=0,fraction=1.0", "random:layer=0,tokens=0", "fastv:layer=2,tokens=4,cache_layer=0"]
+)
+def test_everything_nothing_and_the_cache(recipe, ask):
+    model, inputs = model_and_inputs("llava")
+    with vp.wrap(model, recipe):
+        _, reads = ask(model, inputs, use_cache=True)
+    assert len(reads) == 1, reads
+
+
 @pytest.mark.parametrize("recipe", ["random:layer=0,tokens=4", "fastv:layer=2,tokens=4", "var:sink_dims=5|40,layers=1"])
 def test_decoding_reads_nothing(recipe, ask):
     model, inputs = model_and_inputs("llava")

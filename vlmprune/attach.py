@@ -700,12 +700,13 @@ class Run:
         ]
         kept: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in call.layout.images]
         for group in group_by_size([part.size for part in parts]):
-            visual, keep = len(parts[group[0]].index), min(parts[group[0]].keep, len(parts[group[0]].index))
+            first = parts[group[0]].index
+            visual, keep = len(first), min(parts[group[0]].keep, len(first))
             chosen: Choice | Tensor
             if keep == 0:
-                chosen = torch.empty(len(group), 0, dtype=torch.long)
+                chosen = torch.empty(len(group), 0, dtype=torch.long, device=first.device)
             elif keep == visual and not method.adaptive:
-                chosen = torch.arange(visual).expand(len(group), visual)
+                chosen = torch.arange(visual, device=first.device).expand(len(group), visual)
             else:
                 chosen = method.select(build_view(call, index, cut.needs, [parts[i] for i in group], hidden, tools), keep)
             choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
@@ -781,10 +782,11 @@ class Run:
         assert call.record is not None
         if cache_ is None:
             return
-        counts = None if call.past else call.counts
+        assert call.prompt is not None
+        counts, unpadded = (None, None) if call.past else (call.counts, bool(call.prompt.real.all()))
         last = max(other.stage.layer for other in self._cuts if other.stage.site != "cache")  # from there on it is forgotten
         for _, group in groupby(range(cut.stage.layer, last), self._group):
-            layers = {index: pruned_layer(cache_, index, self._layers, call.mask) for index in group}
+            layers = {index: pruned_layer(cache_, index, self._layers, call.mask, unpadded) for index in group}
             keep_only(list(layers.values()), call.alive, call.past, counts)
             shorter: list[int] = [layer.keys.shape[-2] for layer in layers.values()]  # type: ignore[union-attr]
             call.record.peak = max(call.record.peak, sum(call.record.resident) + sum(shorter))  # both exist for a moment
