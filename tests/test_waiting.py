@@ -176,7 +176,7 @@ def test_families_and_compositions(family, recipe, ask):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["random:layer=0,fraction=1.0", "random:layer=0,tokens=0", "fastv:layer=2,tokens=4,cache_layer=0"]
+    "recipe", ["random:layer=0,fraction=1.0", "random:layer=1,tokens=0", "fastv:layer=2,tokens=4,cache_layer=0"]
 )
 def test_everything_nothing_and_the_cache(recipe, ask):
     model, inputs = model_and_inputs("llava")
