@@ -5,7 +5,8 @@
 Hooks, masks, choosing and gathers are all that lies between the two. A LLaVA-shaped random model, 1024 wide, 12 layers, 16
 heads, 576 visual and 60 text tokens, SDPA everywhere, pictures encoded beforehand. A recipe that cuts between layers is
 compared with the sum of its layers' native times, each an equal part of a native prompt of that length. Every round measures
-every line, in turn; ratios are taken within rounds. Decoding: one step behind each of the caches.
+every line, in turn; ratios are taken within rounds. Decoding: one step behind each of the caches, and behind one that lacks a
+single token, where our hooks are all that differs from un-pruned.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ RECIPES: dict[str, float | None] = {
 }
 """And how much of the un-pruned prefill choosing and shortening may take."""
 
+HOOKS = f"random:layer=0,tokens={VISUAL - 1}"
 BOUND_AT_ONCE, BOUND_BETWEEN = 1.08, 1.10
 """Targets for a cut before the first layer, and for cuts between layers."""
 
@@ -133,6 +135,7 @@ def measure(rounds: int, steps: int, tick: Callable[[], None]) -> dict[str, Any]
             seconds.setdefault(recipe, []).append(taken)
             shares[recipe].append(dict(reports[recipe].overhead))
             tick()
+        caches[HOOKS] = bench.pruned(HOOKS)[1]
         for _ in range(steps):
             for recipe, cache in caches.items():
                 decoding.setdefault(recipe or "un-pruned", []).append(bench.step(recipe, cache))
@@ -164,7 +167,14 @@ def measure(rounds: int, steps: int, tick: Callable[[], None]) -> dict[str, Any]
                 "step_over_unpruned": spread([s / w for s, w in zip(decoding[recipe], decoding["un-pruned"], strict=True)]),
             }
         )
-    return {"unpruned_ms": spread([1e3 * s for s in whole]), "steps": steps * rounds, "lines": lines}
+    plain = decoding["un-pruned"]
+    return {
+        "unpruned_ms": spread([1e3 * s for s in whole]),
+        "unpruned_step_ms": spread([1e3 * s for s in plain]),
+        "hooks_step_over_unpruned": spread([s / w for s, w in zip(decoding[HOOKS], plain, strict=True)]),
+        "steps": steps * rounds,
+        "lines": lines,
+    }
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -206,8 +216,11 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     data = {"date": stamp, "command": command, "environment": environment(), **results}
     out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    hooks = results["hooks_step_over_unpruned"]
     text = (
-        f"{table(results)}\n\nUn-pruned prefill: {results['unpruned_ms']['median']:.1f} ms. {stamp}, `{command}`, torch "
+        f"{table(results)}\n\nUn-pruned: prefill {results['unpruned_ms']['median']:.1f} ms, decoding step "
+        f"{results['unpruned_step_ms']['median']:.2f} ms; a step with hooks and one entry less: × {hooks['median']:.3f} "
+        f"({hooks['low']:.3f}–{hooks['high']:.3f}). {stamp}, `{command}`, torch "
         f"{environment()['torch']}, n = {rounds} rounds, {results['steps']} decoding steps.\n"
     )
     out.with_suffix(".md").write_text(text)

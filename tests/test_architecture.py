@@ -22,7 +22,7 @@ LEVELS = [
     {"vlmprune.methods"},
     {"vlmprune.recipe", "vlmprune.run"},
     {"vlmprune.probes"},
-    {"vlmprune.steering"},
+    {"vlmprune.steering", "vlmprune.cutting"},
     {"vlmprune.attach"},
     # The public names; the embedded model, and models of published shapes, know nothing of the library.
     {"vlmprune", "vlmprune.tiny", "vlmprune.evals.shapes"},

@@ -2,7 +2,7 @@
 
 The models here are on torch's "meta" device, whose tensors have shapes and no values: whatever would wait for a GPU (an item, a
 list, a truth value, a mask as an index, a copy to the host) raises. `layout.on_host` is the one door; the test stands there,
-counts, and answers.
+counts, and answers. A copy to the device waits as well, unless it is told not to: such copies are watched for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import ALL_FAMILIES, build, make_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmprune as vp
 from vlmprune.methods import METHODS, REDISTRIBUTORS
@@ -83,11 +84,25 @@ def ask(monkeypatch):
         reads.clear()
         ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()
         prompt[:] = [np.stack((ids, mask[:, -ids.shape[1] :]))]
-        with torch.no_grad():
-            output = model(**{name: on_meta(value) for name, value in inputs.items()}, **kwargs, logits_to_keep=1)
+        given = {name: on_meta(value) for name, value in inputs.items()}
+        with torch.no_grad(), Copies():
+            output = model(**given, **kwargs, logits_to_keep=1)
         return output, list(reads)
 
     return run
+
+
+class Copies(TorchDispatchMode):
+    """Refuses copies from the host that wait."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        copies = function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        source = args[-1] if copies and isinstance(args[-1], torch.Tensor) else args[0] if copies else None
+        if copies and out.is_meta and not source.is_meta and not kwargs.get("non_blocking"):
+            raise AssertionError(f"a copy of {list(source.shape)} to the device waits for it")
+        return out
 
 
 class NoAutocast:
@@ -158,6 +173,16 @@ def test_families_and_compositions(family, recipe, ask):
     with vp.wrap(model, recipe):
         _, reads = ask(model, inputs)
     assert len(reads) == (2 if family == "llava_next" else 1), reads
+
+
+@pytest.mark.parametrize(
+    "recipe", ["random:layer=0,fraction=1.0", "random:layer=1,tokens=0", "fastv:layer=2,tokens=4,cache_layer=0"]
+)
+def test_everything_nothing_and_the_cache(recipe, ask):
+    model, inputs = model_and_inputs("llava")
+    with vp.wrap(model, recipe):
+        _, reads = ask(model, inputs, use_cache=True)
+    assert len(reads) == 1, reads
 
 
 @pytest.mark.parametrize("recipe", ["random:layer=0,tokens=4", "fastv:layer=2,tokens=4", "var:sink_dims=5|40,layers=1"])

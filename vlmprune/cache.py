@@ -147,8 +147,9 @@ class PrunedLayer(MarkedLayer):
         self.shift: Tensor | None = None
 
     @staticmethod
-    def adopt(layer: DynamicLayer, cuts: tuple[int, ...], real: Tensor | None) -> PrunedLayer:
-        """Take over a layer that was filled without pruning. `real` `[batch, length or more]` is 0 on padding."""
+    def adopt(layer: DynamicLayer, cuts: tuple[int, ...], real: Tensor | None, unpadded: bool | None = None) -> PrunedLayer:
+        """Take over a layer that was filled without pruning. `real` `[batch, length or more]` is 0 on padding; whether there is
+        none is read from it, which waits for the device, unless it is known."""
         pruned = PrunedLayer(cuts)
         pruned.marks = layer.marks if isinstance(layer, MarkedLayer) else None
         length = layer.get_seq_length()
@@ -160,7 +161,7 @@ class PrunedLayer(MarkedLayer):
             batch, device = layer.keys.shape[0], layer.keys.device
             slots = torch.arange(length, device=device).expand(batch, length)
             valid = torch.ones_like(slots, dtype=torch.bool) if real is None else real[:, :length].to(device, torch.bool)
-            pruned.unpadded = real is None or bool(on_host(valid.all()))
+            pruned.unpadded = real is None or (bool(on_host(valid.all())) if unpadded is None else unpadded)
             pruned._set_prefix(slots, valid, pruned.unpadded, length)
         return pruned
 
@@ -292,10 +293,13 @@ def check_same_cuts(cache: Cache | None, cuts: tuple[int, ...]) -> None:
         )
 
 
-def pruned_layer(cache: Cache, index: int, cuts: tuple[int, ...], real: Tensor | None = None) -> PrunedLayer:
+def pruned_layer(
+    cache: Cache, index: int, cuts: tuple[int, ...], real: Tensor | None = None, unpadded: bool | None = None
+) -> PrunedLayer:
     """The cache's layer `index` as a `PrunedLayer`, put in place of an ordinary one on first use.
 
-    `real` `[batch, tokens so far or more]`, the 2-D attention mask, tells padding in what an ordinary layer already holds.
+    `real` `[batch, tokens so far or more]`, the 2-D attention mask, tells padding in what an ordinary layer already holds;
+    `unpadded` that there is none, if that is known.
 
     Raises:
         UsageError: the cache is of a kind whose layers cannot have different lengths.
@@ -303,7 +307,7 @@ def pruned_layer(cache: Cache, index: int, cuts: tuple[int, ...], real: Tensor |
     layer = _plain_layer(cache, index, "pruning inside the language model")
     if isinstance(layer, PrunedLayer):
         return layer
-    adopted = cache.layers[index] = PrunedLayer.adopt(layer, cuts, real)
+    adopted = cache.layers[index] = PrunedLayer.adopt(layer, cuts, real, unpadded)
     return adopted
 
 

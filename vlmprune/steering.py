@@ -254,7 +254,7 @@ class Steering:
         wide = torch.promote_types(query.dtype, torch.float32)
         if isinstance(method, ScoreEditor):
             groups = marks.grouped(len(method.strengths), wide)[:, 0]
-            weight = groups @ torch.tensor((0.0, *method.strengths), dtype=wide, device=groups.device)
+            weight = groups @ on_device(np.array((0.0, *method.strengths)), groups.device).to(wide)
             self._record(call, index, method, marks)
             return scored_attention(query, key, value, scaling, position, valid, weight), None
         assert isinstance(method, GroupEditor)

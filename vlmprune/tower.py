@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -22,7 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from vlmprune.attention import block_mask
 from vlmprune.errors import UsageError
 from vlmprune.kernels.attention_mass import attention_mass
-from vlmprune.layout import on_host
+from vlmprune.layout import on_device, on_host
 from vlmprune.methods.base import Block, TowerPruner, TowerState
 from vlmprune.reduction import Reduction
 from vlmprune.schedule import Budget
@@ -130,9 +131,9 @@ class TowerPass:
         """The arguments of a block of a packed tower, for the patches that are left."""
         if not self.shortened:
             return kwargs
-        starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
+        starts = np.cumsum([0, *self.lengths]).tolist()
         rows = torch.cat([state.cells[0] + start for state, start in zip(self.states, starts, strict=False)])
-        kept = torch.tensor([0, *(state.cells.shape[1] for state in self.states)], device=rows.device).cumsum(0)
+        kept = on_device(np.array([0, *(state.cells.shape[1] for state in self.states)]), rows.device).cumsum(0)
         rotary = tuple(part[rows.to(part.device)] for part in kwargs["position_embeddings"])
         return {**kwargs, "position_embeddings": rotary, "cu_seqlens": kept.to(kwargs["cu_seqlens"].dtype)}
 
@@ -258,7 +259,7 @@ def row_names(features: Tensor) -> Tensor:
     """`[row]` int64 names for the content of `features` `[row, dim]`: a random sum over the bits of their leading numbers."""
     bits = features[:, :NAMED_BY].detach().contiguous()
     bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]).long()
-    return (bits * _multipliers(bits.shape[1]).to(bits.device)).sum(dim=1)  # wraps, which is as good
+    return (bits * _multipliers(bits.shape[1], bits.device)).sum(dim=1)  # wraps, which is as good
 
 
 def _taken(value: Tensor, rows: Tensor, there: Tensor) -> Tensor:
@@ -275,6 +276,6 @@ def _repetition(names: Tensor) -> Tensor:
 
 
 @cache
-def _multipliers(count: int) -> Tensor:
+def _multipliers(count: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1
+    return (torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1).to(device, non_blocking=True)

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vlmprune.layout import on_device
 from vlmprune.methods.redistributing import Scene, ScoreEditor
 
 LOCAL, SUMMARY = 1, 2
@@ -64,7 +66,7 @@ class PAINT(ScoreEditor):
             )
             sets = torch.zeros(picture.original, dtype=torch.int8, device=early.device)
             sets[early.argsort(descending=True, stable=True)[: int(self.local * picture.original)]] = LOCAL
-            low, high = late.quantile(torch.tensor([0.25, 0.75], device=late.device))
+            low, high = late.quantile(on_device(np.array([0.25, 0.75]), late.device).to(late))
             sets[late > high + 1.5 * (high - low)] = SUMMARY
             codes[picture.sample, picture.rows] = sets[picture.index.to(sets.device)].to(codes.device)
         return codes[:, None]
