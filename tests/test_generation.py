@@ -541,3 +541,33 @@ def test_layers_of_the_tests():
     """Red: the schedules above are not inside the models."""
     for family in FAMILIES:
         assert len(decoder_layers(shared(family))) == LAYERS
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "method", ["uniform:layer=0,tokens=4", "uniform:layer=2,tokens=4", "fastv:layer=2,tokens=4,cache_layer=0"]
+)
+@torch.no_grad()
+def test_padding_that_comes_later(method, attn):
+    """A sample that has ended hides its tokens with zeros in the mask, and goes on later as if they had never been. Red: it sees them."""
+    model = shared("llava", attn)
+    samples = [["text3", "image", "text4"], ["text5", "image", "text2"]]
+
+    def last_logits(inputs, tokens, real, places):
+        mask, prompt = inputs["attention_mask"], inputs["attention_mask"].shape[1]
+        with vp.wrap(model, method):
+            cache = model(**inputs, use_cache=True).past_key_values
+            for token, there, place in zip(tokens, real, places, strict=True):
+                mask = torch.cat((mask, torch.tensor(there)[:, None]), dim=1)
+                step = {"attention_mask": mask, "position_ids": torch.tensor(place)[:, None] + prompt}
+                out = model(input_ids=torch.tensor(token)[:, None], past_key_values=cache, use_cache=True, **step)
+        return out.logits[0, -1]
+
+    together = last_logits(
+        make_inputs("llava", model, samples),
+        tokens=[[20, 21], [0, 22], [0, 23], [24, 25]],
+        real=[[1, 1], [0, 1], [0, 1], [1, 1]],
+        places=[[0, 0], [1, 1], [1, 2], [1, 3]],
+    )
+    alone = last_logits(make_inputs("llava", model, samples[:1]), tokens=[[20], [24]], real=[[1], [1]], places=[[0], [1]])
+    torch.testing.assert_close(together, alone, rtol=0, atol=5e-5)

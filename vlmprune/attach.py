@@ -458,7 +458,7 @@ class Run:
         call: Call | None = kwargs.get(TUNNEL)
         if call is None or call.layout is None:
             self._refuse_what_the_tower_left(call, kwargs.get("inputs_embeds"))
-            if call is None or not self._cutting.decodes_without_padding(kwargs):
+            if call is None or not self._cutting.decodes_without_padding(call, kwargs):
                 return None
             call.idle = True
             return args, {**kwargs, "attention_mask": None}
@@ -528,7 +528,7 @@ class Run:
             layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
             if not isinstance(layer, PrunedLayer):
                 return None
-            if hidden.shape[1] == 1 and layer.dense and layer.shift is None and call.layout is None:
+            if hidden.shape[1] == 1 and layer.dense and layer.shift is None and call.layout is None and not call.padded_step:
                 # Decoding without padding: every stored entry is visible, no mask is needed.
                 return None if kwargs.get("attention_mask") is None else (args, {**kwargs, "attention_mask": None})
         changed = self._cutting.arguments(index, call, hidden, cache, kwargs)

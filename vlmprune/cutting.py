@@ -100,16 +100,22 @@ class Cutting:
             for cut in self.cuts
         )
 
-    def decodes_without_padding(self, kwargs: dict[str, Any]) -> bool:
+    def decodes_without_padding(self, call: Call, kwargs: dict[str, Any]) -> bool:
         """One token follows a conversation in which every stored entry is visible: no layer needs a mask, nor us."""
         cache = kwargs.get("past_key_values")
         embeddings = kwargs.get("inputs_embeds")
         if not self.at or cache is None or embeddings is None or embeddings.shape[1] != 1 or not cache.layers:
             return False
         layers = [cache.layers[index] for index in self.at]  # the others store what one of these does, or everything
-        if not all(isinstance(layer, PrunedLayer) and layer.dense and layer.shift is None for layer in layers):
+        if not all(isinstance(layer, PrunedLayer) for layer in layers):
             return False
-        return self.at[0] == 0 or layers[0].unpadded
+        # Samples of a batch that have ended may hide their tokens. Where the answer is no, transformers need not ask it again.
+        if embeddings.shape[0] > 1 and call.mask is not None:
+            call.padded_step = not on_host(call.mask[:, -1] != 0).all()
+        if call.padded_step or not all(layer.dense and layer.shift is None for layer in layers):
+            return False
+        implementation = self._text.config._attn_implementation  # the others make a mask in any case, and we a shorter one
+        return (implementation == "sdpa" or "flash" in implementation) and (self.at[0] == 0 or layers[0].unpadded)
 
     # -- at a layer ----------------------------------------------------------------------------------------------------
 
@@ -237,7 +243,8 @@ class Cutting:
             layer = pruned_layer(cache, index, self.at, call.mask)
         # position_ids serve only flash attention's search for packed sequences, which gaps would mislead.
         changed = {**kwargs, "position_ids": None, "position_embeddings": self._rotary(index, call, hidden, layer, kwargs)}
-        if layer is not None and call.reduction is None and hidden.shape[1] == 1:  # decoding: the cache appends by itself
+        if layer is not None and call.reduction is None and hidden.shape[1] == 1 and not call.padded_step:
+            # Decoding: the cache appends by itself.
             if group not in call.masks:
                 slots, valid = layer.entries(batch, device)
                 here = torch.full((batch, 1), call.past, device=device)

@@ -214,6 +214,7 @@ class Call:
         text_attention: per decoder layer, `[batch, head, text, key]` attention of these rows.
         masks: per group of layers between two stages, the mask of that group.
         idle: nothing is left to do for this call.
+        padded_step: a decoding step whose token some samples hide.
         rotary: rotary embeddings of the rows that are computed, by the identity of the full ones (models may have several)
             and by group of layers.
         shift: `[batch, sequence]` by how many places each token moves up ("compact" positions); None if none does.
@@ -261,6 +262,7 @@ class Call:
     resumed: bool = False
     record: Prefill | None = None
     idle: bool = False
+    padded_step: bool = False
 
 
 @dataclass(frozen=True)
