@@ -549,7 +549,7 @@ def test_layers_of_the_tests():
 )
 @torch.no_grad()
 def test_padding_that_comes_later(method, attn):
-    """A sample that has ended hides its tokens with zeros in the mask, and goes on later as if they had never been. Red: it sees them."""
+    """A sample that has ended hides its tokens with zeros in the mask, and later goes on as if they were not there."""
     model = shared("llava", attn)
     samples = [["text3", "image", "text4"], ["text5", "image", "text2"]]
 
