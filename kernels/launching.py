@@ -1,12 +1,32 @@
-"""What launchers of several ops share: numbers that tell the compiler how wide it may load."""
+"""What launchers of several ops share: the device to launch on, and numbers that tell the compiler how wide it may load."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
+    """Let a launcher run with the device of its tensors as the current one, where Triton launches; on a CPU this does nothing.
+
+    All tensors of an op are on one device: `dispatch.use_triton` has looked.
+    """
+
+    @wraps(launcher)
+    def there(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))):
+            return launcher(*args, **kwargs)
+
+    return there
 
 
 def interpreted() -> bool:

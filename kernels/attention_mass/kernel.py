@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmprune.kernels.dispatch import check_dim
-from vlmprune.kernels.launching import in_units, interpreted, packed, unit_of
+from vlmprune.kernels.launching import in_units, interpreted, on_its_device, packed, unit_of
 from vlmprune.kernels.variants import Variant
 
 PROGRAMS = 264
@@ -335,6 +335,7 @@ def options(rows: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+@on_its_device
 def attention_rows(query: Tensor, key: Tensor, scaling: float, visible: Tensor | None = None) -> Tensor:
     """See `reference.attention_rows`; detached. A tensor whose last axis is not contiguous is copied first."""
     batch, heads, rows, _ = query.shape
@@ -349,6 +350,7 @@ def attention_rows(query: Tensor, key: Tensor, scaling: float, visible: Tensor |
     return out
 
 
+@on_its_device
 def attention_mass(query: Tensor, key: Tensor, scaling: float, visible: Tensor | None = None) -> Tensor:
     """See `reference.attention_mass`; detached. A tensor whose last axis is not contiguous is copied first."""
     batch, heads, rows, _ = query.shape

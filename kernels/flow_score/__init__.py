@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmprune.errors import UsageError
 from vlmprune.kernels.dispatch import Cost, Impl, bytes_of, check, check_heads, use_triton
 from vlmprune.kernels.flow_score import reference
 from vlmprune.kernels.flow_score.reference import entropy_ratio, share
@@ -41,6 +42,9 @@ def flow_score(
     check("flow_score", "value", value, tuple(key.shape))
     check("flow_score", "anchor", anchor, (key.shape[0], key.shape[1], key.shape[3]))
     check_heads("flow_score", query, key)
+    for name, x in (("value", value), ("anchor", anchor)):
+        if x.dtype != key.dtype:
+            raise UsageError(f"flow_score: {name} is {x.dtype} but key {key.dtype}: convert one of them.")
     if valid is not None:
         check("flow_score", "valid", valid, (key.shape[0], key.shape[2]), torch.bool)
     if not use_triton("flow_score", impl, query=query, key=key, value=value, anchor=anchor, valid=valid):

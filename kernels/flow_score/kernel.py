@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmprune.kernels.dispatch import check_dim
-from vlmprune.kernels.launching import in_units, packed, unit_of
+from vlmprune.kernels.launching import in_units, on_its_device, packed, unit_of
 from vlmprune.kernels.variants import Variant
 
 PROGRAMS = 264
@@ -191,6 +191,7 @@ def softmax_options(views: int, tokens: int, heads: int, kv_heads: int, blocks: 
     }
 
 
+@on_its_device
 def flow_score(
     query: Tensor,
     key: Tensor,

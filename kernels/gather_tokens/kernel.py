@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmprune.kernels.launching import on_its_device
 from vlmprune.kernels.variants import Variant
 
 TILE = 2048
@@ -209,6 +210,7 @@ def options(unit: int, widest: int) -> dict[str, Any]:
     }
 
 
+@on_its_device
 def gather_all(tensors: Sequence[Tensor], rows: Tensor, valid: Tensor | None = None) -> list[Tensor]:
     """See `reference.gather_all`. Differentiable. A tensor whose last axis is not contiguous is copied first."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -216,6 +218,7 @@ def gather_all(tensors: Sequence[Tensor], rows: Tensor, valid: Tensor | None = N
     return _gathered(tensors, rows, valid)
 
 
+@on_its_device
 def gather_tokens(x: Tensor, rows: Tensor, valid: Tensor | None = None) -> Tensor:
     """See `reference.gather_tokens`. Differentiable. An `x` whose last axis is not contiguous is copied first."""
     return gather_all([x], rows, valid)[0]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vlmprune.kernels.dispatch import in_fp32
 from vlmprune.kernels.grouped_attention.reference import Coefficients
-from vlmprune.kernels.launching import in_units, interpreted, packed, unit_of
+from vlmprune.kernels.launching import in_units, interpreted, on_its_device, packed, unit_of
 from vlmprune.kernels.variants import Variant
 
 LOG2E = 1.4426950408889634
@@ -41,6 +41,16 @@ same on every card, so that sums are taken in the same order everywhere."""
 
 MOST_SHARES = 128
 """Shares of the keys at most."""
+
+VARYING = (
+    *("query_batch", "query_head", "query_row", "key_batch", "key_head", "key_row"),
+    *("position_batch", "valid_batch", "rows", "keys"),
+)
+"""Numbers that change with the keys and rows of a call. Specialised to multiples of 16, a kernel would be compiled once more in
+the middle of decoding. Loads stay wide: strides of queries, keys and values are counted in units."""
+
+VALUE_STRIDES = ("value_batch", "value_head", "value_row")
+GROUPS_STRIDES = ("marked", "groups_batch", "groups_head")
 
 
 @triton.jit
@@ -59,7 +69,7 @@ def _scores(q, k, scale, keys_at, there, limit, valid, HAS_VALID: tl.constexpr, 
     return _product(q, k, WIDE) * scale, there[None, :] & (keys_at[None, :] <= limit[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, *VALUE_STRIDES, "marked", "marks_batch", "marks_head"])
 def _partial(
     query, key, value, marks, position, valid, sums, stats,
     scale, rows, keys, marked, share, kv_heads,
@@ -138,7 +148,7 @@ def _partial(
     tl.store(sums + place[:, None] * VALUE_DIM + value_at[None, :], kept, mask=real[:, None] & (value_at[None, :] < VALUE_DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "shares"])
 def _settle(stats, masses, rows, shares, HEADS: tl.constexpr, GROUPS: tl.constexpr, RAISED: tl.constexpr, SHARES: tl.constexpr):
     """What the shares of the keys come to, for one line. Grid: batch × KV head × line.
 
@@ -163,7 +173,7 @@ def _settle(stats, masses, rows, shares, HEADS: tl.constexpr, GROUPS: tl.constex
         tl.store(masses + (head * rows + row) * GROUPS + group, mass)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "shares"])
 def _combine(
     sums, stats, factors, out, rows, kv_heads, shares,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, RAISED: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_DIMS: tl.constexpr,
@@ -192,7 +202,7 @@ def _combine(
     tl.store(out + ((batch * rows + row) * heads + head) * VALUE_DIM + at, found, mask=at < VALUE_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, *GROUPS_STRIDES])
 def _row_masses(
     query, key, groups, position, valid, masses, logs,
     scale, rows, keys, marked, heads,
@@ -259,7 +269,7 @@ def _inside(groups, keys_at, marked, groups_key, groups_group, group):
     return tl.where((keys_at >= marked) & (group == 0), 1.0, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, *VALUE_STRIDES, *GROUPS_STRIDES])
 def _weighted(
     query, key, value, groups, position, valid, logs, factors, out,
     scale, rows, keys, marked, heads,
@@ -313,7 +323,7 @@ def _weighted(
     tl.store(out + place[:, None] * VALUE_DIM + value_at[None, :], found, mask=real[:, None] & (value_at[None, :] < VALUE_DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "counted_batch"])
 def _column_means(
     query, key, position, valid, counted, logs, out,
     scale, rows, keys, heads,
@@ -401,21 +411,23 @@ def _shares(lines: int, keys: int, programs: int, tile: int, tall: int) -> tuple
     return max(triton.cdiv(keys, share), 1), share
 
 
-def _flags(x: Tensor | None, instead: Tensor) -> Tensor:
-    """Bool as bytes; something that is not looked at where there is none."""
-    return instead if x is None else packed(x).view(torch.uint8)
-
-
 def _heads_strides(x: Tensor) -> tuple[int, int]:
     """Of batch and head in `[batch, 1 or head, …]`; one head stands for all."""
     return x.stride(0), x.stride(1) if x.shape[1] > 1 else 0
 
 
-def _shared_stride(x: Tensor | None) -> int:
-    """Of the batch in `[batch or 1, …]`; one sample stands for all."""
-    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
+def _by_sample(x: Tensor | None, instead: Tensor) -> tuple[Tensor, int]:
+    """`[batch or 1, …]` as kernels read it, bool as bytes, and the stride of the batch in just that; one sample stands for all.
+
+    Where there is none: `instead`, which is not looked at.
+    """
+    if x is None:
+        return instead, 0
+    x = packed(x)
+    return x.view(torch.uint8) if x.dtype == torch.bool else x, x.stride(0) if x.shape[0] > 1 else 0
 
 
+@on_its_device
 @in_fp32
 def grouped_attention(
     query: Tensor,
@@ -445,18 +457,20 @@ def grouped_attention(
     options, warps, stages = _many_options(max(query.shape[3], value.shape[3]), query.dtype)
     options |= _dims(query.shape[3]) | _value_dims(value.shape[3])
     unit, strides = _strides(query, key, value)
+    (places, places_batch), (seen, seen_batch) = _by_sample(position, query), _by_sample(valid, query)
     _weighted[(triton.cdiv(rows, options["ROWS"]), batch * heads)](
-        query, key, value, groups, query if position is None else packed(position), _flags(valid, query), logs,
+        query, key, value, groups, places, seen, logs,
         factors.float().contiguous(), out,
         scaling * LOG2E, rows, key.shape[2], groups.shape[2], heads,
         *strides,
-        *_heads_strides(groups), *groups.stride()[2:], _shared_stride(position), _shared_stride(valid),
+        *_heads_strides(groups), *groups.stride()[2:], places_batch, seen_batch,
         HEADS=heads // key.shape[1], GROUPS=groups.shape[3], HAS_POSITION=position is not None, HAS_VALID=valid is not None,
         UNIT=unit, **options, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, factors, masses
 
 
+@on_its_device
 @in_fp32
 def scored_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, position: Tensor | None, valid: Tensor | None, weight: Tensor
@@ -468,6 +482,7 @@ def scored_attention(
     return _combined(sums, stats, None, batch, rows, heads)
 
 
+@on_its_device
 @in_fp32
 def column_means(query: Tensor, key: Tensor, scaling: float, position: Tensor, valid: Tensor | None, counted: Tensor) -> Tensor:
     """`reference.column_means` on a GPU."""
@@ -478,10 +493,12 @@ def column_means(query: Tensor, key: Tensor, scaling: float, position: Tensor, v
     out = query.new_empty((batch, heads, key.shape[2]), dtype=torch.float32)
     options, warps, stages = _many_options(dim, query.dtype)
     unit, strides = _strides(query, key)
+    (places, places_batch), (seen, seen_batch) = _by_sample(position, query), _by_sample(valid, query)
+    counts, counts_batch = _by_sample(counted, query)
     _column_means[(triton.cdiv(key.shape[2], options["KEYS"]), batch * heads)](
-        query, key, packed(position), _flags(valid, query), _flags(counted, query), logs, out,
+        query, key, places, seen, counts, logs, out,
         scaling * LOG2E, rows, key.shape[2], heads,
-        *strides, _shared_stride(position), _shared_stride(valid), _shared_stride(counted),
+        *strides, places_batch, seen_batch, counts_batch,
         HEADS=heads // key.shape[1], HAS_VALID=valid is not None, UNIT=unit, **options,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -504,11 +521,11 @@ def _masses_of_rows(
     groups_strides = (0, 0, 0, 0) if groups is None else (*_heads_strides(groups), *groups.stride()[2:])
     options, warps, stages = _many_options(dim, query.dtype)
     unit, strides = _strides(query, key)
+    (places, places_batch), (seen, seen_batch) = _by_sample(position, query), _by_sample(valid, query)
     _row_masses[(triton.cdiv(rows, options["ROWS"]), batch * heads)](
-        query, key, query if groups is None else groups, query if position is None else packed(position),
-        _flags(valid, query), logs if masses is None else masses, logs,
+        query, key, query if groups is None else groups, places, seen, logs if masses is None else masses, logs,
         scaling * LOG2E, rows, key.shape[2], 0 if groups is None else groups.shape[2], heads,
-        *strides, *groups_strides, _shared_stride(position), _shared_stride(valid),
+        *strides, *groups_strides, places_batch, seen_batch,
         HEADS=heads // key.shape[1], GROUPS=count, GROUPS_PADDED=triton.next_power_of_2(max(count, 1)),
         HAS_POSITION=position is not None, HAS_VALID=valid is not None, UNIT=unit, **options,
         num_warps=warps, num_stages=stages,
@@ -540,11 +557,12 @@ def _shared_out(
     sums = query.new_empty((batch * kv_heads, lines, shares, value_dim), dtype=torch.float32)
     stats = query.new_empty((batch * kv_heads, lines, shares, 3), dtype=torch.float32)
     unit, strides = _strides(query, key, value)
+    (places, places_batch), (seen, seen_batch) = _by_sample(position, query), _by_sample(valid, query)
     _partial[(triton.cdiv(lines, options["LINES"]), shares, batch * kv_heads)](
-        query, key, value, marks, query if position is None else packed(position), _flags(valid, query), sums, stats,
+        query, key, value, marks, places, seen, sums, stats,
         scaling * LOG2E, rows, keys, marks.shape[2], share, kv_heads,
         *strides,
-        *_heads_strides(marks), *marks.stride()[2:], _shared_stride(position), _shared_stride(valid),
+        *_heads_strides(marks), *marks.stride()[2:], places_batch, seen_batch,
         HEADS=heads // kv_heads, GROUPS=marks.shape[3], RAISED=raised,
         HAS_POSITION=position is not None, HAS_VALID=valid is not None, UNIT=unit, **options,
         num_warps=warps, num_stages=stages,
@@ -554,10 +572,10 @@ def _shared_out(
 
 def _settled(stats: Tensor, masses: Tensor | None, rows: int, heads: int, groups: int, raised: bool) -> None:
     """`_settle` every line; `heads` are the query heads of a KV head."""
-    shares = stats.shape[2]
+    most = triton.next_power_of_2(MOST_SHARES)  # not of these shares, whose number changes while keys are added
     _settle[(stats.shape[0] * stats.shape[1],)](
-        stats, stats if masses is None else masses, rows, shares,
-        HEADS=heads, GROUPS=groups, RAISED=raised, SHARES=triton.next_power_of_2(shares), num_warps=1, num_stages=1,
+        stats, stats if masses is None else masses, rows, stats.shape[2],
+        HEADS=heads, GROUPS=groups, RAISED=raised, SHARES=most, num_warps=1, num_stages=1,
     )  # fmt: skip
 
 

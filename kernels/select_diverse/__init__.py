@@ -69,5 +69,7 @@ def _greedy_order(op: str, features: Tensor, keep: int, impl: Impl) -> Tensor:
 
 def _check(op: str, features: Tensor, keep: int) -> None:
     check(op, "features", features, (None, None, None))
+    if isinstance(keep, bool) or not isinstance(keep, int):
+        raise UsageError(f"{op}: keep must be a whole number, found {keep!r}.")
     if not 0 <= keep <= features.shape[1]:
         raise UsageError(f"{op}: keep must be 0 to the {features.shape[1]} tokens of features, found {keep}.")

@@ -24,12 +24,15 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmprune.kernels.dispatch import in_fp32
-from vlmprune.kernels.launching import interpreted, packed
+from vlmprune.kernels.launching import interpreted, on_its_device, packed
 from vlmprune.kernels.select_diverse.reference import RANK
 from vlmprune.kernels.variants import Variant
 
-EMPTY = tl.constexpr(-(2**63))
-"""Not yet written; no distance is ordered so low."""
+EMPTY = tl.constexpr(2**63 - 1)
+"""Not yet written; no word is so great, so that the greatest of all words also says whether one is missing."""
+
+NOBODY = tl.constexpr(-(2**63))
+"""The word of no token; no distance is ordered so low."""
 
 SHORTEST = tl.constexpr(1e-12)
 """Lengths are at least this, as in torch's `normalize`."""
@@ -51,7 +54,7 @@ def _token(word):
     return (0x7FFFFFFF - (word & 0x7FFFFFFF)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["visual"])
 def _lengths(
     features, inverse, visual, feature_image, feature_token, DIM: tl.constexpr, TOKENS: tl.constexpr, DIMS: tl.constexpr
 ):
@@ -71,7 +74,7 @@ def _lengths(
     tl.store(inverse + image * visual + token, 1.0 / tl.maximum(length, SHORTEST), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["visual"])
 def _nearest(
     features, inverse, likeness, visual, share, feature_image, feature_token,
     DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr,
@@ -135,13 +138,13 @@ def _cosines(
 def _greatest(words, programs, PROGRAMS: tl.constexpr):
     """The greatest of the words of a picture's programs; waits until all are written."""
     each = tl.arange(0, PROGRAMS)
-    found = tl.load(words + each, mask=each < programs, other=EMPTY + 1, volatile=True)
-    while tl.min(found, 0) == EMPTY:
-        found = tl.load(words + each, mask=each < programs, other=EMPTY + 1, volatile=True)
+    found = tl.load(words + each, mask=each < programs, other=NOBODY, volatile=True)
+    while tl.max(found, 0) == EMPTY:
+        found = tl.load(words + each, mask=each < programs, other=NOBODY, volatile=True)
     return tl.max(found, 0)
 
 
-@triton.jit(do_not_specialize=["keep", "first_step", "steps", "tiles"])
+@triton.jit(do_not_specialize=["visual", "keep", "first_step", "steps", "tiles", "shares"])
 def _farthest(
     features, inverse, likeness, apart, words, order,
     visual, keep, first_step, steps, tiles, shares, feature_image, feature_token,
@@ -163,7 +166,7 @@ def _farthest(
             pick = _token(_greatest(words + (step - 1) * programs, programs, PROGRAMS))
             if program == 0:
                 tl.store(order + image * keep + step - 1, pick.to(tl.int64))
-        best = tl.full([], EMPTY + 1, tl.int64)
+        best = tl.full([], NOBODY, tl.int64)
         for tile in range(tiles):
             token = (program * tiles + tile) * TOKENS + tl.arange(0, TOKENS)
             real = token < visual
@@ -177,13 +180,15 @@ def _farthest(
                 before = tl.load(apart + token, mask=real, other=0.0)
                 cosine = _cosines(features, inverse, token, pick, visual, feature_token, DIM, TOKENS, DIMS)
                 distance = tl.where(token == pick, float("-inf"), tl.minimum(before, 1.0 - cosine))
+                tl.debug_barrier()  # several threads read a token's distance and one writes it: all have read
                 tl.store(apart + token, distance, mask=real)
-            best = tl.maximum(best, tl.max(tl.where(real, _word(distance, token), EMPTY + 1), 0))
+            best = tl.maximum(best, tl.max(tl.where(real, _word(distance, token), NOBODY), 0))
         if step < keep:
             tl.atomic_xchg(words + step * programs + program, best, sem="relaxed")
+        tl.debug_barrier()  # what was written in `apart` is read by other threads in the next step
 
 
-@triton.jit(do_not_specialize=["keep", "step", "tiles"])
+@triton.jit(do_not_specialize=["visual", "keep", "step", "tiles", "weight_image"])
 def _determinant(
     features, inverse, weight, gain, rounding, factor, words, order,
     visual, keep, step, tiles, feature_image, feature_token, weight_image,
@@ -215,7 +220,7 @@ def _determinant(
         pick_weight = tl.load(weight + pick)
         if program == 0:
             tl.store(order + image * keep + step - 1, pick.to(tl.int64))
-    best = tl.full([], EMPTY + 1, tl.int64)
+    best = tl.full([], NOBODY, tl.int64)
     for tile in range(tiles):
         token = (program * tiles + tile) * TOKENS + tl.arange(0, TOKENS)
         real = token < visual
@@ -251,7 +256,7 @@ def _determinant(
             left = tl.where(before < 0, before, left)
             left = tl.where(token == pick, -1.0, left)
         tl.store(gain + token, left, mask=real)
-        best = tl.maximum(best, tl.max(tl.where(real, _word(left, token), EMPTY + 1), 0))
+        best = tl.maximum(best, tl.max(tl.where(real, _word(left, token), NOBODY), 0))
     if step < keep:
         tl.store(words + step * programs + program, best)
 
@@ -290,6 +295,7 @@ def _at_once(features: Tensor) -> int:
     return torch.cuda.get_device_properties(features.device).multi_processor_count if features.is_cuda else 4
 
 
+@on_its_device
 @in_fp32
 def greedy_order(features: Tensor, keep: int) -> Tensor:
     """`reference.greedy_order` on a GPU."""
@@ -325,6 +331,7 @@ def _greedy(features: Tensor, keep: int, most: int, order: Tensor) -> None:
         )  # fmt: skip
 
 
+@on_its_device
 @in_fp32
 def determinant_order(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     """`reference.determinant_order` on a GPU."""

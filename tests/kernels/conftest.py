@@ -8,6 +8,9 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns unless this is said; it is the default
 
+from collections import defaultdict
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,3 +30,29 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *args, **kwargs: poison(new_empty(self, *args, **kwargs)))
+
+
+@pytest.fixture
+def specialised(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Any]]:
+    """For every kernel started, and not run, what Triton would compile it for: of each set one member is compiled.
+
+    That is the values of constants, which launchers pass by name; of numbers, whether they are 1 or multiples of 16, unless
+    the kernel says not to; of tensors, the dtype and whether their address is a multiple of 16.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
+    found: dict[str, set[Any]] = defaultdict(set)
+
+    def kind(kernel: Any, name: str, argument: Any) -> Any:
+        if isinstance(argument, Tensor):
+            return argument.dtype, argument.data_ptr() % 16 == 0
+        if isinstance(argument, float) or name in (kernel.kwargs["do_not_specialize"] or ()):
+            return type(argument)
+        return argument == 1, argument % 16 == 0
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        numbers = [(name, kind(kernel, name, x)) for name, x in zip(kernel.arg_names, args, strict=False)]
+        found[kernel.__name__].add((*numbers, *sorted(constants.items())))
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    return found

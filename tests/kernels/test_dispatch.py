@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,7 @@ from vlmprune.kernels.attention_mass import attention_mass, attention_rows
 from vlmprune.kernels.dispatch import bytes_of, use_triton
 from vlmprune.kernels.flow_score import flow_score
 from vlmprune.kernels.gather_tokens import gather_all, gather_tokens
+from vlmprune.kernels.launching import on_its_device
 
 X = torch.randn(1, 2, 5, 16)
 ROWS = torch.tensor([[0, 3]])
@@ -110,3 +114,35 @@ def test_bytes_of():
     """What is expanded is read once; None is nothing."""
     x = torch.zeros(2, 3, dtype=torch.bfloat16)
     assert bytes_of(x, None, x[:1].expand(5, -1), x[:, :1]) == 12 + 6 + 4
+
+
+def test_a_launcher_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device, which need not be theirs."""
+    held = []
+
+    @contextmanager
+    def device_of(x):
+        held.append(x)
+        yield
+        held.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    launcher = on_its_device(lambda tensors, rows, number=1: (held[0], number))
+    assert launcher([X], ROWS, number=2) == (ROWS, 2)
+    assert launcher(tensors=[X], rows=ROWS) == (ROWS, 1)
+    assert not held
+
+
+def test_every_public_launcher_does():
+    """Outermost, so that whatever it allocates or launches is there."""
+    found = []
+    for path in sorted(Path(dispatch.__file__).parent.glob("*/kernel.py")):
+        asked = ast.parse((path.parent / "__init__.py").read_text())
+        attributes = [node for node in ast.walk(asked) if isinstance(node, ast.Attribute)]
+        called = {node.attr for node in attributes if ast.unparse(node.value) == "kernel"}
+        for function in (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)):
+            if function.name in called:
+                found.append(function.name)
+                first = ast.unparse(function.decorator_list[0]) if function.decorator_list else None
+                assert first == "on_its_device", f"{path}: {function.name}"
+    assert set(found) == {*OPS, "greedy_order", "determinant_order", "grouped_attention", "scored_attention", "column_means"}

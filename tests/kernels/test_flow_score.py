@@ -146,6 +146,10 @@ def test_bad_input():
             flow_score(one, x[..., :8], x[..., :8], one, 1.0, 1.0, impl=impl)
         with pytest.raises(UsageError, match=r"flow_score: query has 2 heads, which the 3 heads of key must divide"):
             flow_score(one, x[:, [0, 1, 1]], x[:, [0, 1, 1]], one[:, [0, 1, 1]], 1.0, 1.0, impl=impl)
+        with pytest.raises(UsageError, match=r"^flow_score: value is torch.float16 but key torch.float32: convert one"):
+            flow_score(one, x, x.half(), one, 1.0, 1.0, impl=impl)
+        with pytest.raises(UsageError, match=r"^flow_score: anchor is torch.float16 but key torch.float32: convert one"):
+            flow_score(one, x, x, one.half(), 1.0, 1.0, impl=impl)
         with pytest.raises(UsageError, match=r"flow_score: valid must be torch.bool, found torch.float32"):
             flow_score(one, x, x, one, 1.0, 1.0, torch.ones(1, 5), impl=impl)
     wide = torch.randn(1, 1, 3, 300)

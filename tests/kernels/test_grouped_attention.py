@@ -172,6 +172,55 @@ def test_strides():
     checked("scored_attention", for_scores(shared))
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("kind", ["transposed valid", "expanded position", "strided position"])
+def test_strides_of_masks(kind, rows):
+    """Masks and positions of several samples whose last axis is not contiguous: every sample has its own."""
+    arguments = inputs((2, 2, 2, rows, 50, 16, 2, 1), torch.float32, False)
+    if kind == "transposed valid":
+        arguments[5] = (drawn(50, 2, seed=4) > -0.3).t()
+        arguments[5][:, 0] = True
+    elif kind == "expanded position":
+        arguments[4] = torch.tensor([[47], [9]]).expand(2, rows)
+    else:
+        arguments[4] = torch.stack((torch.arange(rows) + 9, 49 - torch.arange(rows)), dim=1).t()
+    given, scored, columns = arguments, for_scores(arguments), for_columns(arguments)
+    columns[5] = (drawn(rows, 2, seed=7) > -0.3).t()
+    checked("grouped_attention", given)
+    checked("scored_attention", scored)
+    checked("column_means", columns)
+
+
+def test_decoding_compiles_once(specialised):
+    """However many keys there are: nothing is compiled again in the middle of a text."""
+    for keys in (*range(20, 40), 2111, 2112, 2113, 2145):
+        arguments = inputs((2, 4, 2, 1, keys, 64, 2, 1), torch.bfloat16, False, marked=16)
+        arguments[1:3] = (x.contiguous() for x in arguments[1:3])
+        arguments[4:7] = torch.tensor([[keys - 1]]), torch.ones(2, keys, dtype=torch.bool), torch.ones(2, 1, 16, 2)
+        grouped_attention(*arguments, impl="triton")
+        assert {name: len(kinds) for name, kinds in specialised.items()} == {"_partial": 1, "_settle": 1, "_combine": 1}, keys
+    specialised.clear()
+    for keys in (*range(20, 40), 2111, 2112, 2113, 2145):
+        arguments = inputs((2, 4, 2, 1, keys, 64, 2, 1), torch.bfloat16, False)
+        scored_attention(*arguments[:6], torch.ones(2, 16), impl="triton")
+        assert {name: len(kinds) for name, kinds in specialised.items()} == {"_partial": 1, "_settle": 1, "_combine": 1}, keys
+
+
+def test_prompts_of_all_lengths_compile_once(specialised):
+    for rows in range(70, 90):
+        shape = torch.randn(2, 2, rows, 64, dtype=torch.float32)
+        position, valid = torch.arange(rows).expand(2, -1).contiguous(), torch.ones(2, rows, dtype=torch.bool)
+        members = torch.ones(2, 1, rows, 2)
+        grouped_attention(shape, shape, shape, 0.1, position, valid, members, factors_of, impl="triton")
+    assert {name: len(kinds) for name, kinds in specialised.items()} == {"_row_masses": 1, "_weighted": 1}
+    specialised.clear()
+    for rows in range(70, 90):
+        shape = torch.randn(2, 2, rows, 64, dtype=torch.float32)
+        position, valid = torch.arange(rows).expand(2, -1).contiguous(), torch.ones(2, rows, dtype=torch.bool)
+        column_means(shape, shape, 0.1, position, valid, valid, impl="triton")
+    assert {name: len(kinds) for name, kinds in specialised.items()} == {"_row_masses": 1, "_column_means": 1}
+
+
 def test_values_of_another_width():
     for rows in (1, 40):
         arguments = inputs((1, 2, 1, rows, 20, 16, 2, 1), torch.float32, False)

@@ -202,12 +202,27 @@ def test_bad_input(impl):
             op(x, -1, impl=impl)
         with pytest.raises(UsageError, match=rf"{name}: features must be floating point, found torch.int64"):
             op(x.long(), 2, impl=impl)
+        for keep in (2.5, 2.0, True):
+            with pytest.raises(UsageError, match=rf"^{name}: keep must be a whole number, found {keep}\.$"):
+                op(x, keep, impl=impl)
     with pytest.raises(UsageError, match=r"determinant_order: weight must have shape \[2, 5\] here, found \[2, 4\]"):
         determinant_order(x, x[:, :4, 0], 2, impl=impl)
     with pytest.raises(UsageError, match=r"determinant_order: keep must be 0 to the 5 tokens of features, found 6"):
         determinant_order(x, x[:, :, 0], 6, impl=impl)
+    with pytest.raises(UsageError, match=r"^determinant_order: keep must be a whole number, found 2.5\.$"):
+        determinant_order(x, x[:, :, 0], 2.5, impl=impl)
     with pytest.raises(UsageError, match="unknown impl"):
         greedy_order(x, 2, impl="cuda")
+
+
+def test_pictures_of_all_sizes_compile_once(specialised):
+    """As long as they need as many programs."""
+    for visual in range(33, 49):
+        features = drawn(2, visual, 1024)
+        greedy_order(features, 2, impl="triton")
+        determinant_order(features, torch.ones(2, visual), 2, impl="triton")
+    names = ("_lengths", "_nearest", "_farthest", "_determinant")
+    assert {name: len(kinds) for name, kinds in specialised.items()} == dict.fromkeys(names, 1)
 
 
 def test_double_is_refused_by_the_kernel_only():
