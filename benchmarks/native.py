@@ -192,7 +192,7 @@ def table(results: dict[str, Any]) -> str:
         bound, step, share = line["over_bound"], line["step_over_unpruned"], line["overhead"]
         goal = f", ≤ {line['overhead_target']:.0%}" if line["overhead_target"] else ""
         rows.append(
-            f"| `{line['recipe']}` | {line['ms']['median']:.1f} | "
+            f"| `{line['recipe'].replace('|', chr(92) + '|')}` | {line['ms']['median']:.1f} | "
             f"{bound['median']:.3f} ({bound['low']:.3f}–{bound['high']:.3f}) | ≤ {line['target']:.2f} | "
             f"{line['faster']['median']:.2f}× | {line['flops_ratio']:.2f}× | "
             f"{share['median']:.2%} ({share['low']:.2%}–{share['high']:.2%}){goal} | "

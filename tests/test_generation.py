@@ -549,7 +549,7 @@ def test_layers_of_the_tests():
 )
 @torch.no_grad()
 def test_padding_that_comes_later(method, attn):
-    """A sample that has ended hides its tokens with zeros in the mask, and goes on later as if they had never been. Red: it sees them."""
+    """A sample that has ended hides its tokens with zeros in the mask, and later goes on as if they were not there."""
     model = shared("llava", attn)
     samples = [["text3", "image", "text4"], ["text5", "image", "text2"]]
 
@@ -571,3 +571,26 @@ def test_padding_that_comes_later(method, attn):
     )
     alone = last_logits(make_inputs("llava", model, samples[:1]), tokens=[[20], [24]], real=[[1], [1]], places=[[0], [1]])
     torch.testing.assert_close(together, alone, rtol=0, atol=5e-5)
+
+
+@torch.no_grad()
+def test_padding_that_the_cut_made_invisible():
+    """Both samples keep equally many tokens behind the cut, but one is padded before it. Red: layers before it see padding."""
+    model = shared("llava")
+    samples = [["text4", "image", "image"], ["text8", "image"]]
+
+    def last_logits(inputs):
+        mask = inputs["attention_mask"]
+        with vp.wrap(model, "uniform:layer=2,tokens=4"):
+            out = model(**inputs, position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0), use_cache=True)
+            for word in (20, 21):
+                mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+                step = {"attention_mask": mask, "position_ids": mask.sum(dim=1, keepdim=True) - 1}
+                ids = torch.full((len(mask), 1), word)
+                out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True, **step)
+        return out.logits[:, -1]
+
+    together = last_logits(make_inputs("llava", model, samples))
+    for row in range(2):
+        alone = last_logits(make_inputs("llava", model, samples[row : row + 1], first=row))
+        torch.testing.assert_close(together[row], alone[0], rtol=0, atol=5e-5)

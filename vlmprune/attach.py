@@ -484,8 +484,11 @@ class Run:
             if self._needs & {"embeddings", "text_embeddings"}:
                 call.embeddings = embeddings
             self._steering.enter_text(call, embeddings)
-        # With padding, the model would make a mask of the whole prompt, [batch, 1, n, n], which no layer would see.
-        return (args, {**kwargs, "attention_mask": None}) if self._cutting.shortens_at_once(call) else None
+        # With padding, the model would make a mask of the whole prompt, [batch, 1, n, n], which no layer would see. Without
+        # cache and mask, however, it would take positions with padding for packed sequences, and make a mask for these.
+        cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache", self._text.config.use_cache)
+        unseen = (cached or kwargs.get("position_ids") is None) and self._cutting.shortens_at_once(call)
+        return (args, {**kwargs, "attention_mask": None}) if unseen else None
 
     @untraced
     def _enter_steered(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
