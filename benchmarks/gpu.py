@@ -1,6 +1,6 @@
-"""Everything that needs a GPU, in one command of at most nine minutes on an H200.
+"""Everything that needs a GPU, in one command of at most nine minutes.
 
-    python benchmarks/gpu.py [--out benchmarks/results/gpu] [--budget 540]
+    python benchmarks/gpu.py [--out benchmarks/results/gpu] [--budget 500]
     python benchmarks/gpu.py --rehearse          # the same path on a CPU: tiny sizes, Triton's interpreter, nothing timed
 
 1. environment; 2. every kernel against its reference at real sizes, on poisoned memory (tests/kernels/rule.py has the rule);
@@ -8,8 +8,10 @@
 rounds; 5. how often a prefill waits for the GPU; 6. one JSON, one picture and one log.
 
 Steps run in order of importance. One that would not fit into the budget is listed as not run, one that breaks as failed, and
-the rest goes on. The JSON is written after every step. Exit code 1 if a kernel is wrong or a step failed; a missed goal is a
-finding.
+the rest goes on. A step under way when the budget is spent ends after the round it is in, if it has three; GRACE seconds later
+it is stopped without a result. Kernels are checked and timed in a process of their own: what an illegal memory access or a hang
+takes with it is that process, and the next step has a new one. The JSON is written after every step. Exit code 1 if a kernel is
+wrong or a step failed; a missed goal is a finding.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -27,8 +29,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from gpu_apart import Apart, OutOfTimeError, in_a_line
 
 MET, MISSED, NOT_RUN, REHEARSED = "met", "missed", "not run", "rehearsed, not measured"
+GRACE = 25.0
+"""Seconds beyond the budget in which a step may still come to a result. The picture and the summary need a few more."""
 
 
 @dataclass
@@ -65,7 +70,7 @@ class Goal:
 
 @dataclass
 class Step:
-    """What became of one step: "done", "failed" or "not run", and why."""
+    """What became of one step: "done", "failed", "stopped" (the budget was spent) or "not run", and why."""
 
     name: str
     state: str
@@ -82,7 +87,8 @@ class Session:
     budget: float
     out: Path
     command: str
-    start: float = field(default_factory=time.perf_counter)
+    clock: Callable[[], float] = time.perf_counter
+    apart: Apart = field(default_factory=Apart)
     environment: dict[str, Any] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
@@ -91,25 +97,47 @@ class Session:
     models: list[dict[str, Any]] = field(default_factory=list)
     waits: dict[str, dict[str, int]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.start = self.clock()
+
     @property
     def left(self) -> float:
-        """Seconds of the budget."""
-        return self.budget - (time.perf_counter() - self.start)
+        """Seconds of the budget; negative when it is spent."""
+        return self.budget - (self.clock() - self.start)
+
+    def spent(self) -> bool:
+        """Whether a step should end with what it has."""
+        return self.left <= 0
+
+    def in_time(self) -> None:
+        """For a step to call wherever it can be stopped.
+
+        Raises:
+            OutOfTimeError: the budget and its grace are spent.
+        """
+        if self.left <= -GRACE:
+            raise OutOfTimeError(f"stopped {-self.left:.0f} s after the budget was spent")
+
+    def elsewhere(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """What `work(*arguments)` returns in a process of its own, as long as there is time."""
+        return self.apart.call(self.left + GRACE, work, *arguments)
 
     def step(self, name: str, needs: float, work: Callable[[], str | None]) -> None:
-        """Run one step if its `needs` seconds are left; write down what became of it."""
-        if self.left < needs:
+        """Run one step if its `needs` seconds are left, always if it needs none; write down what became of it."""
+        if needs and self.left < needs:
             self.steps.append(Step(name, NOT_RUN, 0.0, f"needs about {needs:.0f} s, {max(self.left, 0):.0f} s were left"))
         else:
-            begin = time.perf_counter()
+            begin = self.clock()
             try:
                 state, note = "done", work() or ""
+            except OutOfTimeError as error:
+                state, note = "stopped", str(error)
             except Exception as error:  # whatever breaks, the other steps are worth their time
                 traceback.print_exc()
                 state, note = "failed", in_a_line(error)
-            self.steps.append(Step(name, state, time.perf_counter() - begin, note))
+            self.steps.append(Step(name, state, self.clock() - begin, note))
         last = self.steps[-1]
-        when = "" if self.rehearsal else f"[{time.perf_counter() - self.start:6.1f} s] "
+        when = "" if self.rehearsal else f"[{self.budget - self.left:6.1f} s] "
         self.say(f"{when}{name}: {last.state}{f' ({last.note})' if last.note else ''}")
         self.write()
 
@@ -143,11 +171,6 @@ class Session:
         self.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
 
 
-def in_a_line(error: Exception) -> str:
-    """An error's kind and the first line of what it says."""
-    return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
-
-
 REHEARSAL_NOTE = (
     "rehearsal on a CPU with reduced sizes: it shows that the path runs and that kernels are right; nothing is timed"
 )
@@ -156,73 +179,64 @@ REHEARSAL_NOTE = (
 # -- 2 and 3: kernels --------------------------------------------------------------------------------------------------
 
 
-def judged(session: Session, found: list[Any]) -> str:
-    """Keep comparisons, and say what they came to."""
+def judged(session: Session, found: list[Any], broken: Sequence[str] = ()) -> str:
+    """Keep comparisons, and say what they came to.
+
+    Raises:
+        RuntimeError: something broke; its process is given up, since CUDA may be of no more use there.
+    """
     session.checks += found
     wrong = [f"{check.op} ({check.case}): {check.error:.3g} > {check.allowed:.3g}" for check in found if not check.right]
-    return f"WRONG: {'; '.join(wrong)}" if wrong else f"{len(found)} right"
-
-
-def check_variant(session: Session, kernels: Any, sizes: Any, dtype: Any, dim: int) -> str:
-    """Every op in one dtype and head size."""
-    inputs = kernels.Inputs(session.device, sizes, dtype, dim)
-    found, broken = [], []
-    for exact, cases in ((False, kernels.cases(inputs)), (True, kernels.exact_cases(inputs))):
-        for op, case, run, arguments in cases:
-            try:
-                found.append(kernels.compare(op, case, run, arguments, inputs, exact))
-            except Exception as error:  # one op that does not compile must not hide the others
-                traceback.print_exc()
-                broken.append(f"{op} ({case}): {in_a_line(error)}")
-    note = judged(session, found)
+    note = f"WRONG: {'; '.join(wrong)}" if wrong else f"{len(found)} right"
     if broken:
+        session.apart.end()
         raise RuntimeError(f"{note}; broken: {'; '.join(broken)}")
     return note
 
 
 def check_variants(session: Session, variants: slice) -> None:
-    """Some dtypes and head sizes, each as its own step."""
+    """Every op in some dtypes and head sizes, each as its own step."""
     import gpu_kernels as kernels
 
-    sizes = kernels.REHEARSAL if session.rehearsal else kernels.REAL
-    for dtype, dim in sizes.variants[variants]:
+    for dtype, dim in kernels.sizes_of(session.rehearsal).variants[variants]:
         name = f"kernels are right, {str(dtype).removeprefix('torch.')}, head size {dim}"
-        session.step(name, 25, partial(check_variant, session, kernels, sizes, dtype, dim))
+        arguments = (kernels.check_variant, session.device, session.rehearsal, dtype, dim)
+        session.step(name, 25, lambda arguments=arguments: judged(session, *session.elsewhere(*arguments)))
 
 
 def check_the_rest(session: Session) -> None:
     """Selections, and tensors with more elements than an int32 counts."""
     import gpu_kernels as kernels
 
-    sizes = kernels.REHEARSAL if session.rehearsal else kernels.REAL
+    sizes = kernels.sizes_of(session.rehearsal)
     for width in sizes.widths:
-        inputs = kernels.Inputs(session.device, sizes, sizes.variants[0][0], 0)
-        check = partial(kernels.check_selection, inputs, width)
-        session.step(f"selections are right, width {width}", 15, lambda check=check: judged(session, list(check())))
+        arguments = (kernels.check_selection, session.device, session.rehearsal, width)
+        work = partial(session.elsewhere, *arguments)
+        session.step(f"selections are right, width {width}", 15, lambda work=work: judged(session, work()))
     if sizes.far is not None:
-        session.step("beyond 2³¹ elements", 20, lambda: judged(session, list(kernels.check_far(session.device, sizes.far))))
+        far = partial(session.elsewhere, kernels.check_far, session.device, sizes.far)
+        session.step("beyond 2³¹ elements", 20, lambda: judged(session, far()))
 
 
-def time_kernels(session: Session) -> list[Any]:
-    """Times and goals of kernels; returns the work, for `replay_kernels`."""
+def time_kernels(session: Session) -> None:
+    """Times and goals of kernels."""
     import gpu_kernels as kernels
 
-    todo: list[Any] = []
-    sizes = kernels.REHEARSAL if session.rehearsal else kernels.REAL
     goals = {
         "gather": [
             Goal(f"{name}: share of copy bandwidth", 0.7, "", more=True)
             for name in ("gather_all, keys and values", "gather_tokens, half of the keys")
         ],
         "score": [Goal("attention_mass, last row: × reading K", 5, "×", more=False)],
-        "select": [Goal(f"select_diverse, width {width}", 1, "ms", more=False) for width in sizes.widths],
+        "select": [
+            Goal(f"select_diverse, width {width}", 1, "ms", more=False) for width in kernels.sizes_of(session.rehearsal).widths
+        ],
         "var": [Goal("grouped_attention, VAR decoding: × SDPA", 1.1, "×", more=False)],
     }
     session.goals += [goal for group in goals.values() for goal in group]
 
     def work() -> str:
-        found, todo[:] = kernels.measure_kernels(session.device, sizes)
-        session.kernels = found
+        session.kernels = found = session.elsewhere(kernels.measure_kernels, session.device, session.rehearsal)
         timings = {timing.name: timing for timing in found["timings"]}
 
         def over(name: str, divisor: str) -> tuple[float | None, str]:
@@ -241,22 +255,22 @@ def time_kernels(session: Session) -> list[Any]:
         return f"{len(timings)} pieces of work"
 
     session.step("kernels against the machine's limits", 40, work)
-    return todo
 
 
-def replay_kernels(session: Session, todo: list[Any]) -> None:
-    """The same work from CUDA graphs; at the end, since a capture that fails may take more with it."""
+def replay_kernels(session: Session) -> None:
+    """The same work from CUDA graphs; at the end, since nothing else needs it."""
     import gpu_kernels as kernels
 
     def work() -> str:
-        if not todo:
+        if not session.kernels:
             return "nothing was timed before"
-        timings = kernels.replay_kernels(session.device, todo, session.kernels["timings"])
+        arguments = (session.device, session.rehearsal, session.kernels["timings"])
+        timings = session.elsewhere(kernels.replay_kernels, *arguments)
         session.kernels = {**session.kernels, "timings": timings}
         known = [f"{timing.name} {timing.graph_ms:.4f} ms" for timing in timings if timing.graph_ms is not None]
         return ", ".join(known) or f"{len(timings)} pieces of work"
 
-    session.step("kernels from CUDA graphs", 10, work)
+    session.step("kernels from CUDA graphs", 20, work)
 
 
 # -- 4 and 5: models ---------------------------------------------------------------------------------------------------
@@ -276,14 +290,20 @@ class Loaded:
         from vlmprune.evals.shapes import shape_named
 
         if self.name != name:
-            self.name = self.model = None
-            gc.collect()
-            if self.device.startswith("cuda"):
-                torch.cuda.empty_cache()
+            self.release()
             dtype = torch.float32 if self.rehearsal else torch.bfloat16
             self.model = shape_named(name).build(self.device, dtype, 16 if self.rehearsal else 1)
             self.name = name
         return self.model
+
+    def release(self) -> None:
+        """Give its memory back to the GPU, for the next model or the process of the kernels."""
+        import torch
+
+        self.name = self.model = None
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
 
 
 def run_models(session: Session) -> None:
@@ -306,18 +326,21 @@ def run_models(session: Session) -> None:
         def work(plan: Any = plan, goals: dict[Any, Goal] = goals) -> str:
             model = loaded.get(plan.shape)
             inputs = shape_named(plan.shape).inputs(model, 1 if session.rehearsal else plan.batch)
-            rows = {row.recipe: row for row in models.run_plan(model, inputs, plan, session.rehearsal)}
+            found = models.run_plan(model, inputs, plan, session.rehearsal, session.spent, session.in_time)
+            rows = {row.recipe: row for row in found}
             for wanted, goal in goals.items():
-                found = rows[wanted.recipe].faster[wanted.phase]
+                ratio = rows[wanted.recipe].faster[wanted.phase]
                 if session.rehearsal:
                     goal.meet(None)
                 else:
-                    goal.meet(found.times, f"[{found.low:.2f}, {found.high:.2f}], {rows[wanted.recipe].achieved:.0%} of ideal")
+                    goal.meet(ratio.times, f"[{ratio.low:.2f}, {ratio.high:.2f}], {rows[wanted.recipe].achieved:.0%} of ideal")
             if session.rehearsal:
                 session.models += [{"shape": plan.shape, "recipe": name, "visual": row.visual} for name, row in rows.items()]
             else:
                 session.models += [{"shape": plan.shape, **row.to_dict()} for row in rows.values()]
-            return ", ".join(f"{name} keeps {row.visual:g}" for name, row in rows.items())
+            kept = ", ".join(f"{name} keeps {row.visual:g}" for name, row in rows.items())
+            cut = not session.rehearsal and found[0].rounds < plan.rounds
+            return kept + (f"; {found[0].rounds} of {plan.rounds} rounds, the budget was spent" if cut else "")
 
         if last == "llava-1.5-7b" != plan.shape:
             count_waits(session, loaded)
@@ -325,6 +348,7 @@ def run_models(session: Session) -> None:
         session.step(plan.name, plan.seconds, work)
     if not session.waits and not any(step.name == WAITS for step in session.steps):
         count_waits(session, loaded)
+    loaded.release()
 
 
 WAITS = "waiting for the GPU in a prefill"
@@ -346,6 +370,7 @@ def count_waits(session: Session, loaded: Loaded) -> None:
         for recipe in models.WAITING:
             recipe = "var:sink_dims=cosine" if recipe == "var" and session.rehearsal else recipe
             session.waits[recipe] = models.count_synchronisations(model, inputs, recipe)
+            session.in_time()
         ours = {
             recipe: sum(count for place, count in found.items() if place != "transformers")
             for recipe, found in session.waits.items()
@@ -412,14 +437,14 @@ def summary(session: Session) -> list[str]:
     for goal in session.goals:
         found = "" if goal.found is None else f" {goal.found:.3g} {goal.unit}"
         lines.append(f"{goal.state.upper():<24}{goal.name}:{found} wanted {goal.wanted:g} {goal.unit} {goal.detail}".rstrip())
-    for state in ("failed", NOT_RUN):
+    for state in ("failed", "stopped", NOT_RUN):
         lines += [f"{state.upper():<24}{step.name}: {step.note}" for step in session.steps if step.state == state]
     return lines
 
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Path of the results, without suffix.")] = None,
-    budget: Annotated[float, typer.Option(min=30, help="Seconds; what does not fit is listed as not run.")] = 540,
+    budget: Annotated[float, typer.Option(min=30, help="Seconds; what does not fit is listed as not run.")] = 500,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="On a CPU, with tiny sizes, nothing timed.")] = False,
 ) -> None:
     if rehearse:
@@ -447,10 +472,12 @@ def main(
     first = slice(0, 6)  # every kernel, bf16 of all head sizes, fp16 and fp32; more of these behind the goals
     check_variants(session, first)
     check_the_rest(session)
-    todo = time_kernels(session)
+    time_kernels(session)
+    session.apart.end()  # models need the memory
     run_models(session)
     check_variants(session, slice(first.stop, None))
-    replay_kernels(session, todo)
+    replay_kernels(session)
+    session.apart.end()
     session.step("picture", 0, lambda: draw(session, out.with_suffix(".png")))
     for line in summary(session):
         session.say(line)

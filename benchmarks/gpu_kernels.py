@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_apart import in_a_line
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -129,6 +131,10 @@ REHEARSAL = Sizes(
 """Small enough for Triton's interpreter."""
 
 
+def sizes_of(rehearsal: bool) -> Sizes:
+    return REHEARSAL if rehearsal else REAL
+
+
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +211,20 @@ def nan_in_fresh_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def check_variant(device: str, rehearsal: bool, dtype: torch.dtype, dim: int) -> tuple[list[Check], list[str]]:
+    """Every op in one dtype and head size: comparisons, and what broke."""
+    inputs = Inputs(device, sizes_of(rehearsal), dtype, dim)
+    found, broken = [], []
+    for exact, some in ((False, cases(inputs)), (True, exact_cases(inputs))):
+        for op, case, run, arguments in some:
+            try:
+                found.append(compare(op, case, run, arguments, inputs, exact))
+            except Exception as error:  # one op that does not compile must not hide the others
+                traceback.print_exc()
+                broken.append(f"{op} ({case}): {in_a_line(error)}")
+    return found, broken
 
 
 def cases(inputs: Inputs) -> Iterator[tuple[str, str, Callable[..., Any], tuple[Any, ...]]]:
@@ -295,13 +315,15 @@ def _rounding_of_probabilities(run: Callable[..., Any], wide: tuple[Any, ...], v
     return kind.eps / (1 if cut_off else 2) * sizes + vanishing
 
 
-def check_selection(inputs: Inputs, width: int) -> Iterator[Check]:
+def check_selection(device: str, rehearsal: bool, width: int) -> list[Check]:
     """DivPrune's and CDPruner's picks, each judged in fp64 by what it is worth beside the best pick at that point."""
-    size = inputs.sizes
+    size = sizes_of(rehearsal)
+    inputs = Inputs(device, size, size.variants[0][0], 0)
     features = inputs.normal(2, size.visual, width)
     weight = inputs.normal(2, size.visual, 1, dtype=torch.float32)[..., 0].sigmoid()
     # A cosine of unit vectors of d numbers is off by at most (d + 4) · 2⁻²⁴, and a pick may be worse by the error of both.
     rounding = 2 * (width + 4) * 2**-24
+    checks = []
     for op, run, arguments, shortfall in (
         ("greedy_order", greedy_order, (features,), _short_of_max_min),
         ("determinant_order", determinant_order, (features, weight), _short_of_determinant),
@@ -311,7 +333,9 @@ def check_selection(inputs: Inputs, width: int) -> Iterator[Check]:
         theirs = run(*arguments, size.picks, impl="reference")
         error = shortfall(ours, *arguments)
         allowed = 2 * shortfall(theirs, *arguments) + rounding
-        yield Check(op, f"{size.picks} of {size.visual}", str(inputs.dtype).removeprefix("torch."), width, error, allowed)
+        dtype = str(inputs.dtype).removeprefix("torch.")
+        checks.append(Check(op, f"{size.picks} of {size.visual}", dtype, width, error, allowed))
+    return checks
 
 
 def _short_of_max_min(order: Tensor, features: Tensor) -> float:
@@ -353,13 +377,14 @@ def _short_of_determinant(order: Tensor, features: Tensor, weight: Tensor) -> fl
     return worst
 
 
-def check_far(device: str, keys: int) -> Iterator[Check]:
+def check_far(device: str, keys: int) -> list[Check]:
     """Tensors with more elements than an int32 counts; the last sample, which lies behind 2³¹, is compared."""
     batch, heads, dim = 9, 32, 128
     random = torch.Generator(device).manual_seed(0)
     key = torch.empty(batch, heads, keys, dim, device=device, dtype=torch.bfloat16).normal_(generator=random)
     assert key[:-1].numel() >= FAR
     query = torch.empty(batch, heads, 1, dim, device=device, dtype=torch.bfloat16).normal_(generator=random)
+    checks = []
     for op, run, arguments in (
         ("attention_rows", attention_rows, lambda x, q: (q, x, dim**-0.5)),
         ("attention_mass", attention_mass, lambda x, q: (q, x, dim**-0.5)),
@@ -369,10 +394,11 @@ def check_far(device: str, keys: int) -> Iterator[Check]:
         ours = _tensors(run(*arguments(key, query), impl="triton"))
         theirs = _tensors(run(*arguments(key[-1:], query[-1:]), impl="reference"))
         worst = _judged(op, run, arguments(key[-1:], query[-1:]), [x[-1:] for x in ours], theirs, dim)
-        yield Check(op, f"{keys} keys, 2³¹ elements", "bfloat16", dim, *worst)
+        checks.append(Check(op, f"{keys} keys, 2³¹ elements", "bfloat16", dim, *worst))
     rows = torch.randint(keys - 500, keys, (batch, 300), generator=random, device=device)
     ours, theirs = (gather_tokens(key, rows, impl=impl) for impl in ("triton", "reference"))
-    yield Check("gather_tokens", f"{keys} keys, 2³¹ elements", "bfloat16", dim, float((ours != theirs).sum()), 0.0)
+    wrong = float((ours != theirs).sum())
+    return [*checks, Check("gather_tokens", f"{keys} keys, 2³¹ elements", "bfloat16", dim, wrong, 0.0)]
 
 
 def _far_grouped(key: Tensor, query: Tensor) -> tuple[Any, ...]:
@@ -463,32 +489,24 @@ Work = list[tuple[str, Callable[..., Any], tuple[Any, ...], Callable[..., Any]]]
 """Name, public op, its arguments, and what tells its cost."""
 
 
-def replay_kernels(device: str, work: Work, timings: list[Timing]) -> list[Timing]:
+def replay_kernels(device: str, rehearsal: bool, timings: list[Timing]) -> list[Timing]:
     """The same timings, each with that of its work replayed from a CUDA graph."""
     clock = Stopwatch(device)
+    work = work_to_time(device, rehearsal)
     replayed = [clock.replayed(partial(run, *arguments, impl="triton")) for _, run, arguments, _ in work]
     return [replace(timing, graph_ms=ms, note=note) for timing, (ms, note) in zip(timings, replayed, strict=True)]
 
 
-def measure_kernels(device: str, sizes: Sizes) -> tuple[dict[str, Any], Work]:
-    """Times of every op on shapes of LLaVA-NeXT-7B in bf16, and the figures that the goals compare them with.
-
-    Returns:
-        What was found, and the work itself. Found are "timings"; "copy_gb_s", the bandwidth of a copy; "read_keys_ms", one
-        reading of the keys; "sdpa_row_ms", stock attention of one row. Times are None in a rehearsal.
-    """
-    clock, dtype = Stopwatch(device), torch.bfloat16
-    inputs = Inputs(device, sizes, dtype, 128 if sizes is REAL else sizes.variants[0][1])
+def work_to_time(device: str, rehearsal: bool) -> Work:
+    """What is timed: shapes of LLaVA-NeXT-7B in bf16, the same numbers in every process."""
+    sizes, dtype = sizes_of(rehearsal), torch.bfloat16
+    inputs = Inputs(device, sizes, dtype, sizes.variants[0][1])
     batch, heads, keys, dim, scaling = sizes.batch, sizes.heads, sizes.prompt, inputs.dim, inputs.scaling
 
     def normal(*shape: int) -> Tensor:
         return torch.empty(shape, device=device, dtype=dtype).normal_(generator=inputs.random)
 
-    bandwidth = _copy_bandwidth(clock, device, 1 << 30 if sizes is REAL else 1 << 10)
     key, value, last = normal(batch, heads, keys, dim), normal(batch, heads, keys, dim), normal(batch, heads, 1, dim)
-    summed = clock(lambda: key.view(-1).sum())
-    read = None if summed is None or bandwidth is None else min(summed, key.nbytes / bandwidth * 1e3)
-    sdpa = clock(lambda: torch.nn.functional.scaled_dot_product_attention(last, key, value))
     words, marks = normal(batch, heads, sizes.rows, dim), inputs.marks(batch, keys - sizes.rows)
     position = torch.arange(keys - sizes.rows, keys, device=device)[None]
     causal = (torch.arange(keys, device=device) <= position[..., None]).expand(batch, -1, -1)
@@ -500,7 +518,8 @@ def measure_kernels(device: str, sizes: Sizes) -> tuple[dict[str, Any], Work]:
     var = vlmprune.VAR()
     decoding = (last, key, value, scaling, None, None, marks, var.coefficients)
     behind = (words, key, value, scaling, position, None, marks, var.coefficients)
-    work: Work = [
+    cache = [normal(batch, heads, keys, dim) for _ in range(2 * sizes.layers)]
+    return [
         ("attention_mass, last row", attention_mass, (last, key, scaling), attention_mass_cost),
         ("attention_mass, words", attention_mass, (words, key, scaling, causal), attention_mass_cost),
         ("flow_score, tower", flow_score, (cls, *views, anchor, 0.125, 1.0), flow_score_cost),
@@ -508,20 +527,32 @@ def measure_kernels(device: str, sizes: Sizes) -> tuple[dict[str, Any], Work]:
         ("gather_tokens, half of the keys", gather_tokens, (key, half), gather_cost),
         ("grouped_attention, VAR decoding", grouped_attention, decoding, _grouped_cost),
         ("grouped_attention, VAR words", grouped_attention, behind, _grouped_cost),
+        *(
+            (f"select_diverse, width {width}", select_diverse, (normal(1, sizes.visual, width), sizes.picks), select_cost)
+            for width in sizes.widths
+        ),
+        ("gather_all, keys and values", gather_all, (cache, kept), cost_of_all),
     ]
-    work += [
-        (f"select_diverse, width {width}", select_diverse, (normal(1, sizes.visual, width), sizes.picks), select_cost)
-        for width in sizes.widths
-    ]
-    cache = [normal(batch, heads, keys, dim) for _ in range(2 * sizes.layers)]
-    work.append(("gather_all, keys and values", gather_all, (cache, kept), cost_of_all))
-    timings = [_timed(clock, bandwidth, dtype, *piece) for piece in work]
+
+
+def measure_kernels(device: str, rehearsal: bool) -> dict[str, Any]:
+    """Times of every op, and the figures that the goals compare them with.
+
+    Returns:
+        "timings"; "copy_gb_s", the bandwidth of a copy; "read_keys_ms", one reading of the keys; "sdpa_row_ms", stock attention
+        of one row. Times are None in a rehearsal.
+    """
+    clock, dtype = Stopwatch(device), torch.bfloat16
+    bandwidth = _copy_bandwidth(clock, device, 1 << 10 if rehearsal else 1 << 30)
+    work = work_to_time(device, rehearsal)
+    last, key, value = next(arguments[:3] for name, _, arguments, _ in work if name == "grouped_attention, VAR decoding")
+    summed = clock(lambda: key.view(-1).sum())
     return {
-        "timings": timings,
+        "timings": [_timed(clock, bandwidth, dtype, *piece) for piece in work],
         "copy_gb_s": None if bandwidth is None else bandwidth / 1e9,
-        "read_keys_ms": read,
-        "sdpa_row_ms": sdpa,
-    }, work
+        "read_keys_ms": None if summed is None or bandwidth is None else min(summed, key.nbytes / bandwidth * 1e3),
+        "sdpa_row_ms": clock(lambda: torch.nn.functional.scaled_dot_product_attention(last, key, value)),
+    }
 
 
 def _grouped_cost(

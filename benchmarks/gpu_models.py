@@ -6,7 +6,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +91,12 @@ WAITING = ("un-pruned", "flowcut:tokens=64", "divprune:tokens=64", "visionzip:to
 """Recipes whose synchronisations are counted, on LLaVA-1.5."""
 
 
-def run_plan(model: Any, inputs: dict[str, Any], plan: Plan, rehearsal: bool) -> list[bench.Measured]:
-    """The un-pruned model and the plan's recipes, in interleaved rounds."""
+def run_plan(
+    model: Any, inputs: dict[str, Any], plan: Plan, rehearsal: bool, enough: Callable[[], bool], tick: Callable[[], None]
+) -> list[bench.Measured]:
+    """The un-pruned model and the plan's recipes, in interleaved rounds; `enough` and `tick` as `bench.measure` has them."""
     rounds, tokens = (1, 2) if rehearsal else (plan.rounds, plan.new_tokens)
-    return bench.measure(model, inputs, plan.recipes, rounds, tokens)
+    return bench.measure(model, inputs, plan.recipes, rounds, tokens, tick, enough)
 
 
 # -- waiting for the GPU -----------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """What a recipe saves, beside the un-pruned model: time to the first token, time per further token, memory, and our own share.
 
 Everything runs in one process on the same inputs with the same attention; every round runs the un-pruned model and all recipes
-in turn, and ratios are taken within rounds, so that a machine that slows down slows all of them.
+in turn, and ratios are taken within rounds, so that a machine that slows down slows all of them. Each round begins one further
+on, so that none of them has the first or the last place for itself.
 
     TTFT    from `generate(...)` to the first token on the host: vision tower, prefill, head, choice of the token
     TPOT    mean of the later steps of decoding, each with its token on the host
@@ -34,6 +35,8 @@ import vlmprune
 from vlmprune.evals.offline import UNPRUNED
 
 RESAMPLES = 2000
+LEAST_ROUNDS = 3
+"""Fewer say nothing about their spread."""
 PHASES = ("tower", "prefill", "ttft", "tpot", "e2e")
 
 
@@ -119,8 +122,9 @@ def measure(
     rounds: int = 7,
     new_tokens: int = 16,
     tick: Callable[[], None] = lambda: None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> list[Measured]:
-    """Measure the un-pruned model and recipes, in turn within every round.
+    """Measure the un-pruned model and recipes, in turn within every round; round r begins with the r-th of them.
 
     Args:
         model: a stock, un-wrapped model whose `generation_config` knows no end of text, so that all runs are as long.
@@ -129,6 +133,7 @@ def measure(
         rounds: measured rounds; before them one that counts FLOPs and memory and warms up.
         new_tokens: tokens to generate, at least 1.
         tick: called after every run, for a progress bar.
+        enough: asked after every round from the third on; True ends measuring, and `Measured.rounds` says how many there were.
 
     Returns:
         The un-pruned model, then the recipes in their order.
@@ -142,14 +147,17 @@ def measure(
     runs: dict[str, list[_Run]] = {name: [] for name in names}
     counted: dict[str, tuple[int, int]] = {}
     for turn in range(rounds + 1):
-        for name in names:
+        first = (turn - 1) % len(names) if turn else 0
+        for name in [*names[first:], *names[:first]]:
             if turn == 0:
                 counted[name] = _count(model, inputs, name, new_tokens)
             else:
                 runs[name].append(_run(model, inputs, name, new_tokens))
             tick()
+        if turn >= LEAST_ROUNDS and enough():
+            break
     whole = next((run.report for name in recipes for run in runs[name] if run.report is not None), None)
-    return [_measured(name, runs, counted, whole, inputs, rounds, new_tokens) for name in names]
+    return [_measured(name, runs, counted, whole, inputs, new_tokens) for name in names]
 
 
 @dataclass(frozen=True)
@@ -314,7 +322,6 @@ def _measured(
     counted: Mapping[str, tuple[int, int]],
     whole: vlmprune.Report | None,
     inputs: Mapping[str, Any],
-    rounds: int,
     new_tokens: int,
 ) -> Measured:
     own = runs[name]
@@ -332,7 +339,7 @@ def _measured(
     return Measured(
         recipe=name,
         batch=batch,
-        rounds=rounds,
+        rounds=len(own),
         new_tokens=new_tokens,
         prompt=prompt,
         visual=sum(reports[0].stages[-1].kept) / batch if reports and reports[0].stages else pictures,

@@ -8,10 +8,12 @@ import pytest
 import torch
 from command_line import vlmprune as command
 from PIL import Image
+from rich.console import Console
 from tiny_models import make_inputs, shared
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlmprune as vp
+from vlmprune import cli
 from vlmprune.evals import bench
 from vlmprune.evals.shapes import SHAPES
 
@@ -48,6 +50,36 @@ def test_every_recipe_is_measured_beside_the_unpruned_model():
     assert set(late.overhead) == {"what the tower knew", "attention in layer 1", "layer 2"}
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, before)
+
+
+def test_rounds_begin_one_further_on(monkeypatch):
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text5", "image", "text4"]])
+    order, run = [], bench._run
+
+    def noted(model, inputs, name, new_tokens):
+        order.append(name)
+        return run(model, inputs, name, new_tokens)
+
+    monkeypatch.setattr(bench, "_run", noted)
+    names = [bench.UNPRUNED, "random:tokens=4", "uniform:tokens=4"]
+    rows = bench.measure(model, inputs, names[1:], rounds=4, new_tokens=1)
+    assert [row.recipe for row in rows] == names
+    plain, random, uniform = names
+    assert order == [plain, random, uniform, random, uniform, plain, uniform, plain, random, plain, random, uniform]
+
+
+def test_enough_is_asked_from_the_third_round_on():
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text5", "image", "text4"]])
+    asked: list[int] = []
+
+    def enough() -> bool:
+        asked.append(1)
+        return len(asked) == 2
+
+    rows = bench.measure(model, inputs, ["random:tokens=4"], rounds=7, new_tokens=1, enough=enough)
+    assert [row.rounds for row in rows] == [4, 4]
 
 
 def test_cache_bytes_are_those_after_prefill():
@@ -117,12 +149,31 @@ def test_command(monkeypatch, capsys, tmp_path):
     arguments = ("bench", "--recipe", "random:tokens=64", "--rounds", 3, "--new-tokens", 2, "--device", "cpu")
     assert command(monkeypatch, *arguments, "--out", tmp_path) == 0
     out = capsys.readouterr().out
-    assert "llava-1.5-7b, widths / 8, 8 layers, 576 visual tokens, float32, cpu" in out
+    assert "llava-1.5-7b, widths / 8, 8 layers, 576 visual tokens, float32, cpu" in " ".join(out.split())
     assert "TTFT" in out
     numbers = json.loads((tmp_path / "bench.json").read_text())
     assert [row["recipe"] for row in numbers["rows"]] == [bench.UNPRUNED, "random:tokens=64"]
     assert "| `random:tokens=64` | 1 |" in (tmp_path / "bench.md").read_text()
     assert Image.open(tmp_path / "bench.png").width > 500
+
+
+def test_table_on_a_narrow_terminal(monkeypatch, capsys):
+    """Every figure whole, on a line of its own, inside a box of whole lines."""
+    monkeypatch.setattr(cli, "console", Console(width=80))
+    recipe = "random:layer=2,tokens=300 + random:layer=4,tokens=64 + var:sink_dims=cosine,p=0.6"
+    assert command(monkeypatch, "bench", "--recipe", recipe, "--rounds", 3, "--new-tokens", 2, "--device", "cpu") == 0
+    table = capsys.readouterr().out.partition("Our own work")[0].splitlines()
+    box = [line for line in table if line[:1] in "┏┃┡│├└"]
+    assert len({len(line) for line in box}) == 1
+    assert len(box[0]) <= 80
+    cards = [line.split("│")[2].strip() for line in box if line.startswith("│")]
+    figures = [line for line in cards if line]
+    assert len(figures) == 2 * (len(bench.COLUMNS) - 1)
+    for name, line in zip(2 * bench.COLUMNS[1:], figures, strict=True):
+        assert line.startswith(f"{name} ")
+        assert "…" not in line
+    shown = "".join(line.split("│")[1].strip() for line in box if line.startswith("│"))
+    assert recipe.replace(" ", "") in shown.replace(" ", "")
 
 
 @pytest.mark.parametrize(

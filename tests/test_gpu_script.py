@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from tiny_models import make_inputs, shared
 
 import vlmprune
+from vlmprune.evals.shapes import Shape
 
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
 
@@ -74,6 +76,82 @@ def test_steps_over_budget_are_listed(script, tmp_path):
     summary = "\n".join(script("gpu").summary(made))
     assert "NOT RUN" in summary
     assert "FAILED" in summary
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def run_slow_plans(script, monkeypatch, tmp_path, seconds_of_a_run: float):
+    """Two plans of five rounds, two names each, whose runs take this long by a fake clock; a budget of 100 s."""
+    gpu, models, clock = script("gpu"), script("gpu_models"), Clock()
+    made = gpu.Session("cpu", False, 100.0, tmp_path / "gpu", "", clock=clock)
+    recipe = "random:tokens=4"
+    plans = [models.Plan("llava-1.5-7b", batch, 5, 2, 30, (models.Wanted(recipe, "ttft", 1.0),)) for batch in (1, 2)]
+    monkeypatch.setattr(models, "PLANS", plans)
+    monkeypatch.setattr(gpu, "count_waits", lambda *_: None)
+    model = shared("llava")
+    monkeypatch.setattr(gpu.Loaded, "get", lambda *_: model)
+    inputs = make_inputs("llava", model, [["text5", "image", "text4"]])
+    monkeypatch.setattr(Shape, "inputs", lambda *_: inputs)
+    run = models.bench._run
+
+    def slow(*arguments):
+        clock.now += seconds_of_a_run
+        return run(*arguments)
+
+    monkeypatch.setattr(models.bench, "_run", slow)
+    gpu.run_models(made)
+    return made, clock
+
+
+def test_a_step_that_runs_over_ends_with_its_rounds(script, monkeypatch, tmp_path):
+    """Four rounds of 26 s are past 100 s: the fifth is left out, the rest is not run."""
+    made, clock = run_slow_plans(script, monkeypatch, tmp_path, 13.0)
+    assert [step.state for step in made.steps] == ["done", "not run"]
+    assert "4 of 5 rounds, the budget was spent" in made.steps[0].note
+    assert {row["rounds"] for row in made.models} == {4}
+    assert [goal.state == "not run" for goal in made.goals] == [False, True]
+    assert clock.now == 104
+
+
+def test_a_step_without_three_rounds_is_stopped(script, monkeypatch, tmp_path):
+    """Two rounds of 60 s: the grace ends in the third, before there is a result."""
+    made, clock = run_slow_plans(script, monkeypatch, tmp_path, 30.0)
+    assert [step.state for step in made.steps] == ["stopped", "not run"]
+    assert "after the budget was spent" in made.steps[0].note
+    assert [goal.state for goal in made.goals] == ["not run", "not run"]
+    assert clock.now == 150
+    assert "STOPPED" in "\n".join(script("gpu").summary(made))
+    made.step("picture", 0, lambda: "drawn")
+    assert made.steps[-1].state == "done"
+
+
+def test_what_a_kernel_breaks_is_its_own_process(script):
+    """A lost process is told, a slow one is stopped, an error comes back; the next work has a new process."""
+    apart_module = script("gpu_apart")
+    apart = apart_module.Apart()
+    try:
+        assert apart.call(60, abs, -1) == 1
+        first = apart.process.pid
+        assert apart.call(60, os.getpid) == first
+        with pytest.raises(RuntimeError, match="its process ended with exit code 7"):
+            apart.call(60, os._exit, 7)
+        assert apart.call(60, os.getpid) not in (first, os.getpid())
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            apart.call(60, divmod, 1, 0)
+        with pytest.raises(apart_module.OutOfTimeError, match="stopped after 1 s"):
+            apart.call(1, time.sleep, 60)
+        assert apart.process.exitcode is not None
+        assert apart.call(60, abs, -2) == 2
+    finally:
+        apart.end()
 
 
 @pytest.mark.parametrize(

@@ -280,10 +280,10 @@ def bench(
         for row in rows:
             table.add_row(*evals.cells(row))
     else:  # many columns need room
-        table = Table("recipe", Column("", overflow="fold"), title=title, show_lines=True)
+        table = Table(Column("recipe", overflow="fold"), Column("", no_wrap=True), title=title, show_lines=True)
         for row in rows:
             lines = [f"[dim]{name}[/] {cell}" for name, cell in zip(evals.COLUMNS[1:], evals.cells(row)[1:], strict=True)]
-            table.add_row(row.recipe, "   ".join(lines).replace("[/]", "[/dim]"))
+            table.add_row(row.recipe, "\n".join(lines))
     console.print(table)
     for sentence in evals.overheads(rows):
         console.print(f"Our own work, {sentence} of TTFT", markup=False, highlight=False)
