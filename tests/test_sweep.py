@@ -22,6 +22,9 @@ from vlmprune.tiny.questions import SKILLS
 DEPTH, VISUAL = 8, 144
 
 
+pytestmark = pytest.mark.xdist_group("sweep")  # one process makes what they look at
+
+
 @pytest.fixture(scope="module")
 def embedded():
     return tiny.load()

@@ -33,6 +33,9 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")][1:]
 
 
+pytestmark = pytest.mark.xdist_group("compiled")  # one process makes what they look at
+
+
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory) -> list[list[str]]:
     """Rows of the table, compiled now."""
