@@ -190,9 +190,10 @@ def table(results: dict[str, Any]) -> str:
     ]
     for line in results["lines"]:
         bound, step, share = line["over_bound"], line["step_over_unpruned"], line["overhead"]
+        recipe = f"`{line['recipe']}`".replace("|", r"\|")
         goal = f", ≤ {line['overhead_target']:.0%}" if line["overhead_target"] else ""
         rows.append(
-            f"| `{line['recipe'].replace('|', chr(92) + '|')}` | {line['ms']['median']:.1f} | "
+            f"| {recipe} | {line['ms']['median']:.1f} | "
             f"{bound['median']:.3f} ({bound['low']:.3f}–{bound['high']:.3f}) | ≤ {line['target']:.2f} | "
             f"{line['faster']['median']:.2f}× | {line['flops_ratio']:.2f}× | "
             f"{share['median']:.2%} ({share['low']:.2%}–{share['high']:.2%}){goal} | "

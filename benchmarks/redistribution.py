@@ -125,9 +125,8 @@ def main(
             row |= {f"{label}_quartiles": (low, high)}
             cells += [f"{row[f'{label}_ms']:.2f}", f"{median(ratios):.2f} ({low:.2f}–{high:.2f})"]
         data.append(row)
-        lines.append(
-            f"| {'plain SDPA' if name is None else '`' + name.replace('|', chr(92) + '|') + '`'} | " + " | ".join(cells) + " |"
-        )
+        shown = "plain SDPA" if name is None else f"`{name}`".replace("|", r"\|")
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
     stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     command = f"python benchmarks/redistribution.py --rounds {rounds} --threads {threads} --steps {steps}"
     text = "\n".join(

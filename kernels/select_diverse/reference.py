@@ -34,6 +34,8 @@ def greedy_order(features: Tensor, keep: int) -> Tensor:
     order = torch.empty(images, keep, dtype=torch.long, device=features.device)
     if keep == 0:
         return order
+    if visual <= CHUNK:
+        return _order_of_few(unit, keep)
     pick = _nearest_other(unit).argmax(dim=-1)
     apart = unit.new_full((images, visual), torch.inf)  # distance to the nearest selected token; −inf once taken
     for step in range(keep):
@@ -42,6 +44,21 @@ def greedy_order(features: Tensor, keep: int) -> Tensor:
         apart[rows, pick] = -torch.inf
         pick = apart.argmax(dim=-1)
     return order
+
+
+def _order_of_few(unit: Tensor, keep: int) -> Tensor:
+    """The same where all distances together are no larger than a block: three small operations a pick."""
+    distance = 1.0 - unit @ unit.transpose(-1, -2)
+    own = distance.diagonal(dim1=-2, dim2=-1)
+    own.fill_(torch.inf)
+    picks = [distance.amin(dim=-1).argmax(dim=-1)]
+    own.fill_(-torch.inf)  # from its own row on, a token is taken
+    rows = torch.arange(len(unit), device=unit.device)
+    apart = torch.full_like(distance[:, 0], torch.inf)
+    for _ in range(keep - 1):
+        torch.minimum(apart, distance[rows, picks[-1]], out=apart)
+        picks.append(apart.argmax(dim=-1))
+    return torch.stack(picks, dim=1)
 
 
 def _similarity(unit: Tensor, pick: Tensor) -> Tensor:
