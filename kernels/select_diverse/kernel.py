@@ -28,11 +28,8 @@ from vlmprune.kernels.launching import interpreted, on_its_device, packed
 from vlmprune.kernels.select_diverse.reference import RANK
 from vlmprune.kernels.variants import Variant
 
-EMPTY = tl.constexpr(2**63 - 1)
-"""Not yet written; no word is so great, so that the greatest of all words also says whether one is missing."""
-
-NOBODY = tl.constexpr(-(2**63))
-"""The word of no token; no distance is ordered so low."""
+EMPTY = tl.constexpr(-(2**63))
+"""Not yet written; no distance is ordered so low."""
 
 SHORTEST = tl.constexpr(1e-12)
 """Lengths are at least this, as in torch's `normalize`."""
@@ -138,9 +135,9 @@ def _cosines(
 def _greatest(words, programs, PROGRAMS: tl.constexpr):
     """The greatest of the words of a picture's programs; waits until all are written."""
     each = tl.arange(0, PROGRAMS)
-    found = tl.load(words + each, mask=each < programs, other=NOBODY, volatile=True)
-    while tl.max(found, 0) == EMPTY:
-        found = tl.load(words + each, mask=each < programs, other=NOBODY, volatile=True)
+    found = tl.load(words + each, mask=each < programs, other=EMPTY + 1, volatile=True)
+    while tl.min(found, 0) == EMPTY:
+        found = tl.load(words + each, mask=each < programs, other=EMPTY + 1, volatile=True)
     return tl.max(found, 0)
 
 
@@ -166,7 +163,7 @@ def _farthest(
             pick = _token(_greatest(words + (step - 1) * programs, programs, PROGRAMS))
             if program == 0:
                 tl.store(order + image * keep + step - 1, pick.to(tl.int64))
-        best = tl.full([], NOBODY, tl.int64)
+        best = tl.full([], EMPTY + 1, tl.int64)
         for tile in range(tiles):
             token = (program * tiles + tile) * TOKENS + tl.arange(0, TOKENS)
             real = token < visual
@@ -182,7 +179,7 @@ def _farthest(
                 distance = tl.where(token == pick, float("-inf"), tl.minimum(before, 1.0 - cosine))
                 tl.debug_barrier()  # several threads read a token's distance and one writes it: all have read
                 tl.store(apart + token, distance, mask=real)
-            best = tl.maximum(best, tl.max(tl.where(real, _word(distance, token), NOBODY), 0))
+            best = tl.maximum(best, tl.max(tl.where(real, _word(distance, token), EMPTY + 1), 0))
         if step < keep:
             tl.atomic_xchg(words + step * programs + program, best, sem="relaxed")
         tl.debug_barrier()  # what was written in `apart` is read by other threads in the next step
@@ -220,7 +217,7 @@ def _determinant(
         pick_weight = tl.load(weight + pick)
         if program == 0:
             tl.store(order + image * keep + step - 1, pick.to(tl.int64))
-    best = tl.full([], NOBODY, tl.int64)
+    best = tl.full([], EMPTY + 1, tl.int64)
     for tile in range(tiles):
         token = (program * tiles + tile) * TOKENS + tl.arange(0, TOKENS)
         real = token < visual
@@ -256,7 +253,7 @@ def _determinant(
             left = tl.where(before < 0, before, left)
             left = tl.where(token == pick, -1.0, left)
         tl.store(gain + token, left, mask=real)
-        best = tl.maximum(best, tl.max(tl.where(real, _word(left, token), NOBODY), 0))
+        best = tl.maximum(best, tl.max(tl.where(real, _word(left, token), EMPTY + 1), 0))
     if step < keep:
         tl.store(words + step * programs + program, best)
 
