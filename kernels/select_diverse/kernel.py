@@ -252,6 +252,7 @@ def _determinant(
             left = tl.where(left > tl.load(rounding + token, mask=real, other=0.0), left, 0.0)
             left = tl.where(before < 0, before, left)
             left = tl.where(token == pick, -1.0, left)
+            tl.debug_barrier()  # several threads read a token's gain and one writes it: all have read
         tl.store(gain + token, left, mask=real)
         best = tl.maximum(best, tl.max(tl.where(real, _word(left, token), EMPTY + 1), 0))
     if step < keep:
