@@ -138,6 +138,8 @@ def _greatest(words, programs, PROGRAMS: tl.constexpr):
     found = tl.load(words + each, mask=each < programs, other=EMPTY + 1, volatile=True)
     while tl.min(found, 0) == EMPTY:
         found = tl.load(words + each, mask=each < programs, other=EMPTY + 1, volatile=True)
+    # Once more: of several threads that hold copies of a word, read at different times, one may have come too early.
+    found = tl.load(words + each, mask=each < programs, other=EMPTY + 1, volatile=True)
     return tl.max(found, 0)
 
 
