@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/vlmprune demo
 
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --cov --cov-report=term --cov-fail-under=95
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --durations 15 --cov --cov-report=term --cov-fail-under=95
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -22,9 +22,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from prefill import llava_shaped  # benchmarks/ is no package: its scripts find each other
 from rich.console import Console
 from rich.progress import Progress
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vlmprune
 from vlmprune.cli import environment
@@ -49,35 +49,13 @@ BOUND_AT_ONCE, BOUND_BETWEEN = 1.08, 1.10
 """Targets for a cut before the first layer, and for cuts between layers."""
 
 
-def llava_shaped() -> LlavaForConditionalGeneration:
-    vision = CLIPVisionConfig(
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        image_size=336,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-    )
-    torch.manual_seed(0)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=VISUAL)
-    return LlavaForConditionalGeneration(config).eval()
-
-
 class Bench:
     """One model, one picture, and prompts with any number of its tokens."""
 
     def __init__(self) -> None:
-        self.model = llava_shaped()
-        self.words = torch.randint(10, 4096, (sum(WORDS),))
-        self.pixels = torch.randn(1, 3, 336, 336)
+        self.model, inputs = llava_shaped(dim=1024, mlp=2816, layers=LAYERS, image_token=IMAGE)
+        ids = inputs["input_ids"][0]
+        self.words, self.pixels = ids[ids != IMAGE], inputs["pixel_values"]
         self.encoded = self._encode()
 
     def _encode(self) -> Any:

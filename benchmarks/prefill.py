@@ -31,9 +31,9 @@ TEXT = 60
 
 
 def llava_shaped(
-    dim: int = 768, layers: int = 12, image_token: int = 1
+    dim: int = 768, mlp: int = 2048, layers: int = 12, image_token: int = 1
 ) -> tuple[LlavaForConditionalGeneration, dict[str, Any]]:
-    """A random LLaVA of about 100 M parameters with 576 visual tokens, and inputs for it."""
+    """A random LLaVA, by default of about 100 M parameters, with 576 visual tokens, and inputs for it."""
     vision = CLIPVisionConfig(
         hidden_size=384,
         intermediate_size=1536,
@@ -45,7 +45,7 @@ def llava_shaped(
     text = LlamaConfig(
         vocab_size=4096,
         hidden_size=dim,
-        intermediate_size=2048,
+        intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=dim // 64,
         num_key_value_heads=dim // 64,
