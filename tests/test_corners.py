@@ -388,3 +388,14 @@ def test_keep_all_does_not_touch_the_cache(family):
     with vp.wrap(model, "random:layer=1,fraction=1"):
         cache = model(**inputs, use_cache=True).past_key_values
     assert all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+@pytest.mark.parametrize("method", ["cls:fraction=0.4", "flowcut:fraction=0.4"])
+@torch.no_grad()
+def test_row_separators_under_autocast(method):
+    """They are rounded with the features they stand among. Red: they pass for visual tokens that no tower saw."""
+    model = shared("llava_next")
+    inputs = make_inputs("llava_next", model, [["text3", "image", "text4"]])
+    with torch.autocast("cpu", torch.bfloat16), vp.wrap(model, method) as run:
+        model(**inputs)
+    assert run.report().newlines == 3

@@ -513,8 +513,10 @@ class Run:
             return
         assert call.layout is not None
         assert call.prompt is not None
-        newline = getattr(self._base, self._family.newline).to(embeddings)
-        call.newlines = on_host((embeddings == newline).all(dim=-1)) & call.prompt.visual
+        newline, device = getattr(self._base, self._family.newline), embeddings.device.type
+        if torch.is_autocast_enabled(device):  # transformers packs it among features of that dtype
+            newline = newline.to(torch.get_autocast_dtype(device))
+        call.newlines = on_host((embeddings == newline.to(embeddings)).all(dim=-1)) & call.prompt.visual
         call.layout = call.layout.without(call.newlines)
 
     def _enter_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
