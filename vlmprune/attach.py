@@ -391,10 +391,10 @@ class Run:
     def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         # With pictures encoded beforehand, this is generate(), and it asks for the logits of the last prompt token and of
         # everything after it; in a plain call the number means nothing of the kind.
-        last = kwargs.get("logits_to_keep", 0) if kwargs.get("mm_encoder_outputs") else 0
-        asked = kwargs.get("logits_to_keep", 0)
-        tail = last - 1 if isinstance(last, int) and last > 1 else 0
-        return args, {**kwargs, TUNNEL: Call(tail=tail, asked=asked if isinstance(asked, int) else 0)}
+        given = kwargs.get("logits_to_keep", 0)
+        asked = given if isinstance(given, int) else 0
+        tail = max(asked - 1, 0) if kwargs.get("mm_encoder_outputs") else 0
+        return args, {**kwargs, TUNNEL: Call(tail=tail, asked=asked)}
 
     @untraced
     def _enter_base(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

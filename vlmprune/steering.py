@@ -24,6 +24,7 @@ from vlmprune.adapters.family import Family, has_mrope
 from vlmprune.attention import pruned_mask
 from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, marked_layer
 from vlmprune.errors import UsageError
+from vlmprune.kernels.dispatch import wide
 from vlmprune.kernels.grouped_attention import column_means, grouped_attention, scored_attention
 from vlmprune.layout import on_device
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, Picture, Redistributor, Scene, ScoreEditor
@@ -251,14 +252,14 @@ class Steering:
         rows: Reduction | None,
     ) -> tuple[Tensor, Tensor | None]:
         """`[batch, row, head, dim]` of some rows, and which heads of them differ from the model's own `[batch, row, head]`."""
-        wide = torch.promote_types(query.dtype, torch.float32)
+        dtype = wide(query)
         if isinstance(method, ScoreEditor):
-            groups = marks.grouped(len(method.strengths), wide)[:, 0]
-            weight = groups @ on_device(np.array((0.0, *method.strengths)), groups.device).to(wide)
+            groups = marks.grouped(len(method.strengths), dtype)[:, 0]
+            weight = groups @ on_device(np.array((0.0, *method.strengths)), groups.device).to(dtype)
             self._record(call, index, method, marks)
             return scored_attention(query, key, value, scaling, position, valid, weight), None
         assert isinstance(method, GroupEditor)
-        groups = marks.grouped(method.groups, wide)
+        groups = marks.grouped(method.groups, dtype)
         coefficients = partial(method.coefficients, present=marks.present)
         out, factors, masses = grouped_attention(query, key, value, scaling, position, valid, groups, coefficients)
         if call.record is None:

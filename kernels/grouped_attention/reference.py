@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.dispatch import wide
+
 CHUNK = 1 << 20
 """Numbers of an attention map `[batch, head, row, key]` that exist at one time: 4 MiB of fp32, which stays in a CPU's cache."""
 
@@ -47,7 +49,7 @@ def grouped_attention(
         `[batch, row, head, dim]` fp32, factors and masses `[batch, head, row, group]`.
     """
     marked = groups.shape[2]
-    groups = groups.to(_wide(query))
+    groups = groups.to(wide(query))
     out, factors, masses = [], [], []
     for _, scores in _scores(query, key, scaling, position, valid):
         attention = scores.softmax(dim=-1)
@@ -75,7 +77,7 @@ def scored_attention(
     Returns:
         `[batch, row, head, dim]` fp32.
     """
-    full = torch.nn.functional.pad(weight.to(_wide(query)), (0, key.shape[2] - weight.shape[1]))[:, None, None]
+    full = torch.nn.functional.pad(weight.to(wide(query)), (0, key.shape[2] - weight.shape[1]))[:, None, None]
     edited = _scores(query, key, scaling, position, valid, lambda scores: torch.addcmul(scores, full, scores.abs()))
     return _joined([_weighted(scores.softmax(dim=-1), value) for _, scores in edited], 1)
 
@@ -87,17 +89,13 @@ def column_means(query: Tensor, key: Tensor, scaling: float, position: Tensor, v
         counted: `[batch, row]` bool. The others as in `grouped_attention`.
     """
     keys = torch.arange(key.shape[2], device=key.device)
-    total = torch.zeros(*query.shape[:2], key.shape[2], dtype=_wide(query), device=key.device)
+    total = torch.zeros(*query.shape[:2], key.shape[2], dtype=wide(query), device=key.device)
     seen = torch.zeros(total.shape[0], total.shape[2], dtype=total.dtype, device=key.device)
     for rows, scores in _scores(query, key, scaling, position, valid):
         counts = counted[:, rows].to(scores)
         total = total + torch.einsum("bhrk,br->bhk", scores.softmax(dim=-1), counts)
         seen = seen + ((keys <= position[:, rows, None]) * counts[..., None]).sum(dim=1)
     return total / seen.clamp_min(1)[:, None]
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _scores(
@@ -111,13 +109,13 @@ def _scores(
     """Slices of rows with their masked scores `[batch, head, row, key]`."""
     batch, heads, rows, dim = query.shape
     kv_heads, keys = key.shape[1:3]
-    columns = key.to(_wide(query)).transpose(-1, -2)
+    columns = key.to(wide(query)).transpose(-1, -2)
     step = max(CHUNK // (batch * heads * keys), 1)
     places = torch.arange(keys, device=key.device)
     for start in range(0, rows, step):
         here = slice(start, min(start + step, rows))
         # Query heads that share a key head stand behind each other: grouped, no key is ever repeated.
-        grouped = query[:, :, here].to(_wide(query)).reshape(batch, kv_heads, -1, dim) * scaling
+        grouped = query[:, :, here].to(wide(query)).reshape(batch, kv_heads, -1, dim) * scaling
         scores = edit((grouped @ columns).view(batch, heads, -1, keys))
         visible = None if valid is None else valid[:, None, None]
         if position is not None:
