@@ -66,6 +66,7 @@ class Plan:
     Attributes:
         observers, editors: by attention module, what looks at its queries and keys (called with the plan first), and what
             computes some of its rows anew.
+        edited: decoder layers whose attention is redistributed.
         memory: what the tower knew of each visual token.
 
     Raises:
@@ -92,6 +93,7 @@ class Plan:
         self._shape = DecoderShape.of(text.config)
         self._facts = _facts(family, base)
         self._steering = Steering(self.recipe.redistributors, family, self._facts, text)
+        self.edited = frozenset(self._steering.by_layer)
         self.cutting = Cutting(self.recipe, family, self._facts, base, text, len(layers))
         self._plan()
         self._check(len(layers))
@@ -111,7 +113,7 @@ class Plan:
     def places(self) -> Iterator[Place]:
         """Where hooks are needed, beside those that every plan has."""
         first = self.cutting.at[0] if self.cutting.at else len(self.layers)
-        for index in sorted({*range(first, len(self.layers)), *self._steering.by_layer}):
+        for index in sorted({*range(first, len(self.layers)), *self.edited}):
             yield "layer", index
         if not self._uses_tower:
             return
@@ -463,13 +465,13 @@ class Plan:
 
     def enter_layer(self, index: int, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a decoder layer is given: cut at a stage, and shorter arguments behind one; then what redistribution notes."""
-        original, changed = call, None
+        enabled, changed = call.enabled, None
         call.recomputes |= _is_recomputed(module)
         if self.cutting.at and index >= self.cutting.at[0] and not call.idle:
             call = _as_it_was(call, index, module)
             changed = self._at_layer(index, module, call, args, kwargs)
             args, kwargs = (args, kwargs) if changed is None else changed
-        if original.enabled and index in self._steering.by_layer:
+        if enabled and index in self.edited:
             hidden = args[0] if args else kwargs["hidden_states"]
             self._steering.enter_layer(index, call, hidden, kwargs.get("past_key_values"))
         return changed

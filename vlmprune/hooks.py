@@ -278,7 +278,9 @@ def _enter_block(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: d
 
 def _enter_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     call: Call | None = kwargs.get(TUNNEL)
-    return None if call is None or call.idle or call.plan is None else _in_layer(index, module, call, args, kwargs)
+    if call is None or call.plan is None or (call.idle and index not in call.plan.edited):
+        return None
+    return _in_layer(index, module, call, args, kwargs)
 
 
 @untraced

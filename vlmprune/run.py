@@ -428,9 +428,10 @@ class Report:
         higher = self.kv_bytes_peak > self.kv_bytes
         peak = f", {self.kv_bytes_peak / 1024:.4g} KiB before the cache was shortened" if higher else ""
         newlines = [("row separators", f"{self.newlines}, counted as text, {self.newline_policy}")] if self.newlines else []
+        seen = f"{self.visual_tokens} visual" if self.visual_tokens else "no picture: nothing to prune"
         return [
             ("recipe", self.recipe),
-            ("prompt", f"{self.batch} × {self.prompt_tokens} tokens, {self.visual_tokens} visual"),
+            ("prompt", f"{self.batch} × {self.prompt_tokens} tokens, {seen}"),
             *kept,
             *newlines,
             *((f"redistributed ({edit.method})", str(edit)) for edit in self.edits),
