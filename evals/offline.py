@@ -91,7 +91,7 @@ def loyalty(given: Sequence[Record], reference: Sequence[Record]) -> float:
 
 
 def draws_by_skill(given: Sequence[Record]) -> np.ndarray:
-    """Accuracy `[draw, skill]` in bootstrap draws of whole pictures; skills in the order of `SKILLS`, NaN where a draw lacks one.
+    """Accuracy `[draw, skill]` in draws of whole pictures, NaN where a draw lacks the skill; skills in the order of `SKILLS`.
 
     The draws are the same for every list of records about the same pictures, so that differences are paired.
     """
