@@ -93,9 +93,7 @@ def test_a_skill_by_itself_is_of_the_pictures_that_have_it():
     assert np.isnan(draws_by_skill(given)[:, 2]).mean() == pytest.approx((3 / 4) ** 4, abs=0.04)
     reading = accuracy_by_skill(given)["reading"]
     assert (reading.low, reading.high, reading.n) == (1.0, 1.0, 2)
-    half = records(
-        {picture: {**skills, "reading": [False, False]} if picture == 2 else skills for picture, skills in RARE.items()}
-    )
+    half = records({**RARE, 2: {"colour": [True], "reading": [False, False]}})
     difference = differences(given, half)["reading"]
     assert (difference.value, difference.low, difference.high) == (1.0, 1.0, 1.0)
 
@@ -115,7 +113,7 @@ def test_without_a_lacking_skill_nothing_changed():
 
 @pytest.mark.parametrize("rare", [1.0, 0.08], ids=["every skill everywhere", "a skill about few pictures"])
 def test_coverage(rare):
-    """The 95 % interval holds the true mean in about 95 % of experiments: pictures of unequal difficulty, several questions each.
+    """The 95 % interval holds the true mean in about 95 % of experiments: pictures of unequal difficulty, several questions.
 
     Red for intervals that draw single questions: they hold it in 81 and 87 % of experiments.
     """
