@@ -2,9 +2,9 @@
 
 What is true is obtained in three ways that share no code with vlmprune:
 
-* a method that drops tokens is the un-pruned model whose layers mask them (`oracles`): its autograd gives every parameter's gradient;
-* a redistribution method is the stock model with the paper's loops for its attention (`redistribution.explicit`), differentiated
-  numerically along a random direction through all parameters;
+* a method that drops tokens is the un-pruned model whose layers mask them (`oracles`), differentiated by autograd;
+* a redistribution method is the stock model with the paper's loops for its attention (`redistribution.explicit`),
+  differentiated numerically along a random direction through all parameters;
 * any method is its own forward pass, differentiated so: choices do not change in a small enough neighbourhood.
 """
 
@@ -115,6 +115,7 @@ class Training:
     def checkpointing(self, kind: str) -> Iterator[None]:
         """With gradient checkpointing of this kind, as a user turns it on."""
         reentrant = CHECKPOINTING[kind]
+        self.model.zero_grad(set_to_none=True)  # of a backward that failed
         if reentrant is None:
             yield
             return
@@ -144,6 +145,7 @@ class Training:
     def masked_gradient(self, recipe: str, inputs: dict | None = None) -> Gradient:
         """Of the un-pruned model whose layers do not see what a run of the recipe dropped."""
         inputs = self.inputs() if inputs is None else inputs
+        self.model.zero_grad(set_to_none=True)
         with vp.wrap(self.model, recipe) as run, torch.no_grad():
             self.loss(inputs)
             effect = effect_of(self.model, inputs, run)

@@ -40,7 +40,7 @@ NEAR, NEARER = 1e-5, 1e-9
 """Relative errors of a gradient's norm, in float32 and in float64; rounding alone reaches 1e-6 and 1e-10."""
 KINDS = ("reentrant", "non-reentrant")
 FEW = ("divprune", "cls", "fastv", "flowcut", "visionzip", "vscan", "var", "act", "vhr", "paint", "dropping and editing")
-"""One of each kind: without state, with the tower's knowledge, with attention, shortening the tower, merging, marking, scaling."""
+"""One of each kind: stateless, asking the tower, looking at attention, cutting the tower, merging, marking, scaling."""
 RAGGED = [["text5", "image", "text8"], ["text9"], ["text2", "image", "text1", "image", "text6"]]
 
 every_case = pytest.mark.parametrize(("family", "name"), CASES, ids=[f"{family}-{name}" for family, name in CASES])
@@ -174,14 +174,17 @@ def test_the_handle_changes_before_backward(name, kind, change):
 
 
 def right_or_refused(t: Training, loss: torch.Tensor, name: str) -> None:
+    refusal = None
     try:
         loss.backward()
-    except vp.UsageError as refusal:
-        assert "\n" not in str(refusal)
-        assert "backward" in str(refusal)
-        t.model.zero_grad(set_to_none=True)
-        return
-    assert relative_error(t.take_gradient(), unchecked("llava", name)) < NEAR
+    except vp.UsageError as error:
+        refusal = str(error)
+    found = t.take_gradient()
+    if refusal is None:
+        assert relative_error(found, unchecked("llava", name)) < NEAR
+    else:
+        assert "backward" in refusal
+        assert "\n" not in refusal
 
 
 # --- without checkpointing: what is true ------------------------------------------------------------------------------
@@ -240,7 +243,7 @@ def test_gradient_is_the_slope_of_the_edited_model(family, name):
     with Explicit(eager.model, inputs, range(LAYERS), loops):
         expected = numerical_slope(eager.model, lambda: eager.loss(inputs), along, 1e-4)
     assert abs(slope(found, along) - expected) < 1e-6 * length(found)
-    assert abs(slope(t.gradient(None), along) - expected) > 1e-4 * length(found), "the test is blind: nothing was edited"
+    assert abs(slope(t.gradient(None), along) - expected) > 1e-5 * length(found), "the test is blind: nothing was edited"
 
 
 # --- batches, and prompts without a picture ---------------------------------------------------------------------------
@@ -264,12 +267,12 @@ def test_a_batch_is_the_mean_of_its_rows(family, name, kind):
     assert relative_error(found, expected) < NEAR
 
 
-@every_case
-@pytest.mark.parametrize("kind", ["none", *KINDS])
+@pytest.mark.parametrize(
+    ("family", "name", "kind"),
+    [(*case, "none") for case in CASES] + [("llava", name, kind) for name in FEW for kind in KINDS],
+)
 def test_a_sample_without_a_picture_trains_as_if_unwrapped(family, name, kind):
-    """Bit for bit: there is nothing to prune, and nothing that redistribution finds among words alone unless it says so."""
-    if name in ("zerotuning", "act"):  # edit text as well: alone as in a batch (tests/redistribution)
-        return
+    """Bit for bit: there is nothing to prune, and no picture from which attention could be moved."""
     t = training(family)
     inputs = t.inputs([["text12"]])
     plain = t.gradient(None, kind, inputs)
@@ -295,12 +298,11 @@ def test_labels_of_dropped_rows_are_told_once(recipe, where):
     if where != "everywhere":
         last = int(image_columns(t.model, labels).nonzero()[-1, 1])
         labels[:, : last + 1] = labels[:, last + 2 :] = -100
-    with vp.wrap(t.model, recipe) as run:
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            t.model(**inputs, labels=labels, use_cache=False)
-            lost = labels_lost(t, run, inputs, labels)
-            t.model(**inputs, labels=labels, use_cache=False)
+    with vp.wrap(t.model, recipe) as run, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        t.model(**inputs, labels=labels, use_cache=False)
+        lost = labels_lost(t, run, inputs, labels)
+        t.model(**inputs, labels=labels, use_cache=False)
     said = [str(warning.message) for warning in told if "label" in str(warning.message)]
     assert len(said) == (1 if lost else 0)
     if where == "everywhere":
