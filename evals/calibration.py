@@ -13,12 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import vlmprune
-from vlmprune.evals.offline import RESAMPLES
 
 FILE = "questions.jsonl"
 KEEP_ALL = "random:layer=0,fraction=1"
@@ -232,8 +230,3 @@ def next_logits(model: Any, sample: Sample, rows: int = 1) -> Tensor:
             return_dict_in_generate=True,
         )
     return output.logits[0].float()
-
-
-def draws(samples: int) -> np.ndarray:
-    """How often each sample is drawn, with replacement: `[draw, sample]`, for bootstrap intervals."""
-    return np.random.default_rng(0).multinomial(samples, [1 / samples] * samples, RESAMPLES)
