@@ -58,6 +58,9 @@ class Attachment:
         self._thread, self._lock = _PerThread(), RLock()
         self._inside: set[int] = set()
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise UsageError("a wrapped model cannot be copied or pickled: call run.remove() first, and wrap the copy.")
+
     # -- plans -----------------------------------------------------------------------------------------------------------
 
     def follow(self, plan: Plan) -> Owner:

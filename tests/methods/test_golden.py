@@ -69,16 +69,15 @@ def test_g4_flowcut_counts(monkeypatch, target, counts):
     """LLaVA-1.5's tower, 24 blocks and 576 patches, as the library walks through it, with r_H = 0.9 throughout."""
     monkeypatch.setattr(flowcut, "entropy_ratio", lambda relation, present: torch.full(present.shape, 0.9))
     tower = TowerPass(
+        plan=None,
         facts=CLIP,
         last=22,
         wanted=frozenset(),
         pruner=vp.FlowCut(tokens=target),
         budget=Budget(tokens=target),
         cuts=True,
-        lengths=[576],
-        views=2,
-        device=torch.device("cpu"),
     )
+    tower.begin([576], views=2, device=torch.device("cpu"))
     draw = torch.Generator().manual_seed(0)
     hidden, left = torch.randn(2, 577, 2, generator=draw), []
     for index in range(23):
