@@ -34,6 +34,11 @@ class Tower:
     whole: Callable[[Any], Sequence[int]]
     refusal: Callable[[nn.Module], str | None] = lambda base: None
 
+    @property
+    def root(self) -> str:
+        """Path of the whole tower, from the base model."""
+        return self.blocks.partition(".")[0]
+
 
 def has_mrope(text_config: Any) -> bool:
     """Positions are places in the picture (M-RoPE), not a count of tokens."""

@@ -15,7 +15,7 @@ ROOT = Path(vlmprune.__file__).resolve().parent.parent
 LEVELS = [
     {"vlmprune.errors", "vlmprune.cost", "vlmprune.draw", "vlmprune.evals.stats"},
     {"vlmprune.schedule", "vlmprune.layout", "vlmprune.view", "vlmprune.kernels", "vlmprune.sink_dims"},
-    {"vlmprune.reduction"},
+    {"vlmprune.reduction", "vlmprune.context"},
     {"vlmprune.cache", "vlmprune.methods.base", "vlmprune.methods.redistributing", "vlmprune.adapters", "vlmprune.attention"},
     {"vlmprune.tower", "vlmprune.methods.merging"},
     {"vlmprune.methods.pruning", "vlmprune.methods.redistribution"},
@@ -24,12 +24,14 @@ LEVELS = [
     {"vlmprune.probes"},
     {"vlmprune.steering", "vlmprune.cutting"},
     {"vlmprune.attach"},
+    {"vlmprune.hooks"},
+    {"vlmprune.handle"},
     # The public names; the embedded model, and models of published shapes, know nothing of the library.
     {"vlmprune", "vlmprune.tiny", "vlmprune.evals.shapes"},
     {"vlmprune.evals", "vlmprune.demo"},
     {"vlmprune.cli"},
 ]
-MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.probes", "vlmprune.attach"}
+MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.probes", "vlmprune.attach", "vlmprune.hooks"}
 MAY_IMPORT_TRANSFORMERS |= {"vlmprune.recipe", "vlmprune.demo", "vlmprune.cli", "vlmprune.tiny", "vlmprune.evals.shapes"}
 
 

@@ -47,7 +47,6 @@ class Cutting:
         recipe, family, facts: as they are.
         base, text: the model's base model and its language model.
         layers: how many decoder layers it has.
-        instead: gives the budget that stands in the place of the recipe's, or None.
 
     Attributes:
         cuts: the stages, in the order in which they run.
@@ -64,10 +63,9 @@ class Cutting:
         base: Any,
         text: Any,
         layers: int,
-        instead: Callable[[], Budget | None],
     ) -> None:
         self._family, self._facts, self._base, self._text = family, facts, base, text
-        self._count, self._instead = layers, instead
+        self._count = layers
         self.cuts: list[Cut] = []
         for stage, method in recipe.cuts(facts):
             needs = method.needs_at(stage) if stage.site == "llm" else frozenset()
@@ -81,9 +79,8 @@ class Cutting:
 
     # -- what is known beforehand ----------------------------------------------------------------------------------------
 
-    def budget_of(self, cut: Cut) -> Budget:
-        """The stage's budget, or what stands in its place inside `override`."""
-        other = self._instead()
+    def budget_of(self, cut: Cut, other: Budget | None) -> Budget:
+        """The stage's budget, or what `override` has put in its place."""
         return other if other is not None and self.may_override(cut) else cut.stage.budget
 
     def may_override(self, cut: Cut) -> bool:
@@ -96,7 +93,7 @@ class Cutting:
             cut.stage.layer == 0
             and cut.stage.site == "llm"
             and not cut.method.adaptive
-            and any(self.budget_of(cut).resolve(len(index)) < len(index) for index in call.remaining)
+            and any(self.budget_of(cut, call.budget).resolve(len(index)) < len(index) for index in call.remaining)
             for cut in self.cuts
         )
 
@@ -151,7 +148,7 @@ class Cutting:
     def _choose(self, cut: Cut, call: Call, hidden: Tensor, tools: Tools) -> Chosen:
         """What remains of every picture after this stage; pictures of one size are decided together."""
         assert call.layout is not None
-        index, method, budget = cut.stage.layer, cut.method, self.budget_of(cut)
+        index, method, budget = cut.stage.layer, cut.method, self.budget_of(cut, call.budget)
         parts = [
             part
             for image, original in enumerate(map(len, call.layout.images))

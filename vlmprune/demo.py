@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vlmprune import draw, tiny
 from vlmprune.adapters.registry import family_of
-from vlmprune.attach import Run, wrap
 from vlmprune.errors import UsageError
+from vlmprune.handle import Run, wrap
 from vlmprune.methods import METHODS, REDISTRIBUTORS
 from vlmprune.recipe import Recipe
 
