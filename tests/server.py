@@ -5,7 +5,6 @@ What is true of a request is what the same request gives alone, on a model of it
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import queue
 import threading
@@ -86,30 +85,42 @@ def answer_of(tokens: torch.Tensor | Sequence[int], run: vp.Run) -> Answer:
     return Answer(flat, kept, said.batch, said.prompt_tokens, said.visual_tokens, len(said.stages))
 
 
-def generate(model, run: vp.Run, request: Request) -> Sequence[int] | torch.Tensor:
-    """As a server does it: streamed answers are generated in a plain thread of their own, started inside the override."""
-    inputs, budget = request.inputs(), OVERRIDES[request.override]
-    with run.override(**budget) if budget else contextlib.nullcontext():
-        if not request.stream:
-            with torch.inference_mode():
-                return model.generate(**inputs, max_new_tokens=NEW_TOKENS)[:, -NEW_TOKENS:]
-        streamer = TextIteratorStreamer(Words(), skip_prompt=True, timeout=PATIENCE)
-        told: list[BaseException] = []
+def serve_one(model, run: vp.Run, request: Request) -> tuple[Sequence[int] | torch.Tensor, Answer | None]:
+    """As a server does it: with a budget of its own, or streamed from a plain thread that is started in the block.
 
-        def work() -> None:
-            try:
-                model.generate(**inputs, max_new_tokens=NEW_TOKENS, streamer=streamer)
-            except BaseException as error:
-                told.append(error)
-                streamer.end()
+    Requests that need no block run without one, and only tokens are returned; whose recipe they had is the handles' to say.
+    """
+    budget = OVERRIDES[request.override]
+    if not budget and not request.stream:
+        return generate(model, request), None
+    with run.override(**budget):
+        tokens = stream(model, request) if request.stream else generate(model, request)
+        return tokens, answer_of(tokens, run)
 
-        thread = threading.Thread(target=work)
-        thread.start()
-        tokens = [int(word) for word in "".join(streamer).split()]
-        thread.join(PATIENCE)
-        if told:
-            raise told[0]
-        return tokens
+
+@torch.inference_mode()
+def generate(model, request: Request) -> torch.Tensor:
+    return model.generate(**request.inputs(), max_new_tokens=NEW_TOKENS)[:, -NEW_TOKENS:]
+
+
+def stream(model, request: Request) -> list[int]:
+    streamer = TextIteratorStreamer(Words(), skip_prompt=True, timeout=PATIENCE)
+    told: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            model.generate(**request.inputs(), max_new_tokens=NEW_TOKENS, streamer=streamer)
+        except BaseException as error:
+            told.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    tokens = [int(word) for word in "".join(streamer).split()]
+    thread.join(PATIENCE)
+    if told:
+        raise told[0]
+    return tokens
 
 
 class Alone:
@@ -124,19 +135,18 @@ class Alone:
         key = recipe, prompt, override
         if key not in self._known:
             with vp.wrap(self.model, recipe) as run:
-                request = Request(prompt, override)
-                self._known[key] = answer_of(generate(self.model, run, request), run)
+                tokens, answer = serve_one(self.model, run, Request(prompt, override))
+                self._known[key] = answer or answer_of(tokens, run)
         return self._known[key]
 
 
 @dataclass
 class Served:
-    """One answered request: the recipes that were in force from before it came until it was answered, in order."""
+    """One request: its answer by every recipe whose handle has a record of it (it must be one), and how late that recipe was:
+    0 for the one in force when the request came, n for the n-th that replaced it meanwhile."""
 
     request: Request
-    recipes: tuple[str, ...]
-    changed: tuple[int, ...]
-    answers: tuple[Answer, ...]
+    answers: tuple[tuple[str, int, Answer], ...] = ()
     error: BaseException | None = None
 
 
@@ -175,18 +185,19 @@ class Server:
                     return
                 first = len(handles) - 1
                 known = [run.last for _, run in since(first)]
-                answers: tuple[Answer, ...] = ()
-                error = None
                 try:
-                    tokens = generate(self.model, handles[first][1], request)
-                    window = since(first)
-                    # The handle that did it has a new record; a thread's records of other handles stay what they were.
-                    mine = [n for n, (_, run) in enumerate(window) if run.last is not (known[n] if n < len(known) else None)]
-                    answers = tuple(answer_of(tokens, window[n][1]) for n in mine)
+                    name, run = handles[first]
+                    tokens, answer = serve_one(self.model, run, request)
+                    if answer is not None:
+                        done = Served(request, ((name, 0, answer),))
+                    else:  # the handle that did it has a new record; those that the thread has of others are what they were
+                        known += [None] * (len(handles) - first)
+                        late = [(n, *handle) for n, handle in enumerate(since(first)) if handle[1].last is not known[n]]
+                        done = Served(request, tuple((name, n, answer_of(tokens, run)) for n, name, run in late))
                 except BaseException as failure:
-                    error, mine, window = failure, [], since(first)
+                    done = Served(request, error=failure)
                 with turn:
-                    served.append(Served(request, tuple(name for name, _ in window), tuple(mine), answers, error))
+                    served.append(done)
                     turn.notify_all()
 
         replace()

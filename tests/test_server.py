@@ -24,9 +24,9 @@ from server import (
     Alone,
     Request,
     Server,
-    answer_of,
     generate,
     requests,
+    serve_one,
 )
 from tiny_models import FIRST_WORD, VOCAB, build, make_inputs, shared, warm_up
 
@@ -143,12 +143,10 @@ def test_a_server_under_load(alone):
     assert not refused, refused.most_common(3)
     under: Counter = Counter()
     for one in served:
-        assert len(one.changed) == 1, f"{one.request}: {len(one.changed)} handles have a new record of it"
-        (number,), (found,) = one.changed, one.answers
-        # The caller's own recipe with its override, or a later one that replaced it meanwhile, without.
-        expected = alone.answer(one.recipes[number], one.request.prompt, one.request.override if number == 0 else 0)
-        assert found == expected, one.request
-        under[one.recipes[number], number > 0] += 1
+        assert len(one.answers) == 1, f"{one.request}: {len(one.answers)} handles have a new record of it"
+        ((recipe, late, found),) = one.answers
+        assert found == alone.answer(recipe, one.request.prompt, one.request.override), one.request
+        under[recipe, late > 0] += 1
     assert server.replaced >= 15
     assert {recipe for recipe, _ in under} == set(RECIPES)
     assert sum(bool(one.request.stream) for one in served) > 100
@@ -209,11 +207,11 @@ def test_a_request_has_the_old_recipe_or_the_new(alone, place, old, new):
     """Held at one place while the recipe is replaced. Red: the tower ran under one recipe and the decoder under another."""
     model = build("llava")
     pause = Pause(PLACES[place](model))
-    first = vp.wrap(model, old)
+    vp.wrap(model, old)
     found = []
 
     def work():
-        found.append(generate(model, first, Request(1)))
+        found.append(generate(model, Request(1)))
 
     worker = threading.Thread(target=work)
     worker.start()
@@ -226,7 +224,7 @@ def test_a_request_has_the_old_recipe_or_the_new(alone, place, old, new):
     tokens = tuple(found[0].flatten().tolist())
     allowed = [alone.answer(recipe, 1, 0).tokens for recipe in (old, new)]
     assert tokens == allowed[0] if place in ("in the language model", "between two steps") else tokens in allowed
-    assert tuple(generate(model, second, Request(2)).flatten().tolist()) == alone.answer(new, 2, 0).tokens
+    assert tuple(generate(model, Request(2)).flatten().tolist()) == alone.answer(new, 2, 0).tokens
     second.remove()
 
 
@@ -314,18 +312,21 @@ def test_the_switch_is_the_callers(model):
     assert stored == {9 + VISUAL // 2: 40}
 
 
-def test_the_switch_reaches_threads_that_are_started_behind_it(model):
+def test_a_switch_in_a_block_reaches_threads_that_are_started_in_it(model):
     """And no others: neither one that stood before, nor the caller of one that turned itself off."""
     with vp.wrap(model, HALF) as run:
         before = Standing()
-        run.enabled = False
-        assert in_a_thread(lambda: run.enabled) is False
-        assert before.do(lambda: run.enabled) is True
-        run.enabled = True
+        with run.override(enabled=False):
+            assert in_a_thread(lambda: run.enabled) is False
+            assert before.do(lambda: run.enabled) is True
+            cache = in_a_thread(lambda: ask(model, max_new_tokens=1, return_dict_in_generate=True)).past_key_values
+            assert cache.layers[-1].keys.shape[2] == 9 + VISUAL
+        assert in_a_thread(lambda: run.enabled) is True
 
         def off():
             run.enabled = False
-            return in_a_thread(lambda: run.enabled)
+            with run.override():
+                return in_a_thread(lambda: run.enabled)
 
         assert in_a_thread(off) is False
         assert run.enabled is True
@@ -425,7 +426,7 @@ def test_as_assistant_of_another_model(model):
 def test_an_override_reaches_a_stream(model, alone, stream):
     """Fault script 09. Red: `generate` in a thread of its own ran with the recipe's budget, in silence."""
     with vp.wrap(model, HALF) as run:
-        found = answer_of(generate(model, run, Request(0, 1, stream)), run)
+        _, found = serve_one(model, run, Request(0, 1, stream))
     assert found == alone.answer(HALF, 0, 1)
     assert [len(index) for *_, index in found.kept] == [3]
 
@@ -564,25 +565,48 @@ def test_a_thread_without_a_prompt_has_no_report(model):
 
 
 def test_a_report_after_a_stream(model):
-    """The thread that started the stream's thread can read it; afterwards a prompt of its own is the last."""
+    """The block has the record of what the threads that were started in it did; behind it, the caller's own is the last."""
     with vp.wrap(model, HALF) as run:
         ask(model, PICTURE * 2)
-        in_a_thread(ask, model, PICTURE * 3)
-        assert run.report().batch == 3
-        ask(model)
+        with run.override():
+            in_a_thread(ask, model, PICTURE * 3)
+            assert run.report().batch == 3
+            ask(model)
+            assert run.report().batch == 1
+        with run.override(tokens=3):
+            with pytest.raises(vp.UsageError, match="nothing to report yet"):
+                run.report()
+            in_a_thread(ask, model, PICTURE * 3)
         assert run.report().batch == 1
 
 
+def test_two_streams_at_once(model):
+    """Two threads, each streams in a block of its own: neither reads the other's record."""
+    with vp.wrap(model, HALF) as run:
+
+        def request(rows, tokens):
+            for _ in range(10):
+                with run.override(tokens=tokens):
+                    in_a_thread(ask, model, PICTURE * rows)
+                    yield run.report().batch, kept(run)
+
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            jobs = [pool.submit(list, request(rows, tokens)) for rows, tokens in ((1, 3), (2, 7))]
+            assert jobs[0].result(PATIENCE) == [(1, [3])] * 10
+            assert jobs[1].result(PATIENCE) == [(2, [7, 7])] * 10
+
+
 def test_a_grandchild_is_of_its_own_family(model):
-    """A thread's thread: both of those above it know what it did; a sister knows nothing."""
+    """A thread's thread: both of those above it, in whose blocks it was started, know what it did."""
     with vp.wrap(model, HALF) as run:
 
         def child():
             in_a_thread(ask, model, PICTURE * 2)
             return run.report().batch
 
-        assert in_a_thread(child) == 2
-        assert run.report().batch == 2
+        with run.override():
+            assert in_a_thread(child) == 2
+            assert run.report().batch == 2
 
 
 def test_a_report_after_an_exception(model):
