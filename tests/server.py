@@ -187,7 +187,13 @@ class Server:
                 known = [run.last for _, run in since(first)]
                 try:
                     name, run = handles[first]
-                    tokens, answer = serve_one(self.model, run, request)
+                    try:
+                        tokens, answer = serve_one(self.model, run, request)
+                    except vp.UsageError as refusal:
+                        if "replaced by another wrap" not in str(refusal):
+                            raise
+                        waiting.put(request)  # the recipe went before the block was opened: once more, with the new one
+                        continue
                     if answer is not None:
                         done = Served(request, ((name, 0, answer),))
                     else:  # the handle that did it has a new record; those that the thread has of others are what they were

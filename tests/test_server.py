@@ -528,6 +528,21 @@ def test_an_override_is_its_handles(model):
         assert (one.report().batch, one.report().visual_tokens, two.report().visual_tokens) == (1, VISUAL, 2 * VISUAL)
 
 
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_an_override_of_a_handle_that_has_gone_is_refused(model, how):
+    """Red: requests of a server that still holds the old handle run with another budget, in silence."""
+    run = vp.wrap(model, HALF)
+    other = None
+    if how == "removed":
+        run.remove()
+    else:
+        other = vp.wrap(model, "uniform:fraction=0.5")
+    with pytest.raises(vp.UsageError, match="removed, or replaced by another wrap"), run.override(tokens=3):
+        pass
+    if other is not None:
+        other.remove()
+
+
 # --- records (10) -----------------------------------------------------------------------------------------------------
 def test_reports_belong_to_their_requests(model):
     """Fault script 10: a single prompt and a batch of three at once. Red: a thread read the other's report."""
