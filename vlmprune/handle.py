@@ -120,7 +120,7 @@ class Run:
         owner = self._owner()  # held, so that a replaced recipe lives as long as the block
         if owner is None or owner.plan is None:
             raise UsageError(
-                f"this handle of {self.recipe} was removed, or replaced by another wrap(…), so that override has no effect: use "
+                f"this handle of {self.recipe} was removed, or replaced by another wrap(…), and overrides nothing: use "
                 "the handle that the last wrap(…) returned."
             )
         with self._contexts.block(**changes):
