@@ -111,12 +111,18 @@ class Run:
             enabled: False runs prompts un-pruned.
 
         Raises:
-            UsageError: the recipe has several stages, so that one number would be ambiguous; or a budget out of range.
+            UsageError: the recipe has several stages, so that one number would be ambiguous; a budget out of range; or the
+                handle was removed or replaced, so that nothing would be overridden.
         """
         changes: dict[str, Any] = {} if enabled is None else {"enabled": enabled}
         if tokens is not None or fraction is not None:
             changes["budget"] = self._budget(tokens, fraction)
         owner = self._owner()  # held, so that a replaced recipe lives as long as the block
+        if owner is None or owner.plan is None:
+            raise UsageError(
+                f"this handle of {self.recipe} was removed, or replaced by another wrap(…), and overrides nothing: use "
+                "the handle that the last wrap(…) returned."
+            )
         with self._contexts.block(**changes):
             yield self
         del owner

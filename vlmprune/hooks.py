@@ -114,6 +114,8 @@ class Attachment:
         yield "base left", partial(_after, self.base, self._leave_base, always_call=True)
         yield "text", partial(_before, plan.text, self._enter_text)
         yield "text left", partial(_after, plan.text, _leave_text)
+        if plan.family.tower is not None:  # whose pictures they are is decided when they are encoded, also where nobody looks
+            yield ("tower", 0), partial(self._put, plan, "tower", 0)
         for kind, index in plan.places():
             yield (kind, index), partial(self._put, plan, kind, index)
         for module in {**plan.observers, **plan.editors}:

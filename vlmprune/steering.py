@@ -301,7 +301,7 @@ class Steering:
 
     def _record(self, entered: Entered, method: Redistributor, marks: Marks, first: bool, *edit: Tensor | None) -> None:
         record = entered.call.record
-        if first and record is not None and marks.codes is not None:
+        if first and record is not None and marks.codes is not None and marks.codes.shape[-1]:  # else words alone
             record.steered.append(Steered(entered.index, method.name, marks.codes, *edit))
 
     # -- marks -----------------------------------------------------------------------------------------------------------
