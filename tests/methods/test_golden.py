@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import loops
@@ -119,15 +120,34 @@ def test_g6_flowcut_entropy_of_a_zero():
 
 
 # --- G7: DART ---------------------------------------------------------------------------------------------------------
-def test_g7_dart_keeps_what_it_says():
-    """The official code keeps 4 + 8·⌊576 · 0.222 / 8⌋ = 124 and calls it 128; here it is exactly K. With K = 124 both agree."""
-    assert loops.dart_official_count(576, 0.778) == 124
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        (64, loops.dart_official_count(64)),
+        (128, loops.dart_official_count(128)),
+        (192, loops.dart_official_count(192)),
+        (128, loops.dart_lightcompress_count(576, 0.778)),
+    ],
+    ids=["official-64", "official-128", "official-192", "lightcompress-128"],
+)
+def test_g7_dart_keeps_what_it_says(asked, kept):
+    """The official code keeps 4 + 8·⌊K / 8⌋, so 68, 132 and 196 for 64, 128 and 192; LightCompress's port keeps, for 128,
+    4 + 8·⌊576 · 0.222 / 8⌋ = 124. Here it is exactly K; where K is what they keep, all agree, and every pivot adds as many."""
+    assert (asked, kept) in [(64, 68), (128, 132), (192, 196), (128, 124)]
     assert vp.DART().cuts.stages[0].budget.resolve(576) == 128
     see = random_view(images=1, visual=576, text=(9,))
-    assert vp.DART().select(see, 128).shape == (1, 128)
+    assert vp.DART().select(see, asked).shape == (1, asked)
     own = {name: see.probes[name][0] for name in vp.DART.needs}
-    official = loops.dart(own["keys"], own["text_keys"], own["normed_features"], own["normed_text_features"], 124)
-    assert vp.DART().select(see, 124).tolist() == [official]
+    same = loops.dart(own["keys"], own["text_keys"], own["normed_features"], own["normed_text_features"], kept)
+    assert vp.DART().select(see, kept).tolist() == [same]
+
+
+def test_g7_the_docstring_says_it():
+    """The counts of the two codes stand in the docstring as they are."""
+    text = " ".join(inspect.getmodule(vp.DART).__doc__.split())
+    official = ", ".join(f"{loops.dart_official_count(keep)} for {keep}" for keep in (64, 128, 192))
+    assert f"4 + 8·⌊K / 8⌋: {official}" in text
+    assert f"{loops.dart_lightcompress_count(576, 0.778)} of 576 at 0.222" in text
 
 
 # --- G17: averages over layers ----------------------------------------------------------------------------------------
