@@ -22,7 +22,7 @@ def recipe(name: str, newlines: str) -> str:
 
 @pytest.mark.parametrize("name", sorted(vp.METHODS))
 def test_a_method_drops_them_or_keeps_them(name):
-    """What the first cut chooses is the same. Dropped, exactly K tokens of a picture are left; kept, its separators beside them.
+    """What the first cut chooses is the same. Dropped, exactly K tokens of a picture are left; kept, separators beside them.
     There are as many as the packed picture has rows: other numbers for other pictures."""
     model = shared("llava_next")
     inputs = make_inputs("llava_next", model, SAMPLES)
@@ -74,7 +74,9 @@ def test_the_first_method_that_drops_them_does():
     assert int((run.last.keep[3] & placeholders).sum()) == 4 * 5
 
 
-@pytest.mark.parametrize("name", ["cdpruner", "cls", "divprune", "flowcut", "holov", "mustdrop", "visionzip", "vscan"])
+@pytest.mark.parametrize(
+    "name", ["cdpruner", "cls", "dart", "divprune", "flowcut", "holov", "mustdrop", "pdrop", "visionzip", "vscan"]
+)
 def test_the_docstring_says_what_the_papers_code_does(name):
     text = " ".join((importlib.import_module(f"vlmprune.methods.pruning.{name}").__doc__ or "").split())
     assert 'unless newlines="drop"' in text

@@ -32,7 +32,8 @@ from vlmprune.schedule import Schedule, Stage, at
 from vlmprune.view import Facts, View
 
 Relevance = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From `tower_features` `[image, visual, dim]`, `text_ids` `[image, text]` and `text_valid` to `[image, visual]`."""
+"""From `tower_features` `[image, visual, dim]`, `text_ids` `[image, text]` and `text_valid` to `[image, visual]`; of whole
+pictures, all views of a LLaVA-NeXT picture together."""
 
 
 @dataclass(frozen=True, kw_only=True)

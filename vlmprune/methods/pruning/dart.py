@@ -7,8 +7,8 @@
 
 Needs no attention. Differs from the official code in: exactly K tokens (there 4 + 8·⌊K / 8⌋: 68 for 64, 132 for 128, 196 for
 192; LightCompress, a toolkit with a port of it, keeps 4 + 8·⌊n · fraction / 8⌋: 124 of 576 at 0.222), the remainder goes to
-the first pivots; and the pivots' order: visual ones first, by norm (there the order of a Python set). Norms and cosines are
-fp32.
+the first pivots; the pivots' order: visual ones first, by norm (there the order of a Python set); norms and cosines are fp32
+(there the model's dtype); row separators of LLaVA-NeXT stay, on top of K, unless newlines="drop" (there they are candidates).
 """
 
 from __future__ import annotations
