@@ -14,6 +14,7 @@ in fp32 from there on (there cosines are in the dtype of the embeddings).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -109,21 +110,25 @@ class Template:
 
     def __init__(self, render: Callable[..., Any]) -> None:
         written = _written(render, add_generation_prompt=True)
-        self.turn = _plain(written.partition(ANSWER)[2].partition(LAST)[0])  # between an answer and the next question
-        self.closing = _plain(written.partition(LAST)[2])  # behind a question that is to be answered
-        self.ending = _plain(_written(render, add_generation_prompt=False).partition(LAST)[2])
+        self.turn = _words(written.partition(ANSWER)[2].partition(LAST)[0])  # between an answer and the next question
+        self.closing = _words(written.partition(LAST)[2])  # behind a question that is to be answered
+        self.ending = _words(_written(render, add_generation_prompt=False).partition(LAST)[2], r"\s*$")
 
     def question(self, text: str) -> str | None:
         """The user's last question in the text behind a picture, or None."""
-        text = _plain(text)
-        before, found, _ = text.rpartition(self.closing) if self.closing else ("", "", "")
-        if not found:  # nothing asks for an answer
-            before, found, behind = text.rpartition(self.ending) if self.ending else (text, "all", "")
-            if not found or behind:
-                return None
-        if self.closing and self.closing in before:  # earlier turns
-            before = before.rpartition(self.turn)[2] if self.turn else before.rpartition(self.closing)[2]
-        return before.strip()
+        closings = list(self.closing.finditer(text))
+        answered = closings[0].end() if closings else len(text)  # a user's next turn can begin only behind an answer
+        start = max((turn.end() for turn in self.turn.finditer(text) if turn.start() >= answered), default=0)
+        end = max((closing.start() for closing in closings if closing.start() >= start), default=None)
+        if end is None:  # nothing asks for an answer
+            ending = self.ending.search(text, start)
+            end = None if ending is None else ending.start()
+        return None if end is None else text[start:end].strip()
+
+
+def _words(text: str, behind: str = "") -> re.Pattern[str]:
+    """Matches these words with any white space between their letters; nothing at all, if there are none and no `behind`."""
+    return re.compile((r"\s*".join(map(re.escape, "".join(text.split()))) + behind) or r"(?!)")
 
 
 def _written(render: Callable[..., Any], add_generation_prompt: bool) -> str:
@@ -137,13 +142,9 @@ def _written(render: Callable[..., Any], add_generation_prompt: bool) -> str:
         except Exception as error:  # a template is a program: whatever it runs into
             why = error
             continue
-        if "'type'" not in written and all(written.count(said) == 1 for said in (ANSWER, LAST)):
+        if "'type'" not in written and '"type"' not in written and written.count(ANSWER) == written.count(LAST) == 1:
             return written
     raise UsageError(
         f"ClipRelevance cannot find questions by this chat template ({why}): give them as ClipRelevance(…, question='…'), or "
         "as a function of the text behind the picture."
     )
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split())
