@@ -13,6 +13,7 @@ from tiny_models import make_inputs, shared
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 import vlmprune as vp
+from vlmprune.cli import method_rows
 from vlmprune.cost import DecoderShape
 from vlmprune.kernels.flow_score import entropy_ratio
 from vlmprune.kernels.select_diverse import greedy_order
@@ -248,6 +249,29 @@ def test_presets_stand_before_the_layer_after_theirs():
     assert [stage.layer for stage in vp.SparseVLM(preset="v2-64").cuts] == [3, 7, 16]
     assert [stage.layer for stage in vp.MustDrop().cuts] == [3, 7, 11, 15]
     assert [stage.layer for stage in vp.PDrop().cuts] == [8, 16, 24]
+
+
+def test_positions_in_the_papers_codes():
+    """Section 1.5, which tells versions and model families apart, as the README's column has it."""
+    compact, both = "compact", "compact (LLaVA), original (Qwen)"
+    assert {row["method"]: row["positions"] for row in method_rows()} == {
+        "adaptinfer": both,
+        "cdpruner": compact,
+        "cls": compact,
+        "dart": "original",
+        "divprune": compact,
+        "fastv": "original",
+        "flowcut": both,
+        "holov": both,
+        "mustdrop": compact,
+        "pdrop": compact,
+        "random": compact,
+        "sparsevlm": "compact (1.5), original (2)",
+        "tome": "original",
+        "uniform": "original",
+        "visionzip": compact,
+        "vscan": both,
+    }
 
 
 def test_other_presets_are_refused():

@@ -57,7 +57,7 @@ class FlowCut(TowerPruner):
     note = "each view decides for itself; `unit` variant (Qwen2.5-VL) is ours"
     needs = frozenset({"query_of_last", "value_of_last", "keys", "values"})
     watches = "attention and values in the tower"
-    official_positions = "compact"
+    official_positions = "compact (LLaVA), original (Qwen)"
     default = Schedule((Stage(0, Budget(tokens=128), "vision"),))
 
     semantic_scale: Literal["code", "paper"] = "code"

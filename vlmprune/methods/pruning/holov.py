@@ -36,7 +36,7 @@ class HoloV(Pruner):
     paper = "arXiv:2510.02912 (NeurIPS 2025)"
     note = "rising order; exactly K tokens; row separators stay"
     needs = frozenset({"attention_from_cls", "features"})
-    official_positions = "compact"
+    official_positions = "compact (LLaVA), original (Qwen)"
     default = at(layer=0, tokens=64)
 
     def select(self, see: View, keep: int) -> Tensor:

@@ -38,7 +38,7 @@ class VScan(Pruner):
     paper = "arXiv:2505.22654"
     note = "merges; exactly K tokens"
     needs = frozenset({"attention_from_cls", "attention_from_cls_early", "features", "cell"})
-    official_positions = "compact"
+    official_positions = "compact (LLaVA), original (Qwen)"
     default = stages({0: 96, 16: 32})
     per_view = True
 

@@ -37,7 +37,7 @@ class VHR(HeadScaler):
 
     name = "vhr"
     paper = "arXiv:2412.13949 (ACL 2025)"
-    note = "text-only stream reinforced too; fractions of the depth"
+    note = "text-only stream reinforced too; fractions of the depth; outliers by the paper's rule, not the code's"
     rows = "all"
     default_layers = ""
     causal = False
