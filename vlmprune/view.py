@@ -99,6 +99,8 @@ class View:
         position: `[image, visual]` index of each remaining token inside its picture, 0 … original − 1, rising.
         entered: tokens of the picture that entered the language model: fewer than `original` if the tower dropped some.
         side: rows, and columns, of a picture's view where `cell` is available.
+        over_picture: `[image, visual]` what `Pruner.over_picture` made of whole pictures, where each `image` here is one view
+            of a picture (LLaVA-NeXT); None where it is the picture itself.
     """
 
     layer: int
@@ -107,6 +109,7 @@ class View:
     probes: dict[str, Any] = field(repr=False)
     entered: int = 0
     side: int = 0
+    over_picture: Tensor | None = None
 
     @property
     def images(self) -> int:

@@ -50,16 +50,20 @@ class Pruner:
             token moves up, as several papers' LLaVA code does; not with M-RoPE).
         cache_layer: first decoder layer whose KV cache forgets, once prefill is over, what the last cut dropped; decoding steps
             see no more of the picture there. −1: every layer remembers what it computed.
+        newlines: "keep" the row separators of LLaVA-NeXT, which then count as text, on top of the budget; or "drop" them with
+            the method's first cut, as most papers' code has none. There are as many as the packed picture has rows behind
+            un-padding: 48 for a square one of 2 × 2 crops of 24 × 24 patches, fewer or more for others.
 
     Class attributes:
         needs: probes it looks at (`needs_at` where stages differ).
         first_layer: earliest decoder layer it can cut at.
         presets: schedules its paper publishes.
-        official_positions: what the paper's code does.
+        official_positions: what the paper's code does, in a word.
         adaptive: the method decides how many tokens it keeps; the budget is an upper limit.
         per_view: before the language model, the views of a picture (LLaVA-NeXT: its crops) are decided apart, each with its
             share of the budget.
-        keeps_newlines: False drops the row separators of LLaVA-NeXT with the first cut; they are kept, and count as text, else.
+        scales_over_picture: and yet it has numbers that only mean something over all views of a picture (`over_picture`).
+        keeps_newlines: False drops the row separators of LLaVA-NeXT with the first cut.
 
     Raises:
         UsageError: a budget out of range, an unknown preset, or more than one way of saying when and how many.
@@ -72,8 +76,9 @@ class Pruner:
     default: ClassVar[Schedule]
     first_layer: ClassVar[int] = 0
     presets: ClassVar[Mapping[str, Schedule]] = {}
-    official_positions: ClassVar[Positions] = "original"
+    official_positions: ClassVar[str] = "original"
     per_view: ClassVar[bool] = False
+    scales_over_picture: ClassVar[bool] = False
 
     schedule: Schedule | None = None
     layer: InitVar[int | None] = None
@@ -82,6 +87,7 @@ class Pruner:
     preset: InitVar[str | None] = None
     positions: Positions = "original"
     cache_layer: int = -1
+    newlines: Literal["keep", "drop"] = "keep"
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
         single = (layer, tokens, fraction) != (None, None, None)
@@ -90,6 +96,7 @@ class Pruner:
         if preset is not None and preset not in self.presets:
             raise unknown(f"preset of {self.name}", preset, self.presets)
         self._one_of("positions", ("original", "compact"))
+        self._one_of("newlines", ("keep", "drop"))
         self._in_range("cache_layer", -1, math.inf, whole=True)
         if self.schedule is None:
             schedule = self.presets[preset] if preset is not None else self._from_defaults(layer, tokens, fraction)
@@ -127,7 +134,7 @@ class Pruner:
     @property
     def keeps_newlines(self) -> bool:
         """Whether the row separators of LLaVA-NeXT stay."""
-        return True
+        return self.newlines == "keep"
 
     def plan(self, facts: Facts) -> Schedule:
         """The stages for one model.
@@ -178,6 +185,17 @@ class Pruner:
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
             what = "a whole number" if whole else "a number"
             raise UsageError(f"{self.name}: {parameter} must be {what} in [{low:g}, {high:g}], found {value!r}.")
+
+    def over_picture(self, see: View) -> Tensor:
+        """A number for every token that is scaled over all of its picture, for methods that `select` view by view.
+
+        Args:
+            see: whole pictures, all their views together, with the probes of `needs_at`.
+
+        Returns:
+            `[image, visual]`; every view's part of it comes back as `see.over_picture`.
+        """
+        raise NotImplementedError
 
     def select(self, see: View, keep: int) -> Tensor | Choice:
         """Choose tokens.
