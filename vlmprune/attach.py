@@ -22,22 +22,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from vlmprune.adapters.family import has_mrope
 from vlmprune.adapters.registry import family_of
 from vlmprune.attention import route_attention
 from vlmprune.cache import PrunedLayer, check_same_cuts
 from vlmprune.cost import DecoderShape
 from vlmprune.cutting import Cutting, timed
+from vlmprune.decoder import Decoder, hand_on, look_at
 from vlmprune.errors import UsageError
 from vlmprune.layout import Layout, Prompt, on_device, on_host
 from vlmprune.methods import Pruner, Redistributor
 from vlmprune.methods.base import TowerPruner
 from vlmprune.probes import recall_tower, see_attention
 from vlmprune.recipe import Recipe
+from vlmprune.refusals import check_cuts, check_edits, check_tower
 from vlmprune.run import TUNNEL, Call, Chosen, Clock, Prefill, Report, no_prefill
 from vlmprune.schedule import Budget
+from vlmprune.shells import model_inside
 from vlmprune.steering import Steering
 from vlmprune.tower import RowMemory, TowerPass
 from vlmprune.view import BEFORE_THE_CUT, FROM_TOWER, Facts
@@ -47,7 +48,8 @@ def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str) -> R
     """Prune visual tokens of a loaded Hugging Face VLM, and redistribute its attention, in place and reversibly.
 
     Args:
-        model: a stock model of a supported family, with any weights, dtype and device. It keeps its class and API.
+        model: a stock model of a supported family, with any weights, dtype and device. It keeps its class and API. PEFT, DDP,
+            FSDP, `torch.compile` and the like may be around it: the model inside is wrapped, and calls through them are pruned.
         methods: methods, recipes or recipe strings (`"fastv:layer=2,fraction=0.25"`).
 
     Returns:
@@ -55,8 +57,8 @@ def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str) -> R
         also inside the block of an earlier handle, which then has no effect any more.
 
     Raises:
-        UsageError: unknown family or method, a layer the model does not have, or a combination that is not supported; always
-            here, before the first token.
+        UsageError: no model, unknown family or method, a layer the model does not have, or a combination that is not supported;
+            always here, before the first token.
     """
     return Run(model, Recipe.of(*methods))
 
@@ -69,7 +71,7 @@ class Run:
     """A wrapped model's handle, in the manner of torch's `RemovableHandle`.
 
     Attributes:
-        model: the wrapped model.
+        model: the wrapped model, without shells.
         recipe: what is applied.
         enabled: set to False to run prompts un-pruned without unwrapping.
         last: the record of the last prefill, or None.
@@ -135,17 +137,16 @@ class Run:
     # -- attaching -------------------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
-        family = family_of(getattr(self.model, "config", None))
-        base: Any = getattr(self.model, "base_model", self.model)
-        text: Any = base.get_submodule(family.language_model)
-        layers: Any = text.get_submodule(family.layers)
+        self.model = model_inside(self.model)
+        decoder = look_at(self.model, family_of(self.model.config))
+        family, base, text, layers = decoder.family, decoder.base, decoder.text, decoder.layers
         self._family, self._config, self._base, self._text = family, base.config, base, text
         self._shape = DecoderShape.of(text.config)
         self._facts = _facts(family, base)
         self._steering = Steering(self.recipe.redistributors, family, self._facts, text)
         self._cutting = Cutting(self.recipe, family, self._facts, base, text, len(layers), instead=lambda: self._thread.budget)
         self._plan()
-        self._check(len(layers))
+        self._check(decoder)
         observed: list[tuple[Any, Callable[..., None]]] = []
         for cut in self._cutting.cuts:
             if cut.needs & BEFORE_THE_CUT:
@@ -174,6 +175,8 @@ class Run:
             self._hook(layers[index].register_forward_pre_hook(partial(self._enter_layer, index), with_kwargs=True))
         for index in self._steering.by_layer:  # behind the cuts: these layers see what is left
             self._hook(layers[index].register_forward_pre_hook(partial(self._enter_steered, index), with_kwargs=True))
+        looking = [cut.stage.layer - 1 for cut in self._cutting.cuts if cut.needs & BEFORE_THE_CUT]
+        self._undo += [handle.remove for handle in hand_on(decoder, (*looking, *self._steering.routed))]
         self._hook(text.register_forward_hook(self._leave_text, with_kwargs=True))
 
     def _hook(self, handle: Any) -> None:
@@ -187,49 +190,12 @@ class Run:
         self._tower_cut = inside[0] if inside else None
         self._uses_tower = bool(self._seen_in_tower) or self._tower_cut is not None
 
-    def _check(self, layers: int) -> None:
+    def _check(self, decoder: Decoder) -> None:
         """Refuse what cannot work, before the model is touched."""
-        text_config = self._text.config
-        for cut in self._cutting.cuts:
-            if cut.stage.layer >= layers:
-                raise UsageError(
-                    f"{cut.method.name} cuts at layer {cut.stage.layer}, but the model has layers 0 to {layers - 1}: "
-                    "choose one."
-                )
-            if cut.method.positions == "compact" and has_mrope(text_config):
-                raise UsageError(
-                    f'{cut.method.name}: positions="compact" has no meaning for the M-RoPE of {self._family.name}, whose '
-                    'positions are places in the picture: use positions="original".'
-                )
-        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=text_config).layers):
-            raise UsageError(
-                "the language model has sliding-window layers, whose caches count tokens instead of knowing their places: "
-                "pruning them is not supported; load the model with full attention."
-            )
-        implementation = text_config._attn_implementation
-        supported = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
-        supported += ["flex_attention"] if self._text._supports_flex_attn else []
-        if implementation not in supported:
-            raise UsageError(
-                f"attention implementation {implementation!r} is not supported (supported: {', '.join(supported)}): call "
-                'model.set_attn_implementation("sdpa").'
-            )
-        looking = [cut.method.name for cut in self._cutting.cuts if cut.needs & (BEFORE_THE_CUT | {"attention_of_layer"})]
-        if looking and "flash" in implementation:
-            raise UsageError(
-                f"{looking[0]} looks at attention in the language model, which {implementation!r} does not offer "
-                'yet: call model.set_attn_implementation("sdpa").'
-            )
-        if self._tower_cut is not None and self._tower_cut.stage.site == "vision" and self._last_block() == 0:
-            raise UsageError(
-                f"{self._tower_cut.method.name} drops patches between blocks of the vision tower, but this model takes its "
-                "features from the first one: choose a method that cuts in the language model."
-            )
-        if self._uses_tower and "flash" in (found := str(self._config.vision_config._attn_implementation)):
-            raise UsageError(
-                f"{self.recipe} looks at attention in the vision tower, which {found!r} does not offer yet: call "
-                'model.set_attn_implementation({"vision_config": "sdpa"}).'
-            )
+        check_cuts(self.recipe, decoder, self._cutting.cuts)
+        check_edits(decoder, self._steering)
+        if self._uses_tower:
+            check_tower(self.recipe, decoder, self._facts, self._tower_cut, self._last_block)
 
     # -- the vision tower ------------------------------------------------------------------------------------------------
 

@@ -139,6 +139,16 @@ def check_shrinks(before: Stage, after: Stage, views: bool = False) -> None:
             )
 
 
+PAPER_DEPTHS = (32, 40, 64, 80)
+"""Decoder layers of the models that papers name layers of: 7B, 13B and larger."""
+
+
+def scaled_layer(layer: int, depth: int) -> int:
+    """The layer of a model with `depth` layers that stands where `layer` stands in the shallowest paper's model that has it."""
+    paper = next((paper for paper in PAPER_DEPTHS if layer < paper), layer + 1)
+    return min((2 * layer * depth + paper) // (2 * paper), depth - 1)  # rounded half up
+
+
 def at(layer: int, tokens: int | None = None, fraction: float | None = None) -> Schedule:
     """A single cut: `at(layer=2, fraction=0.5)`."""
     return Schedule((Stage(layer, Budget(tokens, fraction)),))
