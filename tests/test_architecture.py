@@ -13,23 +13,25 @@ import vlmprune
 
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
 LEVELS = [
-    {"vlmprune.errors", "vlmprune.cost", "vlmprune.draw"},
+    {"vlmprune.errors", "vlmprune.cost", "vlmprune.draw", "vlmprune.unhooked"},
     {"vlmprune.schedule", "vlmprune.layout", "vlmprune.view", "vlmprune.kernels", "vlmprune.sink_dims"},
     {"vlmprune.reduction"},
     {"vlmprune.cache", "vlmprune.methods.base", "vlmprune.methods.redistributing", "vlmprune.adapters", "vlmprune.attention"},
-    {"vlmprune.tower", "vlmprune.methods.merging"},
+    {"vlmprune.tower", "vlmprune.methods.merging", "vlmprune.shells"},
     {"vlmprune.methods.pruning", "vlmprune.methods.redistribution"},
     {"vlmprune.methods"},
     {"vlmprune.recipe", "vlmprune.run"},
+    {"vlmprune.decoder"},
     {"vlmprune.probes"},
     {"vlmprune.steering", "vlmprune.cutting"},
+    {"vlmprune.refusals"},
     {"vlmprune.attach"},
     # The public names; the embedded model, and models of published shapes, know nothing of the library.
     {"vlmprune", "vlmprune.tiny", "vlmprune.evals.shapes"},
     {"vlmprune.evals", "vlmprune.demo"},
     {"vlmprune.cli"},
 ]
-MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.probes", "vlmprune.attach"}
+MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.decoder", "vlmprune.probes", "vlmprune.attach"}
 MAY_IMPORT_TRANSFORMERS |= {"vlmprune.recipe", "vlmprune.demo", "vlmprune.cli", "vlmprune.tiny", "vlmprune.evals.shapes"}
 
 

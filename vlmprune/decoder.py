@@ -1,15 +1,16 @@
 """A language model as it is built: what its parts are called, how it calls its layers, and what a layer's attention is given.
 
-`config.model_type` says which class a checkpoint names, not how its text model works: LLaVA stands on Llama, Mistral, Qwen, Phi,
-Gemma, and others. So the model is looked at when it is wrapped: one token runs up to the first layer, in a private copy
-(`unhooked`), and what the language model hands to that layer is what pruning will have to shorten. Nothing is written for one
-text model, and what does not fit is refused by its name.
+`config.model_type` says which class a checkpoint names, not how its text model works: LLaVA stands on Llama, Mistral, Qwen, Phi
+and others. So the model is looked at when it is wrapped: one token runs up to the first layer, in a private copy (`unhooked`),
+and what the language model hands to that layer is what pruning will have to shorten. Nothing is written for one text model, and
+what does not fit is refused by its name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -48,6 +49,7 @@ class Attention:
     Attributes:
         query, key, value: `[batch, head, token, dim]`, after norms and rotary embedding; fewer heads in `key` and `value` for
             grouped attention.
+        mask: the attention mask.
         scaling: factor on the scores.
         kwargs: everything else.
         told: whether a keyword argument of the layer arrives there: by itself, with the help of `hand_on`, or not at all.
@@ -56,6 +58,7 @@ class Attention:
     query: Tensor
     key: Tensor
     value: Tensor
+    mask: Any
     scaling: float
     kwargs: dict[str, Any]
     told: Literal["by the layer", "by a hook", "not"]
@@ -84,6 +87,21 @@ class Decoder:
     @property
     def name(self) -> str:
         return type(self.text).__name__
+
+    def gives_mask(self, mask: Any) -> bool:
+        """Whether an attention function was given the mask that the layer was given, rather than one of the layer's own."""
+        given = self.call[1]["attention_mask"]
+        if not isinstance(mask, Tensor) or not isinstance(given, Tensor):
+            return mask is given
+        return mask is given or (mask.shape == given.shape and (mask.is_meta or torch.equal(mask, given)))
+
+    def turns_by_position(self) -> bool:
+        """Whether rotary embeddings follow from hidden states and positions alone."""
+        try:
+            signature(self.text.get_submodule(self.family.rotary).forward).bind(None, None)
+        except TypeError:
+            return False
+        return True
 
     def look_at_attention(self, index: int) -> Attention:
         """What layer `index` hands to its attention, on one token.
@@ -130,20 +148,20 @@ def attention_of(layer: Any, attention: str, *args: Any, **kwargs: Any) -> Atten
 def _run_to_attention(copied: Any, attention: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Attention:
     """The same of private copies: `attention` is a part of `copied`, or all of it."""
 
-    def stop(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def stop(*args: Any, **kwargs: Any) -> None:
         raise _Reached(args, kwargs)
 
-    route_attention(attention, editor=stop)  # of the copy: nothing to undo
+    route_attention(attention, [stop])  # of the copy: nothing to undo
     reached = _reached(copied, args, kwargs)
     if reached is None:
         raise UsageError(
             f"{type(copied).__name__} computes its attention without transformers' attention functions, where methods look at "
             "it: choose a method that does not look at attention, for example divprune."
         )
-    (query, key, value, *_), rest = reached
+    (query, key, value, mask), rest = reached
     scaling = rest.pop("scaling", None)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return Attention(query, key, value, scaling, rest, "by the layer" if TUNNEL in rest else "not")
+    return Attention(query, key, value, mask, scaling, rest, "by the layer" if TUNNEL in rest else "not")
 
 
 def _reached(copied: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -257,17 +275,13 @@ def _part(module: Any, path: str, what: str, name: str | None = None) -> Any:
 
 
 def _attention_name(layer: Any, usual: str) -> str:
-    named = {
-        name: child
-        for name, child in _inside(layer).named_children()
-        if hasattr(child, "config") and hasattr(child, "layer_idx")
-    }
+    children = dict(_inside(layer).named_children())
+    named = {name: child for name, child in children.items() if hasattr(child, "config") and hasattr(child, "layer_idx")}
     name = usual if usual in named else next(iter(named), "")
     if not named or (usual not in named and len(named) > 1):
         raise UsageError(
             f"{type(layer).__name__} is not built as expected: looked for one attention module with a config, found "
-            f"{', '.join(named) or 'none'} among {', '.join(child for child, _ in _inside(layer).named_children())}; such text models "
-            "are not supported."
+            f"{', '.join(named) or 'none'} among {', '.join(children)}; such text models are not supported."
         )
     if getattr(named[name], "is_causal", True) is False:
         raise UsageError(
@@ -307,8 +321,8 @@ def _check_config(text: Any) -> None:
                 "pruning them is not supported; load the model with full attention."
             )
         raise UsageError(
-            f"the language model has layers of other kinds than full attention ({', '.join(kinds)}), which keep a state instead "
-            "of each token: pruning them is not supported."
+            f"the language model has layers of other kinds than full attention ({', '.join(kinds)}), whose caches do not keep "
+            "every token: pruning them is not supported."
         )
     implementation = config._attn_implementation
     supported = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]

@@ -38,6 +38,11 @@ def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[Cut]) -> None:
                 f'{cut.method.name}: positions="compact" has no meaning for the M-RoPE of {decoder.family.name}, whose '
                 'positions are places in the picture: use positions="original".'
             )
+        if cut.method.positions == "compact" and not decoder.turns_by_position():
+            raise UsageError(
+                f'{cut.method.name}: positions="compact" needs rotary embeddings that follow from positions, but those of '
+                f'{decoder.name} depend on the layer: use positions="original".'
+            )
     for cut in cuts:
         ahead = "attention_of_layer" in cut.needs
         if not (cut.needs & BEFORE_THE_CUT or ahead):
@@ -73,12 +78,18 @@ def check_edits(decoder: Decoder, steering: Steering) -> None:
     if scalers and any(decoder.look_at_attention(index).told != "by the layer" for index in steering.routed):
         raise UsageError(
             f"{scalers[0]} runs the prompt without its picture beside it, layer by layer, but "
-            f"{type(decoder.layers[0]).__name__} does not hand its keyword arguments on to its attention: choose another method."
+            f"{type(decoder.layers[0]).__name__} does not hand its keyword arguments on to its attention: choose another "
+            "method."
+        )
+    if scalers and not decoder.turns_by_position():
+        raise UsageError(
+            f"{scalers[0]} runs the prompt without its picture beside it, which needs rotary embeddings that follow from "
+            f"positions, but those of {decoder.name} depend on the layer: choose another method."
         )
     if scalers and decoder.scaled:
         raise UsageError(
-            f"{scalers[0]} runs the prompt without its picture beside it, from the embeddings on, but {decoder.name} changes them "
-            "before its first layer: choose another method."
+            f"{scalers[0]} runs the prompt without its picture beside it, from the embeddings on, but {decoder.name} changes "
+            "them before its first layer: choose another method."
         )
 
 
@@ -99,8 +110,8 @@ def check_tower(recipe: Recipe, decoder: Decoder, facts: Facts, inside: Cut | No
         )
     if inside is not None and inside.stage.site == "vision" and last_block() == 0:
         raise UsageError(
-            f"{inside.method.name} drops patches between blocks of the vision tower, but this model takes its features from the "
-            "first one: choose a method that cuts in the language model."
+            f"{inside.method.name} drops patches between blocks of the vision tower, but this model takes its features from "
+            "the first one: choose a method that cuts in the language model."
         )
     if "flash" in (found := str(decoder.base.config.vision_config._attn_implementation)):
         raise UsageError(
@@ -115,15 +126,16 @@ def _check_attention(decoder: Decoder, index: int, method: str, told: bool) -> N
     layer = type(decoder.layers[index]).__name__
     if told and seen.told == "not":
         raise UsageError(
-            f"{method} needs the attention of layer {index}, but {layer} does not hand its keyword arguments on to it: choose a "
-            "method that does not look at attention, for example divprune."
+            f"{method} needs the attention of layer {index}, but {layer} does not hand its keyword arguments on to it: choose "
+            "a method that does not look at attention, for example divprune."
         )
     strange = [name for name, x in seen.kwargs.items() if name not in KNOWN and isinstance(x, Tensor)]
     strange += [name for name in ("softcap",) if seen.kwargs.get(name) is not None]
+    strange += [] if decoder.gives_mask(seen.mask) else ["a mask of its own"]
     if strange:
         raise UsageError(
-            f"{method} computes attention as softmax of scaled products, but {layer} adds {', '.join(strange)}: choose a method "
-            "that does not look at attention, for example divprune."
+            f"{method} computes attention as softmax of scaled products, but {layer} adds {', '.join(strange)}: choose a "
+            "method that does not look at attention, for example divprune."
         )
 
 

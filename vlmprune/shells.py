@@ -19,8 +19,8 @@ def model_inside(given: Any) -> nn.Module:
     """A loaded model, with shells around it or without.
 
     Args:
-        given: a Hugging Face model, or one inside PEFT, DistributedDataParallel, DataParallel on one device, FSDP, DeepSpeed, or
-            `torch.compile`.
+        given: a Hugging Face model, or one inside PEFT, DistributedDataParallel, DataParallel on one device, FSDP, DeepSpeed
+            or `torch.compile`.
 
     Raises:
         UsageError: it is none, and what it is; a text-only model; or a shell whose calls hooks cannot follow.
@@ -34,12 +34,12 @@ def model_inside(given: Any) -> nn.Module:
     kind = getattr(config, "model_type", None)
     if kind is None:
         raise UsageError(
-            f"expected a Hugging Face vision-language model, found {_named(given)} without a config that names its kind: {LOAD}."
+            f"expected a Hugging Face vision-language model, found {_named(given)}, which has no config.model_type: {LOAD}."
         )
     if kind not in FAMILIES and not _sees(config):
         raise UsageError(
-            f"expected a vision-language model, found {_named(model)} (model_type {kind!r}), which has no vision tower, and so no "
-            f"visual tokens: pass the whole model; supported are {', '.join(sorted(FAMILIES))}."
+            f"expected a vision-language model, found {_named(model)} (model_type {kind!r}), which has no vision tower, and so "
+            f"no visual tokens: pass the whole model; supported are {', '.join(sorted(FAMILIES))}."
         )
     return model
 
@@ -57,8 +57,8 @@ def _inside(shell: Any) -> nn.Module | None:
         inner = shell._modules.get("_orig_mod") or getattr(shell, "module", None)
     if isinstance(shell, nn.DataParallel) and len(shell.device_ids) > 1:
         raise UsageError(
-            f"DataParallel copies the model to {len(shell.device_ids)} devices at every call, and hooks stay with the first: use "
-            "torch.nn.parallel.DistributedDataParallel, or device_ids=[0]."
+            f"DataParallel copies the model to {len(shell.device_ids)} devices at every call, and hooks stay with the first: "
+            "use torch.nn.parallel.DistributedDataParallel, or device_ids=[0]."
         )
     return inner if isinstance(inner, nn.Module) else None
 
@@ -67,8 +67,8 @@ def _refuse_prompt_learning(shell: Any) -> None:
     config = getattr(shell, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):
         raise UsageError(
-            f"{type(shell).__name__} puts learned tokens before the prompt ({type(config).__name__}), whose places pruning does "
-            "not know: use an adapter that changes weights, such as LoRA, or wrap its get_base_model() without them."
+            f"{type(shell).__name__} puts learned tokens before the prompt ({type(config).__name__}), whose places pruning "
+            "does not know: use an adapter that changes weights, such as LoRA, or wrap its get_base_model() without them."
         )
 
 

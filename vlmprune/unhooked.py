@@ -1,7 +1,7 @@
 """A private copy of a piece of a model: the same parameters, none of the hooks.
 
-What a decoder layer *would* compute is asked of such a copy: the live layer is not touched, so that other threads do not notice,
-and hooks of other people (statistics, adapters, output recording) do not count what is not a forward pass of the model.
+What a decoder layer *would* compute is asked of such a copy: the live layer is not touched, so that other threads do not
+notice, and hooks of other people (statistics, output recording) do not count what is no forward pass of the model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def _copied(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
     module = getattr(module, "_orig_mod", module)  # compiled
     if module in done:
         return done[module]
-    copied: Any = type(module).__new__(type(module))
+    kind: Any = type(module)
+    copied: Any = kind.__new__(kind)
     done[module] = copied
     state = {**vars(module), **{name: type(value)() if value is not None else None for name, value in HOOKS.items()}}
     # The copy has dictionaries of its own: what is put into them (weights that accelerate fetches) stays out of the model.
