@@ -68,9 +68,10 @@ def check_edits(decoder: Decoder, steering: Steering) -> None:
     scalers = [method.name for method in steering.by_layer.values() if isinstance(method, HeadScaler)]
     for index in steering.routed:
         name = names.get(index, scalers[0] if scalers else "")
-        _check_attention(decoder, index, name, told=True)
+        edits = index in steering.by_layer and not isinstance(steering.by_layer[index], HeadScaler)
+        _check_attention(decoder, index, name, told=True, weights=edits)
         seen = decoder.look_at_attention(index)
-        if seen.value.shape[-1] != seen.key.shape[-1]:
+        if edits and seen.value.shape[-1] != seen.key.shape[-1]:
             raise UsageError(
                 f"{name} edits attention whose values are as wide as its keys, but layer {index} of {decoder.name} has keys of "
                 f"{seen.key.shape[-1]} numbers and values of {seen.value.shape[-1]}: choose a method that drops tokens."
@@ -120,8 +121,13 @@ def check_tower(recipe: Recipe, decoder: Decoder, facts: Facts, inside: Cut | No
         )
 
 
-def _check_attention(decoder: Decoder, index: int, method: str, told: bool) -> None:
-    """Whether a method may look at, or edit, the attention of a layer; `told`: it must be told which call that is."""
+def _check_attention(decoder: Decoder, index: int, method: str, told: bool, weights: bool = True) -> None:
+    """Whether a method may look at, or edit, the attention of a layer.
+
+    Args:
+        told: it must be told which call that is.
+        weights: it computes attention weights itself.
+    """
     seen = decoder.look_at_attention(index)
     layer = type(decoder.layers[index]).__name__
     if told and seen.told == "not":
@@ -132,7 +138,7 @@ def _check_attention(decoder: Decoder, index: int, method: str, told: bool) -> N
     strange = [name for name, x in seen.kwargs.items() if name not in KNOWN and isinstance(x, Tensor)]
     strange += [name for name in ("softcap",) if seen.kwargs.get(name) is not None]
     strange += [] if decoder.gives_mask(seen.mask) else ["a mask of its own"]
-    if strange:
+    if weights and strange:
         raise UsageError(
             f"{method} computes attention as softmax of scaled products, but {layer} adds {', '.join(strange)}: choose a "
             "method that does not look at attention, for example divprune."

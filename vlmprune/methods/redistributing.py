@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError, unknown
+from vlmprune.schedule import scaled_layer
 
 M = TypeVar("M", bound="Redistributor")
 Rows = Literal["behind", "last", "all"]
@@ -143,12 +144,13 @@ class Redistributor:
                 chosen.update(range(depth)[piece])
         if self.layers and (lacking or not chosen):
             raise UsageError(
-                f"{self.name} is to edit layers {self.layers!r}, but the model has layers 0 to {depth - 1}: choose among them."
+                f"{self.name} is to edit layers {self.layers!r}, but the model has layers 0 to {depth - 1}: choose among them"
+                f"{_example(self.name, self.layers, depth)}."
             )
         if not chosen:
             raise UsageError(
                 f"{self.name} edits layers {self.default_layers!r} unless it is told others, and the model has layers 0 to "
-                f"{depth - 1}, none of them: choose with layers=…."
+                f"{depth - 1}, none of them: choose with layers=…{_example(self.name, self.default_layers, depth)}."
             )
         return tuple(sorted(chosen))
 
@@ -228,6 +230,24 @@ def _pieces(name: str, layers: str) -> list[int | slice]:
             raise UsageError(f"{name}: layers are written as indices and slices, for example 2:-1 or 1|18:, found {layers!r}.")
         pieces.append(slice(*ends) if len(ends) == 2 else ends[0])  # type: ignore[arg-type]
     return pieces
+
+
+def _example(name: str, layers: str, depth: int) -> str:
+    """The same layers, scaled to a model of `depth` layers, as the end of a sentence; nothing where none are left."""
+
+    def scaled(end: int | None) -> int | None:
+        return None if end is None else -(scaled_layer(-end - 1, depth) + 1) if end < 0 else scaled_layer(end, depth)
+
+    pieces: list[str] = []
+    for piece in _pieces(name, layers):
+        if isinstance(piece, int):
+            pieces.append(str(scaled(piece)))
+            continue
+        start, stop = scaled(piece.start), scaled(piece.stop)
+        if not range(depth)[slice(start, stop)]:
+            start, stop = start if start is not None else 0, None
+        pieces.append(f"{'' if start is None else start}:{'' if stop is None else stop}")
+    return f", for example layers={'|'.join(dict.fromkeys(pieces))}" if pieces else ""
 
 
 def spans(layers: Sequence[int]) -> str:
