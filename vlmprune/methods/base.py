@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vlmprune.errors import UsageError, unknown
-from vlmprune.schedule import Budget, Schedule, Stage
+from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.schedule import Budget, Schedule, Stage, plain
 from vlmprune.view import WITH_CLS, Facts, View
 
 Positions = Literal["original", "compact"]
@@ -36,6 +36,10 @@ class Choice:
     features: Tensor | None = None
 
 
+DEFINED: dict[str, type[Pruner]] = {}
+"""Every method that has been defined in this process, a user's own too, by its name; the last of those with one name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pruner:
     """Keeps some visual tokens of each picture, at each stage of its schedule.
@@ -50,6 +54,8 @@ class Pruner:
             token moves up, as several papers' LLaVA code does; not with M-RoPE).
         cache_layer: first decoder layer whose KV cache forgets, once prefill is over, what the last cut dropped; decoding steps
             see no more of the picture there. −1: every layer remembers what it computed.
+
+    A subclass with a `name` of its own can be used by that name in recipe strings and files, wherever it is defined.
 
     Class attributes:
         needs: probes it looks at (`needs_at` where stages differ).
@@ -83,7 +89,14 @@ class Pruner:
     positions: Positions = "original"
     cache_layer: int = -1
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if isinstance(name := vars(cls).get("name"), str):
+            DEFINED[name] = cls
+
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
+        for parameter in fields(self):
+            object.__setattr__(self, parameter.name, plain(getattr(self, parameter.name)))
         single = (layer, tokens, fraction) != (None, None, None)
         if (self.schedule is not None) + (preset is not None) + single > 1:
             raise UsageError(f"{self.name}: give schedule=…, preset=…, or layer, tokens and fraction; only one of these.")
@@ -177,7 +190,7 @@ class Pruner:
         kind = int if whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
             what = "a whole number" if whole else "a number"
-            raise UsageError(f"{self.name}: {parameter} must be {what} in [{low:g}, {high:g}], found {value!r}.")
+            raise UsageError(f"{self.name}: {parameter} must be {what} in [{low:g}, {high:g}], found {shown(value)}.")
 
     def select(self, see: View, keep: int) -> Tensor | Choice:
         """Choose tokens.

@@ -11,14 +11,14 @@ marked is marked at a prompt, and stays with the conversation: generated tokens 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from vlmprune.errors import UsageError, unknown
-from vlmprune.schedule import scaled_layer
+from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.schedule import plain, scaled_layer
 
 M = TypeVar("M", bound="Redistributor")
 Rows = Literal["behind", "last", "all"]
@@ -70,6 +70,10 @@ class Scene:
     column_means: Callable[[], Tensor]
 
 
+DEFINED: dict[str, type[Redistributor]] = {}
+"""Every method that has been defined in this process, a user's own too, by its name; the last of those with one name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Redistributor:
     """Edits the attention of some rows in some decoder layers.
@@ -77,6 +81,8 @@ class Redistributor:
     Args:
         layers: which, as indices and slices of Python: "2:-1", "1|18:"; the paper's if empty.
         preset: name of settings its paper or code publishes; a parameter that is given wins.
+
+    A subclass with a `name` of its own can be used by that name in recipe strings and files, wherever it is defined.
 
     Class attributes:
         rows: "behind" (of the prompt, the text behind its last picture), "last" (its last token) or "all"; in each case every
@@ -104,6 +110,11 @@ class Redistributor:
     layers: str = ""
     preset: InitVar[str | None] = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if isinstance(name := vars(cls).get("name"), str):
+            DEFINED[name] = cls
+
     def __new__(cls: type[M], **given: Any) -> M:
         # Afterwards, a parameter that was given as its default looks like one that was not.
         method = super().__new__(cls)
@@ -111,6 +122,8 @@ class Redistributor:
         return method
 
     def __post_init__(self, preset: str | None) -> None:
+        for parameter in fields(self):
+            object.__setattr__(self, parameter.name, plain(getattr(self, parameter.name)))
         if preset is not None:
             if preset not in self.presets:
                 raise unknown(f"preset of {self.name}", str(preset), self.presets)
@@ -162,7 +175,7 @@ class Redistributor:
         """
         value = getattr(self, parameter)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise UsageError(f"{self.name}: {parameter} must be a number in [{low:g}, {high:g}], found {value!r}.")
+            raise UsageError(f"{self.name}: {parameter} must be a number in [{low:g}, {high:g}], found {shown(value)}.")
 
 
 class GroupEditor(Redistributor):
