@@ -17,7 +17,7 @@ LEVELS = [
     {"vlmprune.schedule", "vlmprune.layout", "vlmprune.view", "vlmprune.kernels", "vlmprune.sink_dims"},
     {"vlmprune.reduction"},
     {"vlmprune.cache", "vlmprune.methods.base", "vlmprune.methods.redistributing", "vlmprune.adapters", "vlmprune.attention"},
-    {"vlmprune.tower", "vlmprune.methods.merging", "vlmprune.shells"},
+    {"vlmprune.tower", "vlmprune.methods.merging", "vlmprune.methods.relevance", "vlmprune.shells"},
     {"vlmprune.methods.pruning", "vlmprune.methods.redistribution"},
     {"vlmprune.methods"},
     {"vlmprune.recipe", "vlmprune.run"},

@@ -243,8 +243,11 @@ def look_at(model: Any, family: Family) -> Decoder:
     text = _part(base, family.language_model, f"its language model ({family.language_model})")
     layers = _part(text, family.layers, f"a list of decoder layers ({family.layers})", type(text).__name__)
     _check_config(text)
+    family = family.as_built(family, base)
+    width = getattr(base.config.vision_config, "hidden_size", 0)
     family = replace(
-        family.as_built(family, base),
+        family,
+        facts=replace(family.facts, width=width),
         attention=_attention_name(layers[0], family.attention),
         rotary=_only(text, family.rotary, lambda child: hasattr(child, "inv_freq"), "rotary embedding"),
         final_norm=_only(text, family.final_norm, lambda child: "norm" in type(child).__name__.lower(), "final norm"),
