@@ -63,8 +63,10 @@ def _feature_block(config: Any) -> int:
 
 def _refusal(base: nn.Module) -> str | None:
     config: Any = base.config
-    if not hasattr(getattr(base.vision_tower, "embeddings", None), "class_embedding"):
-        return f"its vision tower ({config.vision_config.model_type}) has no CLS token"
+    embeddings = getattr(base.vision_tower, "embeddings", None)
+    if not hasattr(embeddings, "class_embedding"):
+        lacks = "is not built like CLIP's" if hasattr(embeddings, "cls_token") else "has no CLS token"
+        return f"its vision tower ({config.vision_config.model_type}) {lacks}"
     if config.vision_feature_select_strategy != "default":
         return f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; 'default' is supported"
     if not isinstance(config.vision_feature_layer, int):

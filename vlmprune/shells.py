@@ -39,7 +39,7 @@ def model_inside(given: Any) -> nn.Module:
     if kind not in FAMILIES and not _sees(config):
         raise UsageError(
             f"expected a vision-language model, found {_named(model)} (model_type {kind!r}), which has no vision tower, and so "
-            f"no visual tokens: pass the whole model; supported are {', '.join(sorted(FAMILIES))}."
+            f"no visual tokens; if it is a part of one, wrap the whole model; supported are {', '.join(sorted(FAMILIES))}."
         )
     return model
 
