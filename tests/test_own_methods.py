@@ -105,7 +105,7 @@ class Louder(vp.PAI):
 @pytest.mark.parametrize(
     ("method", "text"),
     [
-        (Corner(tokens=4, last=True), "corner:tokens=4,last=1"),
+        (Corner(tokens=4, last=True), "corner:tokens=4,last=True"),
         (Corner(layer=2, fraction=0.25, weight=np.float32(0.5)), "corner:layer=2,fraction=0.25,weight=0.5"),
         (Louder(alpha=0.25, more=3), "louder:alpha=0.25,more=3"),
     ],
@@ -125,7 +125,7 @@ def test_a_method_of_ones_own_is_saved_and_loaded(method, text, tmp_path):
 def test_it_runs_by_its_name():
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text2", "image", "text3"]])
-    with vp.wrap(model, "corner:tokens=3,last=1") as run:
+    with vp.wrap(model, "corner:tokens=3,last=True") as run:
         model(**inputs)
     assert run.last.kept[0].index.tolist() == [13, 14, 15]
 

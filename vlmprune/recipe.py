@@ -207,7 +207,7 @@ def _parse_method(text: str) -> Pruner | Redistributor:
     return _build(entry)
 
 
-def _value(text: str, key: str) -> int | float | str:
+def _value(text: str, key: str) -> int | float | str | bool:
     for kind in (int, float):
         try:
             return kind(text)
@@ -215,7 +215,7 @@ def _value(text: str, key: str) -> int | float | str:
             continue
     if key in ("layer", "tokens", "fraction", "seed"):
         raise UsageError(f"{key} must be a number, found {text!r}.")
-    return text
+    return {"True": True, "False": False}.get(text, text)
 
 
 def _build(entry: dict[str, Any]) -> Pruner | Redistributor:

@@ -97,7 +97,7 @@ class Pruner:
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
         for parameter in fields(self):
             object.__setattr__(self, parameter.name, plain(getattr(self, parameter.name)))
-        single = (layer, tokens, fraction) != (None, None, None)
+        single = any(value is not None for value in (layer, tokens, fraction))
         if (self.schedule is not None) + (preset is not None) + single > 1:
             raise UsageError(f"{self.name}: give schedule=…, preset=…, or layer, tokens and fraction; only one of these.")
         if preset is not None and preset not in self.presets:
@@ -164,7 +164,7 @@ class Pruner:
         return self.needs
 
     def _from_defaults(self, layer: int | None, tokens: int | None, fraction: float | None) -> Schedule:
-        if (layer, tokens, fraction) == (None, None, None):
+        if layer is None and tokens is None and fraction is None:
             return self.default
         default = self.default.stages[0]
         given = tokens is not None or fraction is not None
