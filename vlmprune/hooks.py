@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from vlmprune.attach import Plan, untraced
 from vlmprune.attention import TUNNEL, route_attention
 from vlmprune.cache import Owner, check_same_cuts, hand_over, owner_of
+from vlmprune.decoder import take
 from vlmprune.errors import UsageError
 from vlmprune.run import Call
 from vlmprune.tower import TowerPass
@@ -124,6 +125,8 @@ class Attachment:
     def _put(self, plan: Plan, kind: str, index: int) -> Callable[[], None]:
         if kind == "layer":
             return _before(plan.layers[index], partial(_enter_layer, index))
+        if kind == "carried":
+            return _before(plan.layers[index].get_submodule(plan.family.attention), take)
         tower = plan.family.tower
         assert tower is not None
         root, projector = self.base.get_submodule(tower.root), self.base.get_submodule(tower.projector)

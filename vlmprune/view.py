@@ -79,6 +79,7 @@ class Facts:
         crops: a picture may be cut into several views (LLaVA-NeXT).
         unit: patches that the tower merges into one visual token (Qwen-VL: 4).
         windows: blocks of the tower look at windows of the picture only (Qwen2.5-VL).
+        width: numbers of a patch in the tower, or 0 where it is not known.
         refusal: why there is no usable CLS token.
     """
 
@@ -86,6 +87,7 @@ class Facts:
     crops: bool = False
     unit: int = 1
     windows: bool = False
+    width: int = 0
     refusal: str = "its vision tower has no CLS token"
 
 

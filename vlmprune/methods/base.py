@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vlmprune.errors import UsageError, unknown
-from vlmprune.schedule import Budget, Schedule, Stage
+from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.schedule import Budget, Schedule, Stage, plain
 from vlmprune.view import WITH_CLS, Facts, View
 
 Positions = Literal["original", "compact"]
@@ -36,6 +36,10 @@ class Choice:
     features: Tensor | None = None
 
 
+DEFINED: dict[str, type[Pruner]] = {}
+"""Every method that has been defined in this process, a user's own too, by its name; the last of those with one name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pruner:
     """Keeps some visual tokens of each picture, at each stage of its schedule.
@@ -53,6 +57,8 @@ class Pruner:
         newlines: "keep" the row separators of LLaVA-NeXT, which then count as text, on top of the budget; or "drop" them with
             the method's first cut, as most papers' code has none. There are as many as the packed picture has rows behind
             un-padding: 48 for a square one of 2 × 2 crops of 24 × 24 patches, fewer or more for others.
+
+    A subclass with a `name` of its own can be used by that name in recipe strings and files, wherever it is defined.
 
     Class attributes:
         needs: probes it looks at (`needs_at` where stages differ).
@@ -89,8 +95,15 @@ class Pruner:
     cache_layer: int = -1
     newlines: Literal["keep", "drop"] = "keep"
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if isinstance(name := vars(cls).get("name"), str):
+            DEFINED[name] = cls
+
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
-        single = (layer, tokens, fraction) != (None, None, None)
+        for parameter in fields(self):
+            object.__setattr__(self, parameter.name, plain(getattr(self, parameter.name)))
+        single = any(value is not None for value in (layer, tokens, fraction))
         if (self.schedule is not None) + (preset is not None) + single > 1:
             raise UsageError(f"{self.name}: give schedule=…, preset=…, or layer, tokens and fraction; only one of these.")
         if preset is not None and preset not in self.presets:
@@ -158,7 +171,7 @@ class Pruner:
         return self.needs
 
     def _from_defaults(self, layer: int | None, tokens: int | None, fraction: float | None) -> Schedule:
-        if (layer, tokens, fraction) == (None, None, None):
+        if layer is None and tokens is None and fraction is None:
             return self.default
         default = self.default.stages[0]
         given = tokens is not None or fraction is not None
@@ -184,7 +197,7 @@ class Pruner:
         kind = int if whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
             what = "a whole number" if whole else "a number"
-            raise UsageError(f"{self.name}: {parameter} must be {what} in [{low:g}, {high:g}], found {value!r}.")
+            raise UsageError(f"{self.name}: {parameter} must be {what} in [{low:g}, {high:g}], found {shown(value)}.")
 
     def over_picture(self, see: View) -> Tensor:
         """A number for every token that is scaled over all of its picture, for methods that `select` view by view.

@@ -28,6 +28,7 @@ from torch.nn.functional import normalize
 from vlmprune.errors import UsageError
 from vlmprune.kernels.select_diverse import determinant_order
 from vlmprune.methods.base import Pruner
+from vlmprune.methods.relevance import check_relevance, check_width
 from vlmprune.schedule import Schedule, Stage, at
 from vlmprune.view import Facts, View
 
@@ -57,14 +58,15 @@ class CDPruner(Pruner):
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
         super().__post_init__(layer, tokens, fraction, preset)
-        if self.relevance is not None and not callable(self.relevance):
-            raise UsageError(f"cdpruner: relevance must be a function such as ClipRelevance(…), found {self.relevance!r}.")
+        if self.relevance is not None:
+            check_relevance(self.name, self.relevance)
 
     def plan(self, facts: Facts) -> Schedule:
         if self.relevance is not None and not facts.cls:
             raise UsageError(
                 f"cdpruner: relevance compares what a CLIP tower made of each patch, but {facts.refusal}: leave relevance out."
             )
+        check_width(self.name, self.relevance, facts.width)
         return super().plan(facts)
 
     def variant(self, facts: Facts) -> str:
