@@ -66,14 +66,19 @@ class Attachment:
 
     def follow(self, plan: Plan) -> Owner:
         """New conversations follow `plan` from now on."""
+        with self._lock:
+            self.current = owner = self.join(plan)
+        self.tidy()
+        return owner
+
+    def join(self, plan: Plan) -> Owner:
+        """Whoever is given the owner follows `plan`, as long as somebody holds it."""
         owner = Owner(plan)
         with self._lock:
             self._owners.append(ref(owner))
             for name, put in self._wanted(plan):
                 if name not in self._places:
                     self._places[name] = put()
-            self.current = owner
-        self.tidy()
         return owner
 
     def drop(self, owner: Owner) -> None:
@@ -129,17 +134,16 @@ class Attachment:
             return _before(plan.layers[index].get_submodule(plan.family.attention), take)
         tower = plan.family.tower
         assert tower is not None
-        root, projector = self.base.get_submodule(tower.root), self.base.get_submodule(tower.projector)
-        blocks: Any = self.base.get_submodule(tower.blocks)
-        if kind == "block":
-            return _before(blocks[index], partial(_enter_block, index))
-        return {
-            "tower": lambda: _before(root, self._enter_tower),
-            "tower left": lambda: _after(root, self._leave_tower),
-            "first block": lambda: _before(blocks[index], _enter_first_block),
-            "merger": lambda: _before(projector, self._enter_merger),
-            "projector": lambda: _after(projector, self._leave_projector),
-        }[kind]()
+        part = self.base.get_submodule
+        put = {
+            "tower": lambda: _before(part(tower.root), self._enter_tower),
+            "tower left": lambda: _after(part(tower.root), self._leave_tower),
+            "first block": lambda: _before(part(f"{tower.blocks}.{index}"), _enter_first_block),
+            "block": lambda: _before(part(f"{tower.blocks}.{index}"), partial(_enter_block, index)),
+            "merger": lambda: _before(part(tower.projector), self._enter_merger),
+            "projector": lambda: _after(part(tower.projector), self._leave_projector),
+        }
+        return put[kind]()
 
     # -- the model -------------------------------------------------------------------------------------------------------
 
