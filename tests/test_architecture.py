@@ -21,7 +21,7 @@ LEVELS = [
     {"vlmprune.methods.pruning", "vlmprune.methods.redistribution"},
     {"vlmprune.methods"},
     {"vlmprune.recipe", "vlmprune.run"},
-    {"vlmprune.probes"},
+    {"vlmprune.probes", "vlmprune.prompt"},
     {"vlmprune.steering", "vlmprune.cutting"},
     {"vlmprune.attach"},
     # The public names; the embedded model, and models of published shapes, know nothing of the library.
@@ -29,7 +29,7 @@ LEVELS = [
     {"vlmprune.evals", "vlmprune.demo"},
     {"vlmprune.cli"},
 ]
-MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.probes", "vlmprune.attach"}
+MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.probes", "vlmprune.prompt", "vlmprune.attach"}
 MAY_IMPORT_TRANSFORMERS |= {"vlmprune.recipe", "vlmprune.demo", "vlmprune.cli", "vlmprune.tiny", "vlmprune.evals.shapes"}
 
 

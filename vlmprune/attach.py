@@ -27,14 +27,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from vlmprune.adapters.family import has_mrope
 from vlmprune.adapters.registry import family_of
 from vlmprune.attention import route_attention
-from vlmprune.cache import PrunedLayer, check_same_cuts
+from vlmprune.cache import PrunedLayer, check_growing, check_same_cuts
 from vlmprune.cost import DecoderShape
 from vlmprune.cutting import Cutting, timed
 from vlmprune.errors import UsageError
-from vlmprune.layout import Layout, Prompt, on_device, on_host
+from vlmprune.layout import on_host
 from vlmprune.methods import Pruner, Redistributor
 from vlmprune.methods.base import TowerPruner
 from vlmprune.probes import recall_tower, see_attention
+from vlmprune.prompt import by_name, find_layout, look_at_mask, read_prompt, refuse_merged, visible_pictures
 from vlmprune.recipe import Recipe
 from vlmprune.run import TUNNEL, Call, Chosen, Clock, Prefill, Report, no_prefill
 from vlmprune.schedule import Budget
@@ -381,7 +382,7 @@ class Run:
     ) -> None:
         """Observer of the attention before a cut; prefills only, and not where the choice is made already."""
         call: Call | None = kwargs.get(TUNNEL)
-        if call is not None and call.layout is not None and not call.replayed:
+        if call is not None and call.layout is not None and self._cutting.chooses_at(layer + 1, call):
             with timed(call, query.device, f"attention in layer {layer}"):
                 see_attention(call, layer, needs, query, key, value, attention_mask, scaling)
 
@@ -398,42 +399,49 @@ class Run:
 
     @untraced
     def _enter_base(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        args, kwargs = (), by_name(self._base, args, kwargs)
         call: Call = kwargs.get(TUNNEL) or Call()
         cache = kwargs.get("past_key_values")
         check_same_cuts(cache, self._cutting.at)
         call.past = cache.get_seq_length() if cache is not None else 0
-        mask = kwargs.get("attention_mask")
-        call.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        look_at_mask(call, kwargs)
         if self.enabled:
-            self._find_pictures(call, args, kwargs)
+            self._find_or_leave(call, kwargs)
         return args, {**kwargs, TUNNEL: call}
 
-    def _find_pictures(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _find_or_leave(self, call: Call, kwargs: dict[str, Any]) -> None:
+        """Look for pictures. What cannot be followed is refused only where something would be dropped or redistributed: the
+        plain model takes it."""
+        try:
+            self._find_pictures(call, kwargs)
+        except UsageError:
+            if self._steering.by_layer or self._cutting.may_drop(call.pictures):
+                raise
+            look_at_mask(call, kwargs)
+
+    def _find_pictures(self, call: Call, kwargs: dict[str, Any]) -> None:
         if kwargs.get("pixel_values_videos") is not None or (kwargs.get("mm_encoder_outputs") or {}).get("video") is not None:
             raise UsageError("videos are not pruned yet: pass the frames as pictures, or set run.enabled = False.")
-        counts = _encoded_counts(kwargs) or self._family.tokens_per_image(kwargs, self._config)
+        counts = call.pictures = _encoded_counts(kwargs) or self._family.tokens_per_image(kwargs, self._config)
         if counts is None:
+            refuse_merged(kwargs, self._text)
             if call.past == 0:
                 raise UsageError(
                     "the prompt has no image: there is nothing to prune; give the processor a picture and put its image "
                     "placeholder into the text, or set run.enabled = False for text-only prompts."
                 )
             return  # a later step, or a turn without a new picture
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None:
-            raise UsageError("pruning finds pictures by their placeholder ids: pass input_ids, not inputs_embeds.")
-        mask = kwargs.get("attention_mask")
-        if mask is not None and call.mask is None:
-            found = f"{mask.ndim}-D tensor" if isinstance(mask, Tensor) else type(mask).__name__
-            raise UsageError(
-                f"pruning needs a 2-D attention mask [batch, tokens] or None, found a {found}: static caches and custom masks "
-                "are not supported."
-            )
-        call.batch, call.sequence = ids.shape
-        self._replay_uncached(call, ids, kwargs.get("mm_encoder_outputs"), cached=kwargs.get("past_key_values") is not None)
-        call.prompt = prompt = Prompt.read(ids, call.mask, self._family.image_token(self._config), call.tail)
-        call.layout = Layout.find(prompt.visual, counts, prompt.real, ids.device)
-        call.prompt_end = on_device(prompt.end, ids.device)
+        ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if ids is None and embeddings is None:
+            return  # the model itself refuses this
+        cache = kwargs.get("past_key_values")
+        steered = dict.fromkeys(method.name for method in self._steering.by_layer.values())
+        if steered or self._cutting.may_drop(counts):
+            check_growing(cache, "attention redistribution" if steered else "pruning inside the language model")
+        told_by = embeddings[..., 0] if ids is None else ids
+        self._replay_uncached(call, told_by, kwargs.get("mm_encoder_outputs"), cached=cache is not None)
+        prompt = read_prompt(call, kwargs, self._family.image_token(self._config), self._text, self._needs, tuple(steered))
+        find_layout(call, prompt, counts, told_by.device)
 
     def _replay_uncached(self, call: Call, ids: Tensor, encoded: Any, cached: bool) -> None:
         """Generation without a cache runs the whole prompt again for every token, with the same encoded pictures: the choice
@@ -465,8 +473,10 @@ class Run:
         embeddings: Tensor = kwargs["inputs_embeds"]
         self._set_newlines_apart(call, embeddings)
         images = call.layout.images
-        call.remaining = [torch.arange(len(image), device=image.positions.device) for image in images]
-        call.alive, call.counts, call.entered = call.layout.real, list(call.layout.counts), list(map(len, images))
+        call.remaining = visible_pictures(call)
+        call.alive, call.counts = call.layout.real, list(call.layout.counts)
+        call.candidates = list(map(len, call.remaining))
+        call.entered = list(call.candidates)
         call.record = Prefill(
             batch=call.batch,
             sequence=call.sequence,
@@ -475,11 +485,12 @@ class Run:
             shape=self._shape,
             itemsize=embeddings.element_size(),
             newlines=0 if call.newlines is None else int(call.newlines.sum()),
+            hidden=sum(map(len, images)) - sum(call.candidates),
         )
         call.record.prefill.start = Clock.now(embeddings.device)
         call.record.tower, self._thread.clocks = list(self._thread.clocks), ()
         with timed(call, embeddings.device, "what the tower knew"):
-            if self._seen_in_tower:
+            if self._seen_in_tower and (self._steering.needs or self._cutting.may_drop(call.candidates)):
                 recall_tower(call, self._memory, embeddings)
             if self._needs & {"embeddings", "text_embeddings"}:
                 call.embeddings = embeddings
@@ -487,7 +498,7 @@ class Run:
         # With padding, the model would make a mask of the whole prompt, [batch, 1, n, n], which no layer would see. Without
         # cache and mask, however, it would take positions with padding for packed sequences, and make a mask for these.
         cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache", self._text.config.use_cache)
-        unseen = (cached or kwargs.get("position_ids") is None) and self._cutting.shortens_at_once(call)
+        unseen = (cached or kwargs.get("position_ids") is None) and self._cutting.shortens_at_once(call) and not call.custom
         return (args, {**kwargs, "attention_mask": None}) if unseen else None
 
     @untraced
@@ -516,7 +527,7 @@ class Run:
         newline, device = getattr(self._base, self._family.newline), embeddings.device.type
         if torch.is_autocast_enabled(device):  # transformers packs it among features of that dtype
             newline = newline.to(torch.get_autocast_dtype(device))
-        call.newlines = on_host((embeddings == newline.to(embeddings)).all(dim=-1)) & call.prompt.visual
+        call.newlines = on_host((embeddings == newline.to(embeddings)).all(dim=-1)) & call.prompt.placeholders
         call.layout = call.layout.without(call.newlines)
 
     def _enter_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -533,7 +544,7 @@ class Run:
             layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
             if not isinstance(layer, PrunedLayer):
                 return None
-            if hidden.shape[1] == 1 and layer.dense and layer.shift is None and call.layout is None and not call.padded_step:
+            if hidden.shape[1] == 1 and layer.dense and layer.shift is None and call.layout is None and not (call.padded_step or call.custom):
                 # Decoding without padding: every stored entry is visible, no mask is needed.
                 return None if kwargs.get("attention_mask") is None else (args, {**kwargs, "attention_mask": None})
         changed = self._cutting.arguments(index, call, hidden, cache, kwargs)

@@ -366,6 +366,7 @@ def _prompt(call: Call, device: torch.device) -> tuple[Tensor, Tensor]:
     visual = torch.zeros_like(prompt)
     for image in call.layout.images:
         visual[image.sample, image.positions] = True
+    visual &= call.layout.real
     return _computed(call, prompt).to(device), _computed(call, visual).to(device)
 
 

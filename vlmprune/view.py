@@ -20,7 +20,7 @@ PROBES: dict[str, str] = {
     "normed_features": "[image, visual, dim] `features` behind the language model's final norm",
     "normed_text_features": "[image, text, dim] the same of the text",
     "embeddings": "[image, original, dim] what entered the language model for all tokens of the picture, dropped ones too "
-    "(NaN if dropped inside the tower)",
+    "(NaN if dropped inside the tower or hidden by the call's mask)",
     "text_embeddings": "[image, text, dim] the same of the text; zero where padded",
     "attention_from_last": "[image, head, visual] fp32 attention of the last prompt token, in the layer before the cut",
     "attention_of_layer": "[image, head, visual] the same, as the layer of the cut itself would pay it to what enters it",
