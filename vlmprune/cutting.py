@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlmprune.adapters.family import Family
+from vlmprune.adapters.family import Family, has_mrope
 from vlmprune.attention import part_of_mask, pruned_mask
 from vlmprune.cache import PrunedLayer, keep_only, pruned_layer
 from vlmprune.layout import group_by_size, on_device, on_host, real_tokens
@@ -167,10 +167,28 @@ class Cutting:
                         rotary=now,
                         norm=partial(_as_the_model, call, hidden.device, self._text.get_submodule(self._family.final_norm)),
                         project=partial(_as_the_model, call, hidden.device, self._projector()),
+                        start=partial(self._start, call, hidden, kwargs),
                     )
                     call.chosen[number] = self._choose(cut, call, hidden, tools)
                 hidden = self._drop(cut, call, call.chosen[number], hidden, kwargs, now)
         return hidden
+
+    def _start(self, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """Rotary embeddings `[batch, segment, head_dim]` of the first token of each sample: of the conversation's, in a later
+        turn, where positions count tokens."""
+        assert call.prompt is not None
+        starts = on_device(call.prompt.starts, hidden.device)
+        if not call.past:
+            cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in kwargs["position_embeddings"])
+            index = starts.to(cos.device)[..., None].expand(-1, -1, cos.shape[-1])
+            return cos.gather(1, index), sin.gather(1, index)
+        position = kwargs.get("position_ids")
+        if position is None or has_mrope(self._text.config):
+            return None
+        before = call.past if call.mask is None else (call.mask[:, : call.past] != 0).sum(dim=1, keepdim=True).to(starts.device)
+        first = (position.expand(hidden.shape[0], -1).gather(1, starts) - before).clamp_min(0)
+        cos, sin = self._text.get_submodule(self._family.rotary)(hidden, first)
+        return cos, sin
 
     def _projector(self) -> Any:
         tower = self._family.tower

@@ -87,6 +87,14 @@ class Prompt:
         return np.zeros(self.real.shape[1], dtype=int) if self.segments is None else self.segments[sample]
 
     @property
+    def starts(self) -> np.ndarray[Any, Any]:
+        """`[batch, segment]` place of the first token of each sample of a row; where a row has fewer, 0."""
+        if self.segments is None:
+            return np.asarray(self.real.argmax(axis=1))[:, None]
+        count = int(self.segments.max()) + 1
+        return np.asarray(((self.segments[:, None] == np.arange(count)[:, None]) & self.real[:, None]).argmax(axis=2))
+
+    @property
     def ends(self) -> np.ndarray[Any, Any]:
         """`[batch, segment]` place of the last token of each sample of a row; where a row has fewer, its own last."""
         if self.segments is None:

@@ -59,12 +59,14 @@ class Tools:
         norm: the language model's final norm.
         rotary: gives cosines and sines of the rows that enter the layer of the cut, `[batch or 1, token, dim]` each.
         project: the projector.
+        start: gives cosines and sines of the first token of each sample, `[batch, segment, head_dim]` each; None if unknown.
     """
 
     ahead: Callable[[], Tensor]
     norm: Callable[[Tensor], Tensor]
     rotary: Callable[[], tuple[Tensor, Tensor]]
     project: Callable[[Tensor], Tensor] | None
+    start: Callable[[], tuple[Tensor, Tensor] | None]
 
 
 def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Part], hidden: Tensor, tools: Tools) -> View:
@@ -148,6 +150,13 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
             return call.embeddings
         return call.embeddings.masked_fill(on_device(hidden_tokens, call.embeddings.device)[..., None], torch.nan)
 
+    def turned_back(x: Tensor) -> Tensor:
+        """Queries or keys `[image, head, …, dim]` as they would be if their sample began at position 0."""
+        if (start := tools.start()) is None:
+            return x
+        cos, sin = (part[samples, segments.to(part.device)].to(x.device) for part in start)  # [image, dim]
+        return unrotated(x, cos, sin)
+
     def turns() -> Tensor:
         return torch.cat(tools.rotary(), dim=-1).expand(hidden.shape[0], -1, -1)
 
@@ -164,11 +173,11 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
         "attention_of_layer": lambda: of_last(tools.ahead()),
         "attention_from_text": lambda: columns(of_text(), here),
         "attention_among_text": among_text,
-        "query_of_last": lambda: seen().query_of_last[samples, segments],
+        "query_of_last": lambda: turned_back(seen().query_of_last[samples, segments]),
         "value_of_last": lambda: seen().value_of_last[samples, segments],
-        "keys": lambda: rows(seen().key, here),
+        "keys": lambda: turned_back(rows(seen().key, here)),
         "values": lambda: rows(seen().value, here),
-        "text_keys": lambda: words(seen().key, text()),
+        "text_keys": lambda: turned_back(words(seen().key, text())),
         "rotary": lambda: rows(turns(), here).unflatten(-1, (2, -1)),
         "text_rotary": lambda: words(turns(), text()).unflatten(-1, (2, -1)),
         "project": lambda: tools.project,
@@ -180,6 +189,19 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
         probes[name] = known.transpose(1, 2) if name.startswith("attention") else known  # [image, head, visual]
     side = int(call.views[group[0].image][:, 1].max()) if call.views else 0
     return View(layer, group[0].original, position, probes, group[0].entered, side)
+
+
+def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn `[image, head, …, dim]` back by a rotary embedding `[image, rotary dim]`, whose own factor is taken out; exact where
+    it is that of position 0."""
+    shape = (len(cos), *[1] * (x.ndim - 2), -1)
+    cos, sin = cos.float().view(shape), sin.float().view(shape)
+    size = torch.hypot(cos, sin)
+    cos, sin = cos / size, sin / size
+    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turning.float().chunk(2, dim=-1)
+    back = turning.float() * cos - torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((back.to(x.dtype), rest), dim=-1)
 
 
 def rows_now(call: Call, image: int, index: Tensor) -> Tensor:

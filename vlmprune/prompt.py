@@ -30,9 +30,9 @@ from vlmprune.errors import UsageError
 from vlmprune.layout import Bools, Layout, Prompt, on_device, on_host
 from vlmprune.run import Call
 from vlmprune.tower import row_names
-from vlmprune.view import BEFORE_THE_CUT
+from vlmprune.view import TEXT_ROWS
 
-ATTENTION = BEFORE_THE_CUT | {"attention_of_layer"}
+ATTENTION = TEXT_ROWS | {"attention_from_last", "attention_of_layer"}
 """Probes that look at attention in the language model."""
 
 
