@@ -148,7 +148,9 @@ def test_embeddings_with_pictures_merged():
     with torch.no_grad():
         features = torch.cat(list(model.get_image_features(pixels, return_dict=True).pooler_output))
         merged = model.get_input_embeddings()(ids).masked_scatter((ids == IMAGE)[..., None], features)
-    called(model, "inputs_embeds holds 16 embeddings that are no word's: if pictures were merged", inputs_embeds=merged, **inputs)
+    called(
+        model, "inputs_embeds holds 16 embeddings that are no word's: if pictures were merged", inputs_embeds=merged, **inputs
+    )
 
 
 def test_videos():

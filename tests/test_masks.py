@@ -34,7 +34,13 @@ RECIPES = {
     "visionzip": "tokens=4",
     "vscan": "tokens=4",
 }
-FEW = ["divprune:tokens=4", "fastv:layer=2,tokens=4", "dart:layer=1,tokens=6", "tome:layer=0,tokens=4", "pdrop:layer=2,tokens=4"]
+FEW = [
+    "divprune:tokens=4",
+    "fastv:layer=2,tokens=4",
+    "dart:layer=1,tokens=6",
+    "tome:layer=0,tokens=4",
+    "pdrop:layer=2,tokens=4",
+]
 KEEP_ALL = "random:layer=0,fraction=1.0"
 SAMPLES = [["text3", "image", "text4"], ["text5", "image", "text6"]]
 
@@ -108,7 +114,10 @@ def test_budgets_count_from_what_is_visible():
 @pytest.mark.parametrize("recipe", FEW)
 @pytest.mark.parametrize("where", ["before", "behind", "both", "end of the picture", "all of a picture"])
 def test_holes_anywhere(where, recipe):
-    model, inputs = shared("llava"), inputs_of(samples=[["text3", "image", "text4", "image", "text5"], ["text9", "image", "text6"]])
+    model, inputs = (
+        shared("llava"),
+        inputs_of(samples=[["text3", "image", "text4", "image", "text5"], ["text9", "image", "text6"]]),
+    )
     first = pictures(inputs, 0)
     cells = {
         "before": [(0, [1]), (1, [12, 14])],
@@ -132,7 +141,7 @@ def test_words_that_are_hidden_are_not_weighed():
     """The sentence says why there are none; where there is nothing to choose, nobody asks for them."""
     model, inputs = shared("llava"), inputs_of(samples=[["image", "text4"]] * 3)
     inputs["attention_mask"] = inputs["attention_mask"].tril()
-    with vp.wrap(model, "dart:layer=1,tokens=1"), pytest.raises(vp.UsageError, match="in row 0 none stands there that the mask"):
+    with vp.wrap(model, "dart:layer=1,tokens=1"), pytest.raises(vp.UsageError, match="none stands there that the mask"):
         model(**inputs)
 
 
@@ -161,8 +170,7 @@ def test_redistribution_does_not_see_hidden_tokens(recipe):
     inputs = hide(inputs, (0, pictures(inputs, 0)[:16]))
     other = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
     other["pixel_values"][0] *= -1
-    with vp.wrap(model, recipe) as run, torch.no_grad():
-        run.recipe  # noqa: B018
+    with vp.wrap(model, recipe), torch.no_grad():
         first, second = model(**inputs).logits, model(**other).logits
     seen = inputs["attention_mask"].bool()
     assert (first - second)[seen].abs().max() < TOLERANCE
@@ -283,7 +291,7 @@ def test_a_later_turn_may_hide_more(tokens):
 def test_redistribution_refuses_what_it_cannot_follow():
     model, inputs = shared("llava"), inputs_of()
     given = {**inputs, "attention_mask": cells(inputs, "window")}
-    with vp.wrap(model, "divprune:tokens=4 + zerotuning:gain=2"), pytest.raises(vp.UsageError, match="^zerotuning decides what"):
+    with vp.wrap(model, "divprune:tokens=4 + zerotuning:gain=2"), pytest.raises(vp.UsageError, match="zerotuning decides what"):
         model(**given)
     with vp.wrap(model, "zerotuning:gain=2"), torch.no_grad():  # one that says padding is padding
         expected = model(**inputs).logits

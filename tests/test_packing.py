@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import TOLERANCE
+from oracles import TOLERANCE, LiveMaskOracle
 from test_masks import RECIPES
 from tiny_models import FLEX, make_inputs, shared
 
@@ -80,7 +80,9 @@ def test_each_sample_is_as_if_it_were_alone(recipe, rows):
 
 
 @pytest.mark.parametrize("attn", ["eager", FLEX])
-@pytest.mark.parametrize("recipe", ["divprune:tokens=4", "fastv:layer=2,tokens=4", "pdrop:layer=2,tokens=4", "dart:layer=2,tokens=6"])
+@pytest.mark.parametrize(
+    "recipe", ["divprune:tokens=4", "fastv:layer=2,tokens=4", "pdrop:layer=2,tokens=4", "dart:layer=2,tokens=6"]
+)
 def test_other_attention(attn, recipe):
     compare(shared("llava", attn), recipe, *alone_and_packed("llava", ROWS["two"]))
 
@@ -99,8 +101,8 @@ def test_a_sample_that_ends_with_its_picture():
 
 def test_rows_of_a_batch_that_are_packed_differently():
     model = shared("llava")
-    (a, b), first = alone_and_packed("llava", [["text3", "image", "text4"], ["text5", "image", "text6"]])
-    (c, d), second = alone_and_packed("llava", [["text5", "image", "text6"], ["text3", "image", "text4"]])
+    _, first = alone_and_packed("llava", [["text3", "image", "text4"], ["text5", "image", "text6"]])
+    _, second = alone_and_packed("llava", [["text5", "image", "text6"], ["text3", "image", "text4"]])
     both = {name: torch.cat((first[name], second[name])) for name in first}
     with torch.no_grad(), vp.wrap(model, "fastv:layer=2,tokens=4") as run:
         logits = model(**both, use_cache=False).logits
@@ -122,8 +124,6 @@ def test_what_the_plain_model_does_not_take_for_packed_is_not():
                 with vp.wrap(model, "divprune:layer=3,tokens=4") as run:
                     logits = model(**given, **more).logits
                 keep = run.last.keep[3]
-                from oracles import LiveMaskOracle
-
                 with LiveMaskOracle(model, {3: keep}):
                     judge = model(**given, **more).logits
             assert (logits - judge)[keep].abs().max() < TOLERANCE
@@ -154,7 +154,7 @@ def test_a_gap_inside_a_picture_is_refused():
 @pytest.mark.parametrize("recipe", ["zerotuning:gain=2", "divprune:tokens=4 + pai"])
 def test_redistribution_is_refused_by_name(recipe):
     _, together = alone_and_packed("llava", ROWS["two"])
-    with vp.wrap(shared("llava"), recipe), pytest.raises(vp.UsageError, match="^(zerotuning|pai) decides what a row sees"):
+    with vp.wrap(shared("llava"), recipe), pytest.raises(vp.UsageError, match=r"^(zerotuning|pai) decides what a row sees"):
         shared("llava")(**together, use_cache=False)
 
 

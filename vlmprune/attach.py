@@ -544,7 +544,8 @@ class Run:
             layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
             if not isinstance(layer, PrunedLayer):
                 return None
-            if hidden.shape[1] == 1 and layer.dense and layer.shift is None and call.layout is None and not (call.padded_step or call.custom):
+            every = layer.dense and layer.shift is None and not call.custom
+            if hidden.shape[1] == 1 and every and call.layout is None and not call.padded_step:
                 # Decoding without padding: every stored entry is visible, no mask is needed.
                 return None if kwargs.get("attention_mask") is None else (args, {**kwargs, "attention_mask": None})
         changed = self._cutting.arguments(index, call, hidden, cache, kwargs)
@@ -602,8 +603,9 @@ def _encoded_counts(kwargs: dict[str, Any]) -> list[int] | None:
         return None
     if encoded.last_hidden_state is None:  # generate() cuts features up for a chunked prefill, and leaves this out
         raise UsageError(
-            "where one picture ends and the next begins is unknown, because the encoded features are in pieces: chunked "
-            "prefill is not supported (prefill_chunk_size=None); pass on what get_image_features returned as it is."
+            "pruning decides over whole pictures, but these features come in pieces, as generate(prefill_chunk_size=…) cuts "
+            "them, whether the prompt has one chunk or several: leave prefill_chunk_size out, and pass on what "
+            "get_image_features returned as it is."
         )
     return [features.shape[0] for features in encoded.pooler_output]
 

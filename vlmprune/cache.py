@@ -219,7 +219,7 @@ class PrunedLayer(MarkedLayer):
             UsageError: it would cut into the part of the prompt where tokens were dropped.
         """
         if tokens_to_remove > 0:
-            DynamicLayer().crop(tokens_to_remove)  # from transformers 5.18 on an error, which stands there; before, what is left
+            DynamicLayer().crop(tokens_to_remove)  # transformers' own error, from 5.18 on; before, a number of tokens to leave
             tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
         remove = -tokens_to_remove
         from_prefix = remove - self._tail()
@@ -352,8 +352,8 @@ def _check_layer(cache: Cache, layer: object, what: str) -> None:
 
 def _other_cache(what: str, found: str) -> UsageError:
     return UsageError(
-        f"{what} needs a plain DynamicCache, found {found}: pass no other cache as past_key_values, and cache_implementation=None "
-        "(the default) to generate."
+        f"{what} needs a plain DynamicCache, found {found}: pass no other cache as past_key_values, and to generate "
+        "cache_implementation=None (the default)."
     )
 
 

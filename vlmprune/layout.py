@@ -228,13 +228,18 @@ def real_tokens(attention_mask: Tensor | None, batch: int, sequence: int, device
 
 def _why(prompt: Prompt, there: int, wanted: int) -> str:
     """What probably happened to the placeholders, and what to do."""
-    ends = prompt.placeholders[np.arange(len(prompt.end)), prompt.end]
-    if there < wanted and ends.any():
+    last = prompt.placeholders[np.arange(len(prompt.end)), prompt.end]
+    if there < wanted and last.any():
         return (
-            f"row {int(ends.argmax())} ends inside a picture: the prompt was cut short, so pass truncation=False to the "
-            "processor or leave the picture out."
+            f"row {int(last.argmax())} ends with an image token, as a prompt does that was cut inside a picture: give the "
+            "processor a larger max_length, or no truncation."
         )
-    return "put one image placeholder in the text for each picture and let the processor expand it, without cutting the prompt."
+    if not there:
+        return (
+            "put one image placeholder in the text for each picture, and let neither the processor's truncation nor your own "
+            "cut it off."
+        )
+    return "put one image placeholder in the text for each picture and let the processor expand it."
 
 
 def _counts(counts: Sequence[int]) -> str:

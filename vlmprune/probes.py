@@ -96,7 +96,7 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
 
     @cache
     def mine() -> tuple[Tensor | None, Tensor]:
-        """Which of the rows of `text_after_pictures` are of a picture's own sample `[image, text]`, and which are no padding."""
+        """Of the rows of `text_after_pictures`, those of each picture's own sample, and which of them are no padding."""
         return own_text(call, images)
 
     def of_mine(text: Tensor) -> Tensor:
@@ -375,5 +375,6 @@ def identity(call: Call, image: Image) -> int:
     assert call.prompt is not None
     mine = call.prompt.asked[image.sample] & (call.prompt.segment(image.sample) == image.segment)
     ids = call.prompt.ids[image.sample][mine]
-    ordinal = [other for other in call.layout.images if (other.sample, other.segment) == (image.sample, image.segment)].index(image)
+    beside = [other for other in call.layout.images if (other.sample, other.segment) == (image.sample, image.segment)]
+    ordinal = beside.index(image)
     return int.from_bytes(blake2b(f"{ordinal}/{ids.tolist()}".encode(), digest_size=8).digest(), "little")

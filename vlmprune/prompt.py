@@ -97,9 +97,9 @@ def read_prompt(
             _check_custom(steered, "an attention mask that says more than which tokens are padding")
             if biased and needs & ATTENTION:
                 raise UsageError(
-                    "an attention mask that differs between heads, or weighs tokens instead of hiding them, is not supported by "
-                    "methods that look at attention: give a mask of True and False, [batch, 1, query, key], or choose another "
-                    "method."
+                    "an attention mask that differs between heads, or weighs tokens instead of hiding them, is not supported "
+                    "by methods that look at attention: give a mask of True and False, [batch, 1, query, key], or choose "
+                    "another method."
                 )
             real &= ~lone
             segments = None if call.past else _apart(on_host(seen), real)
@@ -170,9 +170,7 @@ def visible_pictures(call: Call) -> list[Tensor]:
     ]
 
 
-def _tokens(
-    kwargs: Mapping[str, Any], image_token: int, text: Any, needs: frozenset[str]
-) -> tuple[Tensor, Tensor | None]:
+def _tokens(kwargs: Mapping[str, Any], image_token: int, text: Any, needs: frozenset[str]) -> tuple[Tensor, Tensor | None]:
     """Ids `[batch, sequence]`; or numbers of their embeddings, and which of these are placeholders."""
     ids: Tensor | None = kwargs.get("input_ids")
     if ids is not None:
@@ -188,7 +186,7 @@ def _said_by(seen: Tensor, past: int) -> Tensor:
     """What a mask `[batch, query, key]` says of each key: `[3, batch, key]` bool, whether any row sees it; whether it is alone
     (sees no other, seen by no other); and whether the rows that are not alone see it exactly if it comes before and is no
     padding."""
-    batch, queries, keys = seen.shape
+    _, queries, keys = seen.shape
     place = torch.arange(keys, device=seen.device)
     own = place[past:, None] == place  # [query, key]
     real = seen.any(dim=1)

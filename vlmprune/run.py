@@ -415,7 +415,7 @@ class Report:
         kept = [(f"kept at {_place(s)} ({s.method})", _each(s.kept, s.original)) for s in self.stages]
         higher = self.kv_bytes_peak > self.kv_bytes
         peak = f", {self.kv_bytes_peak / 1024:.4g} KiB before the cache was shortened" if higher else ""
-        hidden = [("hidden by the mask", f"{self.hidden} visual tokens, never kept, not counted by budgets")] * bool(self.hidden)
+        hidden = [("hidden by the mask", f"{self.hidden} visual tokens, no candidates of any budget")] if self.hidden else []
         newlines = [("row separators", f"{self.newlines}, counted as text, {self.newline_policy}")] if self.newlines else []
         return [
             ("recipe", self.recipe),

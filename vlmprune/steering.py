@@ -223,7 +223,8 @@ class Steering:
         rows = _rows(call, method, query)
         if rows is not None and rows.rows.shape[1] == 0:
             return own()
-        result = None if rows is None and not kwargs.get("output_attentions") else own()
+        asked = kwargs.get("output_attentions", getattr(self._text.config, "output_attentions", False))
+        result = None if rows is None and not asked else own()
         past, chosen, position = key.shape[2] - query.shape[2], query, None
         if rows is not None:
             chosen = query.gather(2, rows.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
