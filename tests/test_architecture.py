@@ -21,7 +21,7 @@ LEVELS = [
     {"vlmprune.methods.pruning", "vlmprune.methods.redistribution"},
     {"vlmprune.methods"},
     {"vlmprune.recipe", "vlmprune.run"},
-    {"vlmprune.probes", "vlmprune.prompt"},
+    {"vlmprune.probes", "vlmprune.prompt", "vlmprune.apart"},
     {"vlmprune.steering", "vlmprune.cutting"},
     {"vlmprune.attach"},
     # The public names; the embedded model, and models of published shapes, know nothing of the library.

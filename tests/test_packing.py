@@ -151,11 +151,28 @@ def test_a_gap_inside_a_picture_is_refused():
         model(**one, position_ids=position_ids, use_cache=False)
 
 
-@pytest.mark.parametrize("recipe", ["zerotuning:gain=2", "divprune:tokens=4 + pai"])
-def test_redistribution_is_refused_by_name(recipe):
-    _, together = alone_and_packed("llava", ROWS["two"])
-    with vp.wrap(shared("llava"), recipe), pytest.raises(vp.UsageError, match=r"^(zerotuning|pai) decides what a row sees"):
-        shared("llava")(**together, use_cache=False)
+STEERED = [
+    "zerotuning:gain=2",
+    "pai:layers=1:4",
+    "var:sink_dims=5|40,layers=1:4",
+    "act:layers=1:4",
+    "paint:layers=1:4",
+    "vhr:layers=2:4",
+]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("method", STEERED)
+@pytest.mark.parametrize("cut", ["", "divprune:layer=2,tokens=4 + ", "fastv:layer=1,tokens=8 + random:layer=3,tokens=3 + "])
+def test_redistribution_of_each_sample_is_as_if_it_were_alone(method, cut, rows):
+    if not cut:
+        cut = "random:layer=0,fraction=1.0 + "
+    compare(shared("llava"), cut + method, *alone_and_packed("llava", ROWS[rows]))
+
+
+@pytest.mark.parametrize("method", ["zerotuning:gain=2", "vhr:layers=2:4"])
+def test_redistribution_of_packed_rows_of_qwen(method):
+    compare(shared("qwen2_5_vl"), "divprune:layer=2,tokens=4 + " + method, *alone_and_packed("qwen2_5_vl", ROWS["two"]))
 
 
 @pytest.mark.parametrize("recipe", ["random:layer=0,fraction=1.0", "adaptinfer:layer=2,tokens=16", "zerotuning:gain=1"])

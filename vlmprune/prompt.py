@@ -94,7 +94,11 @@ def read_prompt(
             real &= ~lone
             call.custom, call.mask = False, on_device(real, ids.device)
         else:
-            _check_custom(steered, "an attention mask that says more than which tokens are padding")
+            if steered:
+                raise UsageError(
+                    f"{', '.join(steered)} decides what a row sees by its place and by padding, but attention_mask says more "
+                    "than which tokens are padding: give a 2-D mask, or leave the method out."
+                )
             if biased and needs & ATTENTION:
                 raise UsageError(
                     "an attention mask that differs between heads, or weighs tokens instead of hiding them, is not supported "
@@ -106,7 +110,6 @@ def read_prompt(
         real = real[:, call.past :]
     elif packed is not None:
         call.custom = True
-        _check_custom(steered, "several samples packed into one row (position ids that start anew)")
         segments, real = on_host(packed).astype(int), np.ones(tuple(ids.shape), dtype=bool)
     else:
         prompt = Prompt.read(ids, call.mask, image_token, call.tail)
@@ -208,14 +211,6 @@ def _biased(mask: Tensor | BlockMask) -> bool:
     if mask.dtype == torch.bool:
         return False
     return bool(on_host(((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any()))
-
-
-def _check_custom(steered: Sequence[str], what: str) -> None:
-    if steered:
-        raise UsageError(
-            f"{', '.join(steered)} decides what a row sees by its place and by padding, but the call gives {what}: pass one "
-            "sample per row with a 2-D attention_mask, or leave the method out."
-        )
 
 
 def _apart(seen: Bools, real: Bools) -> np.ndarray[Any, Any]:

@@ -182,12 +182,14 @@ class Steps:
         rows: which rows are edited, per kind of rows and number of tokens a layer computes.
         blind: the prompt without its pictures, where a method compares with it.
         of_blind: this is that prompt's own call.
+        apart: the samples that are packed into rows, each in a row of its own; None if they are not.
     """
 
     entered: dict[int, Any] = field(default_factory=dict)
     rows: dict[tuple[str, int], Reduction | None] = field(default_factory=dict)
     blind: Any = None
     of_blind: bool = False
+    apart: Any = None
 
 
 @dataclass(eq=False)

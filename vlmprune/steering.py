@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.adapters.family import Family, has_mrope
+from vlmprune.apart import Apart
 from vlmprune.attention import pruned_mask
 from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, marked_layer
 from vlmprune.errors import UsageError
@@ -134,6 +135,9 @@ class Steering:
 
     def enter_text(self, call: Call, embeddings: Tensor) -> None:
         """A prompt with a picture begins: prepare the text-only stream."""
+        if self.by_layer and call.prompt is not None and call.prompt.segments is not None:
+            call.steps.apart = apart = Apart.of_packed(call)
+            return self.enter_text(apart.now(call), apart.take(embeddings, 1))
         if self._last_blind < 0 or call.past or call.resumed:
             return
         assert call.layout is not None
@@ -172,6 +176,8 @@ class Steering:
         """
         if index not in self.by_layer:
             return
+        if (apart := call.steps.apart) is not None:
+            return self.enter_layer(index, apart.now(call), apart.take(hidden, 1), cache)
         layer = None if cache is None else marked_layer(cache, index)
         holder = call.uncached.setdefault(index, _Holder()) if layer is None else layer
         if call.past and (holder.marks is None or holder.marks.by != self._names[self.by_layer[index].name]):
@@ -200,6 +206,11 @@ class Steering:
             return own()
         if call.steps.of_blind:
             return self._attend_blind(index, call, own())
+        if (apart := call.steps.apart) is not None:
+            result, mine = own(), apart.now(call)
+            alone = (apart.take(x, 2) for x in (query, key, value))
+            edited = self.attend(index, lambda: (apart.take(result[0], 1), None), *alone, scaling, **{**kwargs, TUNNEL: mine})
+            return (apart.put_back(result[0], edited[0]), *result[1:])
         entered = call.steps.entered.pop(index, None)
         if entered is None:
             self._advance_blind(index, call)
