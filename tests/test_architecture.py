@@ -22,7 +22,7 @@ LEVELS = [
     {"vlmprune.methods"},
     {"vlmprune.recipe", "vlmprune.run"},
     {"vlmprune.decoder"},
-    {"vlmprune.probes"},
+    {"vlmprune.probes", "vlmprune.prompt", "vlmprune.apart"},
     {"vlmprune.steering", "vlmprune.cutting"},
     {"vlmprune.refusals"},
     {"vlmprune.attach"},
@@ -34,6 +34,7 @@ LEVELS = [
     {"vlmprune.cli"},
 ]
 MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.decoder", "vlmprune.probes", "vlmprune.hooks"}
+MAY_IMPORT_TRANSFORMERS |= {"vlmprune.prompt"}
 MAY_IMPORT_TRANSFORMERS |= {"vlmprune.recipe", "vlmprune.demo", "vlmprune.cli", "vlmprune.tiny", "vlmprune.evals.shapes"}
 
 

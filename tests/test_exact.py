@@ -341,16 +341,6 @@ def test_output_options(family):
     assert output.hidden_states[0].shape[1] == inputs["input_ids"].shape[1]
 
 
-@families
-def test_embeddings_instead_of_ids_are_refused(family):
-    """Red: pictures cannot be found without ids, and the model silently runs un-pruned or prunes the wrong tokens."""
-    model = shared(family)
-    inputs = make_inputs(family, model, BATCHES["one image"])
-    embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
-    with vp.wrap(model, STAGES["2"][0]), pytest.raises(ValueError, match="input_ids"):
-        model(inputs_embeds=embeddings, **inputs)
-
-
 def test_cls_refuses_a_tower_without_class_token():
     """Red: CLS attention is silently replaced by something else on Qwen2.5-VL."""
     model = shared("qwen2_5_vl")

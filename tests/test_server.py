@@ -541,7 +541,7 @@ def test_an_override_of_a_removed_handle_is_refused(model):
 
 
 def test_a_block_is_served_by_its_handle_though_it_was_replaced(model):
-    """Red: between taking the handle and opening the block a server replaces the recipe, and the override is lost, or refused."""
+    """Red: a recipe that is replaced between taking the handle and opening the block takes the override with it."""
     run = vp.wrap(model, HALF)
     with vp.wrap(model, "uniform:fraction=0.25") as other:
         with run.override(tokens=3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -114,6 +115,7 @@ class Prefill:
             kept visual tokens). A stage that kept everything leaves the sequence as it was.
         keep_cache: the same for decoding steps, where a cache stage forgot more than prefill had dropped.
         newlines: row separators of LLaVA-NeXT among the image placeholders, which count as text; and whether they were kept.
+        hidden: visual tokens that the call's own attention mask hides: no method may keep them, and budgets do not count them.
         batch, sequence: shape of the call.
         past: tokens that were in the cache before.
         visual: visual tokens of the whole batch.
@@ -138,6 +140,7 @@ class Prefill:
     keep_cache: dict[int, Tensor] = field(default_factory=dict)
     newlines: int = 0
     newlines_kept: bool = True
+    hidden: int = 0
     entering: list[int] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
@@ -149,8 +152,8 @@ class Prefill:
 
 
 class Projections(NamedTuple):
-    """What an attention layer computed: of the last prompt token `[batch, head, dim]` and `[batch, kv_head, dim]`, and of all
-    rows of this call `[batch, kv_head, key, dim]`."""
+    """What an attention layer computed: of the last prompt token (of each sample of a row) `[batch, segment, head, dim]` and
+    `[batch, segment, kv_head, dim]`, and of all rows of this call `[batch, kv_head, key, dim]`."""
 
     query_of_last: Tensor
     value_of_last: Tensor
@@ -160,10 +163,12 @@ class Projections(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """What one stage left: per picture, the indices that remain, and the features merged into them (or None)."""
+    """What one stage left: per picture, the indices that remain, and the features merged into them (or None); `emptied` where
+    places of others are left without a token."""
 
     remaining: list[Tensor]
     features: list[Tensor | None]
+    emptied: bool = False
 
 
 @dataclass(eq=False)
@@ -176,12 +181,14 @@ class Steps:
         rows: which rows are edited, per kind of rows and number of tokens a layer computes.
         blind: the prompt without its pictures, where a method compares with it.
         of_blind: this is that prompt's own call.
+        apart: the samples that are packed into rows, each in a row of its own; None if they are not.
     """
 
     entered: dict[int, Any] = field(default_factory=dict)
     rows: dict[tuple[str, int], Reduction | None] = field(default_factory=dict)
     blind: Any = None
     of_blind: bool = False
+    apart: Any = None
 
 
 @dataclass(eq=False)
@@ -198,12 +205,15 @@ class Call:
         tail: tokens at the end that are not part of the prompt (candidates of assisted decoding; tokens generated without a
             cache).
         asked: tokens at the end whose logits were asked for, or 0.
+        pictures: visual tokens of each picture that the call brings, or None.
         layout: where visual tokens are; None if this call prunes nothing.
         prompt: the call's tokens, on the host.
         mask: 2-D attention mask over all tokens so far, or None.
+        custom: layers are given a mask of which every cell counts (4-D, block mask, or one for packed samples).
         past: tokens in the cache before this call.
         prompt_end: `[batch]` place of the prompt's last token.
         remaining: per picture, indices that are still there.
+        candidates: per picture, how many of its tokens the call's mask does not hide: what budgets count from.
         entered: per picture, how many of its tokens entered the language model.
         newlines: `[batch, sequence]` row separators among the image placeholders, on the host; None if there are none.
         alive: `[batch, sequence]` bool, what was not dropped yet.
@@ -213,7 +223,8 @@ class Call:
             tower, on the host; empty where nobody asks or the tower has no views.
         reduction: what the current layer computes; None while nothing was dropped.
         embeddings: `[batch, sequence, dim]` what entered the language model, where a method looks back at it.
-        attention: per decoder layer, `[batch, head, key]` attention of the last prompt token to this call's rows.
+        attention: per decoder layer, `[batch, head, segment, key]` attention of the last prompt token to this call's rows; of
+            each sample, where several are packed into a row.
         projections: per decoder layer, queries, keys and values.
         text: the prompt's text after its last picture, as rows of the call's sequence.
         text_attention: per decoder layer, `[batch, head, text, key]` attention of these rows.
@@ -243,14 +254,17 @@ class Call:
     before: dict[int, Call] = field(default_factory=dict)
     tail: int = 0
     asked: int = 0
+    pictures: Sequence[int] | None = None
     layout: Layout | None = None
     prompt: Prompt | None = None
     mask: Tensor | None = None
+    custom: bool = False
     past: int = 0
     batch: int = 0
     sequence: int = 0
     prompt_end: Tensor | None = None
     remaining: list[Tensor] = field(default_factory=list)
+    candidates: list[int] = field(default_factory=list)
     entered: list[int] = field(default_factory=list)
     newlines: Bools | None = None
     alive: Tensor | None = None
@@ -355,6 +369,7 @@ class Report:
     Attributes:
         kv_bytes, kv_bytes_peak: what the KV cache holds after prefill, and the most it held; more where a stage shortens it,
             whose old and new entries exist side by side for a moment.
+        hidden: visual tokens that the call's own attention mask hid.
         selection_ms: choosing and shortening, a part of `prefill_ms`.
         overhead: the same by place, in milliseconds; and looking and shortening inside the vision tower, which is no part of
             `prefill_ms`.
@@ -379,6 +394,7 @@ class Report:
     selection_ms: float
     edits: tuple[EditReport, ...] = ()
     overhead: tuple[tuple[str, float], ...] = ()
+    hidden: int = 0
 
     @staticmethod
     def of(record: Prefill, recipe: str) -> Report:
@@ -420,6 +436,7 @@ class Report:
                 for name in dict.fromkeys(s.method for s in record.steered)
             ),
             overhead=_by_place([*record.tower, *record.selection]),
+            hidden=record.hidden,
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -427,6 +444,7 @@ class Report:
         kept = [(f"kept at {_place(s)} ({s.method})", _each(s.kept, s.original)) for s in self.stages]
         higher = self.kv_bytes_peak > self.kv_bytes
         peak = f", {self.kv_bytes_peak / 1024:.4g} KiB before the cache was shortened" if higher else ""
+        hidden = [("hidden by the mask", f"{self.hidden} visual tokens, no candidates of any budget")] if self.hidden else []
         newlines = [("row separators", f"{self.newlines}, counted as text, {self.newline_policy}")] if self.newlines else []
         seen = f"{self.visual_tokens} visual" if self.visual_tokens else "no picture: nothing to prune"
         return [
@@ -434,6 +452,7 @@ class Report:
             ("prompt", f"{self.batch} × {self.prompt_tokens} tokens, {seen}"),
             *kept,
             *newlines,
+            *hidden,
             *((f"redistributed ({edit.method})", str(edit)) for edit in self.edits),
             (
                 "visual tokens per layer",
