@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vlmprune.adapters.family import Family, Tower
 from vlmprune.view import Facts
@@ -27,6 +28,11 @@ def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
 def _image_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]:
     pixels = inputs["pixel_values"]
     return [_grid(pixels, config)] * pixels.shape[0]
+
+
+def _views(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
+    first = int(config.vision_feature_select_strategy == "full")  # token 0 is then the CLS token
+    return [[[first + torch.arange(rows * columns).view(rows, columns)]] for rows, columns in _image_grid(inputs, config)]
 
 
 def _feature_block(config: Any) -> int:
@@ -62,6 +68,7 @@ LLAVA = Family(
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_tokens_per_image,
     image_grid=_image_grid,
+    views=_views,
     facts=Facts(cls=True),
     tower=CLIP,
 )

@@ -13,7 +13,8 @@ import vlmprune
 
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
 LEVELS = [
-    {"vlmprune.errors", "vlmprune.cost", "vlmprune.draw"},
+    {"vlmprune.errors", "vlmprune.cost", "vlmprune.draw", "vlmprune.units", "vlmprune.methods.parameters"},
+    {"vlmprune.names", "vlmprune.pictures"},
     {"vlmprune.schedule", "vlmprune.layout", "vlmprune.view", "vlmprune.kernels", "vlmprune.sink_dims"},
     {"vlmprune.reduction"},
     {"vlmprune.cache", "vlmprune.methods.base", "vlmprune.methods.redistributing", "vlmprune.adapters", "vlmprune.attention"},
@@ -26,11 +27,20 @@ LEVELS = [
     {"vlmprune.attach"},
     # The public names; the embedded model, and models of published shapes, know nothing of the library.
     {"vlmprune", "vlmprune.tiny", "vlmprune.evals.shapes"},
+    {"vlmprune.loading", "vlmprune.catalogue"},
     {"vlmprune.evals", "vlmprune.demo"},
     {"vlmprune.cli"},
+    {"vlmprune.__main__"},
 ]
 MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.probes", "vlmprune.attach"}
-MAY_IMPORT_TRANSFORMERS |= {"vlmprune.recipe", "vlmprune.demo", "vlmprune.cli", "vlmprune.tiny", "vlmprune.evals.shapes"}
+MAY_IMPORT_TRANSFORMERS |= {
+    "vlmprune.recipe",
+    "vlmprune.demo",
+    "vlmprune.loading",
+    "vlmprune.cli",
+    "vlmprune.tiny",
+    "vlmprune.evals.shapes",
+}
 
 
 def room(module: str) -> str:

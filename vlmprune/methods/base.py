@@ -7,7 +7,6 @@ method asks for `Facts`, never for a family's name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar, Literal
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError, unknown
+from vlmprune.methods.parameters import Range, choice, limited, number
 from vlmprune.schedule import Budget, Schedule, Stage
 from vlmprune.view import WITH_CLS, Facts, View
 
@@ -77,11 +77,11 @@ class Pruner:
 
     schedule: Schedule | None = None
     layer: InitVar[int | None] = None
-    tokens: InitVar[int | None] = None
-    fraction: InitVar[float | None] = None
+    tokens: InitVar[int | None] = number(None, low=0, whole=True)  # checked by Budget
+    fraction: InitVar[float | None] = number(None, low=0, high=1)
     preset: InitVar[str | None] = None
-    positions: Positions = "original"
-    cache_layer: int = -1
+    positions: Positions = choice("original", "compact")
+    cache_layer: int = number(-1, low=-1, whole=True)
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
         single = (layer, tokens, fraction) != (None, None, None)
@@ -89,8 +89,7 @@ class Pruner:
             raise UsageError(f"{self.name}: give schedule=…, preset=…, or layer, tokens and fraction; only one of these.")
         if preset is not None and preset not in self.presets:
             raise unknown(f"preset of {self.name}", preset, self.presets)
-        self._one_of("positions", ("original", "compact"))
-        self._in_range("cache_layer", -1, math.inf, whole=True)
+        self._check_parameters()
         if self.schedule is None:
             schedule = self.presets[preset] if preset is not None else self._from_defaults(layer, tokens, fraction)
             object.__setattr__(self, "schedule", schedule)
@@ -158,6 +157,18 @@ class Pruner:
         budget = Budget(tokens, fraction) if given else default.budget
         return Schedule((Stage(default.layer, budget, default.site) if layer is None else Stage(layer, budget),))
 
+    def _check_parameters(self) -> None:
+        """Refuse a parameter outside its limits.
+
+        Raises:
+            UsageError: says the limits and what was found.
+        """
+        for parameter, allowed in limited(self):
+            if isinstance(allowed, Range):
+                self._in_range(parameter, allowed.low, allowed.high, allowed.whole)
+            else:
+                self._one_of(parameter, allowed)
+
     def _one_of(self, parameter: str, values: tuple[Any, ...]) -> None:
         """Refuse a field whose value is none of a few.
 
@@ -177,7 +188,8 @@ class Pruner:
         kind = int if whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
             what = "a whole number" if whole else "a number"
-            raise UsageError(f"{self.name}: {parameter} must be {what} in [{low:g}, {high:g}], found {value!r}.")
+            where = f" in [{low:g}, {high:g}]" if low > float("-inf") else ""
+            raise UsageError(f"{self.name}: {parameter} must be {what}{where}, found {value!r}.")
 
     def select(self, see: View, keep: int) -> Tensor | Choice:
         """Choose tokens.
