@@ -14,7 +14,7 @@ import vlmprune
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
 LEVELS = [
     {"vlmprune.errors", "vlmprune.cost", "vlmprune.draw", "vlmprune.units", "vlmprune.methods.parameters"},
-    {"vlmprune.names", "vlmprune.pictures"},
+    {"vlmprune.names", "vlmprune.pictures", "vlmprune.hub"},
     {"vlmprune.schedule", "vlmprune.layout", "vlmprune.view", "vlmprune.kernels", "vlmprune.sink_dims"},
     {"vlmprune.reduction"},
     {"vlmprune.cache", "vlmprune.methods.base", "vlmprune.methods.redistributing", "vlmprune.adapters", "vlmprune.attention"},

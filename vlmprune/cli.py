@@ -387,9 +387,9 @@ def horizon(
     """From which decoder layer on visual tokens tell the answer nothing any more, and recipes that use it."""
     from vlmprune.evals import horizon as evals
 
-    with _calibration(model, data, images, device, out, answers=True) as (loaded, samples, tick):
+    with _calibration(model, data, images, device, out, answers=True) as (loaded, samples, tick, notes):
         result = evals.find_horizon(loaded, samples, layer, window, chunk, answer_tokens, tick)
-    numbers = {"model": model, "data": str(data or "scenes"), "environment": environment(), **result.to_dict()}
+    numbers = {"model": model, "data": str(data or "scenes"), "notes": notes, "environment": environment(), **result.to_dict()}
     if out:
         (out / "horizon.json").write_text(json.dumps(numbers) + "\n")
         (out / "horizon.md").write_text(evals.markdown(result) + "\n")
@@ -422,9 +422,9 @@ def tune(
 
     evals.check_method(method)
     budget = Budget(fraction=0.3) if (tokens, fraction) == (None, None) else Budget(tokens, fraction)
-    with _calibration(model, data, images, device, out, answers=False) as (loaded, samples, tick):
+    with _calibration(model, data, images, device, out, answers=False) as (loaded, samples, tick, notes):
         result = evals.tune(loaded, samples, budget, method, tick)
-    numbers = {"model": model, "data": str(data or "scenes"), "environment": environment(), **result.to_dict()}
+    numbers = {"model": model, "data": str(data or "scenes"), "notes": notes, "environment": environment(), **result.to_dict()}
     if out:
         result.recipe.save_pretrained(out)
         (out / "tune.json").write_text(json.dumps(numbers, indent=1) + "\n")
@@ -439,8 +439,9 @@ def tune(
 @contextmanager
 def _calibration(
     model: str, data: Path | None, images: int | None, device: str, out: Path | None, answers: bool
-) -> Iterator[tuple[Any, Iterator[Any], Callable[[float], None]]]:
-    """The model, its calibration samples, and a progress bar to tick; everything is checked before anything is computed."""
+) -> Iterator[tuple[Any, Iterator[Any], Callable[[float], None], list[str]]]:
+    """The model, its calibration samples, a progress bar to tick, and what the pictures lost when they were read; everything is
+    checked before anything is computed."""
     from vlmprune.evals import calibration
     from vlmprune.loading import load_model
 
@@ -455,7 +456,7 @@ def _calibration(
     _note(notes)
     with _progress() as progress:
         task = progress.add_task("samples", total=len(questions))
-        yield loaded, samples, lambda share: progress.advance(task, share)
+        yield loaded, samples, lambda share: progress.advance(task, share), notes
 
 
 def _prepare_folder(out: Path | None) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,16 +15,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.errors import UsageError, unknown
+from vlmprune import hub
+from vlmprune.errors import UsageError, first_line, unknown
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-PATIENCE = 8.0
-"""Seconds that the hub has for its first answer; transformers would retry for a minute."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-IMAGE_PART = ("processor_config.json", "preprocessor_config.json")
+IMAGE_PART = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 LFS = b"version https://git-lfs"
 HOW = "give a folder with a saved model, a hub id, or 'tiny'"
@@ -130,7 +127,7 @@ def check_torchvision() -> None:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:
         raise UsageError(
-            f"torchvision is installed but does not fit this torch ({_first_line(error)}): uninstall it (pictures need none), "
+            f"torchvision is installed but does not fit this torch ({first_line(error)}): uninstall it (pictures need none), "
             "or install the version that belongs to this torch."
         ) from error
 
@@ -188,85 +185,12 @@ def _in_folder(name: str, folder: Path, gguf: str | None) -> Source:
 
 
 def _on_hub(name: str) -> Source:
-    """Ask the hub once, with little patience; without network the cache may have what is needed."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
-    options: dict[str, Any] = {"trust_remote_code": False}
-    try:
-        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-        if constants.HF_HUB_OFFLINE:
-            raise UnreachableError("HF_HUB_OFFLINE is set")
-        info = _soon(lambda: HfApi().model_info(name, timeout=PATIENCE / 2))
-    except HFValidationError as error:
-        raise UsageError(f"no model at {name!r}: there is no such folder, and it cannot be a hub id; {HOW}.") from error
-    except UnreachableError as error:
-        if cached:
-            return Source(name, None, None, {**options, "local_files_only": True})
-        raise UsageError(
-            f"no model at {name!r}: there is no such folder, and the hub cannot be asked ({error}) nor does its cache on this "
-            "machine have the model; give a folder, or try again with network."
-        ) from error
-    except GatedRepoError as error:
-        raise UsageError(
-            f"no access to {name!r}: the repository is gated; ask for access at {constants.ENDPOINT}/{name}, then log in with "
-            "`hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise _hidden(name) from error
-    except HfHubHTTPError as error:
-        code = error.response.status_code
-        if code in (401, 403):
-            raise _hidden(name) from error
-        if cached:
-            return Source(name, None, None, {**options, "local_files_only": True})
-        raise UsageError(
-            f"no model at {name!r}: the hub answered with error {code}; try again later, or give a folder."
-        ) from error
-    files = frozenset(sibling.rfilename for sibling in info.siblings or ())
-    if "config.json" not in files:
+    repository = hub.ask(name, "config.json", "model")
+    files = repository.files
+    if files is not None and "config.json" not in files:
         what = "holds GGUF files only" if any(file.endswith(".gguf") for file in files) else "has no config.json"
-        raise UsageError(
-            f"no model at {name!r}: the repository {what}; give one with config.json and weights for transformers."
-        )
-    return Source(name, None, files, options)
-
-
-def _hidden(name: str) -> UsageError:
-    return UsageError(
-        f"no model at {name!r}: there is no such folder, and on the hub no such repository, or a private one; check the "
-        "spelling, or log in with `hf auth login`."
-    )
-
-
-class UnreachableError(Exception):
-    """The hub did not answer."""
-
-
-def _soon(ask: Callable[[], Any]) -> Any:
-    """The answer of the hub, or `UnreachableError` after `PATIENCE` (finding a host's address has no time limit of its own)."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            answers.put((ask(), None))
-        except BaseException as error:  # handed to the caller's thread
-            answers.put((None, error))
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=PATIENCE)
-    except queue.Empty:
-        raise UnreachableError(f"no answer within {PATIENCE:g} s") from None
-    if error is None:
-        return answer
-    # The hub's client is httpx or httpx2, by version; its errors below HTTP are of no class that both share.
-    transport = type(error).__module__.startswith("httpx") and not isinstance(error, HfHubHTTPError)
-    if transport or isinstance(error, OfflineModeIsEnabled):
-        raise UnreachableError(f"no network: {_first_line(error)}") from error
-    raise error
+        raise UsageError(f"no model at {name!r}: the repository {what}; give one with config.json and transformers' weights.")
+    return Source(name, None, files, {"trust_remote_code": False, **repository.options})
 
 
 # -- what is there ---------------------------------------------------------------------------------------------------------
@@ -314,7 +238,7 @@ def check_weights(source: Source) -> None:
         try:
             named = sorted(set(json.loads(first.read_text())["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{first} is broken ({_first_line(error)}): fetch or save the model again.") from error
+            raise UsageError(f"{first} is broken ({first_line(error)}): fetch or save the model again.") from error
         if missing := [name for name in named if name not in source.files]:
             raise UsageError(
                 f"{source.name!r} lacks {len(missing)} of {len(named)} files with weights (such as {missing[0]}): fetch them."
@@ -341,7 +265,7 @@ def _check_file(file: Path) -> None:
             with safe_open(file, framework="pt"):  # reads the header, and compares it with the length of the file
                 pass
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"{file} is broken or cut off ({_first_line(error)}): fetch or save the model again.") from error
+            raise UsageError(f"{file} is broken or cut off ({first_line(error)}): fetch or save the model again.") from error
 
 
 def load_processor(source: Source, config: Any) -> Any:
@@ -355,10 +279,9 @@ def load_processor(source: Source, config: Any) -> Any:
 
     from vlmprune.adapters.registry import family_of
 
-    if source.files is not None:
-        wanted = ((IMAGE_PART, "how pictures are prepared"), (TOKENIZER, "a tokenizer"))
-        if absent := [f"{what} ({' or '.join(names)})" for names, what in wanted if not source.files & set(names)]:
-            raise _no_processor(source, f"it lacks {' and '.join(absent)}")
+    known_files = source.files if source.files is not None else {*IMAGE_PART, *TOKENIZER}
+    if absent := [names[0] for names in (IMAGE_PART, TOKENIZER) if not known_files & set(names)]:
+        raise _no_processor(source, f"it lacks {' and '.join(absent)}")
     known: Any = PROCESSOR_MAPPING.get(type(config), None)
     reader: Any = AutoProcessor
     if known is not None and "video_processor" in known.get_attributes() and find_spec("torchvision") is None:
@@ -370,8 +293,8 @@ def load_processor(source: Source, config: Any) -> Any:
     token, wanted_id = processor.image_token, family_of(config).image_token(config)
     if (found_id := processor.tokenizer.convert_tokens_to_ids(token)) != wanted_id:
         raise UsageError(
-            f"the processor and the model of {source.name!r} do not belong together: a picture's {token} is token {found_id}, and "
-            f"{wanted_id} in config.json."
+            f"the processor and the model of {source.name!r} do not belong together: a picture's {token} is token {found_id}, "
+            f"but {wanted_id} in config.json; save the base model's processor beside it."
         )
     if getattr(processor, "patch_size", 0) is None:
         raise UsageError(
@@ -407,17 +330,17 @@ def _refusing(source: Source, part: str, load: Callable[[], Any]) -> Any:
     except UsageError:
         raise
     except ImportError as error:
-        raise UsageError(f"the {part} of {source.name!r} needs a package that is missing: {_first_line(error)}.") from error
+        raise UsageError(f"the {part} of {source.name!r} needs a package that is missing: {first_line(error)}.") from error
     except Exception as error:  # transformers raises whatever a broken file makes it raise
         if source.folder is not None:
             for file in sorted(source.folder.glob("*.json")):
                 try:
                     json.loads(file.read_text(encoding="utf-8"))
                 except (OSError, ValueError) as broken:
-                    raise UsageError(f"{file} is broken ({_first_line(broken)}): fetch or save the model again.") from error
+                    raise UsageError(f"{file} is broken ({first_line(broken)}): fetch or save the model again.") from error
         if part == "processor" and isinstance(error, OSError):
-            raise _no_processor(source, _first_line(error)) from error
-        raise UsageError(f"the {part} of {source.name!r} cannot be loaded: {_first_line(error)}") from error
+            raise _no_processor(source, first_line(error)) from error
+        raise UsageError(f"the {part} of {source.name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _load_weights(auto: Any, source: Source, device: str, **extra: Any) -> Any:
@@ -431,9 +354,9 @@ def _load_weights(auto: Any, source: Source, device: str, **extra: Any) -> Any:
     try:
         model, found = auto.from_pretrained(source.place, dtype="auto", output_loading_info=True, **source.options, **extra)
     except ImportError as error:
-        raise UsageError(f"the model of {source.name!r} needs a package that is missing: {_first_line(error)}.") from error
+        raise UsageError(f"the model of {source.name!r} needs a package that is missing: {first_line(error)}.") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UsageError(f"the weights of {source.name!r} cannot be loaded: {_first_line(error)}") from error
+        raise UsageError(f"the weights of {source.name!r} cannot be loaded: {first_line(error)}") from error
     if absent := sorted(found["missing_keys"]):
         raise UsageError(
             f"the weights of {source.name!r} lack {len(absent)} of the model's tensors (such as {absent[0]}); they would be "
@@ -445,12 +368,6 @@ def _load_weights(auto: Any, source: Source, device: str, **extra: Any) -> Any:
         raise UsageError(
             f"{source.name!r} does not fit the memory of {device}: take a smaller model or another device."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    """The start of what an exception says, as a part of a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 # -- prompts, folders, packages -----------------------------------------------------------------------------------------------
@@ -480,7 +397,7 @@ def prompt_text(processor: Any, prompt: str) -> str:
     try:
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise UsageError(f"the processor's chat template fails on a picture ({_first_line(error)}): {advice}.") from error
+        raise UsageError(f"the processor's chat template fails on a picture ({first_line(error)}): {advice}.") from error
     if token and text.count(token) != 1:
         raise UsageError(f"the processor's chat template places {text.count(token)} pictures instead of one: {advice}.")
     return text
@@ -496,7 +413,7 @@ def make_inputs(processor: Any, picture: Image.Image, text: str, device: str) ->
         return processor(images=picture, text=text, return_tensors="pt").to(device)
     except (ValueError, TypeError) as error:
         size = f"{picture.width} × {picture.height} pixels"
-        raise UsageError(f"the processor cannot take this picture of {size} and prompt: {_first_line(error)}.") from error
+        raise UsageError(f"the processor cannot take this picture of {size} and prompt: {first_line(error)}.") from error
 
 
 def make_folder(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlmprune.errors import UsageError
+from vlmprune.errors import UsageError, first_line
 
 WIDE = ("I", "F")
 """Modes of Pillow with one channel of more than 8 bits; `I;16` and its kin begin with one of them."""
@@ -51,8 +51,9 @@ def open_picture(path: str | Path, tell: Callable[[str], object] = warnings.warn
     except PermissionError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}): change its permissions.") from error
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, struct.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{path} is not a picture that can be read ({reason}): it is cut off or damaged.") from error
+        raise UsageError(
+            f"{path} is not a picture that can be read ({first_line(error)}): it is cut off or damaged."
+        ) from error
     for loss in losses:
         tell(f"{path}: {loss}.")
     return image

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 BYTES = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
 FLOPS = (("PFLOPs", 1e15), ("TFLOPs", 1e12), ("GFLOPs", 1e9), ("MFLOPs", 1e6), ("FLOPs", 1))
 MILLISECONDS = (("min", 60e3), ("s", 1e3), ("ms", 1), ("µs", 1e-3))
@@ -22,9 +25,17 @@ def duration(ms: float) -> str:
     return _with_unit(ms, MILLISECONDS)
 
 
-def share(part: float, whole: float, text: str) -> str:
-    """What is left of a whole, for example "2 GiB of 4 GiB (50.0%)", from "2 GiB of 4 GiB"."""
+def share(part: float, whole: float, form: Callable[[float], str]) -> str:
+    """What is left of a whole, as "2 GiB of 4 GiB (50.0%)"; `form` is one of the functions above."""
+    text = f"{form(part)} of {form(whole)}"
     return f"{text} ({part / whole:.1%})" if whole else text
+
+
+def plain(value: Any) -> Any:
+    """Nested data with lists for tuples, as JSON gives it back."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def _with_unit(value: float, units: tuple[tuple[str, float], ...]) -> str:
