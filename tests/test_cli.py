@@ -123,7 +123,10 @@ def test_methods_and_env(monkeypatch, capsys):
         (("sweep", "--method", "divprun"), "unknown method 'divprun': did you mean 'divprune'"),
         (("bench", "--recipe", "zzz"), "unknown method 'zzz'"),
         (("bench", "--shape", "llava-1.5-7"), "unknown shape 'llava-1.5-7': did you mean 'llava-1.5-7b'"),
-        (("view", "--image", "{whole}", "--prompt", "x", "--recipe", "vra"), "unknown method 'vra': did you mean 'vhr' or 'var'"),
+        (
+            ("view", "--image", "{whole}", "--prompt", "x", "--recipe", "vra"),
+            "did you mean 'vhr' or 'var'",
+        ),
         (("view", "--image", "{whole}", "--prompt", "x", "--recipe", "fastv"), "the view of sinks needs var in the recipe"),
         (("view", "--image", "{whole}", "--prompt", " "), "the prompt is empty"),
         (("methods", "zerotunin"), "unknown method 'zerotunin': did you mean 'zerotuning'?"),

@@ -69,7 +69,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2, never a traceback."""
     try:
-        _check_command(sys.argv[1:])
+        command = _command(sys.argv[1:])
         code = app(standalone_mode=False, prog_name="vlmprune")
     except UsageError as error:
         _stop(str(error))
@@ -80,8 +80,7 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         if message := error.format_message():
-            command = getattr(getattr(error, "ctx", None), "command_path", "vlmprune")
-            _stop(f"{' '.join(message.split()).rstrip('.')}; `{command} -h` lists what it takes.")
+            _stop(f"{' '.join(message.split()).rstrip('.')}; `{' '.join(['vlmprune', *command])} -h` lists what it takes.")
         code = 0  # no command: the help was printed
     sys.exit(code or 0)
 
@@ -91,11 +90,18 @@ def _stop(sentence: str) -> None:
     sys.exit(2)
 
 
-def _check_command(arguments: Sequence[str]) -> None:
+def _command(arguments: Sequence[str]) -> list[str]:
+    """The command that was asked for, if any.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
     commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    if name is None or name in commands:
-        return
+    if name is None:
+        return []
+    if name in commands:
+        return [name]
     if name in names.method_names():
         raise UsageError(
             f"{name} is a method, not a command: `vlmprune methods {name}` tells of it, `vlmprune run --recipe {name}` runs it."
