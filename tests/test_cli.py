@@ -236,6 +236,13 @@ def test_a_folder_named_as_a_method_does_not_hide_it(tmp_path, monkeypatch):
     (tmp_path / "adaptinfer").mkdir()
     assert not names.is_file("adaptinfer")
     assert names.is_file("./adaptinfer")
+    vp.Recipe.parse("random:fraction=0.5").save_pretrained("adaptinfer")
+    with pytest.raises(
+        vp.UsageError, match="is a method, and a folder with a recipe here: write './adaptinfer' for the folder"
+    ):
+        names.is_file("adaptinfer")
+    assert not names.is_file("adaptinfer:")
+    assert vp.Recipe.parse("adaptinfer:") == vp.Recipe.parse("adaptinfer")
 
 
 # -- methods in detail -----------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmprune.errors import unknown
+from vlmprune.errors import UsageError, unknown
 
+FILE = "vlmprune.json"
+"""What a recipe's file is called in a folder or repository."""
 FOLDER = Path(__file__).parent / "methods"
 
 
@@ -15,9 +17,16 @@ def method_names(kind: str = "*") -> list[str]:
 
 
 def is_file(recipe: str) -> bool:
-    """Whether a recipe is a file, a folder or a repository with one, and no recipe string."""
-    name = recipe.partition(":")[0].strip()
-    if name in method_names() or "+" in recipe:
+    """Whether a recipe is a file, a folder or a repository with one, and no recipe string.
+
+    Raises:
+        UsageError: it is both a method's name and a folder with a recipe.
+    """
+    if recipe in method_names() and (Path(recipe) / FILE).is_file():
+        raise UsageError(
+            f"{recipe!r} is a method, and a folder with a recipe: write './{recipe}' for the folder, '{recipe}:' for the method."
+        )
+    if recipe.partition(":")[0].strip() in method_names() or "+" in recipe:
         return False
     return recipe.endswith(".json") or Path(recipe).exists() or ("/" in recipe and ":" not in recipe)
 

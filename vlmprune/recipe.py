@@ -22,11 +22,11 @@ from typing import Any
 from vlmprune import hub
 from vlmprune.errors import UsageError, unknown
 from vlmprune.methods import METHODS, REDISTRIBUTORS, Pruner, Redistributor
+from vlmprune.names import FILE
 from vlmprune.schedule import SITES, Budget, Schedule, Stage, check_shrinks
 from vlmprune.view import Facts
 
 SCHEMA = 1
-FILE = "vlmprune.json"
 CUT_KEYS = ("layer", "tokens", "fraction", "preset", "site")
 
 
