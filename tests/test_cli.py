@@ -237,9 +237,7 @@ def test_a_folder_named_as_a_method_does_not_hide_it(tmp_path, monkeypatch):
     assert not names.is_file("adaptinfer")
     assert names.is_file("./adaptinfer")
     vp.Recipe.parse("random:fraction=0.5").save_pretrained("adaptinfer")
-    with pytest.raises(
-        vp.UsageError, match="is a method, and a folder with a recipe here: write './adaptinfer' for the folder"
-    ):
+    with pytest.raises(vp.UsageError, match=r"is a method, and a folder with a recipe: write \./adaptinfer"):
         names.is_file("adaptinfer")
     assert not names.is_file("adaptinfer:")
     assert vp.Recipe.parse("adaptinfer:") == vp.Recipe.parse("adaptinfer")

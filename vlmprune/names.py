@@ -24,7 +24,7 @@ def is_file(recipe: str) -> bool:
     """
     if recipe in method_names() and (Path(recipe) / FILE).is_file():
         raise UsageError(
-            f"{recipe!r} is a method, and a folder with a recipe: write './{recipe}' for the folder, '{recipe}:' for the method."
+            f"{recipe!r} is a method, and a folder with a recipe: write ./{recipe} for the folder, {recipe}: for the method."
         )
     if recipe.partition(":")[0].strip() in method_names() or "+" in recipe:
         return False
