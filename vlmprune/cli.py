@@ -449,7 +449,7 @@ def _calibration(
     """The model, its calibration samples, a progress bar to tick, and what the pictures lost when they were read; everything is
     checked before anything is computed."""
     from vlmprune.evals import calibration
-    from vlmprune.loading import load_model
+    from vlmprune.loading import open_model
 
     if data is None and model != "tiny":
         raise UsageError("the built-in scenes are for the embedded model: give --data with questions for yours.")
@@ -457,8 +457,9 @@ def _calibration(
     notes = calibration.check_pictures(questions)
     _prepare_folder(out)
     _quiet()
-    loaded, processor = load_model(model, device)
+    processor, read_weights = open_model(model, device)
     samples = calibration.samples(processor, questions, device)
+    loaded = read_weights()
     _note(notes)
     with _progress() as progress:
         task = progress.add_task("samples", total=len(questions))

@@ -17,7 +17,7 @@ from vlmprune import draw, names, tiny
 from vlmprune.adapters.registry import family_of
 from vlmprune.attach import Run, wrap
 from vlmprune.errors import UsageError
-from vlmprune.loading import check_target, load_model, make_folder, make_inputs, prompt_text
+from vlmprune.loading import check_target, make_folder, make_inputs, open_model, prompt_text
 from vlmprune.pictures import open_picture
 from vlmprune.recipe import Recipe
 from vlmprune.run import Report
@@ -104,8 +104,9 @@ def ask_once(
     notes: list[str] = []
     picture = open_picture(image, notes.append)
     tell("loading the model", 0, False)
-    model, processor = load_model(model_name, device)
+    processor, read_weights = open_model(model_name, device)
     inputs = make_inputs(processor, picture, prompt_text(processor, prompt), device)
+    model = read_weights()
     # The pruned answer comes first: what cannot be pruned is refused before the un-pruned model works for nothing.
     pruned, kept = ask(model, processor, inputs, plan, max_new_tokens, partial(tell, "pruned answer"))
     plain, _ = ask(model, processor, inputs, Recipe.of(KEEP_ALL), max_new_tokens, partial(tell, "un-pruned answer"))
@@ -265,8 +266,9 @@ def prepare(model_name: str, image: Path, prompt: str, device: str, target: Path
     check_target(target, "sinks.png")
     notes: list[str] = []
     picture = open_picture(image, notes.append)
-    model, processor = load_model(model_name, device)
+    processor, read_weights = open_model(model_name, device)
     inputs = make_inputs(processor, picture, prompt_text(processor, prompt), device)
+    model = read_weights()
     (first, *_), *others = family_of(model.config).cells(inputs, model.config)[0]
     grid = None if others else (first.shape[0], first.shape[1])
     return Prepared(model, inputs, as_seen(processor, inputs, picture)[0], grid, notes)

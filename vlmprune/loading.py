@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 from vlmprune import hub
 from vlmprune.errors import UsageError, first_line, unknown
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 IMAGE_PART = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+JSON = ("config.json", "generation_config.json", *IMAGE_PART, "tokenizer.json", "tokenizer_config.json", "chat_template.json")
+PICKLE = b"\x80"
+"""How files begin that torch wrote before it wrote archives."""
 LFS = b"version https://git-lfs"
 HOW = "give a folder with a saved model, a hub id, or 'tiny'"
 
@@ -58,6 +62,16 @@ def load_model(name: str, device: str) -> tuple[Any, Any]:
     """A model and its processor; 'tiny' is the embedded one.
 
     Raises:
+        UsageError: as `open_model`, or the weights are not whole.
+    """
+    processor, read = open_model(name, device)
+    return read(), processor
+
+
+def open_model(name: str, device: str) -> tuple[Any, Callable[[], Any]]:
+    """The processor of a model, and what reads its weights: what has to be asked of the processor can come before.
+
+    Raises:
         UsageError: nothing loadable is there (says what is missing or broken), the family is not supported, or the device does
             not exist.
     """
@@ -65,14 +79,15 @@ def load_model(name: str, device: str) -> tuple[Any, Any]:
     if name == "tiny":
         from vlmprune import tiny
 
-        return tiny.load(device)
+        model, processor = tiny.load(device)
+        return processor, lambda: model
     source = find(name)
     config = read_config(source)
     check_weights(source)
     processor = load_processor(source, config)
     from transformers import AutoModelForImageTextToText
 
-    return _load_weights(AutoModelForImageTextToText, source, device), processor
+    return processor, lambda: _load_weights(AutoModelForImageTextToText, source, device)
 
 
 def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callable[[str], Tensor]]:
@@ -207,6 +222,7 @@ def read_config(source: Source) -> Any:
 
     from vlmprune.adapters.registry import family_of
 
+    _check_json(source)
     found = _refusing(source, "config", lambda: PretrainedConfig.get_config_dict(source.place, **source.options)[0])
     if "model_type" not in found:
         raise UsageError(f"config.json of {source.name!r} names no model_type: it is no config of a transformers model.")
@@ -217,6 +233,16 @@ def read_config(source: Source) -> Any:
         raise
     family_of(config)
     return config
+
+
+def _check_json(source: Source) -> None:
+    if source.folder is None:
+        return
+    for path in (source.folder / name for name in JSON if name in (source.files or ())):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} is broken ({first_line(error)}): fetch or save the model again.") from error
 
 
 def check_weights(source: Source) -> None:
@@ -258,6 +284,8 @@ def _check_file(file: Path) -> None:
         raise UsageError(f"{file} is a pointer of Git LFS, not the weights: fetch them with `git lfs pull`.")
     if not start:
         raise UsageError(f"{file} is empty: fetch or save the model again.")
+    if file.suffix == ".bin" and not is_zipfile(file) and not start.startswith(PICKLE):
+        raise UsageError(f"{file} is broken or cut off (it is no archive of torch): fetch or save the model again.")
     if file.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
@@ -332,12 +360,6 @@ def _refusing(source: Source, part: str, load: Callable[[], Any]) -> Any:
     except ImportError as error:
         raise UsageError(f"the {part} of {source.name!r} needs a package that is missing: {first_line(error)}.") from error
     except Exception as error:  # transformers raises whatever a broken file makes it raise
-        if source.folder is not None:
-            for file in sorted(source.folder.glob("*.json")):
-                try:
-                    json.loads(file.read_text(encoding="utf-8"))
-                except (OSError, ValueError) as broken:
-                    raise UsageError(f"{file} is broken ({first_line(broken)}): fetch or save the model again.") from error
         if part == "processor" and isinstance(error, OSError):
             raise _no_processor(source, first_line(error)) from error
         raise UsageError(f"the {part} of {source.name!r} cannot be loaded: {first_line(error)}") from error
@@ -351,12 +373,14 @@ def _load_weights(auto: Any, source: Source, device: str, **extra: Any) -> Any:
     """
     import torch
 
-    try:
-        model, found = auto.from_pretrained(source.place, dtype="auto", output_loading_info=True, **source.options, **extra)
-    except ImportError as error:
-        raise UsageError(f"the model of {source.name!r} needs a package that is missing: {first_line(error)}.") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UsageError(f"the weights of {source.name!r} cannot be loaded: {first_line(error)}") from error
+    options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True, **source.options, **extra}
+    model, found = _refusing(source, "model", lambda: auto.from_pretrained(source.place, **options))
+    if differing := sorted(found["mismatched_keys"]):
+        name, stored, wanted = differing[0]
+        raise UsageError(
+            f"the weights of {source.name!r} do not fit its config.json: {len(differing)} tensors have another shape (such as "
+            f"{name}: {list(stored)}, by the config {list(wanted)}); they do not belong together."
+        )
     if absent := sorted(found["missing_keys"]):
         raise UsageError(
             f"the weights of {source.name!r} lack {len(absent)} of the model's tensors (such as {absent[0]}); they would be "
