@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from vlmprune import units
 from vlmprune.cost import DecoderShape
 from vlmprune.errors import UsageError
 from vlmprune.layout import Bools, Layout, Prompt
@@ -443,7 +444,7 @@ class Report:
         """The report as labelled lines."""
         kept = [(f"kept at {_place(s)} ({s.method})", _each(s.kept, s.original)) for s in self.stages]
         higher = self.kv_bytes_peak > self.kv_bytes
-        peak = f", {self.kv_bytes_peak / 1024:.4g} KiB before the cache was shortened" if higher else ""
+        peak = f", {units.size(self.kv_bytes_peak)} before the cache was shortened" if higher else ""
         hidden = [("hidden by the mask", f"{self.hidden} visual tokens, no candidates of any budget")] if self.hidden else []
         newlines = [("row separators", f"{self.newlines}, counted as text, {self.newline_policy}")] if self.newlines else []
         seen = f"{self.visual_tokens} visual" if self.visual_tokens else "no picture: nothing to prune"
@@ -458,10 +459,17 @@ class Report:
                 "visual tokens per layer",
                 f"{self.visual_compute_average:.1f} entering on average, {self.visual_nominal_average:.1f} leaving",
             ),
-            ("prefill FLOPs", _share(self.flops / 1e9, self.flops_unpruned / 1e9, "G")),
-            ("KV cache", _share(self.kv_bytes / 1024, self.kv_bytes_unpruned / 1024, "KiB") + peak),
-            ("prefill time", f"{self.prefill_ms:.2f} ms, of which choosing and shortening {self.selection_ms:.2f} ms"),
+            ("prefill FLOPs", units.share(self.flops, self.flops_unpruned, units.operations)),
+            ("KV cache", units.share(self.kv_bytes, self.kv_bytes_unpruned, units.size) + peak),
+            (
+                "prefill time",
+                f"{units.duration(self.prefill_ms)}, of which choosing and shortening {units.duration(self.selection_ms)}",
+            ),
         ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain numbers, texts, dicts and lists, for JSON: bytes, FLOPs and milliseconds."""
+        return units.plain(asdict(self))
 
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.rows())
@@ -490,10 +498,6 @@ def _over_rows(parts: list[tuple[Tensor | None, Tensor | None]]) -> float | None
 
 def _place(stage: StageReport) -> str:
     return Stage(stage.layer, Budget(fraction=1.0), stage.site).place
-
-
-def _share(pruned: float, unpruned: float, unit: str) -> str:
-    return f"{pruned:.4g} {unit} of {unpruned:.4g} {unit} ({pruned / unpruned:.1%})"
 
 
 def _each(kept: tuple[int, ...], original: tuple[int, ...]) -> str:
