@@ -170,7 +170,14 @@ def test_a_name_that_another_method_has(tmp_path):
     assert type(vp.Recipe.parse("fastv").methods[0]) is vp.FastV
     with pytest.raises(vp.UsageError, match="of Taken: give"):
         vp.Recipe.of(Taken()).to_dict()
-    DEFINED["fastv"] = vp.FastV
+    del DEFINED["fastv"]
+
+
+def test_instruments_of_evaluations_are_no_methods():
+    from vlmprune.evals.horizon import Only
+
+    with pytest.raises(vp.UsageError, match="unknown method 'only'"):
+        vp.Recipe.parse(Only.name)
 
 
 def test_defining_a_method_again_replaces_it():
