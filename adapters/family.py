@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vlmprune.view import Facts
 
@@ -45,33 +44,6 @@ def has_mrope(text_config: Any) -> bool:
     return "mrope_section" in (getattr(text_config, "rope_parameters", None) or {})
 
 
-def llama_queries_and_keys(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-    """What a Llama-like decoder layer would compute from the hidden states that enter it (also with M-RoPE, whose sections
-    transformers has put together in `rotary` already).
-
-    Args:
-        hidden: `[batch, token, dim]`.
-        rotary: cosines and sines, `[batch or 1, token, head_dim]`.
-        rows: `[batch, row]` tokens whose queries are wanted.
-
-    Returns:
-        Queries `[batch, head, row, head_dim]` and keys `[batch, kv_head, token, head_dim]`, after rotary embedding.
-    """
-    attention = layer.self_attn
-    normed = layer.input_layernorm(hidden)
-    cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in rotary)
-
-    def pick(x: Tensor) -> Tensor:
-        return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
-
-    def heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        first, second = x.chunk(2, dim=-1)
-        return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
-
-    return heads(attention.q_proj(pick(normed)), pick(cos), pick(sin)), heads(attention.k_proj(normed), cos, sin)
-
-
 @dataclass(frozen=True)
 class Family:
     """Where things are in one model family.
@@ -82,11 +54,12 @@ class Family:
         tokens_per_image: visual tokens of each picture, from the arguments of a call that carries pixels.
         image_grid: rows and columns of each picture's tokens, from the processor's output and the config (for drawing).
         language_model, layers, attention: module names, from the base model, the language model and a decoder layer.
-        queries_and_keys: what a decoder layer would compute from hidden states, for methods that look one layer ahead.
-        rotary, final_norm: names of the rotary embedding and of the last norm, from the language model.
+        rotary, final_norm: names of the rotary embedding and of the last norm, from the language model. These and the names
+            above are the usual ones; `vlmprune.decoder` looks up those of a given model.
         facts: what methods may know of its vision tower.
         tower: the vision tower.
         newline: name of the parameter that separates the rows of a packed picture, from the base model.
+        as_built: the family as one base model has it, where checkpoints differ in what this table says.
     """
 
     name: str
@@ -98,7 +71,7 @@ class Family:
     attention: str = "self_attn"
     rotary: str = "rotary_emb"
     final_norm: str = "norm"
-    queries_and_keys: Callable[[Any, Tensor, tuple[Tensor, Tensor], Tensor], tuple[Tensor, Tensor]] = llama_queries_and_keys
     facts: Facts = NO_TOWER
     tower: Tower | None = None
     newline: str | None = None
+    as_built: Callable[[Family, nn.Module], Family] = lambda family, base: family

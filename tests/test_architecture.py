@@ -13,16 +13,18 @@ import vlmprune
 
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
 LEVELS = [
-    {"vlmprune.errors", "vlmprune.cost", "vlmprune.draw", "vlmprune.evals.stats"},
+    {"vlmprune.errors", "vlmprune.cost", "vlmprune.draw", "vlmprune.evals.stats", "vlmprune.unhooked"},
     {"vlmprune.schedule", "vlmprune.layout", "vlmprune.view", "vlmprune.kernels", "vlmprune.sink_dims"},
     {"vlmprune.reduction", "vlmprune.context"},
     {"vlmprune.cache", "vlmprune.methods.base", "vlmprune.methods.redistributing", "vlmprune.adapters", "vlmprune.attention"},
-    {"vlmprune.tower", "vlmprune.methods.merging"},
+    {"vlmprune.tower", "vlmprune.methods.merging", "vlmprune.methods.relevance", "vlmprune.shells"},
     {"vlmprune.methods.pruning", "vlmprune.methods.redistribution"},
     {"vlmprune.methods"},
     {"vlmprune.recipe", "vlmprune.run"},
+    {"vlmprune.decoder"},
     {"vlmprune.probes"},
     {"vlmprune.steering", "vlmprune.cutting"},
+    {"vlmprune.refusals"},
     {"vlmprune.attach"},
     {"vlmprune.hooks"},
     {"vlmprune.handle"},
@@ -31,7 +33,7 @@ LEVELS = [
     {"vlmprune.evals", "vlmprune.demo"},
     {"vlmprune.cli"},
 ]
-MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.probes", "vlmprune.attach", "vlmprune.hooks"}
+MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.decoder", "vlmprune.probes", "vlmprune.hooks"}
 MAY_IMPORT_TRANSFORMERS |= {"vlmprune.recipe", "vlmprune.demo", "vlmprune.cli", "vlmprune.tiny", "vlmprune.evals.shapes"}
 
 

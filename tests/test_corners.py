@@ -262,9 +262,10 @@ def test_tower_memory_forgets_the_oldest(monkeypatch):
     with vp.wrap(model, "cls:fraction=0.5") as run:
         for seed in range(4):
             model(**make_inputs("llava", model, [["image", "image", "text3"]], seed))
-        assert len(run._memory._passes) == 2
+        memory = run._owner().plan.memory
+        assert len(memory._all) == len(memory._mine.passes) == 2
         model(**make_inputs("llava", model, [["image"] * 5 + ["text3"]]))  # more than is remembered: its own pass always is
-        assert len(run._memory._passes) == 1
+        assert len(memory._all) == len(memory._mine.passes) == 1
 
 
 def test_cls_after_a_cut():

@@ -26,20 +26,20 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from vlmprune.adapters.family import has_mrope
 from vlmprune.adapters.registry import family_of
 from vlmprune.attention import TUNNEL
 from vlmprune.cache import Owner, PrunedLayer, hand_over
 from vlmprune.context import Contexts
 from vlmprune.cost import DecoderShape
 from vlmprune.cutting import Cutting, timed
+from vlmprune.decoder import Decoder, carried, carry, look_at
 from vlmprune.errors import UsageError
 from vlmprune.layout import Layout, Prompt, on_device, on_host
 from vlmprune.methods.base import TowerPruner
 from vlmprune.probes import recall_tower, see_attention
 from vlmprune.recipe import Recipe
+from vlmprune.refusals import check_cuts, check_edits, check_tower
 from vlmprune.run import Call, Chosen, Clock, Prefill
 from vlmprune.steering import Steering
 from vlmprune.tower import RowMemory, TowerPass
@@ -67,6 +67,7 @@ class Plan:
         observers, editors: by attention module, what looks at its queries and keys (called with the plan first), and what
             computes some of its rows anew.
         edited: decoder layers whose attention is redistributed.
+        carried: decoder layers that keep their keyword arguments to themselves, and whose attention must know the call.
         memory: what the tower knew of each visual token.
 
     Raises:
@@ -85,10 +86,8 @@ class Plan:
     # -- beforehand ------------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        family = family_of(getattr(self.model, "config", None))
-        base: Any = getattr(self.model, "base_model", self.model)
-        text: Any = base.get_submodule(family.language_model)
-        layers: Any = text.get_submodule(family.layers)
+        decoder = look_at(self.model, family_of(self.model.config))
+        family, base, text, layers = decoder.family, decoder.base, decoder.text, decoder.layers
         self.family, self.base, self.text, self.layers, self._config = family, base, text, layers, base.config
         self._shape = DecoderShape.of(text.config)
         self._facts = _facts(family, base)
@@ -96,7 +95,7 @@ class Plan:
         self.edited = frozenset(self._steering.by_layer)
         self.cutting = Cutting(self.recipe, family, self._facts, base, text, len(layers))
         self._plan()
-        self._check(len(layers))
+        self._check(decoder)
         observed: list[tuple[Any, Callable[..., None]]] = []
         for cut in self.cutting.cuts:
             if cut.needs & BEFORE_THE_CUT:
@@ -109,12 +108,15 @@ class Plan:
             self.observers.setdefault(module, []).append(observer)
         for index in self._steering.routed:
             self.editors[layers[index].get_submodule(family.attention)] = partial(self._steering.attend, index)
+        looking = [cut.stage.layer - 1 for cut in self.cutting.cuts if cut.needs & BEFORE_THE_CUT]
+        self.carried = carried(decoder, (*looking, *self._steering.routed))
 
     def places(self) -> Iterator[Place]:
         """Where hooks are needed, beside those that every plan has."""
         first = self.cutting.at[0] if self.cutting.at else len(self.layers)
-        for index in sorted({*range(first, len(self.layers)), *self.edited}):
+        for index in sorted({*range(first, len(self.layers)), *self.edited, *self.carried}):
             yield "layer", index
+        yield from (("carried", index) for index in sorted(self.carried))
         if not self._uses_tower:
             return
         tower = self.family.tower
@@ -134,49 +136,12 @@ class Plan:
         self._tower_cut = inside[0] if inside else None
         self._uses_tower = bool(self._seen_in_tower) or self._tower_cut is not None
 
-    def _check(self, layers: int) -> None:
+    def _check(self, decoder: Decoder) -> None:
         """Refuse what cannot work, before the model is touched."""
-        text_config = self.text.config
-        for cut in self.cutting.cuts:
-            if cut.stage.layer >= layers:
-                raise UsageError(
-                    f"{cut.method.name} cuts at layer {cut.stage.layer}, but the model has layers 0 to {layers - 1}: "
-                    "choose one."
-                )
-            if cut.method.positions == "compact" and has_mrope(text_config):
-                raise UsageError(
-                    f'{cut.method.name}: positions="compact" has no meaning for the M-RoPE of {self.family.name}, whose '
-                    'positions are places in the picture: use positions="original".'
-                )
-        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=text_config).layers):
-            raise UsageError(
-                "the language model has sliding-window layers, whose caches count tokens instead of knowing their places: "
-                "pruning them is not supported; load the model with full attention."
-            )
-        implementation = text_config._attn_implementation
-        supported = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
-        supported += ["flex_attention"] if self.text._supports_flex_attn else []
-        if implementation not in supported:
-            raise UsageError(
-                f"attention implementation {implementation!r} is not supported (supported: {', '.join(supported)}): call "
-                'model.set_attn_implementation("sdpa").'
-            )
-        looking = [cut.method.name for cut in self.cutting.cuts if cut.needs & (BEFORE_THE_CUT | {"attention_of_layer"})]
-        if looking and "flash" in implementation:
-            raise UsageError(
-                f"{looking[0]} looks at attention in the language model, which {implementation!r} does not offer "
-                'yet: call model.set_attn_implementation("sdpa").'
-            )
-        if self._tower_cut is not None and self._tower_cut.stage.site == "vision" and self._last_block() == 0:
-            raise UsageError(
-                f"{self._tower_cut.method.name} drops patches between blocks of the vision tower, but this model takes its "
-                "features from the first one: choose a method that cuts in the language model."
-            )
-        if self._uses_tower and "flash" in (found := str(self._config.vision_config._attn_implementation)):
-            raise UsageError(
-                f"{self.recipe} looks at attention in the vision tower, which {found!r} does not offer yet: call "
-                'model.set_attn_implementation({"vision_config": "sdpa"}).'
-            )
+        check_cuts(self.recipe, decoder, self.cutting.cuts)
+        check_edits(decoder, self._steering)
+        if self._uses_tower:
+            check_tower(self.recipe, decoder, self._facts, self._tower_cut, self._last_block)
 
     # -- the vision tower ------------------------------------------------------------------------------------------------
 
@@ -474,7 +439,7 @@ class Plan:
         if enabled and index in self.edited:
             hidden = args[0] if args else kwargs["hidden_states"]
             self._steering.enter_layer(index, call, hidden, kwargs.get("past_key_values"))
-        return changed
+        return (args, carry(kwargs)) if index in self.carried else changed
 
     def _at_layer(self, index: int, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]

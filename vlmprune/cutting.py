@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import groupby
 from typing import Any
@@ -149,11 +149,13 @@ class Cutting:
         """What remains of every picture after this stage; pictures of one size are decided together."""
         assert call.layout is not None
         index, method, budget = cut.stage.layer, cut.method, self.budget_of(cut, call.budget)
+        per_view = method.per_view and self._facts.crops and not index
         parts = [
             part
             for image, original in enumerate(map(len, call.layout.images))
-            for part in _parts(call, image, budget.resolve(original), method.per_view and self._facts.crops and not index)
+            for part in _parts(call, image, budget.resolve(original), per_view)
         ]
+        scaled = cache(partial(_over_pictures, cut, call, hidden, tools))
         kept: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in call.layout.images]
         for group in group_by_size([part.size for part in parts]):
             first = parts[group[0]].index
@@ -164,7 +166,11 @@ class Cutting:
             elif keep == visual and not method.adaptive:
                 chosen = torch.arange(visual, device=first.device).expand(len(group), visual)
             else:
-                chosen = method.select(build_view(call, index, cut.needs, [parts[i] for i in group], hidden, tools), keep)
+                see = build_view(call, index, cut.needs, [parts[i] for i in group], hidden, tools)
+                if per_view and method.scales_over_picture:
+                    over = [(scaled()[parts[i].image], parts[i].index) for i in group]
+                    see = replace(see, over_picture=torch.stack([whole[here.to(whole.device)] for whole, here in over]))
+                chosen = method.select(see, keep)
             choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
             _check_choice(method, choice, len(group), keep)
             for number, part in enumerate(parts[i] for i in group):
@@ -375,6 +381,19 @@ def _parts(call: Call, image: int, keep: int, per_view: bool) -> list[Part]:
     left = [on_device(there[view[there] == number], index.device) for number in numbers]
     shares = share(keep, sizes.tolist(), list(map(len, left)))
     return [Part(image, here, size, entered, kept) for here, size, kept in zip(left, sizes.tolist(), shares, strict=True)]
+
+
+def _over_pictures(cut: Cut, call: Call, hidden: Tensor, tools: Tools) -> list[Tensor]:
+    """Of every picture `[original]` what a method that decides view by view scales over all its views; 0 where dropped."""
+    assert call.layout is not None
+    wholes = [_parts(call, image, 0, per_view=False)[0] for image in range(len(call.layout.images))]
+    found: dict[int, Tensor] = {}
+    for group in group_by_size([whole.size for whole in wholes]):
+        pictures = [wholes[i] for i in group]
+        numbers = cut.method.over_picture(build_view(call, cut.stage.layer, cut.needs, pictures, hidden, tools))
+        for whole, own in zip(pictures, numbers, strict=True):
+            found[whole.image] = own.new_zeros(whole.original).index_put((whole.index.to(own.device),), own)
+    return [found[image] for image in range(len(wholes))]
 
 
 def _join(pieces: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

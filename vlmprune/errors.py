@@ -10,6 +10,12 @@ class UsageError(ValueError):
     """Something asked for that cannot be done. The command line prints its sentence and exits with 2."""
 
 
+def shown(value: object) -> str:
+    """A wrong value in one line of a sentence."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """The error for a name that does not exist, with the nearest that do."""
     name, known = str(name), sorted(known)

@@ -19,13 +19,15 @@ from vlmprune.methods import Pruner, Redistributor
 from vlmprune.recipe import Recipe
 from vlmprune.run import Prefill, Report, no_prefill
 from vlmprune.schedule import Budget
+from vlmprune.shells import model_inside
 
 
 def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str) -> Run:
     """Prune visual tokens of a loaded Hugging Face VLM, and redistribute its attention, in place and reversibly.
 
     Args:
-        model: a stock model of a supported family, with any weights, dtype and device. It keeps its class and API.
+        model: a stock model of a supported family, with any weights, dtype and device. It keeps its class and API. PEFT, DDP,
+            FSDP, `torch.compile` and the like may be around it: the model inside is wrapped, and calls through them are pruned.
         methods: methods, recipes or recipe strings (`"fastv:layer=2,fraction=0.25"`).
 
     Returns:
@@ -33,8 +35,8 @@ def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str) -> R
         other threads generate: a conversation goes on under the recipe it began with, a new one follows the new recipe.
 
     Raises:
-        UsageError: unknown family or method, a layer the model does not have, or a combination that is not supported; always
-            here, before the first token.
+        UsageError: no model, unknown family or method, a layer the model does not have, or a combination that is not supported;
+            always here, before the first token.
     """
     return Run(model, Recipe.of(*methods))
 
@@ -42,7 +44,8 @@ def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str) -> R
 def unwrap(model: nn.Module) -> nn.Module:
     """Take away everything that `wrap` put on a model, whoever holds the handle, and return the model; nothing happens to one
     that is not wrapped."""
-    found = attachment_of(getattr(model, "base_model", model))
+    inside = model_inside(model)
+    found = attachment_of(getattr(inside, "base_model", inside))
     if found is not None and found.current is not None:
         found.drop(found.current)
     return model
@@ -54,14 +57,14 @@ class Run:
     What is set on it belongs to the caller: a thread, or an asyncio task (`vlmprune.context` has the rule).
 
     Attributes:
-        model: the wrapped model.
+        model: the wrapped model, without shells.
         recipe: what is applied.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self.model, self.recipe = model, recipe
+        self.model, self.recipe = model_inside(model), recipe
         self._contexts = Contexts()
-        plan = Plan(model, recipe, self._contexts)  # refuses what cannot work; from here on the model changes
+        plan = Plan(self.model, recipe, self._contexts)  # refuses what cannot work; from here on the model changes
         self._cutting = plan.cutting
         self._attachment: Attachment = attachment_of(plan.base, make=True)  # type: ignore[assignment]
         self._owner: ReferenceType[Owner] = ref(self._attachment.follow(plan))

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from vlmprune.attach import Plan, untraced
 from vlmprune.attention import TUNNEL, route_attention
 from vlmprune.cache import Owner, check_same_cuts, hand_over, owner_of
+from vlmprune.decoder import take
 from vlmprune.errors import UsageError
 from vlmprune.run import Call
 from vlmprune.tower import TowerPass
@@ -59,6 +60,9 @@ class Attachment:
         self._thread, self._lock = _PerThread(), RLock()
         self._inside: set[int] = set()
         self._graphs: WeakSet[Any] = WeakSet()
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise UsageError("a wrapped model cannot be copied or pickled: call run.remove() first, and wrap the copy.")
 
     # -- plans -----------------------------------------------------------------------------------------------------------
 
@@ -132,6 +136,8 @@ class Attachment:
     def _put(self, plan: Plan, kind: str, index: int) -> Callable[[], None]:
         if kind == "layer":
             return _before(plan.layers[index], partial(_enter_layer, index))
+        if kind == "carried":
+            return _before(plan.layers[index].get_submodule(plan.family.attention), take)
         tower = plan.family.tower
         assert tower is not None
         root, projector = self.base.get_submodule(tower.root), self.base.get_submodule(tower.projector)

@@ -8,11 +8,13 @@
              or if it is not among the key set and the best K by Σ_t a_tj                  (target count, ours)
     cache    once prefill is over, decoder layers from `cache_layer` on keep only what the last cut left
 
-Differs from the official code in: each picture merges for itself (there as many windows as the least similar picture of the
-batch); a merged token stands in the middle of its window and patches stay in raster order (there merged ones first); the key
-set is the picture's (with several views there 8 % of each); rows and columns that do not fill a window stay as they are;
-positions are kept, also for decoding steps (there a layer's own count of cached tokens). The code cuts after layers 2, 6, 10,
-14: before 3, 7, 11, 15 here. Its default thresholds (1.0, 0.0) drop nothing.
+g and the key set count from all tokens of a picture, LLaVA-NeXT's views together. Differs from the official code in: each view
+merges for itself (there as many windows as the least similar view of the batch); a merged token stands in the middle of its
+window and patches stay in raster order (there merged ones first); the key set is the picture's, by the attention of each
+view's own CLS token (there 8 % of each view); rows and columns that do not fill a window stay as they are; pictures are
+un-padded (there never); row separators stay unless newlines="drop" (there none); scores are fp32; positions are kept, also for
+decoding steps (there a layer's own count of cached tokens). The code cuts after layers 2, 6, 10, 14: before 3, 7, 11, 15 here.
+Its default thresholds (1.0, 0.0) drop nothing.
 """
 
 from __future__ import annotations

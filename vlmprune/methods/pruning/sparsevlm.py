@@ -51,7 +51,7 @@ class SparseVLM(Pruner):
         "v2-64": stages({3: 66, 7: 34, 16: 20}),
     }
     needs = frozenset({"embeddings", "text_embeddings", "text_valid", "attention_from_text", "features"})
-    official_positions = "compact"
+    official_positions = "compact (1.5), original (2)"
 
     version: float = 1.5
 

@@ -32,8 +32,9 @@ from dataclasses import InitVar, dataclass
 import torch
 from torch import Tensor
 
-from vlmprune.errors import UsageError
+from vlmprune.errors import UsageError, shown
 from vlmprune.methods.redistributing import GroupEditor, Scene
+from vlmprune.schedule import plain
 
 VISUAL, VISUAL_SINK, TEXT_SINK = 1, 2, 3
 DEFAULT_ENERGY = 400 / 4096
@@ -85,10 +86,11 @@ class VAR(GroupEditor):
         for ours, paper, value in (("keep", "p", p), ("max_sink_share", "rho", rho)):
             if value is None:
                 continue
+            value = plain(value)
             if preset is not None or ours in self._given:
                 raise UsageError(f"var: {paper} is 1 − {ours}: give {paper}, {ours} or a preset; only one of these.")
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise UsageError(f"var: {paper} must be a number in [0, 1], found {value!r}.")
+                raise UsageError(f"var: {paper} must be a number in [0, 1], found {shown(value)}.")
             object.__setattr__(self, ours, 1 - value)
         for parameter in ("keep", "max_sink_share", "min_image_mass"):
             self._in_range(parameter, 0, 1)
