@@ -438,7 +438,7 @@ class Run:
         steered = dict.fromkeys(method.name for method in self._steering.by_layer.values())
         if steered or self._cutting.may_drop(counts):
             check_growing(cache, "attention redistribution" if steered else "pruning inside the language model")
-        told_by = embeddings[..., 0] if ids is None else ids
+        told_by: Tensor = ids if embeddings is None else embeddings[..., 0]
         self._replay_uncached(call, told_by, kwargs.get("mm_encoder_outputs"), cached=cache is not None)
         prompt = read_prompt(call, kwargs, self._family.image_token(self._config), self._text, self._needs, tuple(steered))
         find_layout(call, prompt, counts, told_by.device)
