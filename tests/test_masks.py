@@ -287,6 +287,14 @@ def test_a_later_turn_may_hide_more(tokens):
     assert (logits - judge).abs().max() < TOLERANCE
 
 
+def test_a_later_turn_without_a_mask():
+    model, inputs = shared("llava"), inputs_of()
+    with vp.wrap(model, "fastv:layer=2,tokens=4"), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(vp.UsageError, match="earlier turns hid tokens, which were dropped"):
+            model(input_ids=torch.full((2, 1), 11), past_key_values=cache)
+
+
 # --- what is refused, and where nothing may be ------------------------------------------------------------------------
 def test_redistribution_refuses_what_it_cannot_follow():
     model, inputs = shared("llava"), inputs_of()

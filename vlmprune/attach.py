@@ -35,7 +35,7 @@ from vlmprune.layout import on_host
 from vlmprune.methods import Pruner, Redistributor
 from vlmprune.methods.base import TowerPruner
 from vlmprune.probes import recall_tower, see_attention
-from vlmprune.prompt import by_name, find_layout, look_at_mask, read_prompt, refuse_merged, visible_pictures
+from vlmprune.prompt import by_name, check_mask_goes_on, find_layout, look_at_mask, read_prompt, refuse_merged, visible_pictures
 from vlmprune.recipe import Recipe
 from vlmprune.run import TUNNEL, Call, Chosen, Clock, Prefill, Report, no_prefill
 from vlmprune.schedule import Budget
@@ -405,6 +405,7 @@ class Run:
         check_same_cuts(cache, self._cutting.at)
         call.past = cache.get_seq_length() if cache is not None else 0
         look_at_mask(call, kwargs)
+        check_mask_goes_on(call, cache)
         if self.enabled:
             self._find_or_leave(call, kwargs)
         return args, {**kwargs, TUNNEL: call}
@@ -431,14 +432,13 @@ class Run:
                     "placeholder into the text, or set run.enabled = False for text-only prompts."
                 )
             return  # a later step, or a turn without a new picture
-        ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if ids is None and embeddings is None:
+        if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
             return  # the model itself refuses this
         cache = kwargs.get("past_key_values")
         steered = dict.fromkeys(method.name for method in self._steering.by_layer.values())
         if steered or self._cutting.may_drop(counts):
             check_growing(cache, "attention redistribution" if steered else "pruning inside the language model")
-        told_by: Tensor = ids if embeddings is None else embeddings[..., 0]
+        told_by: Tensor = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"][..., 0]
         self._replay_uncached(call, told_by, kwargs.get("mm_encoder_outputs"), cached=cache is not None)
         prompt = read_prompt(call, kwargs, self._family.image_token(self._config), self._text, self._needs, tuple(steered))
         find_layout(call, prompt, counts, told_by.device)

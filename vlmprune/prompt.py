@@ -22,10 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from vlmprune.adapters.family import has_mrope
 from vlmprune.attention import shown
+from vlmprune.cache import PrunedLayer
 from vlmprune.errors import UsageError
 from vlmprune.layout import Bools, Layout, Prompt, on_device, on_host
 from vlmprune.run import Call
@@ -51,6 +53,21 @@ def look_at_mask(call: Call, kwargs: Mapping[str, Any]) -> None:
     mask = full_mask(kwargs)
     call.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
     call.custom = mask is not None and call.mask is None
+
+
+def check_mask_goes_on(call: Call, cache: Cache | None) -> None:
+    """Refuse a later turn without a mask, where the conversation has hidden tokens: those that were dropped with the first cut
+    cannot come back to sight, as they do in the plain model.
+
+    Raises:
+        UsageError: there is no mask, and something is hidden.
+    """
+    last = cache.layers[-1] if call.past and cache is not None and cache.layers else None
+    if isinstance(last, PrunedLayer) and not last.unpadded and call.mask is None and not call.custom:
+        raise UsageError(
+            "the attention mask of earlier turns hid tokens, which were dropped with the pictures', and this call has none: pass "
+            "attention_mask, [batch, tokens of the whole conversation]."
+        )
 
 
 def full_mask(kwargs: Mapping[str, Any]) -> Any:

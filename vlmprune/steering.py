@@ -208,8 +208,9 @@ class Steering:
             return self._attend_blind(index, call, own())
         if (apart := call.steps.apart) is not None:
             result, mine = own(), apart.now(call)
-            alone = (apart.take(x, 2) for x in (query, key, value))
-            edited = self.attend(index, lambda: (apart.take(result[0], 1), None), *alone, scaling, **{**kwargs, TUNNEL: mine})
+            query, key, value = (apart.take(x, 2) for x in (query, key, value))
+            unedited = partial(lambda output: (apart.take(output, 1), None), result[0])
+            edited = self.attend(index, unedited, query, key, value, scaling, **{**kwargs, TUNNEL: mine})
             return (apart.put_back(result[0], edited[0]), *result[1:])
         entered = call.steps.entered.pop(index, None)
         if entered is None:
