@@ -65,8 +65,8 @@ def check_mask_goes_on(call: Call, cache: Cache | None) -> None:
     last = cache.layers[-1] if call.past and cache is not None and cache.layers else None
     if isinstance(last, PrunedLayer) and not last.unpadded and call.mask is None and not call.custom:
         raise UsageError(
-            "the attention mask of earlier turns hid tokens, which were dropped with the pictures', and this call has none: pass "
-            "attention_mask, [batch, tokens of the whole conversation]."
+            "the attention mask of earlier turns hid tokens, which were dropped with the first cut, and this call has none: "
+            "pass attention_mask, [batch, tokens of the whole conversation]."
         )
 
 
