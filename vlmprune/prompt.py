@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from vlmprune.adapters.family import has_mrope
-from vlmprune.attention import shown
+from vlmprune.attention import not_hidden, shown
 from vlmprune.cache import PrunedLayer
 from vlmprune.errors import UsageError
 from vlmprune.layout import Bools, Layout, Prompt, on_device, on_host
@@ -227,7 +227,7 @@ def _biased(mask: Tensor | BlockMask) -> bool:
         return True
     if mask.dtype == torch.bool:
         return False
-    return bool(on_host(((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any()))
+    return bool(on_host(((mask != 0) & not_hidden(mask)).any()))
 
 
 def _apart(seen: Bools, real: Bools) -> np.ndarray[Any, Any]:
