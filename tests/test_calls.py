@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers.generation.utils
 from tiny_models import ALL_FAMILIES, IMAGE, build, make_inputs, make_single, shared
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantoQuantizedLayer
@@ -14,6 +15,7 @@ from transformers.cache_utils import QuantoQuantizedLayer
 import vlmprune as vp
 from vlmprune.cache import PrunedLayer
 
+CHUNKS_PICTURES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
 KEEP_ALL = "random:layer=0,fraction=1.0"
 PRUNING = ["divprune:tokens=4", "fastv:layer=2,tokens=4", "tome:layer=0,tokens=4", "divprune:tokens=4 + zerotuning:gain=2"]
 SAMPLES = [["text3", "image", "text4"], ["text5", "image", "text6"]]
@@ -148,13 +150,15 @@ def test_other_caches_are_refused_before_anything_runs(make, found, recipe):
 def test_static_caches_where_nothing_is_dropped(family):
     model = shared(family)
     inputs = make_inputs(family, model, SAMPLES)
-    for how in ({"cache_implementation": "static", "disable_compile": True}, {"prefill_chunk_size": 7}, {"use_cache": False}):
+    ways = [{"cache_implementation": "static", "disable_compile": True}, {"use_cache": False}, {"prefill_chunk_size": 7}]
+    for how in ways[: 2 + CHUNKS_PICTURES]:
         with torch.no_grad():
             expected = model.generate(**inputs, max_new_tokens=4, **how)
             with vp.wrap(model, KEEP_ALL):
                 assert torch.equal(model.generate(**inputs, max_new_tokens=4, **how), expected)
 
 
+@pytest.mark.skipif(not CHUNKS_PICTURES, reason="this transformers forgets pictures in a chunked prefill")
 def test_chunked_prefill_names_its_cause():
     model = shared("llava")
     inputs = make_inputs("llava", model, SAMPLES)

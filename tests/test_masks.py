@@ -204,13 +204,14 @@ KINDS = ["padding", "prefix", "window", "hides a picture's token from the text a
 
 
 def in_form(seen, form):
-    if form == "additive":
-        return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    if form != "bool":
+        hidden = {"additive": torch.finfo(torch.float32).min, "infinite": -torch.inf, "-1e4": -1e4}[form]
+        return torch.zeros(seen.shape).masked_fill(~seen, hidden)
     return seen
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("attn", "form"), [("sdpa", "bool"), ("sdpa", "additive"), ("eager", "additive")])
+@pytest.mark.parametrize(("attn", "form"), [("sdpa", "bool"), ("sdpa", "additive"), ("sdpa", "infinite"), ("eager", "-1e4")])
 @pytest.mark.parametrize("recipe", [*FEW, "adaptinfer:layer=2,tokens=4", "fastv:layer=1,tokens=8 + random:layer=3,tokens=3"])
 def test_four_axes(kind, attn, form, recipe):
     model, inputs = shared("llava", attn), inputs_of()
@@ -285,6 +286,14 @@ def test_a_later_turn_may_hide_more(tokens):
             cache = model(**inputs, use_cache=True).past_key_values
             judge = model(**following, past_key_values=cache).logits
     assert (logits - judge).abs().max() < TOLERANCE
+
+
+def test_a_later_turn_without_a_mask():
+    model, inputs = shared("llava"), inputs_of()
+    with vp.wrap(model, "fastv:layer=2,tokens=4"), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(vp.UsageError, match="earlier turns hid tokens, which were dropped"):
+            model(input_ids=torch.full((2, 1), 11), past_key_values=cache)
 
 
 # --- what is refused, and where nothing may be ------------------------------------------------------------------------

@@ -31,6 +31,9 @@ Observer = Callable[..., None]
 BLOCK = 128
 """Rows and columns of a block of flex attention's masks, as in transformers'."""
 
+HIDDEN = -1e4
+"""What is added to a score to hide it: this or less, by custom. Its share of a softmax is zero in every dtype."""
+
 
 def pruned_mask(
     query_slots: Tensor,
@@ -113,6 +116,11 @@ def block_mask(queries: int, key_valid: Tensor, dense: bool = False, causal: boo
     )
 
 
+def not_hidden(mask: Tensor) -> Tensor:
+    """Which cells of a bool or additive mask can be seen."""
+    return mask if mask.dtype == torch.bool else mask > HIDDEN
+
+
 def shown(mask: Tensor | BlockMask, batch: int, queries: int, past: int) -> Tensor:
     """`[batch, query, key]` bool: what a given mask shows to each row, to any head; `past + queries` keys.
 
@@ -133,8 +141,9 @@ def shown(mask: Tensor | BlockMask, batch: int, queries: int, past: int) -> Tens
             f"attention_mask is {found}, where {queries} tokens follow {past}: give [batch, tokens so far] or "
             f"[batch, 1, {queries}, {keys}]."
         )
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return visible[..., :keys].any(dim=1).expand(batch, -1, -1)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise UsageError(f"an attention_mask with 4 axes is True and False, or added to scores: found {mask.dtype}.")
+    return not_hidden(mask)[..., :keys].any(dim=1).expand(batch, -1, -1)
 
 
 def shown_cells(mask: Tensor | BlockMask, rows: Tensor, columns: Tensor) -> Tensor:
@@ -143,8 +152,7 @@ def shown_cells(mask: Tensor | BlockMask, rows: Tensor, columns: Tensor) -> Tens
     if isinstance(mask, BlockMask):
         seen = visible_in_rows(mask, rows, int(mask.shape[-1]))
     else:
-        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        visible = visible.to(rows.device).any(dim=1).expand(len(rows), -1, -1)
+        visible = not_hidden(mask).to(rows.device).any(dim=1).expand(len(rows), -1, -1)
         seen = visible.gather(1, rows[..., None].expand(-1, -1, visible.shape[2]))
     return seen.gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
 
@@ -207,7 +215,7 @@ def rows_attention(
     else:
         mask = attention_mask.expand(batch, -1, -1, -1)[:, 0]
         visible = mask.gather(1, rows[:, :, None].expand(-1, -1, keys))
-        visible = visible if visible.dtype == torch.bool else visible > torch.finfo(visible.dtype).min / 2
+        visible = not_hidden(visible)
     return attention_rows(chosen, key, scaling, visible)
 
 

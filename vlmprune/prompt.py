@@ -13,7 +13,7 @@ be dropped or redistributed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -22,10 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from vlmprune.adapters.family import has_mrope
-from vlmprune.attention import shown
+from vlmprune.attention import not_hidden, shown
+from vlmprune.cache import PrunedLayer
 from vlmprune.errors import UsageError
 from vlmprune.layout import Bools, Layout, Prompt, on_device, on_host
 from vlmprune.run import Call
@@ -38,13 +40,12 @@ ATTENTION = TEXT_ROWS | {"attention_from_last", "attention_of_layer"}
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of a call of `module` by their names, also those that were given by position."""
-    cls: Any = type(module)
-    return {**dict(zip(_names(cls), args, strict=False)), **kwargs} if args else dict(kwargs)
+    return {**dict(zip(_names(type(module).forward), args, strict=False)), **kwargs} if args else dict(kwargs)
 
 
 @cache
-def _names(cls: Any) -> tuple[str, ...]:
-    return tuple(signature(cls.forward).parameters)[1:]
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(signature(forward).parameters)[1:]
 
 
 def look_at_mask(call: Call, kwargs: Mapping[str, Any]) -> None:
@@ -52,6 +53,21 @@ def look_at_mask(call: Call, kwargs: Mapping[str, Any]) -> None:
     mask = full_mask(kwargs)
     call.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
     call.custom = mask is not None and call.mask is None
+
+
+def check_mask_goes_on(call: Call, cache: Cache | None) -> None:
+    """Refuse a later turn without a mask, where the conversation has hidden tokens: those that were dropped with the first cut
+    cannot come back to sight, as they do in the plain model.
+
+    Raises:
+        UsageError: there is no mask, and something is hidden.
+    """
+    last = cache.layers[-1] if call.past and cache is not None and cache.layers else None
+    if isinstance(last, PrunedLayer) and not last.unpadded and call.mask is None and not call.custom:
+        raise UsageError(
+            "the attention mask of earlier turns hid tokens, which were dropped with the first cut, and this call has none: "
+            "pass attention_mask, [batch, tokens of the whole conversation]."
+        )
 
 
 def full_mask(kwargs: Mapping[str, Any]) -> Any:
@@ -88,8 +104,7 @@ def read_prompt(
             "padded, with an attention_mask."
         )
     if call.custom:
-        batch, queries = ids.shape
-        seen = shown(mask, batch, queries, call.past)
+        seen = shown(mask, ids.shape[0], ids.shape[1], call.past)
         real, lone, alike = on_host(_said_by(seen, call.past))
         biased = _biased(mask)
         if alike.all() and not biased:
@@ -216,7 +231,7 @@ def _biased(mask: Tensor | BlockMask) -> bool:
         return True
     if mask.dtype == torch.bool:
         return False
-    return bool(on_host(((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any()))
+    return bool(on_host(((mask != 0) & not_hidden(mask)).any()))
 
 
 def _apart(seen: Bools, real: Bools) -> np.ndarray[Any, Any]:
