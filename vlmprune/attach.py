@@ -271,7 +271,7 @@ class Plan:
 
     def leave_tower(self, tower: TowerPass, output: Any) -> None:
         """What the tower returned lives as long as its features are wanted."""
-        tower.output = output
+        tower.output = None if tower.over else output
         if tower.known is not None and hasattr(output, "__weakref__"):  # a projector inside the tower
             tower.known.lives.append(ref(output))
 

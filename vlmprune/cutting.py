@@ -139,6 +139,7 @@ class Cutting:
                     )
                     call.chosen[number] = self._choose(cut, call, hidden, tools)
                 hidden = self._drop(cut, call, call.chosen[number], hidden, kwargs, now)
+                call.chosen[number] = call.chosen[number].detached()
         return hidden
 
     def _projector(self) -> Any:
@@ -203,7 +204,7 @@ class Cutting:
         hidden = _merged(call, chosen, hidden)
         call.record.kept += [
             Kept(layer, cut.label, cut.stage.site, image.sample, image.ordinal, len(image), remaining, features)
-            for image, remaining, features in zip(images, chosen.remaining, chosen.features, strict=True)
+            for image, remaining, features in zip(images, chosen.remaining, chosen.detached().features, strict=True)
         ]
         changed = any(len(now) != len(before) for now, before in zip(chosen.remaining, call.remaining, strict=True))
         before, alive = call.alive, call.alive.clone()
