@@ -167,6 +167,7 @@ class Cutting:
                     )
                     call.chosen[number] = self._choose(cut, call, hidden, tools)
                 hidden = self._drop(cut, call, call.chosen[number], hidden, kwargs, now)
+                call.chosen[number] = call.chosen[number].detached()
         return hidden
 
     def _start(self, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -248,7 +249,7 @@ class Cutting:
         hidden = _merged(call, chosen, hidden)
         call.record.kept += [
             Kept(layer, cut.label, cut.stage.site, image.sample, image.ordinal, len(image), remaining, features)
-            for image, remaining, features in zip(images, chosen.remaining, chosen.features, strict=True)
+            for image, remaining, features in zip(images, chosen.remaining, chosen.detached().features, strict=True)
         ]
         changed = chosen.emptied or any(
             len(now) != len(before) for now, before in zip(chosen.remaining, call.remaining, strict=True)

@@ -283,8 +283,11 @@ class Attachment:
     def _leave_projector(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], features: Tensor) -> Any:
         if (tower := self._thread.tower) is None:
             return None
+        left = tower.output is not None
         features = tower.plan.leave_projector(tower, args, features)
-        self._thread.tower = None if tower.output is not None else tower
+        # Not held: a graph that runs blocks again holds the pass, and the output holds that graph.
+        tower.output = None
+        self._thread.tower = None if left else tower
         return features
 
 

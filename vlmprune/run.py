@@ -171,6 +171,10 @@ class Chosen:
     features: list[Tensor | None]
     emptied: bool = False
 
+    def detached(self) -> Chosen:
+        """The same, to be kept: nothing that outlives a layer may hold the graph that a backward pass runs through."""
+        return Chosen(self.remaining, [None if features is None else features.detach() for features in self.features])
+
 
 @dataclass(eq=False)
 class Steps:
