@@ -1,16 +1,23 @@
 # Two commands: `make demo` sets everything up and runs the main job; `make test` runs every check.
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What must hold on the oldest supported transformers, too: pruned ≡ masked, every strategy of generate, gradients, threads.
+CORE := tests/test_exact.py tests/test_generation.py tests/test_gradients.py tests/test_server.py tests/test_oldest.py
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint
+.PHONY: demo test test-oldest lint
 demo: $(STAMP)
 	$(BIN)/vlmprune demo
 
-test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --durations 15 --cov --cov-report=term --cov-fail-under=95
+test: $(STAMP) lint test-oldest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --durations 15 --cov --cov-report=term --cov-fail-under=95
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 VLMPRUNE_OLDEST=1 $(OLDEST)/bin/python $(PYTEST) -p no:cacheprovider $(CORE)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -21,4 +28,12 @@ lint: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The older packages stand before those of .venv, which are used for all the rest: nothing large is installed twice.
+$(OLDEST)/.installed: $(STAMP) constraints-oldest.txt
+	$(BIN)/python -m venv --clear $(OLDEST)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/everything_else.pth"
+	$(OLDEST)/bin/pip install --quiet --requirement constraints-oldest.txt
 	touch $@

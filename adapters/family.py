@@ -34,37 +34,15 @@ class Tower:
     whole: Callable[[Any], Sequence[int]]
     refusal: Callable[[nn.Module], str | None] = lambda base: None
 
+    @property
+    def root(self) -> str:
+        """Path of the whole tower, from the base model."""
+        return self.blocks.partition(".")[0]
+
 
 def has_mrope(text_config: Any) -> bool:
     """Positions are places in the picture (M-RoPE), not a count of tokens."""
     return "mrope_section" in (getattr(text_config, "rope_parameters", None) or {})
-
-
-def llama_queries_and_keys(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-    """What a Llama-like decoder layer would compute from the hidden states that enter it (also with M-RoPE, whose sections
-    transformers has put together in `rotary` already).
-
-    Args:
-        hidden: `[batch, token, dim]`.
-        rotary: cosines and sines, `[batch or 1, token, head_dim]`.
-        rows: `[batch, row]` tokens whose queries are wanted.
-
-    Returns:
-        Queries `[batch, head, row, head_dim]` and keys `[batch, kv_head, token, head_dim]`, after rotary embedding.
-    """
-    attention = layer.self_attn
-    normed = layer.input_layernorm(hidden)
-    cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in rotary)
-
-    def pick(x: Tensor) -> Tensor:
-        return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
-
-    def heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        first, second = x.chunk(2, dim=-1)
-        return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
-
-    return heads(attention.q_proj(pick(normed)), pick(cos), pick(sin)), heads(attention.k_proj(normed), cos, sin)
 
 
 @dataclass(frozen=True)
@@ -76,24 +54,34 @@ class Family:
         image_token: id of the image placeholder, from the config.
         tokens_per_image: visual tokens of each picture, from the arguments of a call that carries pixels.
         image_grid: rows and columns of each picture's tokens, from the processor's output and the config (for drawing).
+        views: the same where a picture is more than one grid of its tokens, see `cells`; None if it is one.
         language_model, layers, attention: module names, from the base model, the language model and a decoder layer.
-        queries_and_keys: what a decoder layer would compute from hidden states, for methods that look one layer ahead.
-        rotary, final_norm: names of the rotary embedding and of the last norm, from the language model.
+        rotary, final_norm: names of the rotary embedding and of the last norm, from the language model. These and the names
+            above are the usual ones; `vlmprune.decoder` looks up those of a given model.
         facts: what methods may know of its vision tower.
         tower: the vision tower.
         newline: name of the parameter that separates the rows of a packed picture, from the base model.
+        as_built: the family as one base model has it, where checkpoints differ in what this table says.
     """
 
     name: str
     image_token: Callable[[Any], int]
     tokens_per_image: Callable[[Mapping[str, Any], Any], list[int] | None]
     image_grid: Callable[[Mapping[str, Any], Any], list[tuple[int, int]]]
+    views: Callable[[Mapping[str, Any], Any], list[list[list[Tensor]]]] | None = None
     language_model: str = "language_model"
     layers: str = "layers"
     attention: str = "self_attn"
     rotary: str = "rotary_emb"
     final_norm: str = "norm"
-    queries_and_keys: Callable[[Any, Tensor, tuple[Tensor, Tensor], Tensor], tuple[Tensor, Tensor]] = llama_queries_and_keys
     facts: Facts = NO_TOWER
     tower: Tower | None = None
     newline: str | None = None
+    as_built: Callable[[Family, nn.Module], Family] = lambda family, base: family
+
+    def cells(self, inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
+        """Per picture, rows of its views; of each, `[rows, columns]` which of the picture's tokens each cell became (−1: none,
+        for the cell is padding)."""
+        if self.views is not None:
+            return self.views(inputs, config)
+        return [[[torch.arange(rows * columns).view(rows, columns)]] for rows, columns in self.image_grid(inputs, config)]

@@ -1,11 +1,16 @@
-"""LLaVA-1.5 (`model_type: llava`): one CLIP view per picture, an MLP projector, a Llama-like decoder."""
+"""LLaVA-1.5 (`model_type: llava`): one view per picture, usually from CLIP, an MLP projector, any decoder. Checkpoints with
+SigLIP (no CLS token) and Pixtral (no CLS token, pictures of any size one after the other) have the same model type, so that the
+tower is looked at."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vlmprune.adapters.family import Family, Tower
 from vlmprune.view import Facts
@@ -16,17 +21,44 @@ def _grid(pixel_values: Any, config: Any) -> tuple[int, int]:
     return pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
 
 
-def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
+def _before_patches(tower: nn.Module) -> int:
+    """Tokens that a tower puts before its patches: CLS and registers, which are parameters of its embeddings."""
+    parameters = dict(getattr(tower, "embeddings", nn.Module()).named_parameters(recurse=False))
+    count = sum(name in ("class_embedding", "cls_token") for name in parameters)
+    return count + (parameters["register_tokens"].shape[-2] if "register_tokens" in parameters else 0)
+
+
+def _tokens_per_image(before: int, call: Mapping[str, Any], config: Any) -> list[int] | None:
+    """Features of each picture, as `get_image_features` makes them: strategy 'default' leaves out the first token, whatever
+    it is. `before` is the number of tokens before the patches."""
     if (pixels := call.get("pixel_values")) is None:
         return None
+    if (sizes := call.get("image_sizes")) is not None:  # cut up by the pictures' own sizes
+        patch = config.vision_config.patch_size
+        return [height // patch * (width // patch) for height, width in _as_lists(sizes)]
     rows, columns = _grid(pixels, config)
     strategy = call.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
-    return [rows * columns + (strategy == "full")] * pixels.shape[0]
+    first = strategy == "default"
+    if config.vision_config.model_type == "pixtral":  # one sequence, which nothing cuts up
+        return [pixels.shape[0] * rows * columns - first]
+    return [rows * columns + before - first] * pixels.shape[0]
+
+
+def _as_lists(sizes: Any) -> Any:
+    return sizes.tolist() if hasattr(sizes, "tolist") else sizes
 
 
 def _image_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]:
     pixels = inputs["pixel_values"]
+    if (sizes := inputs.get("image_sizes")) is not None:
+        patch = config.vision_config.patch_size
+        return [(height // patch, width // patch) for height, width in _as_lists(sizes)]
     return [_grid(pixels, config)] * pixels.shape[0]
+
+
+def _views(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
+    first = int(config.vision_feature_select_strategy == "full")  # token 0 is then the CLS token
+    return [[[first + torch.arange(rows * columns).view(rows, columns)]] for rows, columns in _image_grid(inputs, config)]
 
 
 def _feature_block(config: Any) -> int:
@@ -37,8 +69,10 @@ def _feature_block(config: Any) -> int:
 
 def _refusal(base: nn.Module) -> str | None:
     config: Any = base.config
-    if not hasattr(getattr(base.vision_tower, "embeddings", None), "class_embedding"):
-        return f"its vision tower ({config.vision_config.model_type}) has no CLS token"
+    embeddings = getattr(base.vision_tower, "embeddings", None)
+    if not hasattr(embeddings, "class_embedding"):
+        lacks = "is not built like CLIP's" if hasattr(embeddings, "cls_token") else "has no CLS token"
+        return f"its vision tower ({config.vision_config.model_type}) {lacks}"
     if config.vision_feature_select_strategy != "default":
         return f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; 'default' is supported"
     if not isinstance(config.vision_feature_layer, int):
@@ -57,11 +91,19 @@ CLIP = Tower(
     refusal=_refusal,
 )
 
+
+def _as_built(family: Family, base: nn.Module) -> Family:
+    tower: Any = base.vision_tower
+    return replace(family, tokens_per_image=partial(_tokens_per_image, _before_patches(tower)))
+
+
 LLAVA = Family(
     name="llava",
     image_token=lambda config: config.image_token_id,
-    tokens_per_image=_tokens_per_image,
+    tokens_per_image=partial(_tokens_per_image, 1),
     image_grid=_image_grid,
+    views=_views,
     facts=Facts(cls=True),
     tower=CLIP,
+    as_built=_as_built,
 )

@@ -33,8 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vlmprune
 from vlmprune.evals.offline import UNPRUNED
+from vlmprune.evals.stats import drawn, interval
 
-RESAMPLES = 2000
 LEAST_ROUNDS = 3
 """Fewer say nothing about their spread."""
 PHASES = ("tower", "prefill", "ttft", "tpot", "e2e")
@@ -66,9 +66,7 @@ class Ratio:
     @staticmethod
     def of(unpruned: Sequence[float], pruned: Sequence[float]) -> Ratio:
         ratios = np.asarray(unpruned) / np.asarray(pruned)
-        drawn = np.random.default_rng(0).integers(0, len(ratios), (RESAMPLES, len(ratios)))
-        low, high = np.quantile(np.median(ratios[drawn], axis=1), (0.025, 0.975))
-        return Ratio(float(np.median(ratios)), float(low), float(high))
+        return Ratio(float(np.median(ratios)), *interval(np.median(ratios[drawn(len(ratios))], axis=1)))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ from torch import Tensor
 
 import vlmprune
 from vlmprune.adapters.registry import family_of
-from vlmprune.evals.calibration import Sample, draws, next_logits, run_whole
+from vlmprune.evals.calibration import Sample, next_logits, run_whole
+from vlmprune.evals.stats import bounds, times_drawn
 from vlmprune.evals.sweep import average
 from vlmprune.view import View
 
@@ -434,7 +435,7 @@ def estimate(samples: Sequence[SampleCurves], depth: int, layers: Sequence[int],
     largest = np.stack([np.abs(sample.information).max(1) for sample in samples])  # [sample, layer]
     divergence = np.stack([sample.divergence for sample in samples])
     blind = np.array([sample.blind for sample in samples])
-    weights = draws(len(samples)) / len(samples)
+    weights = times_drawn(len(samples)) / len(samples)
     drawn = weights @ largest  # [draw, layer]
     relative, drawn_relative = _ratio(divergence.mean(0), blind.mean()), _ratio(weights @ divergence, weights @ blind)
     return Horizon(
@@ -452,9 +453,9 @@ def estimate(samples: Sequence[SampleCurves], depth: int, layers: Sequence[int],
 def _curve(layers: Sequence[int], value: np.ndarray, drawn: np.ndarray, reference: float, references: np.ndarray) -> Curve:
     """A curve `[layer]` with its bootstrap draws `[draw, layer]`, and the references of both."""
     places = [*layers, None]
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    low, high = bounds(drawn)
     first = _first_quiet(_ratio(drawn, references))
-    ends = np.quantile(first, [0.025, 0.975], method="inverted_cdf")
+    ends = bounds(first, method="inverted_cdf")
     return Curve(
         value=_floats(value),
         low=_floats(low),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import vlmprune
+from vlmprune.evals.stats import interval, mean_of_present, shares
 from vlmprune.tiny.answers import Accuracy, Record, accuracy_by_skill, mean_over_skills
 from vlmprune.tiny.evaluate import records
 from vlmprune.tiny.questions import SKILLS
@@ -21,7 +21,6 @@ UNPRUNED = "un-pruned"
 FRACTIONS = (0.5, 0.25, 0.1, 0.05)
 METHODS = ("random:layer=0", "cls:layer=0", "divprune:layer=0", "fastv:layer=2")
 DEFAULT = tuple(f"{method},fraction={fraction:g}" for method in METHODS for fraction in FRACTIONS)
-RESAMPLES = 2_000
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def evaluate(
 
 def _row(name: str, given: list[Record], reference: list[Record]) -> Row:
     by_skill = accuracy_by_skill(given)
-    draws, lost = draws_by_skill(given).mean(1), draws_by_skill(reference).mean(1)
+    draws, lost = mean_of_present(draws_by_skill(given)), mean_of_present(draws_by_skill(reference))
     mean = mean_over_skills(by_skill)
     return Row(
         recipe=name,
@@ -92,7 +91,7 @@ def loyalty(given: Sequence[Record], reference: Sequence[Record]) -> float:
 
 
 def draws_by_skill(given: Sequence[Record]) -> np.ndarray:
-    """Accuracy `[draw, skill]` in bootstrap draws of whole pictures; skills in the order of `SKILLS`.
+    """Accuracy `[draw, skill]` in draws of whole pictures, NaN where a draw lacks the skill; skills in the order of `SKILLS`.
 
     The draws are the same for every list of records about the same pictures, so that differences are paired.
     """
@@ -104,23 +103,7 @@ def draws_by_skill(given: Sequence[Record]) -> np.ndarray:
         cell = place[record.image], column[record.skill]
         asked[cell] += 1
         right[cell] += record.right
-    times = _times_drawn(len(images))
-    return (times @ right) / np.maximum(times @ asked, 1)
-
-
-@cache
-def _times_drawn(images: int) -> np.ndarray:
-    """How often each picture is drawn, with replacement: `[draw, picture]`."""
-    drawn = np.random.default_rng(0).integers(0, images, (RESAMPLES, images))
-    times = np.zeros((RESAMPLES, images))
-    np.add.at(times, (np.arange(RESAMPLES)[:, None], drawn), 1)
-    return times
-
-
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of the draws."""
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
+    return shares(right, asked)
 
 
 def markdown(rows: Sequence[Row]) -> str:

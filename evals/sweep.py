@@ -19,7 +19,8 @@ from typing import Any
 import vlmprune
 from vlmprune.errors import UsageError, unknown
 from vlmprune.evals.asking import Questions, scenes_of_seed
-from vlmprune.evals.offline import UNPRUNED, draws_by_skill, interval, loyalty, percent
+from vlmprune.evals.offline import UNPRUNED, draws_by_skill, loyalty, percent
+from vlmprune.evals.stats import interval, mean_of_present
 from vlmprune.methods import METHODS
 from vlmprune.schedule import Budget, Schedule, Stage
 from vlmprune.tiny.answers import Accuracy, Record, accuracy_by_skill, mean_over_skills
@@ -430,7 +431,7 @@ def _compare(plan: Plan, pooled: Callable[[Point | None], tuple[list[Record], li
             recipe=answers[0].recipe,
             by_skill=by_skill,
             mean=mean_over_skills(by_skill),
-            interval=interval(draws.mean(1)),
+            interval=interval(mean_of_present(draws)),
             over_random=against,
             share=sum(answer.share for answer in answers) / len(answers),
             loyalty=loyalty(given, reference),
@@ -444,7 +445,7 @@ def differences(given: Sequence[Record], control: Sequence[Record]) -> dict[str,
     """Accuracy on the mean over skills and on every skill, minus the control's on the same questions."""
     ours, theirs = accuracy_by_skill(given), accuracy_by_skill(control)
     drawn = draws_by_skill(given) - draws_by_skill(control)
-    found = {"mean": Difference(mean_over_skills(ours) - mean_over_skills(theirs), *interval(drawn.mean(1)))}
+    found = {"mean": Difference(mean_over_skills(ours) - mean_over_skills(theirs), *interval(mean_of_present(drawn)))}
     for column, skill in enumerate(ours):
         found[skill] = Difference(ours[skill].value - theirs[skill].value, *interval(drawn[:, column]))
     return found

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 
 import vlmprune
-from vlmprune.evals.calibration import Sample, draws, next_logits, run_whole
+from vlmprune.evals.calibration import Sample, next_logits, run_whole
 from vlmprune.evals.horizon import compute_average, nominal_average
+from vlmprune.evals.stats import bounds, times_drawn
 from vlmprune.evals.sweep import Cuts, solve
 from vlmprune.schedule import Budget, Schedule, Stage
 from vlmprune.view import View
@@ -247,8 +248,8 @@ def tune_adaptinfer(model: Any, samples: Iterable[Sample], budget: Budget, tick:
     depth, tokens = len(changes[0]) + 1, float(np.mean(visual))
     histogram = np.sum(changes, axis=0)
     found = peaks(histogram, depth)
-    drawn = draws(len(changes)) @ np.stack(changes)
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    drawn = times_drawn(len(changes)) @ np.stack(changes)
+    low, high = bounds(drawn)
     schedule, cuts = _schedule(tokens, depth, [layer + 1 for layer in found], budget)
     return Tuned(
         method="adaptinfer",

@@ -478,8 +478,8 @@ def sparsevlm_v2_scores(attention, raters: list, heads: int = 14) -> list:
 def cdpruner_relevance(features_cosine) -> list:
     """Relevance of every token from its cosines [n, m] with the m texts (section 8.5, code).
 
-    Code: r = -mean over texts, then (r - min + 1e-6) / (max - min).  Ours: min and max over this picture (the code: over the
-    batch), and 1 for all if they are equal.
+    Code: r = -mean over texts, then (r - min + 1e-6) / (max - min).  Ours: min and max over all views of this picture (the
+    code: of all pictures in the batch), and 1 for all if they are equal.
     """
     relevance = [-mean(row) for row in floats(features_cosine)]
     low, high = min(relevance), max(relevance)
@@ -518,7 +518,7 @@ def cdpruner(features, relevance, keep: int) -> list:
 
 # --- DART (arXiv 2502.11494; section 8.6) -----------------------------------------------------------------------------
 def dart(keys_visual, keys_text, normed_visual, normed_text, keep: int) -> list:
-    """Tokens that duplicate the pivots least (section 8.6, code as re-implemented in ModelTC/LightCompress).
+    """Tokens that duplicate the pivots least (section 8.6, code).
 
     ``keys_*`` [kv head, tokens, dim]: the previous layer's cached keys; ``normed_*`` [tokens, d]: the hidden states that enter
     the layer, through the model's final norm; text = everything behind the image.
@@ -546,8 +546,14 @@ def dart(keys_visual, keys_text, normed_visual, normed_text, keep: int) -> list:
     return sorted(kept)
 
 
-def dart_official_count(n: int, ratio: float) -> int:
-    """Tokens that the official code keeps of ``n`` at reduction ``ratio``: 4 + 8 int(n (1 - ratio) / 8) (golden value G7)."""
+def dart_official_count(keep: int) -> int:
+    """Tokens that the official code keeps where it is told to keep ``keep``: every pivot adds int(keep / 8), beside the four
+    visual pivots themselves."""
+    return 4 + 8 * (keep // 8)
+
+
+def dart_lightcompress_count(n: int, ratio: float) -> int:
+    """Tokens that ModelTC/LightCompress's port keeps of ``n`` at reduction ``ratio``: 4 + 8 int(n (1 - ratio) / 8) (G7)."""
     return 4 + 8 * int(n * (1 - ratio) / 8)
 
 

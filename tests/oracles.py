@@ -249,6 +249,11 @@ def masked_logits(model, inputs: dict, keep: Claims, extra_ids: torch.Tensor | N
 @torch.no_grad()
 def masked_forward(model, inputs: dict, keep: Claims, extra_ids: torch.Tensor | None = None, **flags):
     """As :func:`masked_logits`, returning the whole output (``output_attentions=True`` for eager models)."""
+    return masked_output(model, inputs, keep, extra_ids, **flags)
+
+
+def masked_output(model, inputs: dict, keep: Claims, extra_ids: torch.Tensor | None = None, **flags):
+    """As :func:`masked_forward`, with gradients where they are enabled."""
     ids = inputs["input_ids"]
     padding = inputs.get("attention_mask", torch.ones_like(ids))
     positions = prompt_positions(model, inputs)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import FLEX, IMAGE, build, make_inputs, shared
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import AutoConfig, DynamicCache, StaticCache
 
 import vlmprune as vp
 from vlmprune.layout import Layout, Prompt
@@ -26,14 +26,10 @@ def refused(model, recipe, sentence):
 
 
 def test_unknown_family():
-    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    refused(
-        LlamaForCausalLM(config),
-        RECIPE,
-        "unknown model family: looked for config.model_type among llava, llava_next, qwen2_5_vl, qwen2_vl",
-    )
-    refused(LlamaForCausalLM(config), RECIPE, "found 'llama'")
-    refused(nn.Linear(2, 2), RECIPE, "found None")
+    model = nn.Linear(2, 2)
+    model.config = AutoConfig.for_model("idefics3")
+    refused(model, RECIPE, "unknown model family: looked for config.model_type among llava, llava_next, qwen2_5_vl, qwen2_vl")
+    refused(model, RECIPE, "found 'idefics3'")
 
 
 def test_layer_out_of_range():
@@ -105,16 +101,6 @@ def called(model, sentence, recipe=RECIPE, **inputs):
     with vp.wrap(model, recipe), torch.no_grad(), pytest.raises(vp.UsageError) as error:
         model(**inputs)
     assert sentence in str(error.value)
-
-
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_prompt_without_image(family):
-    model = shared(family)
-    inputs = make_inputs(family, model, [["text5"]])
-    called(model, "the prompt has no image: there is nothing to prune", **inputs)
-    with vp.wrap(model, RECIPE) as run, torch.no_grad():
-        run.enabled = False
-        model(**inputs)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
@@ -235,3 +221,54 @@ def test_method_with_a_wrong_count(monkeypatch):
         pytest.raises(RuntimeError, match=r"random.select chose \[9\] tokens of 1 pictures, expected 8"),
     ):
         model(**make_inputs("llava", model, [["text2", "image", "text2"]]))
+
+
+# --- past the model --------------------------------------------------------------------------------------------------
+def test_language_model_called_by_itself():
+    """Red: embeddings with a picture among them run un-pruned without a word."""
+    model = shared("llava")
+    words = torch.randint(8, 90, (1, 5))
+    language = model.model.language_model
+    plain = language(input_ids=words).last_hidden_state
+    with vp.wrap(model, RECIPE) as run, torch.no_grad():
+        with pytest.raises(vp.UsageError, match="the language model was called by itself with 9 embeddings"):
+            language(inputs_embeds=torch.randn(1, 9, 64))
+        assert torch.equal(language(input_ids=words).last_hidden_state, plain), "ids alone hold no picture"
+        with run.override(enabled=False):
+            language(inputs_embeds=torch.randn(1, 9, 64))
+
+
+def test_steps_of_the_language_model_by_itself():
+    """A script that prefills through the model and decodes below it goes on with the pruned conversation."""
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text4", "image", "text3"]])
+    word = torch.tensor([[30]])
+    with vp.wrap(model, RECIPE), torch.no_grad():
+        whole = model(input_ids=word, past_key_values=model(**inputs, use_cache=True).past_key_values).logits
+        cache = model(**inputs, use_cache=True).past_key_values
+        below = model.model.language_model(inputs_embeds=model.get_input_embeddings()(word), past_key_values=cache)
+        assert torch.equal(model.lm_head(below.last_hidden_state), whole)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["the cache", "a copy"])
+def test_conversation_goes_on_after_the_block(copied):
+    """Red: a raw error about tensor sizes, or an answer from a cache with holes."""
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text4", "image", "text3"]])
+    with vp.wrap(model, RECIPE), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        cache = copy.deepcopy(cache) if copied else cache
+    for words in (1, 4):
+        with torch.no_grad(), pytest.raises(vp.UsageError, match="the recipe it began with has been removed"):
+            model(input_ids=torch.full((1, words), 30), past_key_values=cache)
+
+
+def test_conversation_goes_on_under_the_same_recipe_again():
+    model = shared("llava")
+    inputs, word = make_inputs("llava", model, [["text4", "image", "text3"]]), torch.tensor([[30]])
+    with torch.no_grad():
+        with vp.wrap(model, RECIPE):
+            expected = model(input_ids=word, past_key_values=model(**inputs, use_cache=True).past_key_values).logits
+            cache = model(**inputs, use_cache=True).past_key_values
+        with vp.wrap(model, RECIPE):
+            assert torch.equal(model(input_ids=word, past_key_values=cache).logits, expected)

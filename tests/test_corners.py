@@ -262,9 +262,10 @@ def test_tower_memory_forgets_the_oldest(monkeypatch):
     with vp.wrap(model, "cls:fraction=0.5") as run:
         for seed in range(4):
             model(**make_inputs("llava", model, [["image", "image", "text3"]], seed))
-        assert len(run._memory._passes) == 2
+        memory = run._owner().plan.memory
+        assert len(memory._all) == len(memory._mine.passes) == 2
         model(**make_inputs("llava", model, [["image"] * 5 + ["text3"]]))  # more than is remembered: its own pass always is
-        assert len(run._memory._passes) == 1
+        assert len(memory._all) == len(memory._mine.passes) == 1
 
 
 def test_cls_after_a_cut():
@@ -339,7 +340,7 @@ def test_every_layer_may_have_its_own_rotary():
     with vp.wrap(shared("llava"), "random:layer=1,fraction=0.5") as run:
 
         def rotary(full):
-            return run._cutting._rotary(2, call, torch.zeros(1, 3, 4), None, {"position_embeddings": full})
+            return run._plan.cutting._rotary(2, call, torch.zeros(1, 3, 4), None, {"position_embeddings": full})
 
         assert rotary(one)[0].unique().tolist() == [1]
         assert rotary(two)[0].unique().tolist() == [2]

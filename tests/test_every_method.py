@@ -89,6 +89,16 @@ SINGLE = [
     *((family, recipe) for family in LLAVAS for recipe in WITH_CLS),
     ("qwen2_vl", "flowcut:fraction=0.3,variant_on_units=unit"),
     ("llava_next", "flowcut:fraction=0.2,newlines=drop"),
+    *(
+        ("llava_next", f"{recipe},newlines=drop")
+        for recipe in (
+            "cls:layer=0,fraction=0.4",
+            "divprune:layer=0,fraction=0.4",
+            "fastv:layer=2,fraction=0.4",
+            "holov:layer=0,fraction=0.4",
+            "visionzip:fraction=0.4",
+        )
+    ),
 ]
 COMPACT = [(family, f"{recipe},positions=compact") for family, recipe in SINGLE if family in LLAVAS]
 COMPOSED = [
@@ -839,14 +849,14 @@ FORMS = [
     "adaptinfer:layer=2|4,tokens=9|4,positions=compact",
     "adaptinfer:preset=llava-64",
     "cdpruner:layer=0,tokens=9,positions=compact",
-    "cls:layer=1,fraction=0.125,positions=compact",
+    "cls:layer=1,fraction=0.125,positions=compact,newlines=drop",
     "dart:layer=3,fraction=0.222,positions=compact",
     "divprune:layer=0,fraction=0.098,positions=compact",
     "fastv:layer=2|4,fraction=0.5|0.25,positions=compact",
     "flowcut:tokens=64,semantic_scale=paper,newlines=drop,variant_on_units=official,decoder_layer=3,positions=compact",
     "flowcut:layer=0|2,fraction=0.6|0.3,site=vision|llm",
     "flowcut:layer=3,fraction=0.3",
-    "holov:layer=2,tokens=9,positions=compact",
+    "holov:layer=2,tokens=9,positions=compact,newlines=drop",
     "mustdrop:layer=2|4,fraction=0.5|0.3,merge=0.25,windows=3,cache_layer=-1,positions=compact",
     "mustdrop:layer=2,fraction=1.0,global_threshold=0.0012,individual_threshold=0.001,merge=2,cache_layer=0",
     "mustdrop:global_threshold=0.011,individual_threshold=0.01",

@@ -156,20 +156,22 @@ def test_keep_all_is_bit_identical(family, attn, recipe, batch):
 
 
 @families
-def test_text_only_prompt_is_refused_by_name(family):
-    """Red: a prompt without a picture crashes somewhere inside, or spoils the calls after it."""
+def test_text_only_prompt_simply_runs(family):
+    """Red: a prompt without a picture is refused, is changed, or spoils the calls after it."""
     model = shared(family)
     text, inputs = make_inputs(family, model, [["text9"], ["text4"]]), make_inputs(family, model, BATCHES["ragged"])
-    plain = model(**text).logits
+    plain, (_, sequence, logits) = model(**text).logits, generate_logits(model, text)
     with vp.wrap(model, STAGES["1+3"][0]) as run:
         before = model(**inputs).logits
-        for call in (lambda: model(**text), lambda: model.generate(**text, max_new_tokens=2)):
-            with pytest.raises(ValueError, match="no image"):
-                call()
-        run.enabled = False
         assert torch.equal(model(**text).logits, plain)
-        run.enabled = True
+        report = run.report()
+        assert (report.visual_tokens, report.stages, report.flops) == (0, (), report.flops_unpruned)
+        assert "no picture: nothing to prune" in str(report)
+        _, ours, our_logits = generate_logits(model, text)
+        assert torch.equal(ours, sequence)
+        assert torch.equal(our_logits, logits)
         assert torch.equal(model(**inputs).logits, before)
+        assert run.report().visual_tokens
 
 
 # --- pruned equals masked --------------------------------------------------------------------------------------------
@@ -450,9 +452,8 @@ def test_batch_equals_singles(family, recipe, batch):
         _, generated, logits = generate_logits(model, inputs)
         together = kept_sets(run.last)
         for row, parts in enumerate(samples):
-            run.enabled = "image" in parts  # text alone is refused; in a batch it must be as without us
             _, alone_ids, alone = generate_logits(model, make_single(family, model, samples, row))
-            if run.enabled:
+            if "image" in parts:
                 expected = {(layer, 0, n): index for (layer, r, n), index in together.items() if r == row}
                 assert kept_sets(run.last) == expected
             assert torch.equal(alone_ids[0], generated[row])

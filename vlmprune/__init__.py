@@ -13,8 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlmprune.attach import Run, wrap
     from vlmprune.errors import UsageError
+    from vlmprune.handle import Run, unwrap, wrap
     from vlmprune.methods import METHODS, REDISTRIBUTORS, Choice, Pruner, Redistributor, ScorePruner
     from vlmprune.methods.pruning import (
         CLS,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         VisionZip,
         VScan,
     )
-    from vlmprune.methods.pruning.cdpruner import ClipRelevance
+    from vlmprune.methods.pruning.clip_relevance import ClipRelevance
     from vlmprune.methods.redistribution import ACT, PAI, PAINT, VAR, VHR, ZeroTuning
     from vlmprune.recipe import Recipe
     from vlmprune.run import Report
@@ -64,11 +64,11 @@ _HOME = {
         ),
         "vlmprune.methods.pruning",
     ),
-    "ClipRelevance": "vlmprune.methods.pruning.cdpruner",
+    "ClipRelevance": "vlmprune.methods.pruning.clip_relevance",
     **dict.fromkeys(("ACT", "PAI", "PAINT", "VAR", "VHR", "ZeroTuning"), "vlmprune.methods.redistribution"),
     **dict.fromkeys(("METHODS", "REDISTRIBUTORS", "Choice", "Pruner", "Redistributor", "ScorePruner"), "vlmprune.methods"),
     **dict.fromkeys(("Budget", "Schedule", "Stage", "at", "stages"), "vlmprune.schedule"),
-    **dict.fromkeys(("Run", "wrap"), "vlmprune.attach"),
+    **dict.fromkeys(("Run", "unwrap", "wrap"), "vlmprune.handle"),
     "Recipe": "vlmprune.recipe",
     "Report": "vlmprune.run",
     "UsageError": "vlmprune.errors",
@@ -113,6 +113,7 @@ __all__ = [
     "ZeroTuning",
     "at",
     "stages",
+    "unwrap",
     "wrap",
 ]
 

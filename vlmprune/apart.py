@@ -6,7 +6,8 @@ this batch, and what it computes is put back. Samples without a picture have not
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ class Apart:
         full: places of each in its row, on the host.
         index: `[sample, token]` where what the current layer computes of each stands; `valid` is False on left padding.
         of: the reduction that `index` is made for.
+        layers: the same in each decoder layer, as it was in the layer's first run.
     """
 
     call: Call
@@ -37,6 +39,7 @@ class Apart:
     index: Tensor
     valid: Tensor
     of: Reduction | None = None
+    layers: dict[int, Apart] = field(default_factory=dict)
 
     @staticmethod
     def of_packed(call: Call) -> Apart:
@@ -61,6 +64,8 @@ class Apart:
         real = on_device(alone.real, device)
         return Apart(
             Call(
+                owner=call.owner,
+                plan=call.plan,
                 layout=Layout(tuple(images), real, tuple(alone.real.sum(axis=1).tolist())),
                 prompt=alone,
                 mask=real,
@@ -79,6 +84,7 @@ class Apart:
         """What the samples see in the layer that the packed call is in."""
         mine = self.call
         mine.remaining, mine.tower, mine.views = call.remaining, call.tower, call.views
+        mine.recomputes |= call.recomputes
         if call.reduction is not self.of:
             assert call.reduction is not None
             self.of, device = call.reduction, self.index.device
@@ -93,6 +99,13 @@ class Apart:
             mine.reduction = Reduction(on_device(_padded(places)[0], device), self.valid, bool(valid.all()))
             mine.steps.rows.clear()
         return mine
+
+    def in_layer(self, index: int, call: Call) -> Apart:
+        """These samples in one layer; gradient checkpointing, which runs a layer again, finds what its first run found."""
+        if index not in self.layers:
+            self.now(call)
+            self.layers[index] = copy(self)
+        return self.layers[index]
 
     def take(self, x: Tensor, token: int) -> Tensor:
         """`[sample, …, token, …]` of `[batch, …, token, …]`, whose axis `token` counts what the layer computes."""

@@ -22,6 +22,9 @@ from vlmprune.kernels.attention_mass import attention_rows
 KEY = "vlmprune"
 """Our key in transformers' registry of attention functions, which is made for additions; it must not contain "flash"."""
 
+TUNNEL = "vlmprune"
+"""Name of the keyword argument that carries the `Call`, in a vision tower the `TowerPass`."""
+
 Observer = Callable[..., None]
 """Called as observer(query, key, value, attention_mask, scaling=…, **kwargs), shapes as in `rows_attention`."""
 
@@ -30,9 +33,6 @@ BLOCK = 128
 
 HIDDEN = -1e4
 """What is added to a score to hide it: this or less, by custom. Its share of a softmax is zero in every dtype."""
-
-Editor = Callable[..., Any]
-"""Called as editor(own, query, key, value, scaling=…, **kwargs), where own() is what the model itself computes."""
 
 
 def pruned_mask(
@@ -226,14 +226,12 @@ class Route:
     Attributes:
         original: the module's own config.
         stock: the module as the model's own implementation shall see it, with that config.
-        observers: look at queries and keys.
-        editor: computes some rows anew, or None.
+        observers: look at queries and keys of every call, with or without a plan.
     """
 
     original: Any
     stock: _Stock
     observers: tuple[Observer, ...]
-    editor: Editor | None
 
     def own(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The model's own attention: output `[batch, query, head, dim]` and weights, or None."""
@@ -254,16 +252,23 @@ class _Stock:
 
 
 def routed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """The model's own attention, seen by the module's observers and overwritten by its editor (registered under `KEY`)."""
+    """The model's own attention, seen by observers and overwritten by an editor: those that the running call's plan has for
+    this module (registered under `KEY`)."""
     config: Any = module.config
     route: Route = config.vlmprune_route
+    own = partial(route.own, module, query, key, value, attention_mask, **kwargs)
     for observer in route.observers:
         observer(query, key, value, attention_mask, **kwargs)
-    own = partial(route.own, module, query, key, value, attention_mask, **kwargs)
-    return own() if route.editor is None else route.editor(own, query, key, value, **kwargs)
+    plan = getattr(kwargs.get(TUNNEL), "plan", None)
+    if plan is None:
+        return own()
+    for observer in plan.observers.get(module, ()):
+        observer(plan, query, key, value, attention_mask, **kwargs)
+    editor = plan.editors.get(module)
+    return own() if editor is None else editor(own, query, key, value, **kwargs)
 
 
-def route_attention(module: nn.Module, observers: Sequence[Observer] = (), editor: Editor | None = None) -> Callable[[], None]:
+def route_attention(module: nn.Module, observers: Sequence[Observer] = ()) -> Callable[[], None]:
     """Lead one attention module through `routed_attention`; the returned function undoes it.
 
     Only this module's reference to its config is replaced, by a copy: masks are still made for the model's own
@@ -272,7 +277,7 @@ def route_attention(module: nn.Module, observers: Sequence[Observer] = (), edito
     AttentionInterface.register(KEY, routed_attention)
     original: Any = module.config
     config = copy.copy(original)
-    config.vlmprune_route = Route(original, _Stock(module, original), tuple(observers), editor)
+    config.vlmprune_route = Route(original, _Stock(module, original), tuple(observers))
     config._attn_implementation_internal = KEY
     module.config = config
 

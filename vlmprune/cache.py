@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,40 @@ from transformers.cache_utils import Cache, DynamicLayer
 from vlmprune.errors import UsageError
 from vlmprune.layout import on_host
 from vlmprune.reduction import Reduction
+
+
+@dataclass(eq=False)
+class Owner:
+    """Whose conversation a cache holds: the plan it began under, as long as that is attached to the model.
+
+    Copies of a cache belong to the same plan, so that a copy of an `Owner` is itself. One that comes out of a file has none.
+    """
+
+    plan: Any = None
+
+    def __deepcopy__(self, _: object) -> Owner:
+        return self
+
+    def __copy__(self) -> Owner:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Owner, ()
+
+
+def owner_of(cache: Cache | None) -> Owner | None:
+    """The owner of the conversation in a cache, or None."""
+    return getattr(cache, "vlmprune", None)
+
+
+def hand_over(cache: Cache | None, owner: Owner) -> None:
+    """From now on, the conversation in a cache is `owner`'s."""
+    if cache is None:
+        return
+    cache.vlmprune = owner  # type: ignore[attr-defined]
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, PrunedLayer):
+            layer.owner = owner
 
 
 @dataclass(eq=False)
@@ -133,6 +168,7 @@ class PrunedLayer(MarkedLayer):
         unpadded: the conversation has no padding, also where entries were dropped.
         logical_prefix: tokens of the conversation that the prefix stands for.
         shift: `[batch]` by how much rotary positions of later tokens move up, or None where all keep their own.
+        owner: whose conversation it is.
         cuts: layers of the recipe's stages. A conversation goes on only under cuts at the same layers, because these decide
             which layers have equal entries.
     """
@@ -140,6 +176,7 @@ class PrunedLayer(MarkedLayer):
     def __init__(self, cuts: tuple[int, ...]) -> None:
         super().__init__()
         self.cuts = cuts
+        self.owner: Owner | None = None
         self.slots: Tensor | None = None
         self.valid: Tensor | None = None
         self.dense = self.unpadded = True
@@ -187,6 +224,19 @@ class PrunedLayer(MarkedLayer):
         if self.slots is None or self.valid is None:
             return slots, valid
         return torch.cat((self.slots, slots), dim=1), torch.cat((self.valid, valid), dim=1)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the coming tokens.
+
+        Raises:
+            UsageError: nobody is there any more who knows which tokens are missing.
+        """
+        if self.owner is not None and self.owner.plan is None and self._stored():
+            raise UsageError(
+                "this conversation was pruned, and the recipe it began with has been removed from the model: go on inside the "
+                "`with` block (before run.remove()), wrap the model with that recipe again, or start with an empty cache."
+            )
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def announce(self, slots: Tensor, valid: Tensor, dense: bool, tokens: int) -> tuple[Tensor, Tensor, bool]:
         """Say which of the next `tokens` tokens the coming `update` stores.
@@ -297,7 +347,11 @@ def check_same_cuts(cache: Cache | None, cuts: tuple[int, ...]) -> None:
 
 
 def pruned_layer(
-    cache: Cache, index: int, cuts: tuple[int, ...], real: Tensor | None = None, unpadded: bool | None = None
+    cache: Cache,
+    index: int,
+    cuts: tuple[int, ...],
+    real: Tensor | None = None,
+    unpadded: bool | None = None,
 ) -> PrunedLayer:
     """The cache's layer `index` as a `PrunedLayer`, put in place of an ordinary one on first use.
 
@@ -311,6 +365,7 @@ def pruned_layer(
     if isinstance(layer, PrunedLayer):
         return layer
     adopted = cache.layers[index] = PrunedLayer.adopt(layer, cuts, real, unpadded)
+    adopted.owner = owner_of(cache)
     return adopted
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import groupby
 from typing import Any
@@ -47,7 +47,6 @@ class Cutting:
         recipe, family, facts: as they are.
         base, text: the model's base model and its language model.
         layers: how many decoder layers it has.
-        instead: gives the budget that stands in the place of the recipe's, or None.
 
     Attributes:
         cuts: the stages, in the order in which they run.
@@ -64,10 +63,9 @@ class Cutting:
         base: Any,
         text: Any,
         layers: int,
-        instead: Callable[[], Budget | None],
     ) -> None:
         self._family, self._facts, self._base, self._text = family, facts, base, text
-        self._count, self._instead = layers, instead
+        self._count = layers
         self.cuts: list[Cut] = []
         for stage, method in recipe.cuts(facts):
             needs = method.needs_at(stage) if stage.site == "llm" else frozenset()
@@ -81,9 +79,8 @@ class Cutting:
 
     # -- what is known beforehand ----------------------------------------------------------------------------------------
 
-    def budget_of(self, cut: Cut) -> Budget:
-        """The stage's budget, or what stands in its place inside `override`."""
-        other = self._instead()
+    def budget_of(self, cut: Cut, other: Budget | None) -> Budget:
+        """The stage's budget, or what `override` has put in its place."""
         return other if other is not None and self.may_override(cut) else cut.stage.budget
 
     def may_override(self, cut: Cut) -> bool:
@@ -96,16 +93,15 @@ class Cutting:
             cut.stage.layer == 0
             and cut.stage.site == "llm"
             and not cut.method.adaptive
-            and any(self.budget_of(cut).resolve(len(index)) < len(index) for index in call.remaining)
+            and any(self.budget_of(cut, call.budget).resolve(len(index)) < len(index) for index in call.remaining)
             for cut in self.cuts
         )
 
-    def may_drop(self, pictures: Sequence[int] | None) -> bool:
-        """Whether pictures with so many tokens could lose some; None: of any size."""
-        return any(self._may_drop(cut, pictures) for cut in self.cuts if cut.stage.site != "cache")
+    def may_drop(self, pictures: Sequence[int] | None, other: Budget | None) -> bool:
+        """Whether pictures with so many tokens could lose some; None: of any size. `other` is the budget of `override`."""
+        return any(self._may_drop(cut, pictures, self.budget_of(cut, other)) for cut in self.cuts if cut.stage.site != "cache")
 
-    def _may_drop(self, cut: Cut, pictures: Sequence[int] | None) -> bool:
-        budget = self.budget_of(cut)
+    def _may_drop(self, cut: Cut, pictures: Sequence[int] | None, budget: Budget) -> bool:
         if cut.method.adaptive or (self._family.newline is not None and not cut.method.keeps_newlines):
             return True
         if pictures is None or cut.stage.site == "vision":  # which counts views
@@ -120,7 +116,7 @@ class Cutting:
             and (
                 cut.method.adaptive
                 or any(
-                    self.budget_of(cut).resolve(count) < len(index)
+                    self.budget_of(cut, call.budget).resolve(count) < len(index)
                     for count, index in zip(call.candidates, call.remaining, strict=True)
                 )
             )
@@ -197,12 +193,14 @@ class Cutting:
     def _choose(self, cut: Cut, call: Call, hidden: Tensor, tools: Tools) -> Chosen:
         """What remains of every picture after this stage; pictures of one size are decided together."""
         assert call.layout is not None
-        index, method, budget = cut.stage.layer, cut.method, self.budget_of(cut)
+        index, method, budget = cut.stage.layer, cut.method, self.budget_of(cut, call.budget)
+        per_view = method.per_view and self._facts.crops and not index
         parts = [
             part
             for image, candidates in enumerate(call.candidates)
-            for part in _parts(call, image, budget.resolve(candidates), method.per_view and self._facts.crops and not index)
+            for part in _parts(call, image, budget.resolve(candidates), per_view)
         ]
+        scaled = cache(partial(_over_pictures, cut, call, hidden, tools))
         kept: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in call.layout.images]
         for group in group_by_size([part.size for part in parts]):
             first = parts[group[0]].index
@@ -213,7 +211,11 @@ class Cutting:
             elif keep == visual and not method.adaptive:
                 chosen = torch.arange(visual, device=first.device).expand(len(group), visual)
             else:
-                chosen = method.select(build_view(call, index, cut.needs, [parts[i] for i in group], hidden, tools), keep)
+                see = build_view(call, index, cut.needs, [parts[i] for i in group], hidden, tools)
+                if per_view and method.scales_over_picture:
+                    over = [(scaled()[parts[i].image], parts[i].index) for i in group]
+                    see = replace(see, over_picture=torch.stack([whole[here.to(whole.device)] for whole, here in over]))
+                chosen = method.select(see, keep)
             choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
             _check_choice(method, choice, len(group), keep)
             for number, part in enumerate(parts[i] for i in group):
@@ -463,6 +465,19 @@ def _parts(call: Call, image: int, keep: int, per_view: bool) -> list[Part]:
     left = [on_device(there[view[there] == number], index.device) for number in numbers]
     shares = share(keep, sizes.tolist(), list(map(len, left)))
     return [Part(image, here, size, entered, kept) for here, size, kept in zip(left, sizes.tolist(), shares, strict=True)]
+
+
+def _over_pictures(cut: Cut, call: Call, hidden: Tensor, tools: Tools) -> list[Tensor]:
+    """Of every picture `[original]` what a method that decides view by view scales over all its views; 0 where dropped."""
+    assert call.layout is not None
+    wholes = [_parts(call, image, 0, per_view=False)[0] for image in range(len(call.layout.images))]
+    found: dict[int, Tensor] = {}
+    for group in group_by_size([whole.size for whole in wholes]):
+        pictures = [wholes[i] for i in group]
+        numbers = cut.method.over_picture(build_view(call, cut.stage.layer, cut.needs, pictures, hidden, tools))
+        for whole, own in zip(pictures, numbers, strict=True):
+            found[whole.image] = own.new_zeros(whole.original).index_put((whole.index.to(own.device),), own)
+    return [found[image] for image in range(len(wholes))]
 
 
 def _join(pieces: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

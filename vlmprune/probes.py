@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from vlmprune.adapters.family import Family
 from vlmprune.attention import rows_attention, shown_cells
 from vlmprune.cache import PrunedLayer
+from vlmprune.decoder import attention_of
 from vlmprune.errors import UsageError
 from vlmprune.kernels.attention_mass import attention_rows
 from vlmprune.layout import Image, on_device, on_host
@@ -260,6 +261,8 @@ def attention_ahead(
 ) -> Tensor:
     """`[batch, head, segment, token]` attention of the last prompt token that a decoder layer would pay to what enters it.
 
+    Queries and keys are those of the layer's own code (norms, projections, rotary embedding), run up to its attention.
+
     Args:
         layer, index: the decoder layer that has not run yet, and its number.
         hidden: `[batch, token, dim]` entering it.
@@ -269,19 +272,22 @@ def attention_ahead(
     """
     batch, tokens, _ = hidden.shape
     row = prompt_ends(call, tokens).to(hidden.device)
-    query, key = family.queries_and_keys(layer, hidden, rotary, row)
+    given = {"attention_mask": None, "position_ids": None, "past_key_values": None, "use_cache": False}
+    own = attention_of(layer, family.attention, hidden, position_embeddings=rotary, **given)
+    key, row = own.key, row.to(own.key.device)
+    query = own.query.gather(2, row[:, None, :, None].expand(-1, own.query.shape[1], -1, own.query.shape[3]))
     assert call.layout is not None
     valid = call.layout.real if call.reduction is None else call.reduction.valid
-    valid = valid.to(hidden.device)
-    visible = valid[:, None] & (torch.arange(tokens, device=hidden.device) <= row[..., None])
+    valid = valid.to(key.device)
+    visible = valid[:, None] & (torch.arange(tokens, device=key.device) <= row[..., None])
     if call.past and cache is not None:
         stored: Any = cache.layers[index]
         if isinstance(stored, PrunedLayer):
-            before = stored.entries(batch, hidden.device)[1]
+            before = stored.entries(batch, key.device)[1]
         elif call.mask is not None:
-            before = call.mask[:, : call.past].to(hidden.device, torch.bool)
+            before = call.mask[:, : call.past].to(key.device, torch.bool)
         else:
-            before = torch.ones(batch, call.past, dtype=torch.bool, device=hidden.device)
+            before = torch.ones(batch, call.past, dtype=torch.bool, device=key.device)
         key, visible = torch.cat((stored.keys, key), dim=2), torch.cat((before[:, None], visible), dim=2)
     if mask is not None:
         here = torch.arange(tokens, device=row.device).expand(batch, -1) if call.reduction is None else call.reduction.rows
@@ -290,7 +296,7 @@ def attention_ahead(
             slots = stored.entries(batch, row.device)[0] if isinstance(stored, PrunedLayer) else torch.arange(call.past)[None]
             there = torch.cat((slots.to(row.device).expand(batch, -1), there), dim=1)
         visible &= shown_cells(mask, (there - call.past).gather(1, row + there.shape[1] - tokens), there)
-    return attention_rows(query, key, layer.self_attn.scaling, visible)[..., -tokens:]
+    return attention_rows(query, key, own.scaling, visible)[..., -tokens:]
 
 
 def prompt_end(call: Call, tokens: int) -> Tensor:

@@ -13,7 +13,7 @@ be dropped or redistributed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -40,12 +40,13 @@ ATTENTION = TEXT_ROWS | {"attention_from_last", "attention_of_layer"}
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of a call of `module` by their names, also those that were given by position."""
-    return {**dict(zip(_names(type(module).forward), args, strict=False)), **kwargs} if args else dict(kwargs)
+    cls: Any = type(module)
+    return {**dict(zip(_names(cls), args, strict=False)), **kwargs} if args else dict(kwargs)
 
 
 @cache
-def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(signature(forward).parameters)[1:]
+def _names(cls: Any) -> tuple[str, ...]:
+    return tuple(signature(cls.forward).parameters)[1:]
 
 
 def look_at_mask(call: Call, kwargs: Mapping[str, Any]) -> None:
@@ -104,7 +105,8 @@ def read_prompt(
             "padded, with an attention_mask."
         )
     if call.custom:
-        seen = shown(mask, ids.shape[0], ids.shape[1], call.past)
+        batch, queries = ids.shape
+        seen = shown(mask, batch, queries, call.past)
         real, lone, alike = on_host(_said_by(seen, call.past))
         biased = _biased(mask)
         if alike.all() and not biased:
@@ -164,17 +166,21 @@ def refuse_merged(kwargs: Mapping[str, Any], text: Any) -> None:
     Raises:
         UsageError: an embedding is no word's.
     """
-    embeddings = kwargs.get("inputs_embeds")
-    if embeddings is None or kwargs.get("input_ids") is not None or embeddings.shape[1] == 1:
-        return
-    words = text.get_input_embeddings().weight.detach().to(embeddings.device, embeddings.dtype)
-    strange = on_host(~torch.isin(row_names(embeddings.flatten(0, 1)), row_names(words)))
-    if strange.any():
+    if count := strange_embeddings(kwargs, text):
         raise UsageError(
-            f"inputs_embeds holds {int(strange.sum())} embeddings that are no word's: if pictures were merged into them, where "
+            f"inputs_embeds holds {count} embeddings that are no word's: if pictures were merged into them, where "
             "they stand cannot be known; pass pixel_values with them and the placeholder's embedding in the places of the "
             "pictures, or input_ids."
         )
+
+
+def strange_embeddings(kwargs: Mapping[str, Any], text: Any) -> int:
+    """How many of a call's embeddings are no word's; 0 where ids were given, and for a single one, which is decoding."""
+    embeddings = kwargs.get("inputs_embeds")
+    if embeddings is None or kwargs.get("input_ids") is not None or embeddings.shape[1] == 1:
+        return 0
+    words = text.get_input_embeddings().weight.detach().to(embeddings.device, embeddings.dtype)
+    return int(on_host((~torch.isin(row_names(embeddings.flatten(0, 1)), row_names(words))).sum()))
 
 
 def visible_pictures(call: Call) -> list[Tensor]:

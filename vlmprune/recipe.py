@@ -19,13 +19,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from vlmprune import hub
 from vlmprune.errors import UsageError, unknown
 from vlmprune.methods import METHODS, REDISTRIBUTORS, Pruner, Redistributor
+from vlmprune.methods.base import DEFINED
+from vlmprune.methods.redistributing import DEFINED as DEFINED_REDISTRIBUTORS
+from vlmprune.names import FILE
 from vlmprune.schedule import SITES, Budget, Schedule, Stage, check_shrinks
 from vlmprune.view import Facts
 
 SCHEMA = 1
-FILE = "vlmprune.json"
 CUT_KEYS = ("layer", "tokens", "fraction", "preset", "site")
 
 
@@ -120,6 +123,11 @@ class Recipe:
             UsageError: a parameter is an object that a file cannot hold.
         """
         for method in self.methods:
+            if _method_class(method.name) is not type(method):
+                raise UsageError(
+                    f"a recipe file names its methods, and {method.name!r} is the name of another method than of "
+                    f"{type(method).__name__}: give the class a name of its own."
+                )
             for key, value in _own(method).items():
                 if not isinstance(value, int | float | str):
                     raise UsageError(f"a recipe file cannot hold {key} of {method.name}, found {value!r}: set it in Python.")
@@ -174,16 +182,13 @@ class Recipe:
         return Recipe.from_dict(data)
 
 
-def _from_hub(repository: str) -> Path:
+def _from_hub(name: str) -> Path:
+    repository = hub.ask(name, FILE, "recipe")
+    if repository.files is not None and FILE not in repository.files:
+        raise UsageError(f"no recipe at {name!r}: the repository has no {FILE}; save one there, or give a folder.")
     from transformers.utils import cached_file
 
-    try:
-        found = cached_file(repository, FILE)
-    except OSError as error:
-        raise UsageError(
-            f"no recipe at {repository!r}: looked for a JSON file, a directory with {FILE}, and a hub repository with {FILE}."
-        ) from error
-    return Path(str(found))
+    return Path(str(cached_file(name, FILE, **repository.options)))
 
 
 def _parse_method(text: str) -> Pruner | Redistributor:
@@ -200,7 +205,7 @@ def _parse_method(text: str) -> Pruner | Redistributor:
     return _build(entry)
 
 
-def _value(text: str, key: str) -> int | float | str:
+def _value(text: str, key: str) -> int | float | str | bool:
     for kind in (int, float):
         try:
             return kind(text)
@@ -208,17 +213,15 @@ def _value(text: str, key: str) -> int | float | str:
             continue
     if key in ("layer", "tokens", "fraction", "seed"):
         raise UsageError(f"{key} must be a number, found {text!r}.")
-    return text
+    return {"True": True, "False": False}.get(text, text)
 
 
 def _build(entry: dict[str, Any]) -> Pruner | Redistributor:
     """A method from its JSON form."""
     name = entry.pop("method", None)
-    if isinstance(name, str) and name in REDISTRIBUTORS:
-        return _build_redistributor(name, entry)
-    if not isinstance(name, str) or name not in METHODS:
-        raise unknown("method", str(name), (*METHODS, *REDISTRIBUTORS))
-    method = METHODS[name]
+    method = _method_class(name)
+    if issubclass(method, Redistributor):
+        return _build_redistributor(method, entry)
     own = [field.name for field in fields(method) if field.name != "schedule"]
     for key in entry:
         if key not in (*CUT_KEYS, *own):
@@ -232,8 +235,23 @@ def _build(entry: dict[str, Any]) -> Pruner | Redistributor:
     return method(**cut, **entry)
 
 
-def _build_redistributor(name: str, entry: dict[str, Any]) -> Redistributor:
-    method = REDISTRIBUTORS[name]
+def _method_class(name: Any) -> type[Pruner] | type[Redistributor]:
+    """The method of that name: one of ours, else one that this process has defined. Nothing is imported by what a file says.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = [known[name] for known in (METHODS, REDISTRIBUTORS, DEFINED, DEFINED_REDISTRIBUTORS) if str(name) in known]
+    if not found:
+        known = dict.fromkeys((*METHODS, *REDISTRIBUTORS, *DEFINED, *DEFINED_REDISTRIBUTORS))
+        raise UsageError(
+            f"{unknown('method', str(name), known)} A method of your own must be imported before its recipe is read."
+        )
+    return found[0]
+
+
+def _build_redistributor(method: type[Redistributor], entry: dict[str, Any]) -> Redistributor:
+    name = method.name
     known = list(signature(method.__init__).parameters)[1:]
     for key, value in entry.items():
         if key not in known:

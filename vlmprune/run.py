@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from vlmprune import units
 from vlmprune.cost import DecoderShape
 from vlmprune.errors import UsageError
 from vlmprune.layout import Bools, Layout, Prompt
 from vlmprune.methods.redistributing import spans
 from vlmprune.reduction import Reduction
 from vlmprune.schedule import Budget, Site, Stage
-
-TUNNEL = "vlmprune"
-"""Name of the keyword argument that carries the `Call`."""
 
 
 @dataclass(eq=False)
@@ -178,7 +177,8 @@ class Steps:
     """What redistribution carries from hook to hook.
 
     Attributes:
-        entered: per layer, what it was given.
+        entered: per edited layer, what it was given and what it found. It stays until the call is over, so that gradient
+            checkpointing, which runs a layer again in the backward pass, finds what the first run found.
         rows: which rows are edited, per kind of rows and number of tokens a layer computes.
         blind: the prompt without its pictures, where a method compares with it.
         of_blind: this is that prompt's own call.
@@ -197,6 +197,12 @@ class Call:
     """State of one forward pass; travels from hook to hook as a keyword argument, so that threads never share it.
 
     Attributes:
+        owner, plan: whose conversation this is, and what is done to it: the plan that the conversation began with, or None.
+        enabled, budget, blocks: what the caller had said when the call began.
+        labels: copies of the labels that were given, each with how many rows before it a label is predicted from.
+        recomputes: gradient checkpointing runs layers of this call again, in the backward pass.
+        before: per decoder layer, the call as it was when the layer was entered, under gradient checkpointing. Before
+            transformers 5.23 hooks run again when a layer is recomputed, and must start from what they started from.
         tail: tokens at the end that are not part of the prompt (candidates of assisted decoding; tokens generated without a
             cache).
         asked: tokens at the end whose logits were asked for, or 0.
@@ -239,6 +245,14 @@ class Call:
         resumed: `uncached` is that of an earlier run of the same prompt.
     """
 
+    owner: Any = None
+    plan: Any = None
+    enabled: bool = True
+    budget: Budget | None = None
+    blocks: tuple[Any, ...] = ()
+    labels: tuple[tuple[Tensor, int], ...] = ()
+    recomputes: bool = False
+    before: dict[int, Call] = field(default_factory=dict)
     tail: int = 0
     asked: int = 0
     pictures: Sequence[int] | None = None
@@ -277,6 +291,20 @@ class Call:
     record: Prefill | None = None
     idle: bool = False
     padded_step: bool = False
+
+    def branch(self) -> Call:
+        """The call as it is now: what happens to it later does not reach the copy, nor the other way round."""
+        copied = copy(self)
+        names = ("remaining", "entered", "counts", "attention", "projections", "text_attention", "masks", "rotary", "chosen")
+        for name in names:
+            setattr(copied, name, copy(getattr(self, name)))
+        copied.steps = replace(self.steps, rows=dict(self.steps.rows))
+        if (record := self.record) is not None:
+            copied.record = replace(
+                record, kept=[*record.kept], keep=dict(record.keep), entering=[*record.entering], stored=[*record.stored],
+                selection=[*record.selection],
+            )  # fmt: skip
+        return copied
 
 
 @dataclass(frozen=True)
@@ -416,12 +444,13 @@ class Report:
         """The report as labelled lines."""
         kept = [(f"kept at {_place(s)} ({s.method})", _each(s.kept, s.original)) for s in self.stages]
         higher = self.kv_bytes_peak > self.kv_bytes
-        peak = f", {self.kv_bytes_peak / 1024:.4g} KiB before the cache was shortened" if higher else ""
+        peak = f", {units.size(self.kv_bytes_peak)} before the cache was shortened" if higher else ""
         hidden = [("hidden by the mask", f"{self.hidden} visual tokens, no candidates of any budget")] if self.hidden else []
         newlines = [("row separators", f"{self.newlines}, counted as text, {self.newline_policy}")] if self.newlines else []
+        seen = f"{self.visual_tokens} visual" if self.visual_tokens else "no picture: nothing to prune"
         return [
             ("recipe", self.recipe),
-            ("prompt", f"{self.batch} × {self.prompt_tokens} tokens, {self.visual_tokens} visual"),
+            ("prompt", f"{self.batch} × {self.prompt_tokens} tokens, {seen}"),
             *kept,
             *newlines,
             *hidden,
@@ -430,10 +459,17 @@ class Report:
                 "visual tokens per layer",
                 f"{self.visual_compute_average:.1f} entering on average, {self.visual_nominal_average:.1f} leaving",
             ),
-            ("prefill FLOPs", _share(self.flops / 1e9, self.flops_unpruned / 1e9, "G")),
-            ("KV cache", _share(self.kv_bytes / 1024, self.kv_bytes_unpruned / 1024, "KiB") + peak),
-            ("prefill time", f"{self.prefill_ms:.2f} ms, of which choosing and shortening {self.selection_ms:.2f} ms"),
+            ("prefill FLOPs", units.share(self.flops, self.flops_unpruned, units.operations)),
+            ("KV cache", units.share(self.kv_bytes, self.kv_bytes_unpruned, units.size) + peak),
+            (
+                "prefill time",
+                f"{units.duration(self.prefill_ms)}, of which choosing and shortening {units.duration(self.selection_ms)}",
+            ),
         ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain numbers, texts, dicts and lists, for JSON: bytes, FLOPs and milliseconds."""
+        return units.plain(asdict(self))
 
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.rows())
@@ -462,10 +498,6 @@ def _over_rows(parts: list[tuple[Tensor | None, Tensor | None]]) -> float | None
 
 def _place(stage: StageReport) -> str:
     return Stage(stage.layer, Budget(fraction=1.0), stage.site).place
-
-
-def _share(pruned: float, unpruned: float, unit: str) -> str:
-    return f"{pruned:.4g} {unit} of {unpruned:.4g} {unit} ({pruned / unpruned:.1%})"
 
 
 def _each(kept: tuple[int, ...], original: tuple[int, ...]) -> str:

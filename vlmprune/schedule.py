@@ -16,12 +16,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from vlmprune.errors import UsageError, unknown
+import numpy as np
+
+from vlmprune.errors import UsageError, shown, unknown
 
 Site = Literal["vision", "llm", "cache"]
 SITES: tuple[Site, ...] = ("vision", "llm", "cache")
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy as Python's own, so that a recipe can be compared and saved; anything else as it is."""
+    return value.item() if isinstance(value, np.generic | np.ndarray) and value.ndim == 0 else value
 
 
 @dataclass(frozen=True)
@@ -36,14 +43,16 @@ class Budget:
     fraction: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", plain(self.tokens))
+        object.__setattr__(self, "fraction", plain(self.fraction))
         if (self.tokens is None) == (self.fraction is None):
             found = "both" if self.tokens is not None else "neither"
             raise UsageError(f"a budget is either tokens=… or fraction=…: found {found}; give exactly one.")
         if self.tokens is not None:
             if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 0:
-                raise UsageError(f"tokens must be a whole number >= 0, found {self.tokens!r}.")
+                raise UsageError(f"tokens must be a whole number >= 0, found {shown(self.tokens)}.")
         elif isinstance(self.fraction, bool) or not isinstance(self.fraction, int | float):
-            raise UsageError(f"fraction must be a number in [0, 1], found {self.fraction!r}.")
+            raise UsageError(f"fraction must be a number in [0, 1], found {shown(self.fraction)}.")
         elif not 0.0 <= self.fraction <= 1.0:  # also refuses NaN
             raise UsageError(f"fraction must lie in [0, 1], found {self.fraction!r}; it is what is kept.")
 
@@ -84,10 +93,11 @@ class Stage:
         ]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layer", plain(self.layer))
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise UsageError(f"layer must be a whole number >= 0 (0 is before the language model), found {self.layer!r}.")
+            raise UsageError(f"layer must be a whole number >= 0 (0 is before the language model), found {shown(self.layer)}.")
         if not isinstance(self.budget, Budget):
-            raise UsageError(f"a stage needs a budget, for example vlmprune.Budget(tokens=64), found {self.budget!r}.")
+            raise UsageError(f"a stage needs a budget, for example vlmprune.Budget(tokens=64), found {shown(self.budget)}.")
         if self.site not in SITES:
             raise unknown("site", str(self.site), SITES)
         if self.site != "cache" and self.layer == 0 and 0 in (self.budget.tokens, self.budget.fraction):
@@ -139,6 +149,16 @@ def check_shrinks(before: Stage, after: Stage, views: bool = False) -> None:
             )
 
 
+PAPER_DEPTHS = (32, 40, 64, 80)
+"""Decoder layers of the models that papers name layers of: 7B, 13B and larger."""
+
+
+def scaled_layer(layer: int, depth: int) -> int:
+    """The layer of a model with `depth` layers that stands where `layer` stands in the shallowest paper's model that has it."""
+    paper = next((paper for paper in PAPER_DEPTHS if layer < paper), layer + 1)
+    return min((2 * layer * depth + paper) // (2 * paper), depth - 1)  # rounded half up
+
+
 def at(layer: int, tokens: int | None = None, fraction: float | None = None) -> Schedule:
     """A single cut: `at(layer=2, fraction=0.5)`."""
     return Schedule((Stage(layer, Budget(tokens, fraction)),))
@@ -146,10 +166,11 @@ def at(layer: int, tokens: int | None = None, fraction: float | None = None) -> 
 
 def stages(kept: Mapping[int, int | float]) -> Schedule:
     """Several cuts: `stages({8: 0.5, 16: 0.25})` keeps fractions (floats), `stages({2: 300, 6: 200})` tokens (ints)."""
+    shares = {layer: plain(kept[layer]) for layer in sorted(kept)}
     return Schedule(
         tuple(
-            Stage(layer, Budget(fraction=kept[layer]) if isinstance(kept[layer], float) else Budget(tokens=kept[layer]))  # type: ignore[arg-type]
-            for layer in sorted(kept)
+            Stage(layer, Budget(fraction=share) if isinstance(share, float) else Budget(tokens=share))
+            for layer, share in shares.items()
         )
     )
 

@@ -22,30 +22,44 @@ from torch import Tensor
 
 from vlmprune.adapters.family import Family, has_mrope
 from vlmprune.apart import Apart
-from vlmprune.attention import pruned_mask
+from vlmprune.attention import TUNNEL, pruned_mask
 from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, marked_layer
 from vlmprune.errors import UsageError
 from vlmprune.kernels.dispatch import wide
 from vlmprune.kernels.grouped_attention import column_means, grouped_attention, scored_attention
-from vlmprune.layout import on_device
+from vlmprune.layout import on_device, real_tokens
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, Picture, Redistributor, Scene, ScoreEditor
 from vlmprune.methods.redistribution import VAR
 from vlmprune.probes import prompt_end, rows_now
 from vlmprune.recipe import Recipe
 from vlmprune.reduction import Reduction
-from vlmprune.run import TUNNEL, Call, Steered, Steps
+from vlmprune.run import Call, Steered, Steps
 from vlmprune.sink_dims import known_or_none, known_sinks
 from vlmprune.view import Facts
 
 
 @dataclass(eq=False)
 class Entered:
-    """What a steered layer was given: the residual of a prompt with a picture, and where its marks are kept."""
+    """What an edited layer was given, and what it found in its first run; gradient checkpointing runs it again.
+
+    Attributes:
+        call: the call as this layer sees it.
+        hidden: `[batch, token, dim]` the residual; None when the marks are made.
+        holder: where the marks are kept.
+        layer: the cache layer, or None.
+        valid: `[batch, key]` bool, False on padding, or None.
+        rows: the rows that are edited, or None for all.
+        over: the layer ran once.
+    """
 
     index: int
-    hidden: Tensor
+    call: Call
+    hidden: Tensor | None
     holder: _Holder
     layer: MarkedLayer | None
+    valid: Tensor | None = None
+    rows: Reduction | None = None
+    over: bool = False
 
 
 @dataclass(eq=False)
@@ -62,6 +76,7 @@ class Blind:
     Attributes:
         hidden: `[batch, text, dim]` entering the coming layer.
         kwargs: arguments of its decoder layers.
+        reached: number of layers it has gone through.
         seeing: of the layer that runs, what the prompt itself came to at its last token, `[batch, head, dim]`.
         pictured: `[batch]` bool, samples that have a picture.
         scale: `[batch, head]` what the layer that runs came to.
@@ -70,6 +85,7 @@ class Blind:
     hidden: Tensor
     kwargs: dict[str, Any]
     pictured: Tensor
+    reached: int = 0
     seeing: Tensor | None = None
     scale: Tensor | None = None
 
@@ -163,7 +179,7 @@ class Steering:
             "position_embeddings": rotary(hidden, positions.expand(3, -1, -1) if mrope else positions),
             "past_key_values": None,
             "use_cache": False,
-            TUNNEL: (alone := Call(steps=Steps(of_blind=True))),
+            TUNNEL: (alone := Call(owner=call.owner, plan=call.plan, steps=Steps(of_blind=True))),
         }
         pictured = on_device(np.asarray(call.prompt.visual.any(axis=1)), hidden.device)
         call.steps.blind = alone.steps.blind = Blind(hidden, kwargs, pictured)
@@ -174,19 +190,27 @@ class Steering:
         Raises:
             UsageError: the conversation in the cache began without this method.
         """
-        if index not in self.by_layer:
-            return
         if (apart := call.steps.apart) is not None:
             return self.enter_layer(index, apart.now(call), apart.take(hidden, 1), cache)
         layer = None if cache is None else marked_layer(cache, index)
         holder = call.uncached.setdefault(index, _Holder()) if layer is None else layer
-        if call.past and (holder.marks is None or holder.marks.by != self._names[self.by_layer[index].name]):
+        name = self._names[self.by_layer[index].name]
+        if not call.past and call.layout is None:  # a chat that begins with words: nothing is marked yet
+            anchor = _first_row(call, hidden) if self._anchors(index) else None
+            holder.marks = Marks(name, torch.zeros(hidden.shape[0], 1, 0, dtype=torch.int8), anchor=anchor, idle=True)
+        if call.past and (holder.marks is None or holder.marks.by != name):
             began = "without redistribution" if holder.marks is None else f"under {holder.marks.by}"
             raise UsageError(
-                f"the conversation in this cache began {began}, this recipe has {self._names[self.by_layer[index].name]}: go "
-                "on as it began, start with an empty cache, or set run.enabled = False."
+                f"the conversation in this cache began {began}, this recipe has {name}: go on as it began, start with an empty "
+                "cache, or run it inside `with run.override(enabled=False):`."
             )
-        call.steps.entered[index] = Entered(index, hidden, holder, layer)  # type: ignore[arg-type]
+        before = call.steps.entered.get(index)
+        if before is None or not call.recomputes:  # else the layer is run again, and has found everything
+            call.steps.entered[index] = Entered(index, call, hidden, holder, layer)  # type: ignore[arg-type]
+
+    def _anchors(self, index: int) -> bool:
+        """Whether the method of a layer compares with the conversation's first token."""
+        return getattr(self.by_layer[index], "sink_dims", None) == "cosine"
 
     # -- the editor of an attention module -------------------------------------------------------------------------------
 
@@ -206,33 +230,27 @@ class Steering:
             return own()
         if call.steps.of_blind:
             return self._attend_blind(index, call, own())
-        if (apart := call.steps.apart) is not None:
-            result, mine = own(), apart.now(call)
-            query, key, value = (apart.take(x, 2) for x in (query, key, value))
-            unedited = partial(lambda output: (apart.take(output, 1), None), result[0])
-            edited = self.attend(index, unedited, query, key, value, scaling, **{**kwargs, TUNNEL: mine})
-            return (apart.put_back(result[0], edited[0]), *result[1:])
-        entered = call.steps.entered.pop(index, None)
+        if call.steps.apart is not None:
+            return self._attend_apart(index, call, own(), query, key, value, scaling, kwargs)
+        entered = call.steps.entered.get(index)
         if entered is None:
             self._advance_blind(index, call)
             return own()
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         method = self.by_layer[index]
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         if isinstance(method, HeadScaler):
-            return self._scaled(call, entered, own())
+            return self._scaled(entered, own())
         self._advance_blind(index, call)
-        valid = _keys_valid(call, entered, key)
         # Inside `torch.autocast`, rotated queries and keys are fp32, and values have the dtype of what the model returns.
         returned, key, value = value.dtype, key.to(query.dtype), value.to(query.dtype)
-        if call.layout is not None and not (call.resumed and entered.holder.marks is not None):
-            with torch.autocast(query.device.type, enabled=False):
-                self._mark(method, call, entered, query, key, scaling, valid)
-        marks = entered.holder.marks
+        first = not entered.over
+        if first:
+            self._find(entered, method, query, key, scaling)
+        marks, rows = entered.holder.marks, entered.rows
         assert marks is not None
         if marks.idle:
-            self._record(call, index, method, marks)
+            self._record(entered, method, marks, first)
             return own()
-        rows = _rows(call, method, query)
         if rows is not None and rows.rows.shape[1] == 0:
             return own()
         asked = kwargs.get("output_attentions", getattr(self._text.config, "output_attentions", False))
@@ -244,16 +262,37 @@ class Steering:
         elif query.shape[2] > 1:
             position = torch.arange(past, key.shape[2], device=key.device)[None]
         with torch.autocast(query.device.type, enabled=False):
-            edited, changed = self._edited(call, index, method, marks, chosen, key, value, scaling, position, valid, rows)
+            edited, changed = self._edited(entered, method, marks, chosen, key, value, scaling, position, first)
         edited = edited.to(returned if result is None else result[0].dtype)
         if result is None:
             return edited.contiguous(), None
         return (_overwritten(result[0], edited, rows, changed), *result[1:])
 
+    def _attend_apart(
+        self, index: int, call: Call, result: Any, query: Tensor, key: Tensor, value: Tensor, scaling: Any, kwargs: Any
+    ) -> Any:
+        """The same of samples that are packed into one row: each is shown alone, and put back in its place."""
+        apart = call.steps.apart.in_layer(index, call)
+        query, key, value = (apart.take(x, 2) for x in (query, key, value))
+        mine = {**kwargs, TUNNEL: apart.call}
+        edited = self.attend(index, lambda: (apart.take(result[0], 1), None), query, key, value, scaling, **mine)
+        return (apart.put_back(result[0], edited[0]), *result[1:])
+
+    def _find(self, entered: Entered, method: Redistributor, query: Tensor, key: Tensor, scaling: float) -> None:
+        """In a layer's first run: what is padding, what is marked, and which rows are edited."""
+        call, marks = entered.call, entered.holder.marks
+        entered.valid = _keys_valid(call, entered, key)
+        if call.layout is not None and not (call.resumed and marks is not None):
+            with torch.autocast(query.device.type, enabled=False):
+                self._mark(method, call, entered, query, key, scaling, entered.valid)
+            marks = entered.holder.marks
+        assert marks is not None
+        entered.rows = None if marks.idle else _rows(call, method, query)
+        entered.hidden, entered.over = None, True
+
     def _edited(
         self,
-        call: Call,
-        index: int,
+        entered: Entered,
         method: Redistributor,
         marks: Marks,
         query: Tensor,
@@ -261,28 +300,28 @@ class Steering:
         value: Tensor,
         scaling: float,
         position: Tensor | None,
-        valid: Tensor | None,
-        rows: Reduction | None,
+        first: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """`[batch, row, head, dim]` of some rows, and which heads of them differ from the model's own `[batch, row, head]`."""
-        dtype = wide(query)
+        dtype, valid, rows = wide(query), entered.valid, entered.rows
         if isinstance(method, ScoreEditor):
             groups = marks.grouped(len(method.strengths), dtype)[:, 0]
             weight = groups @ on_device(np.array((0.0, *method.strengths)), groups.device).to(dtype)
-            self._record(call, index, method, marks)
+            self._record(entered, method, marks, first)
             return scored_attention(query, key, value, scaling, position, valid, weight), None
         assert isinstance(method, GroupEditor)
         groups = marks.grouped(method.groups, dtype)
         coefficients = partial(method.coefficients, present=marks.present)
         out, factors, masses = grouped_attention(query, key, value, scaling, position, valid, groups, coefficients)
-        if call.record is None:
+        if entered.call.record is None:
             return out, None
-        self._record(call, index, method, marks, factors.detach(), masses.detach(), None if rows is None else rows.valid)
+        self._record(entered, method, marks, first, factors.detach(), masses.detach(), None if rows is None else rows.valid)
         return out, (factors != 1).any(dim=-1).transpose(1, 2)
 
-    def _record(self, call: Call, index: int, method: Redistributor, marks: Marks, *edit: Tensor | None) -> None:
-        if call.record is not None and marks.codes is not None:
-            call.record.steered.append(Steered(index, method.name, marks.codes, *edit))
+    def _record(self, entered: Entered, method: Redistributor, marks: Marks, first: bool, *edit: Tensor | None) -> None:
+        record = entered.call.record
+        if first and record is not None and marks.codes is not None and marks.codes.shape[-1]:  # else words alone
+            record.steered.append(Steered(entered.index, method.name, marks.codes, *edit))
 
     # -- marks -----------------------------------------------------------------------------------------------------------
 
@@ -303,8 +342,9 @@ class Steering:
         prompt, visual = _prompt(call, query.device)
         first = None if call.past else prompt.to(torch.int8).argmax(dim=1)
         hidden, anchor = entered.hidden, None if before is None else before.anchor
-        if getattr(method, "sink_dims", None) == "cosine" and first is not None:
-            anchor = hidden[torch.arange(len(first), device=hidden.device), first.to(hidden.device)].detach().float()
+        assert hidden is not None
+        if self._anchors(entered.index) and first is not None:
+            anchor = _first_row(call, hidden)
         position = torch.arange(past, key.shape[2], device=key.device)[None]
         see = Scene(
             hidden=hidden.detach(),
@@ -317,9 +357,10 @@ class Steering:
             sink_energy=self._energy,
             column_means=lambda: column_means(query.detach(), key.detach(), scaling, position, valid, prompt)[..., past:],
         )
+        # A prompt without a picture marks nothing, nor does it beside prompts that have one.
+        assert call.prompt is not None
         codes = method.codes(see)
-        if call.past:  # a turn without a picture marks nothing, nor does it beside samples that have one
-            assert call.prompt is not None
+        if not call.prompt.visual.any(axis=1).all():
             codes = codes * on_device(np.asarray(call.prompt.visual.any(axis=1)), codes.device)[:, None, None]
         if before is not None and before.codes is not None and past:
             heads = max(before.codes.shape[1], codes.shape[1])
@@ -331,28 +372,30 @@ class Steering:
 
     # -- scaling heads ---------------------------------------------------------------------------------------------------
 
-    def _scaled(self, call: Call, entered: Entered, result: Any) -> Any:
+    def _scaled(self, entered: Entered, result: Any) -> Any:
         """The model's own result, its heads scaled by what the two streams say at the prompt."""
         output: Tensor = result[0]
-        marks = entered.holder.marks
+        call, marks = entered.call, entered.holder.marks
         blind = call.steps.blind
         if blind is not None and marks is None:
             end = prompt_end(call, output.shape[1]).to(output.device)
-            blind.seeing = output[torch.arange(len(end), device=end.device), end].float()
+            blind.seeing = output.detach()[torch.arange(len(end), device=end.device), end].float()
             self._advance_blind(entered.index, call)
             name = self.by_layer[entered.index].name
             marks = entered.holder.marks = Marks(self._names[name], heads=blind.scale)
             if call.record is not None:
                 call.record.steered.append(Steered(entered.index, name, heads=blind.scale))
         assert marks is not None
-        assert marks.heads is not None
+        if marks.heads is None:  # the conversation began without a picture
+            return result
         return (output * marks.heads.to(output)[:, None, :, None], *result[1:])
 
     def _advance_blind(self, index: int, call: Call) -> None:
         """One layer of the text-only stream, beside the same layer of the prompt."""
         blind = call.steps.blind
-        if blind is None or index > self._last_blind:
+        if blind is None or index > self._last_blind or index < blind.reached:
             return
+        blind.reached = index + 1
         with torch.no_grad():
             # Not called as a module: its hooks are for the prompt, and would see every layer twice.
             output = self._layers[index].forward(blind.hidden, **blind.kwargs)
@@ -368,6 +411,15 @@ class Steering:
         scale = method.scale(blind.seeing, result[0][:, -1].float())
         blind.scale = torch.where(blind.pictured[:, None], scale, 1)
         return result[0] * blind.scale.to(result[0])[:, None, :, None], None
+
+
+def _first_row(call: Call, hidden: Tensor) -> Tensor:
+    """`[batch, dim]` fp32 residual of the first token of every conversation that begins with this call."""
+    batch, tokens, _ = hidden.shape
+    own = call.layout is not None
+    real = _prompt(call, hidden.device)[0] if own else real_tokens(call.mask, batch, tokens, hidden.device)
+    samples = torch.arange(batch, device=hidden.device)
+    return hidden[samples, real.to(torch.int8).argmax(dim=1)].detach().float()
 
 
 def _prompt(call: Call, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,12 @@ Hence
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cache
+from threading import Lock, local
 from typing import Any
+from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
@@ -30,42 +34,64 @@ from vlmprune.schedule import Budget
 from vlmprune.view import WITH_CLS, Facts
 
 MEMORY_ROWS = 1 << 15
-"""Visual tokens whose past in the tower is remembered (56 pictures of 576), and at least the last pass."""
+"""Visual tokens whose past in the tower is remembered after their features are gone (56 pictures of 576), and at least the last
+pass; in each thread, and besides in all together."""
 
 NAMED_BY = 128
 """Leading numbers of a feature row that name it."""
 
 
 class TowerPass:
-    """One pass through a vision tower.
+    """One pass through a vision tower. It travels from block to block as a keyword argument.
 
     Args:
+        plan: the plan that this pass follows.
         facts: what is known of the tower.
         last: block whose output feeds the projector.
         wanted: probes to take.
         pruner: the method that works inside the tower, or None.
         budget: what that method shall keep of each view.
         cuts: False where the method only watches.
-        views, patches: shape of what enters the first block; for a packed tower (Qwen-VL) one view after another in `lengths`.
+
+    Attributes:
+        over: the pass has left the projector. What runs in the tower from then on is run again, by gradient checkpointing.
+        before: per block, the pass as it was when the block was entered; see `Call.before`.
+        known: what the memory holds of this pass, or None.
+        output: what the tower returned, or None.
     """
 
     def __init__(
         self,
+        plan: Any,
         facts: Facts,
         last: int,
         wanted: frozenset[str],
         pruner: TowerPruner | None,
         budget: Budget | None,
         cuts: bool,
-        lengths: Sequence[int],
-        views: int,
-        device: torch.device,
     ) -> None:
-        self.facts, self.last, self.wanted, self.pruner, self.cuts = facts, last, wanted, pruner, cuts
-        self.lengths, self.views, self.device = list(lengths), views, device
-        self.shortened = False
+        self.plan, self.facts, self.last, self.wanted = plan, facts, last, wanted
+        self.pruner, self.budget, self.cuts = pruner, budget, cuts
+        self.states: list[TowerState] = []
+        self.before: dict[int, TowerPass] = {}
+        self.known: Known | None = None
+        self.output: Any = None
+        self.shortened = self.over = False
         self._segment = (-1, -1)  # block and view that were watched last, in a packed tower
-        self.states = [self._state(length, budget) for length in lengths]
+
+    def begin(self, lengths: Sequence[int], views: int, device: torch.device) -> None:
+        """The shape of what enters the first block: `[view, 1 + patch]`; a packed tower (Qwen-VL) has one view after another,
+        in `lengths`. A second call changes nothing."""
+        if self.states:
+            return
+        self.lengths, self.views, self.device = list(lengths), views, device
+        self.states = [self._state(length, self.budget) for length in lengths]
+
+    def branch(self) -> TowerPass:
+        """The pass as it is now: what happens to it later does not reach the copy, nor the other way round."""
+        copied = copy(self)
+        copied.states = [replace(state, carried=dict(state.carried)) for state in self.states]
+        return copied
 
     def _state(self, patches: int, budget: Budget | None) -> TowerState:
         views = 1 if self.packed else self.views
@@ -165,7 +191,7 @@ class TowerPass:
 
     # -- behind the projector --------------------------------------------------------------------------------------------
 
-    def known(self, projected: Tensor, entering: Tensor) -> dict[str, Tensor]:
+    def probes(self, projected: Tensor, entering: Tensor) -> dict[str, Tensor]:
         """The probes, one row per row of `projected` `[…, dim]`, from what entered the projector."""
         found = {name: carried for name, carried in self.states[0].carried.items() if name in self.wanted & WITH_CLS}
         if "tower_features" in self.wanted:
@@ -205,22 +231,54 @@ class TowerPass:
         return torch.cat(pieces)
 
 
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What one pass through the tower knew, `known` `[row, …]` by probe, sorted by the names of the feature rows.
+
+    Attributes:
+        lives: weak references to what the pass returned: the memory of the features, and the tower's output.
+    """
+
+    names: Tensor
+    order: Tensor
+    known: dict[str, Tensor]
+    lives: list[ReferenceType[Any]]
+
+    @property
+    def in_use(self) -> bool:
+        """Somebody still holds what the pass returned."""
+        return any(life() is not None for life in self.lives)
+
+
+class _Mine(local):
+    """The passes of one thread, the latest first."""
+
+    passes: tuple[Known, ...] = ()
+
+
 class RowMemory:
-    """What the tower knew of each visual token, filed under the token's features. The oldest passes are forgotten."""
+    """What the tower knew of each visual token, filed under the token's features.
+
+    A pass is remembered as long as its features are in use, wherever that is. Features are copied on their way (un-padding,
+    packing, beams); therefore the latest passes of every thread are remembered, too, which no other thread can push out, and
+    the latest of all.
+    """
 
     def __init__(self) -> None:
-        self._passes: tuple[tuple[Tensor, Tensor, dict[str, Tensor]], ...] = ()
+        self._mine, self._lock = _Mine(), Lock()
+        self._all: tuple[Known, ...] = ()
 
-    def remember(self, features: Tensor, known: dict[str, Tensor]) -> None:
-        """File `known`, `[row, …]` each, under `features` `[row, dim]`."""
+    def remember(self, features: Tensor, known: dict[str, Tensor], lives: Sequence[Any] = ()) -> Known:
+        """File `known`, `[row, …]` each, under `features` `[row, dim]`, as long as any of `lives` does."""
         names, order = row_names(features).sort(stable=True)
-        passes, rows = [(names, order, {name: value.detach() for name, value in known.items()})], len(names)
-        for earlier in self._passes:
-            rows += len(earlier[0])
-            if rows > MEMORY_ROWS:
-                break
-            passes.append(earlier)
-        self._passes = tuple(passes)
+        values = {name: value.detach() for name, value in known.items()}
+        new = Known(names, order, values, [ref(x) for x in lives if hasattr(x, "__weakref__")])
+        self._mine.passes = _latest((new, *self._mine.passes))
+        with self._lock:
+            others = (new, *self._all)
+            recent = _latest(others)
+            self._all = (*recent, *(found for found in others[len(recent) :] if found.in_use))
+        return new
 
     def recall(self, pictures: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """What is known of the features `[row, dim]` of each picture, one row each; −1 for rows of NaN, which were dropped.
@@ -230,11 +288,12 @@ class RowMemory:
         """
         wanted, there = [row_names(features) for features in pictures], [~features[:, 0].isnan() for features in pictures]
         found: dict[int, dict[str, Tensor]] = {}
-        for names, order, known in self._passes:
+        passes = dict.fromkeys((*self._mine.passes, *self._all))  # a pass may be in both
+        for one in passes:
             left = [number for number in range(len(pictures)) if number not in found]
             if not left:
                 break
-            names = names.to(wanted[0].device)
+            names = one.names.to(wanted[0].device)
             places = {number: torch.searchsorted(names, wanted[number]).clamp_(max=len(names) - 1) for number in left}
             hits = [((names[place] == wanted[number]) | ~there[number]).all() for number, place in places.items()]
             for number, hit in zip(left, on_host(torch.stack(hits)), strict=True):
@@ -242,17 +301,26 @@ class RowMemory:
                     # Of views that look alike, each its own.
                     twin = (places[number] + _repetition(wanted[number])).clamp_(max=len(names) - 1)
                     place = torch.where(names[twin] == wanted[number], twin, places[number])
-                    rows = order.to(place.device)[place]
-                    found[number] = {name: _taken(value, rows, there[number]) for name, value in known.items()}
+                    rows = one.order.to(place.device)[place]
+                    found[number] = {name: _taken(value, rows, there[number]) for name, value in one.known.items()}
         if len(found) < len(pictures):
             raise UsageError(
-                "what the vision tower saw of a picture is unknown: its features were computed before the model was wrapped, "
-                "or long ago; pass pixel_values instead of encoded features."
+                "what the vision tower saw of a picture is unknown: its features were not computed by this model while it was "
+                "wrapped with this recipe, or they were changed, or copied long ago; pass pixel_values instead of encoded "
+                "features."
             )
         return [found[number] for number in range(len(pictures))]
 
-    def clear(self) -> None:
-        self._passes = ()
+
+def _latest(passes: Sequence[Known]) -> tuple[Known, ...]:
+    """The first passes that together have at most `MEMORY_ROWS` rows, and at least one."""
+    rows, count = 0, 0
+    for one in passes:
+        rows += len(one.names)
+        if count and rows > MEMORY_ROWS:
+            break
+        count += 1
+    return tuple(passes[:count])
 
 
 def row_names(features: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class Facts:
         crops: a picture may be cut into several views (LLaVA-NeXT).
         unit: patches that the tower merges into one visual token (Qwen-VL: 4).
         windows: blocks of the tower look at windows of the picture only (Qwen2.5-VL).
+        width: numbers of a patch in the tower, or 0 where it is not known.
         refusal: why there is no usable CLS token.
     """
 
@@ -87,6 +88,7 @@ class Facts:
     crops: bool = False
     unit: int = 1
     windows: bool = False
+    width: int = 0
     refusal: str = "its vision tower has no CLS token"
 
 
@@ -100,6 +102,8 @@ class View:
         position: `[image, visual]` index of each remaining token inside its picture, 0 … original − 1, rising.
         entered: tokens of the picture that entered the language model: fewer than `original` if the tower dropped some.
         side: rows, and columns, of a picture's view where `cell` is available.
+        over_picture: `[image, visual]` what `Pruner.over_picture` made of whole pictures, where each `image` here is one view
+            of a picture (LLaVA-NeXT); None where it is the picture itself.
     """
 
     layer: int
@@ -108,6 +112,7 @@ class View:
     probes: dict[str, Any] = field(repr=False)
     entered: int = 0
     side: int = 0
+    over_picture: Tensor | None = None
 
     @property
     def images(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import loops
@@ -9,8 +10,10 @@ import pytest
 import torch
 from methods.views import random_view
 from tiny_models import make_inputs, shared
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 import vlmprune as vp
+from vlmprune.cli import method_rows
 from vlmprune.cost import DecoderShape
 from vlmprune.kernels.flow_score import entropy_ratio
 from vlmprune.kernels.select_diverse import greedy_order
@@ -69,16 +72,15 @@ def test_g4_flowcut_counts(monkeypatch, target, counts):
     """LLaVA-1.5's tower, 24 blocks and 576 patches, as the library walks through it, with r_H = 0.9 throughout."""
     monkeypatch.setattr(flowcut, "entropy_ratio", lambda relation, present: torch.full(present.shape, 0.9))
     tower = TowerPass(
+        plan=None,
         facts=CLIP,
         last=22,
         wanted=frozenset(),
         pruner=vp.FlowCut(tokens=target),
         budget=Budget(tokens=target),
         cuts=True,
-        lengths=[576],
-        views=2,
-        device=torch.device("cpu"),
     )
+    tower.begin([576], views=2, device=torch.device("cpu"))
     draw = torch.Generator().manual_seed(0)
     hidden, left = torch.randn(2, 577, 2, generator=draw), []
     for index in range(23):
@@ -119,15 +121,34 @@ def test_g6_flowcut_entropy_of_a_zero():
 
 
 # --- G7: DART ---------------------------------------------------------------------------------------------------------
-def test_g7_dart_keeps_what_it_says():
-    """The official code keeps 4 + 8·⌊576 · 0.222 / 8⌋ = 124 and calls it 128; here it is exactly K. With K = 124 both agree."""
-    assert loops.dart_official_count(576, 0.778) == 124
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        (64, loops.dart_official_count(64)),
+        (128, loops.dart_official_count(128)),
+        (192, loops.dart_official_count(192)),
+        (128, loops.dart_lightcompress_count(576, 0.778)),
+    ],
+    ids=["official-64", "official-128", "official-192", "lightcompress-128"],
+)
+def test_g7_dart_keeps_what_it_says(asked, kept):
+    """The official code keeps 4 + 8·⌊K / 8⌋, so 68, 132 and 196 for 64, 128 and 192; LightCompress's port keeps, for 128,
+    4 + 8·⌊576 · 0.222 / 8⌋ = 124. Here it is exactly K; where K is what they keep, all agree, and every pivot adds as many."""
+    assert (asked, kept) in [(64, 68), (128, 132), (192, 196), (128, 124)]
     assert vp.DART().cuts.stages[0].budget.resolve(576) == 128
     see = random_view(images=1, visual=576, text=(9,))
-    assert vp.DART().select(see, 128).shape == (1, 128)
+    assert vp.DART().select(see, asked).shape == (1, asked)
     own = {name: see.probes[name][0] for name in vp.DART.needs}
-    official = loops.dart(own["keys"], own["text_keys"], own["normed_features"], own["normed_text_features"], 124)
-    assert vp.DART().select(see, 124).tolist() == [official]
+    same = loops.dart(own["keys"], own["text_keys"], own["normed_features"], own["normed_text_features"], kept)
+    assert vp.DART().select(see, kept).tolist() == [same]
+
+
+def test_g7_the_docstring_says_it():
+    """The counts of the two codes stand in the docstring as they are."""
+    text = " ".join(inspect.getmodule(vp.DART).__doc__.split())
+    official = ", ".join(f"{loops.dart_official_count(keep)} for {keep}" for keep in (64, 128, 192))
+    assert f"4 + 8·⌊K / 8⌋: {official}" in text
+    assert f"{loops.dart_lightcompress_count(576, 0.778)} of 576 at 0.222" in text
 
 
 # --- G17: averages over layers ----------------------------------------------------------------------------------------
@@ -229,6 +250,29 @@ def test_presets_stand_before_the_layer_after_theirs():
     assert [stage.layer for stage in vp.PDrop().cuts] == [8, 16, 24]
 
 
+def test_positions_in_the_papers_codes():
+    """Section 1.5, which tells versions and model families apart, as the README's column has it."""
+    compact, both = "compact", "compact (LLaVA), original (Qwen)"
+    assert {row["method"]: row["positions"] for row in method_rows()} == {
+        "adaptinfer": both,
+        "cdpruner": compact,
+        "cls": compact,
+        "dart": "original",
+        "divprune": compact,
+        "fastv": "original",
+        "flowcut": both,
+        "holov": both,
+        "mustdrop": compact,
+        "pdrop": compact,
+        "random": compact,
+        "sparsevlm": "compact (1.5), original (2)",
+        "tome": "original",
+        "uniform": "original",
+        "visionzip": compact,
+        "vscan": both,
+    }
+
+
 def test_other_presets_are_refused():
     with pytest.raises(vp.UsageError, match="unknown preset of adaptinfer 'llava-65': did you mean 'llava-64'"):
         vp.AdaptInfer(preset="llava-65")
@@ -282,3 +326,61 @@ def test_g18_in_a_model(family):
             assert torch.equal(model(**inputs).logits, stock)
     assert all(len(kept.index) == kept.original for kept in run.last.kept)
     assert {kept.method for kept in run.last.kept} == {"mustdrop (thresholds)"}
+
+
+# --- CDPruner on LLaVA-NeXT: five views of 576 patches, 64 of each ---------------------------------------------------
+@torch.no_grad()
+def test_cdpruner_at_the_size_of_the_paper():
+    """A square picture of 2 × 2 crops without padding, K = 320, so 64 of each view as the official code keeps: the same
+    tokens as the determinants of every view's kernel give, its relevance scaled over all five. Scaled within each view, a
+    third of them are others."""
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=336, patch_size=14
+    )
+    text = LlamaConfig(vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    config = LlavaNextConfig(vision_config=vision, text_config=text, image_token_index=5, image_grid_pinpoints=[[672, 672]])
+    draw = torch.Generator().manual_seed(0)
+    model = LlavaNextForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.15, generator=draw)
+    brightness = torch.tensor([0.0, 1.5, -1.5, 3.0, -3.0])[:, None, None, None] * torch.randn(5, 3, 1, 1, generator=draw)
+    pixels = torch.randn(5, 3, 336, 336, generator=draw) + brightness
+    ids = torch.tensor([[1, 7, *[5] * (5 * 576 + 48), 11, 12, 13]])
+    projection, question, seen = torch.randn(64, 12, generator=draw), torch.randn(12, generator=draw), {}
+
+    def relevance(patches, *_):
+        return -torch.cosine_similarity(patches.double() @ projection.double(), question.double(), dim=-1)
+
+    handle = model.model.multi_modal_projector.register_forward_hook(lambda _, args, out: seen.update(x=args[0], features=out))
+    try:
+        with vp.wrap(model, vp.CDPruner(tokens=320, relevance=relevance)) as run:
+            model(input_ids=ids, pixel_values=pixels[None], image_sizes=torch.tensor([[672, 672]]))
+    finally:
+        handle.remove()
+
+    def expected(raw: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> list[set[int]]:
+        unit = torch.nn.functional.normalize(seen["features"].double(), dim=-1)
+        weight = (raw - low + 1e-6) / (high - low)
+        sets = []
+        for kernel in weight[:, :, None] * (unit @ unit.mT) * weight[:, None]:
+            left, rows, chosen = kernel.diagonal().clone(), [], []
+            for _ in range(64):
+                j = int(left.argmax())
+                row = (kernel[j] - sum((r[j] * r for r in rows), torch.zeros(576).double())) / left[j].sqrt()
+                rows.append(row)
+                left = left - row**2
+                left[j] = -torch.inf
+                chosen.append(j)
+            sets.append(set(chosen))
+        return sets
+
+    ours: list[set[int]] = [set() for _ in range(5)]
+    for j in run.last.kept[0].index.tolist():  # the base view, then the crops' rows of 48
+        y, x = divmod(j - 576, 48)
+        view, cell = (0, j) if j < 576 else (1 + y // 24 * 2 + x // 24, y % 24 * 24 + x % 24)
+        ours[view].add(cell)
+    raw = relevance(seen["x"])
+    assert ours == expected(raw, raw.min(), raw.max())
+    apart = expected(raw, raw.amin(1, keepdim=True), raw.amax(1, keepdim=True))
+    assert sum(len(a & b) for a, b in zip(ours, apart, strict=True)) < 0.8 * 320

@@ -123,22 +123,34 @@ def test_override_of_a_stage_that_keeps_everything():
     assert run.report().stages[0].kept == (3, 3, 3)
 
 
-def test_override_is_this_threads_alone():
+def test_override_is_the_callers_alone():
+    """A thread that was there before goes on as it was; one that is started inside the block begins as its caller."""
     model = shared("llava")
     inputs = make_inputs("llava", model, SAMPLES[:1])
-    counts = []
+    counts, opened, done = {}, threading.Event(), threading.Event()
 
-    def elsewhere():
+    def count(name):
         with torch.no_grad():
             model(**inputs)
-        counts.append(run.report().stages[0].kept[0])
+        counts[name] = run.report().stages[0].kept[0]
 
-    with vp.wrap(model, "random:tokens=8") as run, run.override(tokens=2):
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        thread.join()
-        elsewhere()
-    assert counts == [8, 2]
+    def before():
+        opened.wait(60)
+        count("before")
+        done.set()
+
+    with vp.wrap(model, "random:tokens=8") as run:
+        earlier = threading.Thread(target=before)
+        earlier.start()
+        with run.override(tokens=2):
+            opened.set()
+            inside = threading.Thread(target=count, args=("inside",))
+            inside.start()
+            inside.join()
+            count("caller")
+            done.wait(60)
+        earlier.join()
+    assert counts == {"before": 8, "inside": 2, "caller": 2}
 
 
 def test_pictures_encoded_shorter_are_not_used_unpruned():

@@ -868,3 +868,107 @@ def test_methods_that_decide_per_view_see_one_view_each():
     assert sorted(seen) == list(range(5))
     of_view = [tokens[j][0] for j in run.last.kept[0].index.tolist()]
     assert [of_view.count(view) for view in range(5)] == shares
+
+
+# --- what is scaled over a picture, chosen view by view ---------------------------------------------------------------
+def shares_of(total: int, sizes: list[int]) -> list[int]:
+    """A budget in proportion to the sizes, the largest remainders first."""
+    exact = [total * size / sum(sizes) for size in sizes]
+    shares = [math.floor(x) for x in exact]
+    for view in sorted(range(len(sizes)), key=lambda v: (shares[v] - exact[v], v))[: total - sum(shares)]:
+        shares[view] += 1
+    return shares
+
+
+def cdpruned(prompt: Prompts, seen: Seen, picture: int, raw: list[float], keep: int) -> list[int]:
+    """What CDPruner keeps of a picture: `raw` relevance scaled over all its views, and then every view for itself."""
+    row, columns = prompt.columns[picture]
+    tokens = packed(prompt.sizes[picture])
+    features = seen.entering[row, columns][torch.tensor([token is not None for token in tokens])]
+    of_view = [token[0] for token in tokens if token is not None]
+    relevance = loops.cdpruner_relevance([[-x] for x in raw])
+    members = [[j for j, view in enumerate(of_view) if view == number] for number in sorted(set(of_view))]
+    found = []
+    for mine, share in zip(members, shares_of(keep, list(map(len, members))), strict=True):
+        chosen = loops.cdpruner(features[mine], [relevance[j] for j in mine], share) if share else []
+        found += [mine[j] for j in chosen]
+    return sorted(found)
+
+
+VIEWED = [[[SIZES[0]]], [[SIZES[1]]], [[SIZES[2]]], [[SIZES[0], SIZES[1]], [SIZES[2]]]]
+"""Padding above, at the sides, none: overview and crops then are of one size or of several; and a batch of all of them."""
+
+
+@pytest.mark.parametrize("rows", VIEWED, ids=["above", "sides", "none", "batch"])
+@pytest.mark.parametrize("how", ["embedding", "relevance"])
+def test_cdpruner_scales_relevance_over_all_views(how, rows):
+    """Red: relevance is scaled within each view, or over those views that happen to be of one size, or over a batch."""
+    model, prompt, keep = deep("llava_next"), prompts("llava_next", rows), 15
+    unlike_crops = torch.tensor([0.0, 4.0, -4.0, 8.0, -8.0])[:, None, None, None]  # the views' own scales differ
+    pixels = prompt.inputs["pixel_values"] + unlike_crops[: prompt.inputs["pixel_values"].shape[1]]
+
+    def relevance(patches, ids, valid):
+        return patches.float().square().mean(-1)
+
+    method = vp.CDPruner(tokens=keep, relevance=relevance if how == "relevance" else None)
+    seen = watched(model, method, prompt.inputs | {"pixel_values": pixels})
+    last = {row: int(columns[-1]) for row, columns in prompt.columns}
+    for picture, (row, columns) in enumerate(prompt.columns):
+        there = torch.tensor([token is not None for token in packed(prompt.sizes[picture])])
+        features = seen.entering[row, columns][there]
+        if how == "embedding":
+            words = seen.entering[row, last[row] + 1 :].tolist()
+            raw = [loops.mean([loops.cosine(x, word) for word in words]) for x in features.tolist()]
+        else:
+            of_view, cells = zip(*(token for token in packed(prompt.sizes[picture]) if token is not None), strict=True)
+            crops = pixels[picture, : views(prompt.sizes[picture])]
+            raw = relevance(told("llava_next", crops)["tower_features"][list(of_view), list(cells)], None, None).tolist()
+        assert kept(seen.run, "llm")[picture] == cdpruned(prompt, seen, picture, raw, keep)
+
+
+class Told(PeekPerView):
+    """Decides per view by something scaled over the picture: how far a token is from the picture's first one."""
+
+    needs = frozenset({"features", "cell"})
+    scales_over_picture = True
+    wholes: list = []  # noqa: RUF012
+
+    def over_picture(self, see):
+        self.wholes.append(see)
+        return torch.arange(see.visual, dtype=torch.float).expand(see.images, -1) + 1000 * see.cell[:, :1]
+
+
+@pytest.mark.parametrize("before", [[], ["flowcut:tokens=20"]], ids=["", "behind a tower method"])
+def test_a_method_gets_its_own_numbers_back_view_by_view(before):
+    """Every view sees its part of what was made of the whole picture, also of what an earlier stage left."""
+    model, prompt = deep("llava_next"), prompts("llava_next", [[SIZES[0], SIZES[1]], [SIZES[2]]])
+    Peek.seen.clear()
+    Told.wholes.clear()
+    with vp.wrap(model, vp.Recipe.of(*before, Told(layer=0, tokens=20))), torch.no_grad():
+        model(**prompt.inputs)
+    assert sum(see.images for see in Told.wholes) == 3
+    assert all(see.over_picture is None for see in Told.wholes)
+    known = {}  # whole pictures by their features
+    for see in Told.wholes:
+        for image in range(see.images):
+            for row, x in enumerate(see.features[image]):
+                known[tuple(x.tolist())] = float(row)
+    assert Peek.seen
+    for see in Peek.seen:
+        assert see.over_picture.shape == (see.images, see.visual)
+        for image in range(see.images):
+            for x, number in zip(see.features[image], see.over_picture[image] % 1000, strict=True):
+                assert known[tuple(x.tolist())] == number
+
+
+@pytest.mark.parametrize(("family", "layer"), [("llava", 0), ("llava_next", 1)])
+def test_one_view_needs_no_numbers_of_the_picture(family, layer):
+    """Where a picture has one view, and at later layers, where views are not told apart, the view is the picture."""
+    model = deep(family)
+    prompt = prompts(family, CALLS[family])
+    Peek.seen.clear()
+    Told.wholes.clear()
+    with vp.wrap(model, Told(layer=layer, fraction=0.5)), torch.no_grad():
+        model(**prompt.inputs)
+    assert Told.wholes == []
+    assert all(see.over_picture is None for see in Peek.seen)

@@ -7,16 +7,16 @@ method asks for `Facts`, never for a family's name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vlmprune.errors import UsageError, unknown
-from vlmprune.schedule import Budget, Schedule, Stage
+from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.methods.parameters import Range, choice, limited, number
+from vlmprune.schedule import Budget, Schedule, Stage, plain
 from vlmprune.view import WITH_CLS, Facts, View
 
 Positions = Literal["original", "compact"]
@@ -36,6 +36,10 @@ class Choice:
     features: Tensor | None = None
 
 
+DEFINED: dict[str, type[Pruner]] = {}
+"""Every method that has been defined in this process, a user's own too, by its name; the last of those with one name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pruner:
     """Keeps some visual tokens of each picture, at each stage of its schedule.
@@ -50,16 +54,22 @@ class Pruner:
             token moves up, as several papers' LLaVA code does; not with M-RoPE).
         cache_layer: first decoder layer whose KV cache forgets, once prefill is over, what the last cut dropped; decoding steps
             see no more of the picture there. −1: every layer remembers what it computed.
+        newlines: "keep" the row separators of LLaVA-NeXT, which then count as text, on top of the budget; or "drop" them with
+            the method's first cut, as most papers' code has none. There are as many as the packed picture has rows behind
+            un-padding: 48 for a square one of 2 × 2 crops of 24 × 24 patches, fewer or more for others.
+
+    A subclass with a `name` of its own can be used by that name in recipe strings and files, wherever it is defined.
 
     Class attributes:
         needs: probes it looks at (`needs_at` where stages differ).
         first_layer: earliest decoder layer it can cut at.
         presets: schedules its paper publishes.
-        official_positions: what the paper's code does.
+        official_positions: what the paper's code does, in a word.
         adaptive: the method decides how many tokens it keeps; the budget is an upper limit.
         per_view: before the language model, the views of a picture (LLaVA-NeXT: its crops) are decided apart, each with its
             share of the budget.
-        keeps_newlines: False drops the row separators of LLaVA-NeXT with the first cut; they are kept, and count as text, else.
+        scales_over_picture: and yet it has numbers that only mean something over all views of a picture (`over_picture`).
+        keeps_newlines: False drops the row separators of LLaVA-NeXT with the first cut.
 
     Raises:
         UsageError: a budget out of range, an unknown preset, or more than one way of saying when and how many.
@@ -72,25 +82,33 @@ class Pruner:
     default: ClassVar[Schedule]
     first_layer: ClassVar[int] = 0
     presets: ClassVar[Mapping[str, Schedule]] = {}
-    official_positions: ClassVar[Positions] = "original"
+    official_positions: ClassVar[str] = "original"
     per_view: ClassVar[bool] = False
+    scales_over_picture: ClassVar[bool] = False
 
     schedule: Schedule | None = None
     layer: InitVar[int | None] = None
-    tokens: InitVar[int | None] = None
-    fraction: InitVar[float | None] = None
+    tokens: InitVar[int | None] = number(None, low=0, whole=True)  # checked by Budget
+    fraction: InitVar[float | None] = number(None, low=0, high=1)
     preset: InitVar[str | None] = None
-    positions: Positions = "original"
-    cache_layer: int = -1
+    positions: Positions = choice("original", "compact")
+    cache_layer: int = number(-1, low=-1, whole=True)
+    newlines: Literal["keep", "drop"] = choice("keep", "drop")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if isinstance(name := vars(cls).get("name"), str):
+            DEFINED[name] = cls
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
-        single = (layer, tokens, fraction) != (None, None, None)
+        for parameter in fields(self):
+            object.__setattr__(self, parameter.name, plain(getattr(self, parameter.name)))
+        single = any(value is not None for value in (layer, tokens, fraction))
         if (self.schedule is not None) + (preset is not None) + single > 1:
             raise UsageError(f"{self.name}: give schedule=…, preset=…, or layer, tokens and fraction; only one of these.")
         if preset is not None and preset not in self.presets:
             raise unknown(f"preset of {self.name}", preset, self.presets)
-        self._one_of("positions", ("original", "compact"))
-        self._in_range("cache_layer", -1, math.inf, whole=True)
+        self._check_parameters()
         if self.schedule is None:
             schedule = self.presets[preset] if preset is not None else self._from_defaults(layer, tokens, fraction)
             object.__setattr__(self, "schedule", schedule)
@@ -127,7 +145,7 @@ class Pruner:
     @property
     def keeps_newlines(self) -> bool:
         """Whether the row separators of LLaVA-NeXT stay."""
-        return True
+        return self.newlines == "keep"
 
     def plan(self, facts: Facts) -> Schedule:
         """The stages for one model.
@@ -151,12 +169,24 @@ class Pruner:
         return self.needs
 
     def _from_defaults(self, layer: int | None, tokens: int | None, fraction: float | None) -> Schedule:
-        if (layer, tokens, fraction) == (None, None, None):
+        if layer is None and tokens is None and fraction is None:
             return self.default
         default = self.default.stages[0]
         given = tokens is not None or fraction is not None
         budget = Budget(tokens, fraction) if given else default.budget
         return Schedule((Stage(default.layer, budget, default.site) if layer is None else Stage(layer, budget),))
+
+    def _check_parameters(self) -> None:
+        """Refuse a parameter outside its limits.
+
+        Raises:
+            UsageError: says the limits and what was found.
+        """
+        for parameter, allowed in limited(self):
+            if isinstance(allowed, Range):
+                self._in_range(parameter, allowed.low, allowed.high, allowed.whole)
+            else:
+                self._one_of(parameter, allowed)
 
     def _one_of(self, parameter: str, values: tuple[Any, ...]) -> None:
         """Refuse a field whose value is none of a few.
@@ -177,7 +207,19 @@ class Pruner:
         kind = int if whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
             what = "a whole number" if whole else "a number"
-            raise UsageError(f"{self.name}: {parameter} must be {what} in [{low:g}, {high:g}], found {value!r}.")
+            where = f" in [{low:g}, {high:g}]" if low > float("-inf") else ""
+            raise UsageError(f"{self.name}: {parameter} must be {what}{where}, found {shown(value)}.")
+
+    def over_picture(self, see: View) -> Tensor:
+        """A number for every token that is scaled over all of its picture, for methods that `select` view by view.
+
+        Args:
+            see: whole pictures, all their views together, with the probes of `needs_at`.
+
+        Returns:
+            `[image, visual]`; every view's part of it comes back as `see.over_picture`.
+        """
+        raise NotImplementedError
 
     def select(self, see: View, keep: int) -> Tensor | Choice:
         """Choose tokens.

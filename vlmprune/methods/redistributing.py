@@ -11,13 +11,15 @@ marked is marked at a prompt, and stays with the conversation: generated tokens 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from vlmprune.errors import UsageError, unknown
+from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.methods.parameters import Range, limited
+from vlmprune.schedule import plain, scaled_layer
 
 M = TypeVar("M", bound="Redistributor")
 Rows = Literal["behind", "last", "all"]
@@ -69,6 +71,10 @@ class Scene:
     column_means: Callable[[], Tensor]
 
 
+DEFINED: dict[str, type[Redistributor]] = {}
+"""Every method that has been defined in this process, a user's own too, by its name; the last of those with one name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Redistributor:
     """Edits the attention of some rows in some decoder layers.
@@ -76,6 +82,8 @@ class Redistributor:
     Args:
         layers: which, as indices and slices of Python: "2:-1", "1|18:"; the paper's if empty.
         preset: name of settings its paper or code publishes; a parameter that is given wins.
+
+    A subclass with a `name` of its own can be used by that name in recipe strings and files, wherever it is defined.
 
     Class attributes:
         rows: "behind" (of the prompt, the text behind its last picture), "last" (its last token) or "all"; in each case every
@@ -103,6 +111,11 @@ class Redistributor:
     layers: str = ""
     preset: InitVar[str | None] = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if isinstance(name := vars(cls).get("name"), str):
+            DEFINED[name] = cls
+
     def __new__(cls: type[M], **given: Any) -> M:
         # Afterwards, a parameter that was given as its default looks like one that was not.
         method = super().__new__(cls)
@@ -110,12 +123,15 @@ class Redistributor:
         return method
 
     def __post_init__(self, preset: str | None) -> None:
+        for parameter in fields(self):
+            object.__setattr__(self, parameter.name, plain(getattr(self, parameter.name)))
         if preset is not None:
             if preset not in self.presets:
                 raise unknown(f"preset of {self.name}", str(preset), self.presets)
             for key, value in self.presets[preset].items():
                 if key not in self._given:
                     object.__setattr__(self, key, value)
+        self._check_parameters()
         object.__setattr__(
             self, "layers", "|".join(map(str, self.layers)) if isinstance(self.layers, list) else str(self.layers)
         )
@@ -143,14 +159,27 @@ class Redistributor:
                 chosen.update(range(depth)[piece])
         if self.layers and (lacking or not chosen):
             raise UsageError(
-                f"{self.name} is to edit layers {self.layers!r}, but the model has layers 0 to {depth - 1}: choose among them."
+                f"{self.name} is to edit layers {self.layers!r}, but the model has layers 0 to {depth - 1}: choose among them"
+                f"{_example(self.name, self.layers, depth)}."
             )
         if not chosen:
             raise UsageError(
                 f"{self.name} edits layers {self.default_layers!r} unless it is told others, and the model has layers 0 to "
-                f"{depth - 1}, none of them: choose with layers=…."
+                f"{depth - 1}, none of them: choose with layers=…{_example(self.name, self.default_layers, depth)}."
             )
         return tuple(sorted(chosen))
+
+    def _check_parameters(self) -> None:
+        """Refuse a parameter outside its limits.
+
+        Raises:
+            UsageError: says the limits and what was found.
+        """
+        for parameter, allowed in limited(self):
+            if isinstance(allowed, Range):
+                self._in_range(parameter, allowed.low, allowed.high)
+            elif getattr(self, parameter) not in allowed:
+                raise unknown(f"value of {parameter} in {self.name}", str(getattr(self, parameter)), map(str, allowed))
 
     def _in_range(self, parameter: str, low: float, high: float) -> None:
         """Refuse a number outside [low, high].
@@ -160,7 +189,7 @@ class Redistributor:
         """
         value = getattr(self, parameter)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise UsageError(f"{self.name}: {parameter} must be a number in [{low:g}, {high:g}], found {value!r}.")
+            raise UsageError(f"{self.name}: {parameter} must be a number in [{low:g}, {high:g}], found {shown(value)}.")
 
 
 class GroupEditor(Redistributor):
@@ -228,6 +257,24 @@ def _pieces(name: str, layers: str) -> list[int | slice]:
             raise UsageError(f"{name}: layers are written as indices and slices, for example 2:-1 or 1|18:, found {layers!r}.")
         pieces.append(slice(*ends) if len(ends) == 2 else ends[0])  # type: ignore[arg-type]
     return pieces
+
+
+def _example(name: str, layers: str, depth: int) -> str:
+    """The same layers, scaled to a model of `depth` layers, as the end of a sentence; nothing where none are left."""
+
+    def scaled(end: int | None) -> int | None:
+        return None if end is None else -(scaled_layer(-end - 1, depth) + 1) if end < 0 else scaled_layer(end, depth)
+
+    pieces: list[str] = []
+    for piece in _pieces(name, layers):
+        if isinstance(piece, int):
+            pieces.append(str(scaled(piece)))
+            continue
+        start, stop = scaled(piece.start), scaled(piece.stop)
+        if not range(depth)[slice(start, stop)]:
+            start, stop = start if start is not None else 0, None
+        pieces.append(f"{'' if start is None else start}:{'' if stop is None else stop}")
+    return f", for example layers={'|'.join(dict.fromkeys(pieces))}" if pieces else ""
 
 
 def spans(layers: Sequence[int]) -> str:

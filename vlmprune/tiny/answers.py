@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlmprune.evals.stats import interval, shares
 from vlmprune.tiny import prompt
 from vlmprune.tiny.questions import SKILLS
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 LONGEST_ANSWER = 3
 """Words in the longest answer; generation stops there, or earlier when every answer of a batch has ended."""
-_RESAMPLES = 2_000
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of ``n`` answers that are exactly right, with a 95 % bootstrap interval."""
+    """Share of ``n`` answers that are exactly right, with a 95 % bootstrap interval; a point where all answers are alike."""
 
     value: float
     n: int
@@ -89,9 +89,9 @@ def accuracy(records: Sequence[Record], seed: int = 0) -> Accuracy:
         right[record.image].append(record.right)
     hits = np.array([sum(answers) for answers in right.values()])
     asked = np.array([len(answers) for answers in right.values()])
-    drawn = np.random.default_rng(seed).integers(0, len(hits), (_RESAMPLES, len(hits)))
-    low, high = np.quantile(hits[drawn].sum(1) / asked[drawn].sum(1), [0.025, 0.975])
-    return Accuracy(float(hits.sum() / asked.sum()), int(asked.sum()), float(low), float(high))
+    return Accuracy(
+        float(hits.sum() / asked.sum()), int(asked.sum()), *interval(shares(hits[:, None], asked[:, None], seed)[:, 0])
+    )
 
 
 def accuracy_by_skill(records: Iterable[Record], seed: int = 0) -> dict[str, Accuracy]:

@@ -28,7 +28,7 @@ class AdaptInfer(ScorePruner):
     paper = "arXiv:2508.06084"
     note = "exactly K tokens; shares count from the picture, not from what is left"
     needs = frozenset({"attention_from_text", "attention_among_text"})
-    official_positions = "compact"
+    official_positions = "compact (LLaVA), original (Qwen)"
     default = stages({2: 133, 11: 27, 21: 3})
     first_layer = 1
     presets = {  # noqa: RUF012

@@ -5,8 +5,10 @@
     for each pivot in turn, keep the q tokens not yet kept that are least similar to it: cosine of hidden states behind the
     language model's final norm
 
-Needs no attention. Differs from the official code in: exactly K tokens (there 4 + 8·⌊(K − 4) / 8⌋; the remainder goes to the
-first pivots), and the pivots' order: visual ones first, by norm (there the order of a Python set).
+Needs no attention. Differs from the official code in: exactly K tokens (there 4 + 8·⌊K / 8⌋: 68 for 64, 132 for 128, 196 for
+192; LightCompress, a toolkit with a port of it, keeps 4 + 8·⌊n · fraction / 8⌋: 124 of 576 at 0.222), the remainder goes to
+the first pivots; the pivots' order: visual ones first, by norm (there the order of a Python set); norms and cosines are fp32
+(there the model's dtype); row separators of LLaVA-NeXT stay, on top of K, unless newlines="drop" (there they are candidates).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class DART(Pruner):
 
     name = "dart"
     paper = "arXiv:2502.11494 (EMNLP 2025)"
-    note = "exactly K tokens; explicit pivot order"
+    note = "exactly K tokens (its code: 4 more for K = 64, 128, 192); explicit pivot order"
     needs = frozenset({"keys", "text_keys", "text_valid", "normed_features", "normed_text_features"})
     default = at(layer=2, fraction=0.222)
     first_layer = 1

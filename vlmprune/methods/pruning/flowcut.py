@@ -15,12 +15,13 @@ the 2K are found:
     unit       no patch is dropped in the tower: whole 2×2 units are kept by the mean of C over their patches, C being taken in
                the blocks that see the whole picture. Ours, not the paper's; windows and M-RoPE stay legal.
 
-As in the code, ⌊K/2⌋ is kept of each view, and un-padding may drop survivors: slightly fewer than K can be left of a picture.
-Differs from the official code in: each view decides for itself (there the largest P of the batch); a zero probability has no
-entropy (there NaN); positions are kept (the LLaVA code renumbers after the decoder's stage); row separators of LLaVA-NeXT are
-kept unless newlines="drop" (there dropped); the decoder's score is normalised for Qwen too. As in the code, heads are averaged
-before the norm in I_d, and in the tower the semantic softmax is not scaled (semantic_scale="paper" divides by √d) and includes
-CLS.
+I_a, I_s and r are normalised over the patches that a view still has, in the decoder over the picture's tokens, all views of it
+together. As in the code, ⌊K/2⌋ is kept of each view, padding included, and un-padding may then drop survivors: slightly fewer
+than K can be left of a picture. Differs from the official code in: each view decides for itself (there the largest P of the
+batch); a zero probability has no entropy (there NaN); the tower's scores are fp32 (there its dtype); positions are kept (the
+LLaVA code renumbers after the decoder's stage); row separators of LLaVA-NeXT are kept unless newlines="drop" (there dropped);
+the decoder's score is normalised for Qwen too. As in the code, heads are averaged before the norm in I_d, and in the tower the
+semantic softmax is not scaled (semantic_scale="paper" divides by √d) and includes CLS.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch import Tensor
 from vlmprune.errors import UsageError
 from vlmprune.kernels.flow_score import entropy_ratio, flow_score, share
 from vlmprune.methods.base import Block, TowerPruner, TowerState, alive_top, top
+from vlmprune.methods.parameters import choice, number
 from vlmprune.schedule import Budget, Schedule, Stage
 from vlmprune.view import Facts, View
 
@@ -46,7 +48,6 @@ class FlowCut(TowerPruner):
     Args:
         semantic_scale: "code" (no factor in the tower, 1/√d in the decoder and in the unit variant) or "paper" (1/√d
             everywhere).
-        newlines: "keep" or "drop" the row separators of LLaVA-NeXT.
         variant_on_units: "auto", "official" or "unit" for towers that merge patches; auto is official where no block has
             windows.
         decoder_layer: first decoder layer that sees K tokens only, where there is a decoder stage.
@@ -57,28 +58,19 @@ class FlowCut(TowerPruner):
     note = "each view decides for itself; `unit` variant (Qwen2.5-VL) is ours"
     needs = frozenset({"query_of_last", "value_of_last", "keys", "values"})
     watches = "attention and values in the tower"
-    official_positions = "compact"
+    official_positions = "compact (LLaVA), original (Qwen)"
     default = Schedule((Stage(0, Budget(tokens=128), "vision"),))
 
-    semantic_scale: Literal["code", "paper"] = "code"
-    newlines: Literal["keep", "drop"] = "keep"
-    variant_on_units: Literal["auto", "official", "unit"] = "auto"
-    decoder_layer: int = 2
+    semantic_scale: Literal["code", "paper"] = choice("code", "paper")
+    variant_on_units: Literal["auto", "official", "unit"] = choice("auto", "official", "unit")
+    decoder_layer: int = number(2, low=1, whole=True)
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
         super().__post_init__(layer, tokens, fraction, preset)
-        self._one_of("semantic_scale", ("code", "paper"))
-        self._one_of("newlines", ("keep", "drop"))
-        self._one_of("variant_on_units", ("auto", "official", "unit"))
-        self._in_range("decoder_layer", 1, math.inf, whole=True)
         if any(stage.site == "llm" and stage.layer == 0 for stage in self.cuts):
             raise UsageError("flowcut cannot cut before layer 1: it looks at the layer before the cut, found layer=0.")
         if any(stage.site == "vision" and not (stage.budget.tokens or stage.budget.fraction) for stage in self.cuts):
             raise UsageError("flowcut cannot drop every patch inside the vision tower: keep at least tokens=1.")
-
-    @property
-    def keeps_newlines(self) -> bool:
-        return self.newlines == "keep"
 
     def variant(self, facts: Facts) -> str:
         if all(stage.site == "llm" for stage in self.cuts):

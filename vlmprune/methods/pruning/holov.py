@@ -5,8 +5,11 @@
     score of the run = mean_i( e_i + 0.09 · v_i · mean|e| / (mean v + 10⁻⁶) )
     quota = ⌊K · score / Σ score⌋, what is left one each to the best runs; in a run, the highest attention is kept
 
-Differs from the official code in: exactly K tokens (a quota above the run's length goes on to the best runs with room; there
-zeros are padded), rising order (there in order of score), a run of one token counts like the others.
+Every normalisation is one run's own. A LLaVA-NeXT picture is one sequence, as in the code: the base view, then the un-padded
+crops row by row; attention is then compared across views although each view's CLS token shares out its own. Differs from the
+official code in: exactly K tokens (a quota above the run's length goes on to the best runs with room; there zeros are padded);
+rising order (there in order of score); a run of one token counts like the others; positions are kept; each picture is cut up
+for itself; row separators of LLaVA-NeXT stay unless newlines="drop" (there none).
 """
 
 from __future__ import annotations
@@ -31,9 +34,9 @@ class HoloV(Pruner):
 
     name = "holov"
     paper = "arXiv:2510.02912 (NeurIPS 2025)"
-    note = "rising order; exactly K tokens"
+    note = "rising order; exactly K tokens; row separators stay"
     needs = frozenset({"attention_from_cls", "features"})
-    official_positions = "compact"
+    official_positions = "compact (LLaVA), original (Qwen)"
     default = at(layer=0, tokens=64)
 
     def select(self, see: View, keep: int) -> Tensor:

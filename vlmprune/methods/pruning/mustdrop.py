@@ -8,11 +8,13 @@
              or if it is not among the key set and the best K by Σ_t a_tj                  (target count, ours)
     cache    once prefill is over, decoder layers from `cache_layer` on keep only what the last cut left
 
-Differs from the official code in: each picture merges for itself (there as many windows as the least similar picture of the
-batch); a merged token stands in the middle of its window and patches stay in raster order (there merged ones first); the key
-set is the picture's (with several views there 8 % of each); rows and columns that do not fill a window stay as they are;
-positions are kept, also for decoding steps (there a layer's own count of cached tokens). The code cuts after layers 2, 6, 10,
-14: before 3, 7, 11, 15 here. Its default thresholds (1.0, 0.0) drop nothing.
+g and the key set count from all tokens of a picture, LLaVA-NeXT's views together. Differs from the official code in: each view
+merges for itself (there as many windows as the least similar view of the batch); a merged token stands in the middle of its
+window and patches stay in raster order (there merged ones first); the key set is the picture's, by the attention of each
+view's own CLS token (there 8 % of each view); rows and columns that do not fill a window stay as they are; pictures are
+un-padded (there never); row separators stay unless newlines="drop" (there none); scores are fp32; positions are kept, also for
+decoding steps (there a layer's own count of cached tokens). The code cuts after layers 2, 6, 10, 14: before 3, 7, 11, 15 here.
+Its default thresholds (1.0, 0.0) drop nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch.nn.functional import normalize
 from vlmprune.errors import UsageError
 from vlmprune.layout import on_device, on_host
 from vlmprune.methods.base import Choice, TowerPruner, TowerState, alive_top, top
+from vlmprune.methods.parameters import number
 from vlmprune.schedule import Budget, Schedule, Stage, stages
 from vlmprune.view import Facts, View
 
@@ -62,11 +65,11 @@ class MustDrop(TowerPruner):
     official_positions = "compact"
     presets = dict.fromkeys(THRESHOLDS, FILTERED)
 
-    global_threshold: float | None = None
-    individual_threshold: float | None = None
-    merge: float = 0.8
-    windows: int | None = None
-    cache_layer: int = 2
+    global_threshold: float | None = number(None, low=0)
+    individual_threshold: float | None = number(None, low=0)
+    merge: float = number(0.8, low=-1)
+    windows: int | None = number(None, low=0, whole=True)
+    cache_layer: int = number(2, low=-1, whole=True)
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
         if preset is not None and (self.global_threshold, self.individual_threshold) == (None, None) and preset in THRESHOLDS:
@@ -75,15 +78,9 @@ class MustDrop(TowerPruner):
         thresholds = [self.global_threshold, self.individual_threshold]
         if None in thresholds and thresholds != [None, None]:
             raise UsageError("mustdrop: global_threshold and individual_threshold go together: give both or neither.")
-        if self.thresholds:
-            for name in ("global_threshold", "individual_threshold"):
-                self._in_range(name, 0, math.inf)
-            if self.schedule is None and (layer, tokens, fraction, preset) == (None, None, None, None):
-                object.__setattr__(self, "schedule", FILTERED)
+        if self.thresholds and self.schedule is None and (layer, tokens, fraction, preset) == (None, None, None, None):
+            object.__setattr__(self, "schedule", FILTERED)
         super().__post_init__(layer, tokens, fraction, preset)
-        self._in_range("merge", -1, math.inf)
-        if self.windows is not None:
-            self._in_range("windows", 0, math.inf, whole=True)
 
     @property
     def thresholds(self) -> bool:

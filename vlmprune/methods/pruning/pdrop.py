@@ -4,7 +4,8 @@
 
 At each boundary the next layer's own norm, projections and rotary embedding score the tokens that are about to enter it.
 Differs from the official code in: shares are rounded half up (there cut off), survivors keep their positions (there
-renumbered), left padding and any batch.
+renumbered), left padding and any batch, heads are averaged in fp32 (there in the model's dtype), and row separators of
+LLaVA-NeXT stay, on top of the budget, unless newlines="drop" (there they are candidates like the rest of the picture's span).
 """
 
 from __future__ import annotations

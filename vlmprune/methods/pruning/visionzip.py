@@ -4,8 +4,11 @@
     contextual  of the R others, every ⌊R / C⌋-th is a target; each remaining one joins the target with the most similar key
                 (cosine, mean over heads); a target becomes itself plus the mean of those that joined it, before the projector
 
-Differs from the official code in: K counts patches (there the CLS token takes one of the K places), contextual tokens stand
-where their targets were (there behind all others), any number of pictures.
+Attention, targets and merging are one view's own, as in the code. Differs from the official code in: K counts patches (there
+the CLS token takes one of the K places); contextual tokens stand where their targets were (there behind all others); survivors
+keep their positions; scores and means are fp32 (there the tower's dtype); any number of pictures. On LLaVA-NeXT: K is the
+picture's, shared among its views by their tokens (there K of each view); un-padding leaves padding neither kept nor merged
+(there pictures are never un-padded); row separators stay unless newlines="drop" (there none).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor
 from vlmprune.errors import UsageError
 from vlmprune.methods.base import Choice, Pruner, top
 from vlmprune.methods.merging import gathered, nearest, others, rows
+from vlmprune.methods.parameters import number
 from vlmprune.schedule import Schedule, Stage, at
 from vlmprune.view import Facts, View
 
@@ -28,23 +32,19 @@ class VisionZip(Pruner):
     """Keep what the tower's CLS token attends to, and merge the rest into a few tokens.
 
     Args:
-        contextual: how many of the kept tokens are merged ones; 5/32 of them if not given (10 of 64, 20 of 128, 30 of 192).
+        contextual: how many of the kept tokens of each view (LLaVA-1.5: of the picture) are merged ones; 5/32 of them if not
+            given (10 of 64, 20 of 128, 30 of 192).
     """
 
     name = "visionzip"
     paper = "arXiv:2412.04467 (CVPR 2025)"
-    note = "merges; K without the CLS token; merged tokens stand at their targets' places"
+    note = "merges; K without the CLS token; merged tokens stand at their targets' places; row separators stay"
     needs = frozenset({"attention_from_cls", "tower_keys", "tower_features", "features", "project"})
     official_positions = "compact"
     default = at(layer=0, tokens=64)
     per_view = True
 
-    contextual: int | None = None
-
-    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
-        super().__post_init__(layer, tokens, fraction, preset)
-        if self.contextual is not None:
-            self._in_range("contextual", 0, math.inf, whole=True)
+    contextual: int | None = number(None, low=0, whole=True)
 
     def plan(self, facts: Facts) -> Schedule:
         if any(stage.layer for stage in self.cuts):

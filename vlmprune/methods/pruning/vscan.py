@@ -6,9 +6,12 @@ decoder.
     merge    every other token is added to its nearest kept one (cosine), which is then divided by 1 + the number added
     decoder  at later stages, what the last prompt token is about to attend to (PyramidDrop's rule)
 
-Differs from the official code in: exactly K tokens (the global scan makes up for windows that cannot be shared out evenly;
-there fewer survive), windows that need not divide the picture, positions (survivors keep theirs). The early block is a quarter
-into the tower (5 of 24).
+Both scans and merging are one view's own, as in the code. Differs from the official code in: exactly K tokens (the global scan
+makes up for windows that cannot be shared out evenly; there fewer survive); windows that need not divide the picture;
+positions (survivors keep theirs); scores and means are fp32 (there the model's dtype). On LLaVA-NeXT: K is the picture's,
+shared among its views by their tokens (there K of each view); padding is no candidate and joins nothing (there K of all 576
+patches of a view are chosen, padding too, and un-padded afterwards, so that fewer than K stay, some with padding merged in).
+Row separators stay, as in the code, unless newlines="drop". The early block is a quarter into the tower (5 of 24).
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class VScan(Pruner):
     paper = "arXiv:2505.22654"
     note = "merges; exactly K tokens"
     needs = frozenset({"attention_from_cls", "attention_from_cls_early", "features", "cell"})
-    official_positions = "compact"
+    official_positions = "compact (LLaVA), original (Qwen)"
     default = stages({0: 96, 16: 32})
     per_view = True
 

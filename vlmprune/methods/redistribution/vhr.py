@@ -8,7 +8,10 @@
 Layer by layer: a layer is measured behind reinforced layers, in both streams. The text-only stream is one pass of the prompt
 without its image tokens, beside the prompt's own; heads are chosen once, at the prompt. Ours where the paper is silent: the
 text-only stream is reinforced too; its positions are counted anew; the population's standard deviation; in other depths than
-32, layer 1 and the last 44 %. Qwen's marks around a picture stay in the text-only stream.
+32, layer 1 and the last 44 %. Qwen's marks around a picture stay in the text-only stream. The released code is said, by a
+third party's port of it (unverified: the code itself was not at hand), to differ from the paper and from this file in three
+things: VHD is the squared distance (`distance=l2sq`), the standard deviation is the unbiased one, and outliers are removed
+only where the deviation of VHD exceeds 1.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlmprune.errors import unknown
+from vlmprune.methods.parameters import choice, number
 from vlmprune.methods.redistributing import HeadScaler
 
 
@@ -34,19 +37,13 @@ class VHR(HeadScaler):
 
     name = "vhr"
     paper = "arXiv:2412.13949 (ACL 2025)"
-    note = "text-only stream reinforced too; fractions of the depth"
+    note = "text-only stream reinforced too; fractions of the depth; outliers by the paper's rule, not the code's"
     rows = "all"
     default_layers = ""
     causal = False
 
-    alpha: float = 2.0
-    distance: Literal["l2", "l2sq"] = "l2"
-
-    def __post_init__(self, preset: str | None) -> None:
-        super().__post_init__(preset)
-        self._in_range("alpha", 0, 100)
-        if self.distance not in ("l2", "l2sq"):
-            raise unknown("distance of vhr", str(self.distance), ("l2", "l2sq"))
+    alpha: float = number(2.0, low=0, high=100)
+    distance: Literal["l2", "l2sq"] = choice("l2", "l2sq")
 
     @property
     def neutral(self) -> bool:

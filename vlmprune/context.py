@@ -1,0 +1,140 @@
+"""What belongs to the caller and not to the handle: the switch, another budget, and the record of the last prefill.
+
+The rule. A setting belongs to the context that made it: a thread, or an asyncio task. A block (`run.override(…)`) also reaches
+the threads that are started inside it by `threading.Thread`, because that is how answers are streamed: `generate` runs in a
+thread of its own, which its caller starts. It does not reach the workers of an executor, which serve many callers; hand the
+context over with `contextvars.copy_context().run` (`asyncio.to_thread` does so by itself). A record belongs to the thread that
+ran the prefill, and to the innermost block that it ran in.
+
+Python hands a context to new threads from 3.14 on, and only if it is asked to (`sys.flags.thread_inherit_context`). Before
+that, nothing tells a thread who started it. Therefore `Thread.start` is replaced while a block is open anywhere, and only then;
+the replacement notes the settings of the caller and calls the original.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from vlmprune.schedule import Budget
+
+
+@dataclass(eq=False)
+class Block:
+    """One open block: whose it is, and the record of the last prefill that ran in it."""
+
+    owner: threading.Thread
+    last: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What one context has said about one handle.
+
+    Attributes:
+        enabled: False runs prompts un-pruned.
+        budget: in the place of the recipe's, or None.
+        blocks: the open blocks, the innermost last. Calls made in one are served by its handle, also when the model was wrapped
+            again meanwhile.
+    """
+
+    enabled: bool = True
+    budget: Budget | None = None
+    blocks: tuple[Block, ...] = ()
+
+
+DEFAULT = Settings()
+_mine: ContextVar[Mapping[int, Settings] | None] = ContextVar("vlmprune", default=None)
+_started_with: WeakKeyDictionary[threading.Thread, Mapping[int, Settings]] = WeakKeyDictionary()
+_numbers = count()
+
+
+class Contexts:
+    """The settings and records of one handle, by context and by thread."""
+
+    _all: ClassVar[WeakValueDictionary[int, Contexts]] = WeakValueDictionary()
+
+    def __init__(self) -> None:
+        self._number = next(_numbers)  # never given twice, so that a later handle inherits nothing
+        self._records: WeakKeyDictionary[threading.Thread, Any] = WeakKeyDictionary()
+        self._all[self._number] = self
+
+    @property
+    def settings(self) -> Settings:
+        """What the calling context has said."""
+        return _settings().get(self._number, DEFAULT)
+
+    def say(self, **changes: Any) -> Mapping[int, Settings] | None:
+        """Change the calling context's settings; returns what `_mine` held before."""
+        before = _mine.get()
+        alive = {number: settings for number, settings in _settings().items() if number in self._all}
+        _mine.set({**alive, self._number: replace(self.settings, **changes)})
+        return before
+
+    @contextmanager
+    def block(self, **changes: Any) -> Iterator[None]:
+        """Settings of the calling context, and of the threads that it starts, inside a `with`."""
+        opened = Block(threading.current_thread())
+        before = self.say(**changes, blocks=(*self.settings.blocks, opened))
+        _inheriting.begin()
+        try:
+            yield
+        finally:
+            _inheriting.end()
+            _mine.set(before)
+
+    @property
+    def last(self) -> Any:
+        """The record of the last prefill that is the caller's, or None."""
+        me, blocks = threading.current_thread(), self.settings.blocks
+        if blocks and blocks[-1].owner is me:
+            return blocks[-1].last
+        mine = self._records.get(me)
+        return blocks[-1].last if mine is None and blocks else mine
+
+    def note(self, record: Any, blocks: tuple[Block, ...]) -> None:
+        """Keep the record of a prefill that the calling thread ran, in the blocks that were open when it began."""
+        self._records[threading.current_thread()] = record
+        for block in blocks:
+            block.last = record
+
+
+def _settings() -> Mapping[int, Settings]:
+    mine = _mine.get()
+    return _started_with.get(threading.current_thread(), {}) if mine is None else mine
+
+
+class _Inheriting:
+    """`Thread.start`, replaced while a block is open anywhere."""
+
+    def __init__(self) -> None:
+        self._lock, self._open, self._original = threading.Lock(), 0, threading.Thread.start
+
+    def begin(self) -> None:
+        with self._lock:
+            self._open += 1
+            if self._open == 1:
+                self._original = original = threading.Thread.start
+
+                def start(thread: threading.Thread) -> None:
+                    worker = getattr(getattr(thread, "_target", None), "__module__", "") == "concurrent.futures.thread"
+                    if (settings := _mine.get() or _settings()) and not worker:
+                        _started_with[thread] = settings
+                    original(thread)
+
+                self._ours = threading.Thread.start = start  # type: ignore[method-assign, assignment]
+
+    def end(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if self._open == 0 and threading.Thread.start is self._ours:  # else somebody replaced it after us
+                threading.Thread.start = self._original  # type: ignore[method-assign]
+
+
+_inheriting = _Inheriting()

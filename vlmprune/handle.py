@@ -1,0 +1,161 @@
+"""What a user holds: `wrap`, `unwrap`, and the handle of a wrapped model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from weakref import ReferenceType, ref
+
+from torch import nn
+
+from vlmprune.attach import Plan
+from vlmprune.cache import Owner
+from vlmprune.context import Contexts
+from vlmprune.errors import UsageError
+from vlmprune.hooks import Attachment, attachment_of
+from vlmprune.methods import Pruner, Redistributor
+from vlmprune.recipe import Recipe
+from vlmprune.run import Prefill, Report, no_prefill
+from vlmprune.schedule import Budget
+from vlmprune.shells import model_inside
+
+
+def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str) -> Run:
+    """Prune visual tokens of a loaded Hugging Face VLM, and redistribute its attention, in place and reversibly.
+
+    Args:
+        model: a stock model of a supported family, with any weights, dtype and device. It keeps its class and API. PEFT, DDP,
+            FSDP, `torch.compile` and the like may be around it: the model inside is wrapped, and calls through them are pruned.
+        methods: methods, recipes or recipe strings (`"fastv:layer=2,fraction=0.25"`).
+
+    Returns:
+        The handle: `remove()` or leaving a `with` block restores the model bit for bit. Wrapping again replaces, also while
+        other threads generate: a conversation goes on under the recipe it began with, a new one follows the new recipe.
+
+    Raises:
+        UsageError: no model, unknown family or method, a layer the model does not have, or a combination that is not supported;
+            always here, before the first token.
+    """
+    return Run(model, Recipe.of(*methods))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take away everything that `wrap` put on a model, whoever holds the handle, and return the model; nothing happens to one
+    that is not wrapped."""
+    inside = model_inside(model)
+    found = attachment_of(getattr(inside, "base_model", inside))
+    if found is not None and found.current is not None:
+        found.drop(found.current)
+    return model
+
+
+class Run:
+    """A wrapped model's handle, in the manner of torch's `RemovableHandle`.
+
+    What is set on it belongs to the caller: a thread, or an asyncio task (`vlmprune.context` has the rule).
+
+    Attributes:
+        model: the wrapped model, without shells.
+        recipe: what is applied.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model, self.recipe = model_inside(model), recipe
+        self._contexts = Contexts()
+        plan = Plan(self.model, recipe, self._contexts)  # refuses what cannot work; from here on the model changes
+        self._plan: Plan | None = plan
+        self._attachment: Attachment = attachment_of(plan.base, make=True)  # type: ignore[assignment]
+        self._owner: ReferenceType[Owner] = ref(self._attachment.follow(plan))
+
+    def __repr__(self) -> str:
+        owner = self._owner()
+        state = "removed" if owner is None or owner.plan is None else "attached"
+        state = "replaced" if state == "attached" and owner is not self._attachment.current else state
+        switched = "" if self.enabled or state != "attached" else ", switched off for this caller"
+        return f"<vlmprune.Run {str(self.recipe)!r} on {type(self.model).__name__}, {state}{switched}>"
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise UsageError("a wrapped model cannot be copied or pickled: call run.remove() first, and wrap the copy.")
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Restore the model. It waits for forward passes of other threads; the next step of a conversation that was pruned is
+        refused. A second call does nothing, nor does one after the model was wrapped again."""
+        self._plan = None
+        if (owner := self._owner()) is not None:
+            self._attachment.drop(owner)
+
+    @property
+    def enabled(self) -> bool:
+        """Set to False to run the caller's prompts un-pruned; other threads do not notice."""
+        return self._contexts.settings.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._contexts.say(enabled=bool(value))
+
+    @contextmanager
+    def override(
+        self, *, tokens: int | None = None, fraction: float | None = None, enabled: bool | None = None
+    ) -> Iterator[Run]:
+        """Another budget, or none, for the calls of this block: the caller's, and those of threads that it starts inside.
+
+        Calls in the block are served by this handle, also when the model is wrapped again meanwhile, and `last` and `report()`
+        tell of them alone.
+
+        Args:
+            tokens, fraction: what to keep of each picture, in the place of the recipe's.
+            enabled: False runs prompts un-pruned.
+
+        Raises:
+            UsageError: the recipe has several stages, so that one number would be ambiguous; a budget out of range; or the
+                handle was removed, so that nothing would be overridden.
+        """
+        plan = self._plan
+        if plan is None or self._attachment.current is None:
+            raise UsageError(
+                f"this handle of {self.recipe} was removed from the model and overrides nothing: wrap the model again, and use "
+                "the handle that wrap(…) returns."
+            )
+        changes: dict[str, Any] = {} if enabled is None else {"enabled": enabled}
+        if tokens is not None or fraction is not None:
+            changes["budget"] = self._budget(plan, tokens, fraction)
+        owner = self._owner()
+        if owner is None or owner.plan is None:  # replaced meanwhile, and no conversation is left
+            owner = self._attachment.join(plan)
+            self._owner = ref(owner)
+        with self._contexts.block(**changes):
+            yield self
+        del owner  # held until here, so that a replaced recipe lives as long as the block
+
+    def _budget(self, plan: Plan, tokens: int | None, fraction: float | None) -> Budget:
+        cutting = [cut for cut in plan.cutting.cuts if plan.cutting.may_override(cut)]
+        if len(cutting) != 1:
+            raise UsageError(
+                f"override needs a recipe with one stage, found {len(cutting)} ({self.recipe}): wrap again instead."
+            )
+        budget = Budget(tokens, fraction)
+        replace(cutting[0].stage, budget=budget)  # refuses what the stage would refuse
+        return budget
+
+    @property
+    def last(self) -> Prefill | None:
+        """The record of the caller's last prefill, or None: inside an `override` block the block's, else this thread's."""
+        return self._contexts.last
+
+    def report(self) -> Report:
+        """Numbers of the caller's last prefill; see `last`.
+
+        Raises:
+            UsageError: the caller ran none.
+        """
+        if (record := self.last) is None:
+            raise no_prefill()
+        return Report.of(record, str(self.recipe))

@@ -1,0 +1,336 @@
+"""The only module that changes a live model: hooks in, hooks out.
+
+Hooks belong to the model, not to a recipe. Each asks the call (or the pass through the tower) which plan it follows, and lets
+that plan act. So a recipe can be replaced while requests run: a conversation goes on under the plan it began with, a new one
+follows the new plan, and what only the old plan needed goes when nobody follows it any more.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from threading import RLock
+from typing import Any
+from weakref import ReferenceType, ref
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from vlmprune.attach import Plan, untraced
+from vlmprune.attention import TUNNEL, route_attention
+from vlmprune.cache import Owner, check_same_cuts, hand_over, owner_of
+from vlmprune.decoder import take
+from vlmprune.errors import UsageError
+from vlmprune.prompt import by_name, look_at_mask, strange_embeddings
+from vlmprune.run import Call
+from vlmprune.tower import TowerPass
+
+PATIENCE = 10.0
+"""Seconds that removing waits for forward passes of other threads."""
+
+
+class _PerThread(threading.local):
+    """What one thread is doing with the model.
+
+    Attributes:
+        call: the call that is inside the base model.
+        tower: the pass that is inside the vision tower, or between it and the projector.
+        encoded: the owner of the pictures that the thread encoded for its next prompt.
+    """
+
+    call: Call | None = None
+    tower: TowerPass | None = None
+    encoded: Owner | None = None
+
+
+class Attachment:
+    """All hooks on one model.
+
+    Attributes:
+        current: what owns new conversations, or None.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.current: Owner | None = None
+        self._owners: list[ReferenceType[Owner]] = []
+        self._places: dict[Any, Callable[[], None]] = {}
+        self._thread, self._lock = _PerThread(), RLock()
+        self._inside: set[int] = set()
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise UsageError("a wrapped model cannot be copied or pickled: call run.remove() first, and wrap the copy.")
+
+    # -- plans -----------------------------------------------------------------------------------------------------------
+
+    def follow(self, plan: Plan) -> Owner:
+        """New conversations follow `plan` from now on."""
+        with self._lock:
+            self.current = owner = self.join(plan)
+        self.tidy()
+        return owner
+
+    def join(self, plan: Plan) -> Owner:
+        """Whoever is given the owner follows `plan`, as long as somebody holds it."""
+        owner = Owner(plan)
+        with self._lock:
+            self._owners.append(ref(owner))
+            for name, put in self._wanted(plan):
+                if name not in self._places:
+                    self._places[name] = put()
+        return owner
+
+    def drop(self, owner: Owner) -> None:
+        """Nobody follows a plan any more. With the current plan everything goes, and the model is as it was."""
+        if owner is self.current:
+            self.current = None
+            self._wait()
+            for other in self._alive():
+                other.plan = None
+        owner.plan = None
+        self.tidy()
+
+    def _alive(self) -> list[Owner]:
+        """Owners that somebody holds: this attachment, a running call, the cache of a conversation, or an open block."""
+        return [owner for find in self._owners if (owner := find()) is not None and owner.plan is not None]
+
+    def tidy(self) -> None:
+        """Take away the hooks that no plan needs any more."""
+        with self._lock:
+            alive = self._alive()
+            self._owners = [ref(owner) for owner in alive]
+            needed = {name for owner in alive for name, _ in self._wanted(owner.plan)}
+            for name in [name for name in self._places if name not in needed]:
+                self._places.pop(name)()
+
+    def _wait(self) -> None:
+        """Let the forward passes of other threads come to their end: half of one cannot go on without its hooks."""
+        until = time.monotonic() + PATIENCE
+        while self._inside - {threading.get_ident()} and time.monotonic() < until:
+            time.sleep(0.001)
+
+    # -- hooks -----------------------------------------------------------------------------------------------------------
+
+    def _wanted(self, plan: Plan) -> Iterator[tuple[Any, Callable[[], Callable[[], None]]]]:
+        """The name of every hook that a plan needs, and what puts it in place and returns what takes it away."""
+        if plan.model is not self.base:
+            yield ("model", plan.model), partial(_before, plan.model, self._enter_model)
+        yield "base", partial(_before, self.base, self._enter_base)
+        yield "base left", partial(_after, self.base, self._leave_base, always_call=True)
+        yield "text", partial(_before, plan.text, self._enter_text)
+        yield "text left", partial(_after, plan.text, _leave_text)
+        if plan.family.tower is not None:  # whose pictures they are is decided when they are encoded, also where nobody looks
+            yield ("tower", 0), partial(self._put, plan, "tower", 0)
+        for kind, index in plan.places():
+            yield (kind, index), partial(self._put, plan, kind, index)
+        for module in {**plan.observers, **plan.editors}:
+            yield ("attention", module), partial(route_attention, module)
+
+    def _put(self, plan: Plan, kind: str, index: int) -> Callable[[], None]:
+        if kind == "layer":
+            return _before(plan.layers[index], partial(_enter_layer, index))
+        if kind == "carried":
+            return _before(plan.layers[index].get_submodule(plan.family.attention), take)
+        tower = plan.family.tower
+        assert tower is not None
+        part = self.base.get_submodule
+        put = {
+            "tower": lambda: _before(part(tower.root), self._enter_tower),
+            "tower left": lambda: _after(part(tower.root), self._leave_tower),
+            "first block": lambda: _before(part(f"{tower.blocks}.{index}"), _enter_first_block),
+            "block": lambda: _before(part(f"{tower.blocks}.{index}"), partial(_enter_block, index)),
+            "merger": lambda: _before(part(tower.projector), self._enter_merger),
+            "projector": lambda: _after(part(tower.projector), self._leave_projector),
+        }
+        return put[kind]()
+
+    # -- the model -------------------------------------------------------------------------------------------------------
+
+    @untraced
+    def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        # With pictures encoded beforehand, this is generate(), and it asks for the logits of the last prompt token and of
+        # everything after it; in a plain call the number means nothing of the kind.
+        given = kwargs.get("logits_to_keep", 0)
+        asked = given if isinstance(given, int) else 0
+        tail = max(asked - 1, 0) if kwargs.get("mm_encoder_outputs") else 0
+        call = Call(tail=tail, asked=asked)
+        for name, offset in (("labels", 1), ("shift_labels", 0)):
+            if isinstance(labels := kwargs.get(name), Tensor):
+                kwargs = {**kwargs, name: labels.clone()}
+                call.labels = (*call.labels, (kwargs[name], offset))
+        return args, {**kwargs, TUNNEL: call}
+
+    @untraced
+    def _enter_base(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        kwargs = by_name(self.base, args, kwargs)
+        call: Call = kwargs.get(TUNNEL) or Call()
+        cache = kwargs.get("past_key_values")
+        call.past = cache.get_seq_length() if cache is not None else 0
+        look_at_mask(call, kwargs)
+        owner = self._owner_of(call, cache, kwargs)
+        if owner is None:
+            return (), _without_ours(kwargs)
+        self._inside.add(threading.get_ident())
+        self._thread.call = call
+        owner.plan.begin(call, owner, kwargs)
+        return (), {**kwargs, TUNNEL: call}
+
+    def _owner_of(self, call: Call, cache: Cache | None, kwargs: dict[str, Any]) -> Owner | None:
+        """Whose plan a call follows: the one its conversation began with, or else the one that is in force."""
+        if call.past:
+            return self._owner_of_conversation(cache)
+        encoded, ids = kwargs.get("mm_encoder_outputs"), kwargs.get("input_ids")
+        if encoded and cache is None and ids is not None:  # the prompt is run again for every token
+            for owner in self._alive():
+                if (known := owner.plan.now.uncached) is not None and known.goes_on(encoded, ids):
+                    return owner
+        before, self._thread.encoded = self._thread.encoded, None
+        return before if encoded and before is not None and before.plan is not None else self._in_force()
+
+    def _owner_of_conversation(self, cache: Any) -> Owner | None:
+        owner = owner_of(cache)
+        if owner is not None and owner.plan is not None and owner.plan.base is self.base:
+            return owner
+        if self.current is not None:
+            check_same_cuts(cache, self.current.plan.cutting.at)
+            hand_over(cache, self.current)
+        return self.current
+
+    def _in_force(self) -> Owner | None:
+        """Whose plan is for what begins now: of an open block, if the caller has one, or the current one."""
+        current = self.current
+        if current is None or current.plan.contexts.settings.blocks:
+            return current
+        return next((owner for owner in self._alive() if owner.plan.contexts.settings.blocks), current)
+
+    @untraced
+    def _leave_base(self, *_: Any) -> None:
+        self._thread.call = None
+        self._inside.discard(threading.get_ident())
+
+    @untraced
+    def _enter_text(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call: Call | None = kwargs.get(TUNNEL)
+        if call is not None:
+            return None if call.plan is None else call.plan.enter_text(call, args, kwargs)
+        if self._thread.call is not None:  # the model itself runs it, without what it was given: nothing is pruned
+            return None
+        return self._enter_text_alone(args, kwargs)
+
+    def _enter_text_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The language model was called by itself, past the model around it."""
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        owner = self._owner_of_conversation(cache) if past else self._in_force()
+        if owner is None:
+            return None
+        plan, settings = owner.plan, owner.plan.contexts.settings
+        changes = settings.enabled and plan.may_change(None, settings.budget)
+        if changes and (count := strange_embeddings(kwargs, plan.text)):
+            raise UsageError(
+                f"the language model was called by itself with {count} embeddings that are no word's: if pictures are among "
+                f"them, nothing tells where, and {plan.recipe} cannot be applied; call the whole model, or run this call "
+                "inside `with run.override(enabled=False):`."
+            )
+        call = Call(past=past)
+        look_at_mask(call, kwargs)
+        plan.begin(call, owner, kwargs)
+        changed = None if kwargs.get("inputs_embeds") is None else plan.enter_text(call, args, kwargs)
+        args, kwargs = (args, kwargs) if changed is None else changed
+        return args, {**kwargs, TUNNEL: call}
+
+    # -- the vision tower ------------------------------------------------------------------------------------------------
+
+    @untraced
+    def _enter_tower(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self._thread.call
+        owner = self._in_force() if call is None else call.owner
+        if call is None:
+            self._thread.encoded = owner
+        if owner is None or not owner.plan.looks_into_tower:
+            self._thread.tower = None
+            return args, _without_ours(kwargs)
+        self._thread.tower = tower = owner.plan.begin_tower(call)
+        return args, {**kwargs, TUNNEL: tower}
+
+    @untraced
+    def _leave_tower(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if (tower := self._thread.tower) is not None:
+            tower.plan.leave_tower(tower, output)
+            self._thread.tower = None if tower.over else tower
+
+    @untraced
+    def _enter_merger(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tower = self._thread.tower
+        return None if tower is None else (tower.plan.enter_merger(tower, args), kwargs)
+
+    @untraced
+    def _leave_projector(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], features: Tensor) -> Any:
+        if (tower := self._thread.tower) is None:
+            return None
+        features = tower.plan.leave_projector(tower, args, features)
+        self._thread.tower = None if tower.output is not None else tower
+        return features
+
+
+# -- hooks that need nothing but what they are given -------------------------------------------------------------------------
+
+
+@untraced
+def _enter_first_block(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if isinstance(tower := kwargs.get(TUNNEL), TowerPass):
+        tower.plan.enter_first_block(tower, args, kwargs)
+
+
+@untraced
+def _enter_block(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tower = kwargs.get(TUNNEL)
+    return tower.plan.enter_block(index, module, tower, args, kwargs) if isinstance(tower, TowerPass) else None
+
+
+def _enter_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    call: Call | None = kwargs.get(TUNNEL)
+    if call is None or call.plan is None or (call.idle and index not in call.plan.edited):
+        return None
+    return _in_layer(index, module, call, args, kwargs)
+
+
+@untraced
+def _in_layer(index: int, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return call.plan.enter_layer(index, module, call, args, kwargs)
+
+
+def _leave_text(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    call: Call | None = kwargs.get(TUNNEL)
+    return None if call is None or call.record is None else _after_prompt(call, output)
+
+
+@untraced
+def _after_prompt(call: Call, output: Any) -> Any:
+    return call.plan.leave_text(call, call.record, output)
+
+
+def _before(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
+    return module.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+
+def _after(module: nn.Module, hook: Callable[..., Any], always_call: bool = False) -> Callable[[], None]:
+    return module.register_forward_hook(hook, with_kwargs=True, always_call=always_call).remove
+
+
+def _without_ours(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != TUNNEL}
+
+
+_attaching = RLock()
+
+
+def attachment_of(base: nn.Module, make: bool = False) -> Attachment | None:
+    """The hooks that a model carries already, or new ones."""
+    with _attaching:
+        for hook in list(base._forward_pre_hooks.values()):
+            if isinstance(found := getattr(hook, "__self__", None), Attachment):
+                return found
+        return Attachment(base) if make else None

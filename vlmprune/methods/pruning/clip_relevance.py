@@ -1,0 +1,150 @@
+"""CDPruner's relevance, from the CLIP model whose vision tower the VLM uses. Zhang et al., arXiv:2506.10967.
+
+    r_j = − mean_p cos( W_v · LN(x_j), t_p )     x_j: patch j as it enters the projector; t_p: CLIP embedding of piece p of the
+                                                 question
+
+The paper's scripts hand over the bare question. Here it is given, or found between the words of the chat template.
+
+CLIP reads 77 tokens, two of which mark a text's beginning and end. A longer question is cut into pieces of 75 tokens, each
+with marks of its own. The official code marks the whole question once and cuts what it gets into pieces of 77: all but the
+last lack the end mark, which the embedding is taken from, and the first is then embedded at its beginning mark, as one and the
+same vector whatever it says. Up to 77 tokens both are the same. Computed in the CLIP model's dtype up to its projections, and
+in fp32 from there on (there cosines are in the dtype of the embeddings).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmprune.errors import UsageError
+
+FIRST, ANSWER, LAST = "FIRSTQUESTION", "ANSWERTOIT", "LASTQUESTION"
+"""What a template is tried with."""
+
+
+class ClipRelevance:
+    """A relevance for `CDPruner`.
+
+    Args:
+        clip: a loaded `CLIPModel`; its post-norm and both projections are used, its vision tower is not run again.
+        clip_tokenizer: its tokenizer. Questions are cut into pieces of at most its `model_max_length` (77) tokens.
+        tokenizer: the VLM's tokenizer, or its processor: whichever holds the chat template.
+        question: the bare question of every prompt; or a function that makes it from the text behind the prompt's last picture.
+            If None, it is the user's last one in that text, which the chat template tells from its own words ("ASSISTANT:");
+            where there is no template it is all of that text.
+
+    Raises:
+        UsageError: `question` is neither, or the chat template cannot be tried; and at a prompt in which no question is found.
+    """
+
+    def __init__(
+        self, clip: Any, clip_tokenizer: Any, tokenizer: Any, question: str | Callable[[str], str] | None = None
+    ) -> None:
+        if question is not None and not callable(question) and not (isinstance(question, str) and question.strip()):
+            raise UsageError(
+                "ClipRelevance: question must be a text, or a function that makes it from the text behind the picture; found "
+                f"{question!r}."
+            )
+        self.clip, self.clip_tokenizer, self.question = clip, clip_tokenizer, question
+        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self.template = None
+        if question is None and getattr(tokenizer, "chat_template", None):
+            self.template = Template(tokenizer.apply_chat_template)
+
+    @torch.no_grad()
+    def __call__(self, tower_features: Tensor, text_ids: Tensor, text_valid: Tensor) -> Tensor:
+        """`[image, visual]`, from `tower_features` `[image, visual, dim]`, `text_ids` `[image, text]` and `text_valid`."""
+        patches = self.clip.visual_projection(self.clip.vision_model.post_layernorm(tower_features.to(self.clip.dtype)))
+        patches = normalize(patches.float(), dim=-1)
+        scores = [
+            -(image @ self._embed(self.asked(ids[valid])).T).mean(dim=-1)
+            for image, ids, valid in zip(patches, text_ids, text_valid, strict=True)
+        ]
+        return torch.stack(scores)
+
+    def asked(self, ids: Tensor) -> str:
+        """The question that is embedded, from the ids `[text]` behind the picture.
+
+        Raises:
+            UsageError: none is found.
+        """
+        if isinstance(self.question, str):
+            return self.question
+        if self.question is None and self.template is None:
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=False))
+        found = self.question(text) if self.question is not None else self.template and self.template.question(text)
+        if not isinstance(found, str) or not found.strip():
+            where = "the chat template" if self.question is None else "question=…"
+            raise UsageError(
+                f"ClipRelevance finds no question in the text behind the picture by {where}, found {text!r}: put the question "
+                "behind the picture, or give it as ClipRelevance(…, question='…')."
+            )
+        return found
+
+    def _embed(self, question: str) -> Tensor:
+        """`[piece, dim]` unit embeddings of a question."""
+        inner = self.clip_tokenizer(question, add_special_tokens=False)["input_ids"]
+        room = self.clip_tokenizer.model_max_length - 2  # its first and last token
+        texts = [self.clip_tokenizer.decode(inner[i : i + room]) for i in range(0, max(len(inner), 1), room)]
+        batch = self.clip_tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
+        found = self.clip.get_text_features(**batch)
+        return normalize(getattr(found, "pooler_output", found).float(), dim=-1)
+
+
+class Template:
+    """What a chat template writes around a question: found by a conversation of known words. White space does not count.
+
+    Args:
+        render: `apply_chat_template` of a tokenizer or processor.
+
+    Raises:
+        UsageError: the template does not show the questions.
+    """
+
+    def __init__(self, render: Callable[..., Any]) -> None:
+        written = _written(render, add_generation_prompt=True)
+        self.turn = _words(written.partition(ANSWER)[2].partition(LAST)[0])  # between an answer and the next question
+        self.closing = _words(written.partition(LAST)[2])  # behind a question that is to be answered
+        self.ending = _words(_written(render, add_generation_prompt=False).partition(LAST)[2], r"\s*$")
+
+    def question(self, text: str) -> str | None:
+        """The user's last question in the text behind a picture, or None."""
+        closings = list(self.closing.finditer(text))
+        answered = closings[0].end() if closings else len(text)  # a user's next turn can begin only behind an answer
+        start = max((turn.end() for turn in self.turn.finditer(text) if turn.start() >= answered), default=0)
+        end = max((closing.start() for closing in closings if closing.start() >= start), default=None)
+        if end is None:  # nothing asks for an answer
+            ending = self.ending.search(text, start)
+            end = None if ending is None else ending.start()
+        return None if end is None else text[start:end].strip()
+
+
+def _words(text: str, behind: str = "") -> re.Pattern[str]:
+    """Matches these words with any white space between their letters; nothing at all, if there are none and no `behind`."""
+    return re.compile((r"\s*".join(map(re.escape, "".join(text.split()))) + behind) or r"(?!)")
+
+
+def _written(render: Callable[..., Any], add_generation_prompt: bool) -> str:
+    """A conversation as the template writes it, with content in parts (of processors) or in strings (of tokenizers)."""
+    parts = [[{"type": "image"}, {"type": "text", "text": FIRST}], *([{"type": "text", "text": t}] for t in (ANSWER, LAST))]
+    why: object = "it leaves them out"
+    for contents in (parts, [FIRST, ANSWER, LAST]):
+        turns = [{"role": role, "content": said} for role, said in zip(("user", "assistant", "user"), contents, strict=True)]
+        try:
+            written = str(render(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
+        except Exception as error:  # a template is a program: whatever it runs into
+            why = error
+            continue
+        if "'type'" not in written and '"type"' not in written and written.count(ANSWER) == written.count(LAST) == 1:
+            return written
+    raise UsageError(
+        f"ClipRelevance cannot find questions by this chat template ({why}): give them as ClipRelevance(…, question='…'), or "
+        "as a function of the text behind the picture."
+    )

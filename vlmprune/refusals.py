@@ -1,0 +1,173 @@
+"""What cannot work is refused here, before the model is touched: a recipe against a model that was looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from vlmprune.adapters.family import has_mrope
+from vlmprune.cutting import Cut
+from vlmprune.decoder import KNOWN, Decoder
+from vlmprune.errors import UsageError
+from vlmprune.methods import Pruner
+from vlmprune.methods.redistributing import HeadScaler
+from vlmprune.recipe import Recipe
+from vlmprune.schedule import Schedule, scaled_layer
+from vlmprune.steering import Steering
+from vlmprune.view import BEFORE_THE_CUT, Facts
+
+
+def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[Cut]) -> None:
+    """The stages of a recipe, in the language model.
+
+    Raises:
+        UsageError: a layer the model lacks, positions that have no meaning, or attention that cannot be looked at.
+    """
+    text_config, layers = decoder.text.config, len(decoder.layers)
+    for cut in cuts:
+        if cut.stage.layer >= layers:
+            raise UsageError(
+                f"{cut.method.name} cuts at layer {cut.stage.layer}, but the model has layers 0 to {layers - 1}: "
+                + _fitting(recipe, cut, layers)
+            )
+        if cut.method.positions == "compact" and has_mrope(text_config):
+            raise UsageError(
+                f'{cut.method.name}: positions="compact" has no meaning for the M-RoPE of {decoder.family.name}, whose '
+                'positions are places in the picture: use positions="original".'
+            )
+        if cut.method.positions == "compact" and not decoder.turns_by_position():
+            raise UsageError(
+                f'{cut.method.name}: positions="compact" needs rotary embeddings that follow from positions, but those of '
+                f'{decoder.name} depend on the layer: use positions="original".'
+            )
+    for cut in cuts:
+        ahead = "attention_of_layer" in cut.needs
+        if not (cut.needs & BEFORE_THE_CUT or ahead):
+            continue
+        if "flash" in text_config._attn_implementation:
+            raise UsageError(
+                f"{cut.method.name} looks at attention in the language model, which {text_config._attn_implementation!r} does "
+                'not offer yet: call model.set_attn_implementation("sdpa").'
+            )
+        if cut.needs & BEFORE_THE_CUT:
+            _check_attention(decoder, cut.stage.layer - 1, cut.method.name, told=True)
+        if ahead:
+            _check_attention(decoder, cut.stage.layer, cut.method.name, told=False)
+
+
+def check_edits(decoder: Decoder, steering: Steering) -> None:
+    """The layers whose attention a recipe edits.
+
+    Raises:
+        UsageError: attention that is not what the edit takes it for.
+    """
+    names = {index: method.name for index, method in steering.by_layer.items()}
+    scalers = [method.name for method in steering.by_layer.values() if isinstance(method, HeadScaler)]
+    for index in steering.routed:
+        name = names.get(index, scalers[0] if scalers else "")
+        edits = index in steering.by_layer and not isinstance(steering.by_layer[index], HeadScaler)
+        _check_attention(decoder, index, name, told=True, weights=edits)
+        seen = decoder.look_at_attention(index)
+        if edits and seen.value.shape[-1] != seen.key.shape[-1]:
+            raise UsageError(
+                f"{name} edits attention whose values are as wide as its keys, but layer {index} of {decoder.name} has keys of "
+                f"{seen.key.shape[-1]} numbers and values of {seen.value.shape[-1]}: choose a method that drops tokens."
+            )
+    if scalers and any(decoder.look_at_attention(index).told != "by the layer" for index in steering.routed):
+        raise UsageError(
+            f"{scalers[0]} runs the prompt without its picture beside it, layer by layer, but "
+            f"{type(decoder.layers[0]).__name__} does not hand its keyword arguments on to its attention: choose another "
+            "method."
+        )
+    if scalers and not decoder.turns_by_position():
+        raise UsageError(
+            f"{scalers[0]} runs the prompt without its picture beside it, which needs rotary embeddings that follow from "
+            f"positions, but those of {decoder.name} depend on the layer: choose another method."
+        )
+    if scalers and decoder.scaled:
+        raise UsageError(
+            f"{scalers[0]} runs the prompt without its picture beside it, from the embeddings on, but {decoder.name} changes "
+            "them before its first layer: choose another method."
+        )
+
+
+def check_tower(recipe: Recipe, decoder: Decoder, facts: Facts, inside: Cut | None, last_block: Callable[[], int]) -> None:
+    """What a recipe does in the vision tower, or looks at there.
+
+    Args:
+        inside: the stage inside the tower, or None.
+        last_block: gives the block before which the sequence has its final length.
+
+    Raises:
+        UsageError: this tower cannot be looked at, or cannot be cut.
+    """
+    if decoder.family.facts.cls and not facts.cls:  # only towers of this family with CLS tokens are followed
+        raise UsageError(
+            f"{recipe} needs to know which token stands for which patch of which view, but {facts.refusal}: choose a method "
+            "that looks at the language model only."
+        )
+    if inside is not None and inside.stage.site == "vision" and last_block() == 0:
+        raise UsageError(
+            f"{inside.method.name} drops patches between blocks of the vision tower, but this model takes its features from "
+            "the first one: choose a method that cuts in the language model."
+        )
+    if "flash" in (found := str(decoder.base.config.vision_config._attn_implementation)):
+        raise UsageError(
+            f"{recipe} looks at attention in the vision tower, which {found!r} does not offer yet: call "
+            'model.set_attn_implementation({"vision_config": "sdpa"}).'
+        )
+
+
+def _check_attention(decoder: Decoder, index: int, method: str, told: bool, weights: bool = True) -> None:
+    """Whether a method may look at, or edit, the attention of a layer.
+
+    Args:
+        told: it must be told which call that is.
+        weights: it computes attention weights itself.
+    """
+    seen = decoder.look_at_attention(index)
+    layer = type(decoder.layers[index]).__name__
+    if told and seen.told == "not":
+        raise UsageError(
+            f"{method} needs the attention of layer {index}, but {layer} does not hand its keyword arguments on to it: choose "
+            "a method that does not look at attention, for example divprune."
+        )
+    strange = [name for name, x in seen.kwargs.items() if name not in KNOWN and isinstance(x, Tensor)]
+    strange += [name for name in ("softcap",) if seen.kwargs.get(name) is not None]
+    strange += [] if decoder.gives_mask(seen.mask) else ["a mask of its own"]
+    if weights and strange:
+        raise UsageError(
+            f"{method} computes attention as softmax of scaled products, but {layer} adds {', '.join(strange)}: choose a "
+            "method that does not look at attention, for example divprune."
+        )
+
+
+def _fitting(recipe: Recipe, cut: Cut, depth: int) -> str:
+    """What to do about a stage behind the last layer: the same method with its layers scaled to the model's depth."""
+    method = cut.method
+    try:
+        fitted = _scaled(method, cut, depth)
+        methods = tuple(fitted if other is method else other for other in recipe.methods)
+        fits = all(stage.layer < depth for stage, _ in Recipe(methods).cuts())
+        text = str(Recipe((fitted,)))
+        readable = not isinstance(fitted, Pruner) or ",kept=" not in text
+    except UsageError:
+        fits = readable = False
+    return f"choose among them, for example {text}." if fits and readable else "choose among them."
+
+
+def _scaled(method: Pruner, cut: Cut, depth: int) -> Pruner:
+    layers = [stage.layer for stage in method.cuts]
+    if cut.stage.layer not in layers or cut.stage.site == "cache":  # a stage that a parameter names
+        names = [field.name for field in fields(method) if getattr(method, field.name) == cut.stage.layer]
+        values: dict[str, Any] = {name: max(scaled_layer(cut.stage.layer, depth), 1) for name in names}
+        return replace(method, **values)
+    fitted: list[int] = []
+    for stage in method.cuts:
+        first = 0 if stage.layer == 0 else max(method.first_layer, 1)
+        fitted.append(max(scaled_layer(stage.layer, depth), first, *(fitted[-1:] and [fitted[-1] + (stage.site == "llm")])))
+    stages = tuple(replace(stage, layer=layer) for stage, layer in zip(method.cuts, fitted, strict=True))
+    return replace(method, schedule=Schedule(stages))

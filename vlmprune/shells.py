@@ -1,0 +1,96 @@
+"""The model inside what other libraries put around one: PEFT, torch's and accelerate's wrappers for training, `torch.compile`.
+
+Hooks belong on the model itself; a call through the shell reaches them there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vlmprune.adapters.registry import FAMILIES
+from vlmprune.errors import UsageError
+
+LOAD = "load one, for example with transformers.AutoModelForImageTextToText.from_pretrained(…)"
+
+
+def model_inside(given: Any) -> nn.Module:
+    """A loaded model, with shells around it or without.
+
+    Args:
+        given: a Hugging Face model, or one inside PEFT, DistributedDataParallel, DataParallel on one device, FSDP, DeepSpeed
+            or `torch.compile`.
+
+    Raises:
+        UsageError: it is none, and what it is; a text-only model; or a shell whose calls hooks cannot follow.
+    """
+    model = given
+    while (inner := _inside(model)) is not None:
+        model = inner
+    if not isinstance(model, nn.Module):
+        raise UsageError(_no_model(model))
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    if kind is None:
+        raise UsageError(
+            f"expected a Hugging Face vision-language model, found {_named(given)}, which has no config.model_type: {LOAD}."
+        )
+    if kind not in FAMILIES and not _sees(config):
+        raise UsageError(
+            f"expected a vision-language model, found {_named(model)} (model_type {kind!r}), which has no vision tower, and so "
+            f"no visual tokens; if it is a part of one, wrap the whole model; supported are {', '.join(sorted(FAMILIES))}."
+        )
+    return model
+
+
+def _inside(shell: Any) -> nn.Module | None:
+    """What one shell holds; None if it is none."""
+    if not isinstance(shell, nn.Module):
+        return None
+    if callable(getattr(type(shell), "get_base_model", None)):  # PEFT
+        _refuse_prompt_learning(shell)
+        inner: Any = shell.get_base_model()  # type: ignore[operator]
+    elif callable(getattr(type(shell), "inject_adapter", None)):  # PEFT's own inner shell
+        inner = shell.model
+    else:  # torch.compile; DistributedDataParallel, FSDP, DeepSpeed and the like
+        inner = shell._modules.get("_orig_mod") or getattr(shell, "module", None)
+    if isinstance(shell, nn.DataParallel) and len(shell.device_ids) > 1:
+        raise UsageError(
+            f"DataParallel copies the model to {len(shell.device_ids)} devices at every call, and hooks stay with the first: "
+            "use torch.nn.parallel.DistributedDataParallel, or device_ids=[0]."
+        )
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def _refuse_prompt_learning(shell: Any) -> None:
+    config = getattr(shell, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise UsageError(
+            f"{type(shell).__name__} puts learned tokens before the prompt ({type(config).__name__}), whose places pruning "
+            "does not know: use an adapter that changes weights, such as LoRA, or wrap its get_base_model() without them."
+        )
+
+
+def _sees(config: Any) -> bool:
+    return any(getattr(config, name, None) is not None for name in ("vision_config", "visual", "vision_tower"))
+
+
+def _named(found: Any) -> str:
+    name = type(found).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+def _no_model(found: Any) -> str:
+    expected = "expected a loaded vision-language model, found"
+    if found is None:
+        return f"{expected} None: {LOAD}."
+    if isinstance(found, str) or hasattr(found, "__fspath__"):
+        return f"{expected} the name {str(found)!r}: {LOAD}."
+    if isinstance(found, type):
+        load = f"{found.__name__}.from_pretrained(…)" if hasattr(found, "from_pretrained") else "an instance"
+        return f"{expected} the class {found.__name__}: pass {load}."
+    inner = getattr(found, "model", None)
+    if isinstance(inner, nn.Module):
+        return f"{expected} {_named(found)}: pass the model in it, its attribute .model."
+    return f"{expected} {_named(found)}: {LOAD}."
