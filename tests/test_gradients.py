@@ -7,6 +7,7 @@ whatever thread, recomputing a layer must find what its first run found.
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 import warnings
 
@@ -35,6 +36,7 @@ from redistribution.test_exact import paint_sets
 from tiny_models import LAYERS, make_single
 
 import vlmprune as vp
+from vlmprune.hooks import attachment_of
 
 NEAR, NEARER = 1e-5, 1e-9
 """Relative errors of a gradient's norm, in float32 and in float64; rounding alone reaches 1e-6 and 1e-10."""
@@ -145,10 +147,17 @@ def test_other_calls_before_backward(name, kind, between):
 def test_leaving_the_block_before_backward(name, kind):
     """`with wrap(…): loss = …` and backward behind it: right, or refused, but never another function's gradient."""
     t = training("llava")
+    with torch.no_grad():
+        plain = t.model(**t.inputs()).logits
     with t.checkpointing(kind):
         with vp.wrap(t.model, RECIPES[name]):
             loss = t.loss(t.inputs())
+        with torch.no_grad():
+            assert torch.equal(t.model(**t.inputs()).logits, plain)
         right_or_refused(t, loss, name)
+        del loss
+        gc.collect()
+        assert attachment_of(t.model.model) is None, "hooks that waited for the graph stay"
 
 
 @few_cases

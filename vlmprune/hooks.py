@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from threading import RLock
 from typing import Any
-from weakref import ReferenceType, ref
+from weakref import ReferenceType, WeakSet, finalize, ref
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -59,6 +60,7 @@ class Attachment:
         self._places: dict[Any, Callable[[], None]] = {}
         self._thread, self._lock = _PerThread(), RLock()
         self._inside: set[int] = set()
+        self._graphs: WeakSet[Any] = WeakSet()
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise UsageError("a wrapped model cannot be copied or pickled: call run.remove() first, and wrap the copy.")
@@ -83,7 +85,8 @@ class Attachment:
         return owner
 
     def drop(self, owner: Owner) -> None:
-        """Nobody follows a plan any more. With the current plan everything goes, and the model is as it was."""
+        """Nobody follows a plan any more. With the current plan everything goes, and the model is as it was; where gradient
+        checkpointing will run layers again, the hooks wait for that, and go with the graph."""
         if owner is self.current:
             self.current = None
             self._wait()
@@ -101,9 +104,17 @@ class Attachment:
         with self._lock:
             alive = self._alive()
             self._owners = [ref(owner) for owner in alive]
-            needed = {name for owner in alive for name, _ in self._wanted(owner.plan)}
+            recomputed = {state.plan for state in list(self._graphs) if state.recomputes}
+            plans = recomputed.union(owner.plan for owner in alive)
+            needed = {name for plan in plans for name, _ in self._wanted(plan)}
             for name in [name for name in self._places if name not in needed]:
                 self._places.pop(name)()
+
+    def _watch_graph(self, state: Any) -> None:
+        """Note a call, or a pass through the tower, that a backward pass may run again."""
+        if torch.is_grad_enabled():
+            self._graphs.add(state)
+            finalize(state, _graph_gone, ref(self)).atexit = False
 
     def _wait(self) -> None:
         """Let the forward passes of other threads come to their end: half of one cannot go on without its hooks."""
@@ -175,6 +186,7 @@ class Attachment:
         self._inside.add(threading.get_ident())
         self._thread.call = call
         owner.plan.begin(call, owner, kwargs)
+        self._watch_graph(call)
         return (), {**kwargs, TUNNEL: call}
 
     def _owner_of(self, call: Call, cache: Cache | None, kwargs: dict[str, Any]) -> Owner | None:
@@ -253,6 +265,7 @@ class Attachment:
             self._thread.tower = None
             return args, _without_ours(kwargs)
         self._thread.tower = tower = owner.plan.begin_tower(call)
+        self._watch_graph(tower)
         return args, {**kwargs, TUNNEL: tower}
 
     @untraced
@@ -310,6 +323,12 @@ def _leave_text(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 @untraced
 def _after_prompt(call: Call, output: Any) -> Any:
     return call.plan.leave_text(call, call.record, output)
+
+
+def _graph_gone(find: ReferenceType[Attachment]) -> None:
+    attachment = find()
+    if attachment is not None and attachment.current is None:  # what waited for this graph goes, too
+        attachment.tidy()
 
 
 def _before(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:

@@ -87,6 +87,11 @@ class TowerPass:
         self.lengths, self.views, self.device = list(lengths), views, device
         self.states = [self._state(length, self.budget) for length in lengths]
 
+    @property
+    def recomputes(self) -> bool:
+        """Gradient checkpointing runs blocks of this pass again, in the backward pass."""
+        return bool(self.before)
+
     def branch(self) -> TowerPass:
         """The pass as it is now: what happens to it later does not reach the copy, nor the other way round."""
         copied = copy(self)

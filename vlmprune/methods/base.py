@@ -37,7 +37,7 @@ class Choice:
 
 
 DEFINED: dict[str, type[Pruner]] = {}
-"""Every method that has been defined in this process, a user's own too, by its name; the last of those with one name."""
+"""Methods that users of the library have defined in this process, by their names; the last of those with one name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class Pruner:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if isinstance(name := vars(cls).get("name"), str):
+        if isinstance(name := vars(cls).get("name"), str) and not cls.__module__.startswith("vlmprune."):
             DEFINED[name] = cls
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:

@@ -72,7 +72,7 @@ class Scene:
 
 
 DEFINED: dict[str, type[Redistributor]] = {}
-"""Every method that has been defined in this process, a user's own too, by its name; the last of those with one name."""
+"""Methods that users of the library have defined in this process, by their names; the last of those with one name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class Redistributor:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if isinstance(name := vars(cls).get("name"), str):
+        if isinstance(name := vars(cls).get("name"), str) and not cls.__module__.startswith("vlmprune."):
             DEFINED[name] = cls
 
     def __new__(cls: type[M], **given: Any) -> M:
