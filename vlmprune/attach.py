@@ -316,9 +316,9 @@ class Plan:
         settings = self.contexts.settings
         call.owner, call.plan = owner, self
         call.enabled, call.budget, call.blocks = settings.enabled, settings.budget, settings.blocks
+        check_mask_goes_on(call, kwargs.get("past_key_values"))
         if not call.past:
             hand_over(kwargs.get("past_key_values"), owner)
-        check_mask_goes_on(call, kwargs.get("past_key_values"))
         if call.enabled:
             self._find_or_leave(call, kwargs)
 
@@ -342,14 +342,13 @@ class Plan:
         if counts is None:
             refuse_merged(kwargs, self.text)
             return  # a prompt without a picture, a later step, or a turn without a new picture
-        ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if ids is None and embeddings is None:
+        if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
             return  # the model itself refuses this
         cache = kwargs.get("past_key_values")
         steered = dict.fromkeys(method.name for method in self._steering.by_layer.values())
         if steered or self.cutting.may_drop(counts, call.budget):
             check_growing(cache, "attention redistribution" if steered else "pruning inside the language model")
-        told_by: Tensor = embeddings[..., 0] if ids is None else ids  # type: ignore[index]
+        told_by: Tensor = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"][..., 0]
         self._replay_uncached(call, told_by, kwargs.get("mm_encoder_outputs"), cached=cache is not None)
         prompt = read_prompt(call, kwargs, self.family.image_token(self._config), self.text, self._needs, tuple(steered))
         find_layout(call, prompt, counts, told_by.device)

@@ -13,7 +13,7 @@ be dropped or redistributed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -40,13 +40,12 @@ ATTENTION = TEXT_ROWS | {"attention_from_last", "attention_of_layer"}
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of a call of `module` by their names, also those that were given by position."""
-    cls: Any = type(module)
-    return {**dict(zip(_names(cls), args, strict=False)), **kwargs} if args else dict(kwargs)
+    return {**dict(zip(_names(type(module).forward), args, strict=False)), **kwargs} if args else dict(kwargs)
 
 
 @cache
-def _names(cls: Any) -> tuple[str, ...]:
-    return tuple(signature(cls.forward).parameters)[1:]
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(signature(forward).parameters)[1:]
 
 
 def look_at_mask(call: Call, kwargs: Mapping[str, Any]) -> None:
@@ -105,8 +104,7 @@ def read_prompt(
             "padded, with an attention_mask."
         )
     if call.custom:
-        batch, queries = ids.shape
-        seen = shown(mask, batch, queries, call.past)
+        seen = shown(mask, ids.shape[0], ids.shape[1], call.past)
         real, lone, alike = on_host(_said_by(seen, call.past))
         biased = _biased(mask)
         if alike.all() and not biased:
