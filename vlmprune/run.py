@@ -451,7 +451,7 @@ class Report:
         peak = f", {units.size(self.kv_bytes_peak)} before the cache was shortened" if higher else ""
         hidden = [("hidden by the mask", f"{self.hidden} visual tokens, no candidates of any budget")] if self.hidden else []
         newlines = [("row separators", f"{self.newlines}, counted as text, {self.newline_policy}")] if self.newlines else []
-        seen = f"{self.visual_tokens} visual" if self.visual_tokens else "no picture: nothing to prune"
+        seen = f"{self.visual_tokens} visual" if self.visual_tokens else "no picture found: nothing to prune"
         return [
             ("recipe", self.recipe),
             ("prompt", f"{self.batch} × {self.prompt_tokens} tokens, {seen}"),
