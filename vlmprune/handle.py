@@ -131,7 +131,7 @@ class Run:
         if owner is None or owner.plan is None:  # replaced meanwhile, and no conversation is left
             owner = self._attachment.join(plan)
             self._owner = ref(owner)
-        with self._contexts.block(**changes):
+        with self._attachment.awake(), self._contexts.block(**changes):
             yield self
         del owner  # held until here, so that a replaced recipe lives as long as the block
 
