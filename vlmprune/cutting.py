@@ -130,6 +130,7 @@ class Cutting:
                     call.chosen[number] = _left_by_tower(call, hidden)
                     call.entered = list(map(len, call.chosen[number].remaining))
                 elif number not in call.chosen:
+                    _refuse_lost_gradient(cut, call)
                     ahead = partial(attention_ahead, call, self._family, module, index, hidden, cache=cache_)
                     tools = Tools(
                         ahead=cache(lambda: _as_the_model(call, hidden.device, lambda: ahead(rotary=now()))),  # noqa: B023
@@ -412,6 +413,16 @@ def _check_choice(method: Pruner, choice: Choice, images: int, keep: int) -> Non
     wrong = len(counts) != images or any(count > keep if method.adaptive else count != keep for count in counts)
     if wrong or (choice.features is not None and list(choice.features.shape[:2]) != [images, keep]):
         raise RuntimeError(f"{method.name}.select chose {counts} tokens of {images} pictures, expected {keep} of each.")
+
+
+def _refuse_lost_gradient(cut: Cut, call: Call) -> None:
+    """Reentrant checkpointing runs a layer without gradients at first, and again with the layer's arguments alone. Before
+    transformers 5.23 hooks are inside of that, where what the tower saw is no argument."""
+    if not torch.is_grad_enabled() and any(probe.requires_grad for known in call.tower for probe in known.values()):
+        raise UsageError(
+            f"{cut.method.name} merges what the vision tower saw, whose gradient is lost in reentrant gradient checkpointing with "
+            'this transformers: pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
+        )
 
 
 def _merged(call: Call, chosen: Chosen, hidden: Tensor) -> Tensor:
