@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vlmprune.adapters.family import Family
 from vlmprune.attention import pruned_mask
 from vlmprune.cache import PrunedLayer, keep_only, pruned_layer
+from vlmprune.errors import UsageError
 from vlmprune.layout import group_by_size, on_device, on_host, real_tokens
 from vlmprune.methods import Choice, Pruner
 from vlmprune.probes import Part, Tools, attention_ahead, build_view, rows_now
@@ -420,8 +421,8 @@ def _refuse_lost_gradient(cut: Cut, call: Call) -> None:
     transformers 5.23 hooks are inside of that, where what the tower saw is no argument."""
     if not torch.is_grad_enabled() and any(probe.requires_grad for known in call.tower for probe in known.values()):
         raise UsageError(
-            f"{cut.method.name} merges what the vision tower saw, whose gradient is lost in reentrant gradient checkpointing with "
-            'this transformers: pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            f"{cut.method.name} merges what the vision tower saw, whose gradient is lost in reentrant gradient checkpointing "
+            'before transformers 5.23: pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
         )
 
 
