@@ -78,7 +78,7 @@ def test_what_reentrant_checkpointing_loses_is_refused(family):
     with t.checkpointing("reentrant"), vp.wrap(t.model, RECIPES["visionzip"]):
         with torch.no_grad():
             t.loss(t.inputs())
-        with pytest.raises(vp.UsageError, match="use_reentrant.: False") as refusal:
+        with pytest.raises(vp.UsageError, match=r"use_reentrant.: False") as refusal:
             t.loss(t.inputs())
     assert "\n" not in str(refusal.value)
     assert relative_error(t.gradient(RECIPES["visionzip"], "non-reentrant"), unchecked(family, "visionzip")) < NEAR
