@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vlmprune.view import Facts
 
@@ -53,6 +54,7 @@ class Family:
         image_token: id of the image placeholder, from the config.
         tokens_per_image: visual tokens of each picture, from the arguments of a call that carries pixels.
         image_grid: rows and columns of each picture's tokens, from the processor's output and the config (for drawing).
+        views: the same where a picture is more than one grid of its tokens, see `cells`; None if it is one.
         language_model, layers, attention: module names, from the base model, the language model and a decoder layer.
         rotary, final_norm: names of the rotary embedding and of the last norm, from the language model. These and the names
             above are the usual ones; `vlmprune.decoder` looks up those of a given model.
@@ -66,6 +68,7 @@ class Family:
     image_token: Callable[[Any], int]
     tokens_per_image: Callable[[Mapping[str, Any], Any], list[int] | None]
     image_grid: Callable[[Mapping[str, Any], Any], list[tuple[int, int]]]
+    views: Callable[[Mapping[str, Any], Any], list[list[list[Tensor]]]] | None = None
     language_model: str = "language_model"
     layers: str = "layers"
     attention: str = "self_attn"
@@ -75,3 +78,10 @@ class Family:
     tower: Tower | None = None
     newline: str | None = None
     as_built: Callable[[Family, nn.Module], Family] = lambda family, base: family
+
+    def cells(self, inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
+        """Per picture, rows of its views; of each, `[rows, columns]` which of the picture's tokens each cell became (−1: none,
+        for the cell is padding)."""
+        if self.views is not None:
+            return self.views(inputs, config)
+        return [[[torch.arange(rows * columns).view(rows, columns)]] for rows, columns in self.image_grid(inputs, config)]

@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vlmprune.adapters.family import Family, Tower
 from vlmprune.view import Facts
@@ -55,6 +56,11 @@ def _image_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]
     return [_grid(pixels, config)] * pixels.shape[0]
 
 
+def _views(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
+    first = int(config.vision_feature_select_strategy == "full")  # token 0 is then the CLS token
+    return [[[first + torch.arange(rows * columns).view(rows, columns)]] for rows, columns in _image_grid(inputs, config)]
+
+
 def _feature_block(config: Any) -> int:
     # hidden_states[0] is the embedding, so hidden_states[i] is the output of block i − 1; −2 skips the last block.
     layer, blocks = config.vision_feature_layer, config.vision_config.num_hidden_layers
@@ -96,6 +102,7 @@ LLAVA = Family(
     image_token=lambda config: config.image_token_id,
     tokens_per_image=partial(_tokens_per_image, 1),
     image_grid=_image_grid,
+    views=_views,
     facts=Facts(cls=True),
     tower=CLIP,
     as_built=_as_built,

@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.llava import CLIP
 from vlmprune.errors import UsageError
@@ -52,7 +55,23 @@ def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
 
 
 def _image_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]:
-    raise UsageError("drawing what was kept is not supported for LLaVA-NeXT: its pictures are packed from several crops.")
+    raise UsageError("the tokens of a picture are not one grid in LLaVA-NeXT: it is packed from a base view and crops.")
+
+
+def _views(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
+    """The base view, then the crops; padding of crops became no token."""
+    view = config.vision_config.image_size
+    side = view // config.vision_config.patch_size
+    pictures = []
+    for size in inputs["image_sizes"].tolist():
+        high, wide = (length // view for length in best_resolution(size, config.image_grid_pinpoints))
+        rows, columns = unpadded(size, high * side, wide * side)
+        raster = torch.full((high * side, wide * side), -1)
+        top, left = (high * side - rows) // 2, (wide * side - columns) // 2
+        raster[top : top + rows, left : left + columns] = side**2 + torch.arange(rows * columns).view(rows, columns)
+        crops = raster.view(high, side, wide, side).transpose(1, 2)  # [crop row, crop column, row, column]
+        pictures.append([[torch.arange(side**2).view(side, side)], *map(list, crops)])
+    return pictures
 
 
 LLAVA_NEXT = Family(
@@ -60,6 +79,7 @@ LLAVA_NEXT = Family(
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_tokens_per_image,
     image_grid=_image_grid,
+    views=_views,
     facts=Facts(cls=True, crops=True),
     tower=CLIP,
     newline="image_newline",

@@ -21,9 +21,9 @@ import typer
 import vlmprune as vp
 from vlmprune.attention import route_attention
 from vlmprune.cli import environment
-from vlmprune.demo import load_decoder
 from vlmprune.evals.sinks import PROMPTS, find_sinks
 from vlmprune.kernels.grouped_attention import grouped_attention
+from vlmprune.loading import load_decoder
 from vlmprune.methods.redistributing import Scene, spans
 from vlmprune.methods.redistribution.var import TEXT_SINK, VISUAL, VISUAL_SINK
 

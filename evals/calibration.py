@@ -8,7 +8,7 @@ One JSON object per line, pictures named relative to the folder (docs/tuning.md)
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 import vlmprune
+from vlmprune.loading import make_inputs, prompt_text
+from vlmprune.pictures import open_picture, summary
 
 FILE = "questions.jsonl"
 KEEP_ALL = "random:layer=0,fraction=1"
@@ -119,33 +121,38 @@ def scenes(images: int, split: str = "dev") -> list[Question]:
     return asked
 
 
-def samples(
-    processor: Any,
-    questions: Sequence[Question],
-    prompt: Callable[[str], str],
-    open_picture: Callable[[Path], Any],
-    device: Any = "cpu",
-) -> Iterator[Sample]:
+def samples(processor: Any, questions: Sequence[Question], device: Any = "cpu") -> Iterator[Sample]:
     """The questions as samples, one at a time, so that not all pixels are held at once; questions and answers are checked now.
-
-    Args:
-        prompt: makes the whole prompt of a question, for this processor.
-        open_picture: reads a picture that is a path.
 
     Raises:
         vlmprune.UsageError: an answer is no word of the model's; or later, a picture cannot be read.
     """
-    texts = [prompt(question.text) for question in questions]
+    texts = [prompt_text(processor, question.text) for question in questions]
     answers = [
         answer_tokens(processor.tokenizer, text, question) if question.answer else ()
         for text, question in zip(texts, questions, strict=True)
     ]
 
     def sample(question: Question, text: str, answer: tuple[int, ...]) -> Sample:
-        picture = open_picture(question.picture) if isinstance(question.picture, Path) else question.picture
-        return Sample(processor(images=picture, text=text, return_tensors="pt").to(device), answer, question.name)
+        picture = question.picture
+        if isinstance(picture, Path):
+            picture = open_picture(picture, lambda note: None)  # `check_pictures` tells them
+        return Sample(make_inputs(processor, picture, text, device), answer, question.name)
 
     return map(sample, questions, texts, answers)
+
+
+def check_pictures(questions: Sequence[Question]) -> list[str]:
+    """Read every picture that is a file; returns what their values lost, as sentences.
+
+    Raises:
+        vlmprune.UsageError: one cannot be read.
+    """
+    notes: list[str] = []
+    for question in questions:
+        if isinstance(question.picture, Path):
+            open_picture(question.picture, notes.append)
+    return summary(notes)
 
 
 def answer_tokens(tokenizer: Any, prompt: str, question: Question) -> tuple[int, ...]:

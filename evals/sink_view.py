@@ -12,6 +12,7 @@ from torch import Tensor
 
 import vlmprune
 from vlmprune.errors import UsageError
+from vlmprune.sink_dims import known_or_none
 
 VISUAL, VISUAL_SINK, TEXT_SINK = 1, 2, 3
 """Groups of `var`."""
@@ -40,15 +41,30 @@ class SinkView:
     after: Tensor
 
 
+def default_recipe(model: Any) -> str:
+    """`var` as its paper has it where the model's sink dimensions are known, else by similarity to the first token."""
+    return "var" if known_or_none(model.config.get_text_config()) is not None else "var:sink_dims=cosine"
+
+
+def check(recipe: str) -> vlmprune.Recipe:
+    """The recipe, if there is something to see.
+
+    Raises:
+        UsageError: it has no `var`, or one that changes nothing.
+    """
+    plan = vlmprune.Recipe.of(recipe)
+    if not any(method.name == "var" and not method.neutral for method in plan.redistributors):
+        raise UsageError(f"the view of sinks needs var in the recipe, found {plan}: for example var:sink_dims=cosine.")
+    return plan
+
+
 def look(model: Any, inputs: Mapping[str, Any], recipe: str) -> SinkView:
     """Run one prompt with one picture under a recipe.
 
     Raises:
         UsageError: the recipe has no `var`, or one that changes nothing; it may have pruning methods beside it.
     """
-    plan = vlmprune.Recipe.of(recipe)
-    if not any(method.name == "var" and not method.neutral for method in plan.redistributors):
-        raise UsageError(f"the view of sinks needs var in the recipe, found {plan}: for example var:sink_dims=cosine.")
+    plan = check(recipe)
     with vlmprune.wrap(model, plan) as run, torch.no_grad():
         model(**inputs)
     assert run.last is not None

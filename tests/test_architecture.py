@@ -13,7 +13,8 @@ import vlmprune
 
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
 LEVELS = [
-    {"vlmprune.errors", "vlmprune.cost", "vlmprune.draw", "vlmprune.evals.stats", "vlmprune.unhooked"},
+    {"vlmprune.errors", "vlmprune.cost", "vlmprune.draw", "vlmprune.units", "vlmprune.methods.parameters"},
+    {"vlmprune.names", "vlmprune.pictures", "vlmprune.hub", "vlmprune.evals.stats", "vlmprune.unhooked"},
     {"vlmprune.schedule", "vlmprune.layout", "vlmprune.view", "vlmprune.kernels", "vlmprune.sink_dims"},
     {"vlmprune.reduction", "vlmprune.context"},
     {"vlmprune.cache", "vlmprune.methods.base", "vlmprune.methods.redistributing", "vlmprune.adapters", "vlmprune.attention"},
@@ -22,7 +23,7 @@ LEVELS = [
     {"vlmprune.methods"},
     {"vlmprune.recipe", "vlmprune.run"},
     {"vlmprune.decoder"},
-    {"vlmprune.probes"},
+    {"vlmprune.probes", "vlmprune.prompt", "vlmprune.apart"},
     {"vlmprune.steering", "vlmprune.cutting"},
     {"vlmprune.refusals"},
     {"vlmprune.attach"},
@@ -30,11 +31,14 @@ LEVELS = [
     {"vlmprune.handle"},
     # The public names; the embedded model, and models of published shapes, know nothing of the library.
     {"vlmprune", "vlmprune.tiny", "vlmprune.evals.shapes"},
+    {"vlmprune.loading", "vlmprune.catalogue"},
     {"vlmprune.evals", "vlmprune.demo"},
     {"vlmprune.cli"},
+    {"vlmprune.__main__"},
 ]
-MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.decoder", "vlmprune.probes", "vlmprune.hooks"}
-MAY_IMPORT_TRANSFORMERS |= {"vlmprune.recipe", "vlmprune.demo", "vlmprune.cli", "vlmprune.tiny", "vlmprune.evals.shapes"}
+MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.decoder", "vlmprune.probes", "vlmprune.prompt"}
+MAY_IMPORT_TRANSFORMERS |= {"vlmprune.hooks", "vlmprune.recipe", "vlmprune.demo", "vlmprune.loading", "vlmprune.cli"}
+MAY_IMPORT_TRANSFORMERS |= {"vlmprune.tiny", "vlmprune.evals.shapes"}
 
 
 def room(module: str) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, DynamicCache, StaticCache
 
 import vlmprune as vp
-from vlmprune.layout import Layout
+from vlmprune.layout import Layout, Prompt
 from vlmprune.view import View
 
 RECIPE = "random:layer=1,fraction=0.5"
@@ -115,14 +115,28 @@ def test_image_tokens_do_not_match(family):
 def test_image_tokens_in_the_wrong_rows():
     visual = np.array([[True, True, True, False], [True, False, False, False]])
     with pytest.raises(vp.UsageError, match="would be spread over samples 0 and 1"):
-        Layout.find(visual, [2, 2], np.ones_like(visual), torch.device("cpu"))
+        Layout.find(Prompt.of(visual.astype(int), np.ones_like(visual), visual), [2, 2], torch.device("cpu"))
 
 
 def test_embeddings_without_ids():
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
     embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
-    called(model, "pass input_ids, not inputs_embeds", inputs_embeds=embeddings, **inputs)
+    sentence = "the method reads the words of the question, which inputs_embeds does not tell: pass input_ids"
+    recipe = vp.CDPruner(tokens=4, relevance=lambda features, ids, valid: features.sum(-1))
+    called(model, sentence, recipe, inputs_embeds=embeddings, **inputs)
+
+
+def test_embeddings_with_pictures_merged():
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
+    ids, pixels = inputs.pop("input_ids"), inputs.pop("pixel_values")
+    with torch.no_grad():
+        features = torch.cat(list(model.get_image_features(pixels, return_dict=True).pooler_output))
+        merged = model.get_input_embeddings()(ids).masked_scatter((ids == IMAGE)[..., None], features)
+    called(
+        model, "inputs_embeds holds 16 embeddings that are no word's: if pictures were merged", inputs_embeds=merged, **inputs
+    )
 
 
 def test_videos():
@@ -132,10 +146,11 @@ def test_videos():
 
 
 def test_four_dimensional_mask():
+    """One that fits is obeyed (test_masks.py)."""
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
-    inputs["attention_mask"] = torch.ones(1, 1, 20, 20).tril().bool()
-    called(model, "needs a 2-D attention mask [batch, tokens] or None, found a 4-D tensor", **inputs)
+    inputs["attention_mask"] = torch.ones(1, 1, 19, 20).tril().bool()
+    called(model, "attention_mask is a tensor of shape [1, 1, 19, 20], where 20 tokens follow 0", **inputs)
 
 
 def test_static_cache():
@@ -216,7 +231,7 @@ def test_language_model_called_by_itself():
     language = model.model.language_model
     plain = language(input_ids=words).last_hidden_state
     with vp.wrap(model, RECIPE) as run, torch.no_grad():
-        with pytest.raises(vp.UsageError, match="the language model was called by itself"):
+        with pytest.raises(vp.UsageError, match="the language model was called by itself with 9 embeddings"):
             language(inputs_embeds=torch.randn(1, 9, 64))
         assert torch.equal(language(input_ids=words).last_hidden_state, plain), "ids alone hold no picture"
         with run.override(enabled=False):

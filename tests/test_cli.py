@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import fields
 
 import pytest
 from command_line import vlmprune
 from PIL import Image
 
 import vlmprune as vp
+from vlmprune import names
+from vlmprune.catalogue import describe
+from vlmprune.cli import app
+from vlmprune.methods.parameters import ALLOWED, Range
 
 
 @pytest.fixture
@@ -101,6 +110,28 @@ def test_methods_and_env(monkeypatch, capsys):
         (("eval", "--recipe", "zzz"), "unknown method 'zzz'"),
         (("eval", "--split", "zzz"), "unknown split 'zzz'"),
         (("run", "--device", "zzz"), "cannot use device 'zzz'"),
+        (("rnu",), "unknown command 'rnu': did you mean 'run'?"),
+        (("fastv", "--help"), "fastv is a method, not a command: `vlmprune methods fastv` tells of it"),
+        (("run", "--recipee", "x"), "No such option: --recipee"),
+        (("run", "--max-new-tokens", "many"), "Invalid value for '--max-new-tokens'"),
+        (("run", "--max-new-tokens", "0"), "Invalid value for '--max-new-tokens'"),
+        (("tune", "--method"), "Option '--method' requires an argument; `vlmprune tune -h` lists what it takes"),
+        (("run", "extra"), "unexpected extra argument"),
+        (("tune",), "Missing option '--method'"),
+        (("tune", "--method", "adaptinfr"), "unknown method 'adaptinfr': did you mean 'adaptinfer'?"),
+        (("tune", "--method", "fastv"), "tune knows: adaptinfer; found 'fastv'"),
+        (("sweep", "--method", "divprun"), "unknown method 'divprun': did you mean 'divprune'"),
+        (("bench", "--recipe", "zzz"), "unknown method 'zzz'"),
+        (("bench", "--shape", "llava-1.5-7"), "unknown shape 'llava-1.5-7': did you mean 'llava-1.5-7b'"),
+        (
+            ("view", "--image", "{whole}", "--prompt", "x", "--recipe", "vra"),
+            "did you mean 'vhr' or 'var'",
+        ),
+        (("view", "--image", "{whole}", "--prompt", "x", "--recipe", "fastv"), "the view of sinks needs var in the recipe"),
+        (("view", "--image", "{whole}", "--prompt", " "), "the prompt is empty"),
+        (("methods", "zerotunin"), "unknown method 'zerotunin': did you mean 'zerotuning'?"),
+        (("run", "--draw", "{folder}"), "cannot draw to"),
+        (("--nothing",), "No such option: --nothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -113,6 +144,7 @@ def test_mistakes(monkeypatch, capsys, tmp_path, picture, arguments, sentence):
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
     places = {
         "cut": tmp_path / "cut.png",
+        "whole": tmp_path / "whole.png",
         "folder": tmp_path,
         "text": tmp_path / "text.png",
         "tmp": tmp_path / "empty",
@@ -127,3 +159,198 @@ def test_mistakes(monkeypatch, capsys, tmp_path, picture, arguments, sentence):
     assert sentence in captured.err
     assert "Traceback" not in captured.err
     assert len(captured.err.strip().splitlines()) == 1
+
+
+# -- the first second ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "printed"),
+    [
+        (("--version",), 0, f"vlmprune {vp.__version__}"),
+        (("-h",), 0, "Usage: vlmprune [OPTIONS] COMMAND"),
+        (("run", "-h"), 0, "Usage: vlmprune run"),
+        ((), 0, "Usage: vlmprune"),
+        (("rnu",), 2, "did you mean 'run'?"),
+        (
+            ("run", "--model", "tiny", "--image", "a.png", "--prompt", "x", "--recipe", "fastvv:layer=2"),
+            2,
+            "did you mean 'fastv'?",
+        ),
+        (("run", "--model", "tiny", "--image", "a.png", "--prompt", "x"), 2, "there is no picture at a.png"),
+        (("methods", "divprun"), 2, "did you mean 'divprune'"),
+        (("demo", "--recipe", "zzz"), 2, "unknown method 'zzz'"),
+        (("eval", "--recipe", "zzz"), 2, "unknown method 'zzz'"),
+        (("sweep", "--method", "zzz"), 2, "unknown method 'zzz'"),
+        (("bench", "--recipe", "zzz"), 2, "unknown method 'zzz'"),
+        (("tune", "--method", "zzz"), 2, "unknown method 'zzz'"),
+        (("view", "--image", "a.png", "--prompt", "x", "--recipe", "zzz"), 2, "unknown method 'zzz'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_answered_without_torch(arguments, code, printed, tmp_path):
+    """`python -m vlmprune`, as torchrun starts it. Red: a mistyped name is answered after torch was imported, or not by a
+    sentence; there is no `-h` or `--version`."""
+    program = (
+        "import sys, runpy\n"
+        "try: runpy.run_module('vlmprune', run_name='__main__')\n"
+        "finally: print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    start = time.perf_counter()
+    root = os.path.dirname(os.path.dirname(vp.__file__))
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root, "COLUMNS": "100"},
+    )
+    taken = time.perf_counter() - start
+    assert done.returncode == code, done.stderr
+    assert printed in done.stdout + done.stderr
+    assert done.stdout.strip().endswith("False False"), "torch or transformers was imported"
+    assert taken < 5, "a second on an idle machine"
+    if code:
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_names_are_those_of_the_methods():
+    """Red: a method's file is named otherwise than the method, so that the command line does not know it."""
+    assert names.method_names("pruning") == sorted(vp.METHODS)
+    assert names.method_names("redistribution") == sorted(vp.REDISTRIBUTORS)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "file"),
+    [
+        ("fastv", False),
+        ("fastv:layer=2", False),
+        ("fastvv", False),
+        ("divprune:tokens=64 + random:layer=20,fraction=0.1", False),
+        ("some/repository", True),
+        ("recipe.json", True),
+        ("missing/recipe.json", True),
+        (".", True),
+    ],
+)
+def test_what_is_a_recipe_file(recipe, file):
+    assert names.is_file(recipe) is file
+
+
+def test_a_folder_named_as_a_method_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adaptinfer").mkdir()
+    assert not names.is_file("adaptinfer")
+    assert names.is_file("./adaptinfer")
+    vp.Recipe.parse("random:fraction=0.5").save_pretrained("adaptinfer")
+    with pytest.raises(vp.UsageError, match=r"is a method, and a folder with a recipe: write \./adaptinfer"):
+        names.is_file("adaptinfer")
+    assert not names.is_file("adaptinfer:")
+    assert vp.Recipe.parse("adaptinfer:") == vp.Recipe.parse("adaptinfer")
+
+
+# -- methods in detail -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names.method_names())
+def test_a_method_in_detail(monkeypatch, capsys, name):
+    """Red: a parameter has no type or meaning, or the example is no recipe."""
+    assert vlmprune(monkeypatch, "methods", name, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    (method,) = vp.Recipe.parse(found["example"]).methods
+    assert method.name == name
+    parameters = {row["parameter"]: row for row in found["parameters"]}
+    assert {field.name for field in fields(method)} <= set(parameters)
+    for row in parameters.values():
+        assert row["meaning"]
+        assert row["type"] in ("text", "number", "whole number", "object, in Python only")
+        if row["type"] in ("number", "whole number"):
+            assert row["allowed"], row
+    assert vlmprune(monkeypatch, "methods", name) == 0
+    printed = capsys.readouterr().out
+    assert f'--recipe "{found["example"]}"' in printed
+
+
+LIMITS = [
+    (name, field, limits)
+    for name in names.method_names()
+    for field, made in {**vp.METHODS, **vp.REDISTRIBUTORS}[name].__dataclass_fields__.items()
+    if (limits := made.metadata.get(ALLOWED)) is not None
+]
+
+
+@pytest.mark.parametrize(("name", "field", "limits"), LIMITS, ids=lambda value: value if isinstance(value, str) else "")
+def test_the_limits_that_are_printed_hold(name, field, limits):
+    """Red: `vlmprune methods` prints a range that nobody checks."""
+    method = {**vp.METHODS, **vp.REDISTRIBUTORS}[name]
+    row = next(row for row in describe(name)["parameters"] if row["parameter"] == field)
+    outside = ["zzz", None]
+    if isinstance(limits, Range):
+        outside = [limits.low - 1, limits.high + 1, True, "many", *([limits.low + 0.5] if limits.whole else [])]
+        assert str(limits) == row["allowed"]
+    else:
+        assert row["allowed"] == ", ".join(map(str, limits))
+    pair = {"global_threshold": "individual_threshold", "individual_threshold": "global_threshold"}
+    for value in outside:
+        if value is None or value in (float("inf"), float("-inf")) or value != value:
+            continue
+        with pytest.raises(vp.UsageError, match=field):
+            method(**{field: value}, **({pair[field]: 0.1} if field in pair else {}))
+
+
+# -- view ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [(), ("--sinks",), ("--recipe", "var:sink_dims=cosine,keep=0.1")], ids=" ".join)
+def test_view_with_its_defaults(monkeypatch, capsys, tmp_path, picture, more):
+    """Red: `view` is refused unless it is given `--sinks` and a recipe."""
+    target = tmp_path / "figure.png"
+    arguments = ("view", "--image", picture, "--prompt", "how many objects are there ?", "--out", target)
+    assert vlmprune(monkeypatch, *arguments, *more) == 0
+    assert Image.open(target).size[0] > 1000
+    assert ("recipe var:sink_dims=cosine" in capsys.readouterr().out) is ("--recipe" not in more)
+
+
+def test_view_takes_known_sink_dimensions(monkeypatch):
+    """Where a model's sink dimensions are known, the default is the paper's."""
+    from types import SimpleNamespace
+
+    from transformers import LlamaConfig
+
+    from vlmprune.evals.sink_view import default_recipe
+    from vlmprune.sink_dims import KNOWN
+
+    known = next(known for known in KNOWN if known.trusted and known.shape[0] == "llama")
+    _, size, layers, heads, mlp = known.shape
+    config = LlamaConfig(
+        hidden_size=size, num_hidden_layers=layers, num_key_value_heads=heads, intermediate_size=mlp, num_attention_heads=heads
+    )
+    for key, value in known.facts.items():
+        setattr(config, key, value)
+        config.rope_parameters = {**(config.rope_parameters or {}), key: value}
+    assert default_recipe(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))) == "var"
+
+
+def test_every_command_has_help(capsys):
+    for command in app.registered_commands:
+        assert (command.callback.__doc__ or "").strip()
+
+
+def test_units_for_people(monkeypatch, capsys, picture):
+    """Red: costs are printed in one unit whatever their size, and times that nobody asked for."""
+    arguments = (
+        "run",
+        "--model",
+        "tiny",
+        "--image",
+        picture,
+        "--prompt",
+        "how many objects are there ?",
+        "--max-new-tokens",
+        2,
+    )
+    assert vlmprune(monkeypatch, *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "MFLOPs" in printed
+    assert "MiB" in printed or "KiB" in printed
+    assert " ms" not in printed

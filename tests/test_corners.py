@@ -340,7 +340,7 @@ def test_every_layer_may_have_its_own_rotary():
     with vp.wrap(shared("llava"), "random:layer=1,fraction=0.5") as run:
 
         def rotary(full):
-            return run._cutting._rotary(2, call, torch.zeros(1, 3, 4), None, {"position_embeddings": full})
+            return run._plan.cutting._rotary(2, call, torch.zeros(1, 3, 4), None, {"position_embeddings": full})
 
         assert rotary(one)[0].unique().tolist() == [1]
         assert rotary(two)[0].unique().tolist() == [2]

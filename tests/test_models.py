@@ -354,3 +354,43 @@ def test_attention_that_goes_past_transformers_functions():
     vp.wrap(model, "divprune").remove()
     with pytest.raises(vp.UsageError, match="without transformers' attention functions"):
         attention_of(model.model.language_model.layers[0], "self_attn", torch.zeros(1, 1, 64))
+
+
+# -- models that are shallower than papers' --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("depth", "recipe", "proposed"),
+    [
+        (8, "pdrop", "pdrop:layer=2|4|6,fraction=0.5|0.25|0.125"),
+        (6, "vscan", "vscan:layer=0|3,tokens=96|32"),
+        (4, "mustdrop", "mustdrop:layer=1|2|3,"),
+        (8, "fastv:layer=20,tokens=3", "fastv:layer=5,tokens=3"),
+        (6, "random:layer=20|40,fraction=0.5|0.2,seed=4", "random:layer=4|5,fraction=0.5|0.2,seed=4"),
+        (6, "mustdrop:layer=2,fraction=0.3,cache_layer=6", "mustdrop:layer=2,fraction=0.3,cache_layer=1"),
+        (6, "pai:layers=10:20", "layers=2:4"),
+        (6, "vhr:layers=1|18:", "layers=0|3:"),
+        (6, "act:layers=-9:", "layers=-3:"),
+    ],
+)
+def test_layers_the_model_lacks_are_proposed_to_scale(depth, recipe, proposed):
+    """Red: "choose one". What is proposed works; where nothing fits, nothing is proposed."""
+    model = build_llava(num_hidden_layers=depth)
+    with pytest.raises(vp.UsageError) as error:
+        vp.wrap(model, recipe)
+    sentence = str(error.value)
+    assert f"the model has layers 0 to {depth - 1}" in sentence
+    if recipe == "mustdrop":  # four cuts, and three layers to make them at
+        assert sentence.endswith("choose among them.")
+        return
+    _, found, advice = sentence.partition("for example ")
+    assert advice == f"{proposed}."
+    advice = advice.rstrip(".")
+    vp.wrap(model, advice if found and ":" in advice.split("=")[0] else f"{recipe.split(':')[0]}:{advice}").remove()
+
+
+def test_a_proposal_does_not_meet_another_method():
+    """fastv would go to layer 1, where random cuts already."""
+    model = build_llava(num_hidden_layers=6)
+    with pytest.raises(vp.UsageError, match=r"the model has layers 0 to 5: choose among them\.$"):
+        vp.wrap(model, "random:layer=1,fraction=0.6 + fastv:layer=6,fraction=0.5")

@@ -86,7 +86,7 @@ def test_override_with_a_numpy_number():
 class Corner(vp.ScorePruner):
     """Keeps the first tokens, or the last."""
 
-    name, paper, needs, default = "corner", "", frozenset(), vp.at(0, fraction=0.5)
+    name, paper, needs, default = "outer", "", frozenset(), vp.at(0, fraction=0.5)
     last: bool = False
     weight: float = 1.0
 
@@ -105,11 +105,11 @@ class Louder(vp.PAI):
 @pytest.mark.parametrize(
     ("method", "text"),
     [
-        (Corner(tokens=4, last=True), "corner:tokens=4,last=True"),
-        (Corner(layer=2, fraction=0.25, weight=np.float32(0.5)), "corner:layer=2,fraction=0.25,weight=0.5"),
+        (Corner(tokens=4, last=True), "outer:tokens=4,last=True"),
+        (Corner(layer=2, fraction=0.25, weight=np.float32(0.5)), "outer:layer=2,fraction=0.25,weight=0.5"),
         (Louder(alpha=0.25, more=3), "louder:alpha=0.25,more=3"),
     ],
-    ids=["corner", "corner at a layer", "louder"],
+    ids=["outer", "outer at a layer", "louder"],
 )
 def test_a_method_of_ones_own_is_saved_and_loaded(method, text, tmp_path):
     """Red: it could be saved, and then nothing could read the file."""
@@ -125,7 +125,7 @@ def test_a_method_of_ones_own_is_saved_and_loaded(method, text, tmp_path):
 def test_it_runs_by_its_name():
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text2", "image", "text3"]])
-    with vp.wrap(model, "corner:tokens=3,last=True") as run:
+    with vp.wrap(model, "outer:tokens=3,last=True") as run:
         model(**inputs)
     assert run.last.kept[0].index.tolist() == [13, 14, 15]
 
@@ -136,7 +136,7 @@ import vlmprune as vp
 
 @dataclass(frozen=True, kw_only=True)
 class Corner(vp.ScorePruner):
-    name, paper, needs, default = "corner", "", frozenset(), vp.at(0, fraction=0.5)
+    name, paper, needs, default = "outer", "", frozenset(), vp.at(0, fraction=0.5)
     last: bool = False
     weight: float = 1.0
 """
@@ -148,9 +148,9 @@ def test_another_process_needs_the_class_and_imports_nothing_by_itself(tmp_path)
     read = f"import vlmprune as vp; print(vp.Recipe.from_pretrained({str(tmp_path)!r}))"
     command = f"import sys; sys.path.append({str(tmp_path)!r})\n"
     done = subprocess.run([sys.executable, "-c", f"{command}import mine; {read}"], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "corner:layer=0,tokens=4"
+    assert done.stdout.strip() == "outer:layer=0,tokens=4"
     done = subprocess.run([sys.executable, "-c", command + read], capture_output=True, text=True, check=False)
-    assert "unknown method 'corner'" in done.stderr
+    assert "unknown method 'outer'" in done.stderr
     assert "A method of your own must be imported before its recipe is read." in done.stderr
 
 
@@ -170,7 +170,14 @@ def test_a_name_that_another_method_has(tmp_path):
     assert type(vp.Recipe.parse("fastv").methods[0]) is vp.FastV
     with pytest.raises(vp.UsageError, match="of Taken: give"):
         vp.Recipe.of(Taken()).to_dict()
-    DEFINED["fastv"] = vp.FastV
+    del DEFINED["fastv"]
+
+
+def test_instruments_of_evaluations_are_no_methods():
+    from vlmprune.evals.horizon import Only
+
+    with pytest.raises(vp.UsageError, match="unknown method 'only'"):
+        vp.Recipe.parse(Only.name)
 
 
 def test_defining_a_method_again_replaces_it():
@@ -179,10 +186,10 @@ def test_defining_a_method_again_replaces_it():
     for number in (1, 2):
 
         class Again(vp.ScorePruner):
-            name, paper, needs, default = "again", str(number), frozenset(), vp.at(0, fraction=0.5)
+            name, paper, needs, default = "redefined", str(number), frozenset(), vp.at(0, fraction=0.5)
 
         made.append(Again)
-    assert type(vp.Recipe.parse("again").methods[0]) is made[1]
+    assert type(vp.Recipe.parse("redefined").methods[0]) is made[1]
 
 
 # -- relevance -------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tiny_models import make_inputs, shared
 
 import vlmprune as vp
+from vlmprune import units
 from vlmprune.cost import DecoderShape
+from vlmprune.run import Clock, Prefill, Report
 
 
 def test_llava_7b_by_hand():
@@ -82,3 +86,46 @@ def test_override_needs_one_stage():
     single = vp.wrap(model, "random:layer=0,fraction=0.5")
     with single as run, pytest.raises(vp.UsageError, match="fraction must lie in"), run.override(fraction=3):
         pass
+
+
+def test_report_as_data():
+    """Red: a report cannot be logged: it has no plain form, or one that JSON gives back otherwise."""
+    model = shared("llava")
+    with vp.wrap(model, "divprune:layer=0,tokens=9 + random:layer=2,tokens=3 + act:layers=1") as run, torch.no_grad():
+        model(**make_inputs("llava", model, [["image", "text4"], ["image", "image", "text2"]]))
+        report = run.report()
+    data = report.to_dict()
+    assert json.loads(json.dumps(data)) == data
+    assert data["flops"] == report.flops
+    assert data["stages"][1] == {"layer": 2, "method": "random", "site": "llm", "kept": [3] * 3, "original": [16] * 3}
+    assert data["edits"][0]["layers"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        (units.size, 0, "0 B"),
+        (units.size, 1023, "1023 B"),
+        (units.size, 346_030_080, "330 MiB"),
+        (units.size, 1.5 * 2**30, "1.5 GiB"),
+        (units.size, 1023.96 * 1024, "1024 KiB"),
+        (units.operations, 8.82e12, "8.82 TFLOPs"),
+        (units.operations, 18.4e6, "18.4 MFLOPs"),
+        (units.duration, 0.0123, "12.3 µs"),
+        (units.duration, 3.456, "3.46 ms"),
+        (units.duration, 75_000, "1.25 min"),
+    ],
+)
+def test_units(form, value, text):
+    assert form(value) == text
+
+
+def test_printed_units():
+    """Red: hundreds of MiB are printed in KiB, as 3.379e+05."""
+    shape = DecoderShape(layers=32, dim=4096, heads=32, kv_heads=32, head_dim=128, mlp=11008)
+    record = Prefill(1, 660, 0, 576, shape, 2, entering=[148] * 32, stored=[148] * 32, resident=[148] * 32, peak=148 * 32)
+    record.prefill = Clock(0.0, 1.5)
+    printed = str(Report.of(record, "x"))
+    assert "1.93 TFLOPs of 8.78 TFLOPs (22.0%)" in printed
+    assert "74 MiB of 330 MiB (22.4%)" in printed
+    assert "1.5 s, of which choosing and shortening 0 µs" in printed

@@ -528,19 +528,27 @@ def test_an_override_is_its_handles(model):
         assert (one.report().batch, one.report().visual_tokens, two.report().visual_tokens) == (1, VISUAL, 2 * VISUAL)
 
 
-@pytest.mark.parametrize("how", ["removed", "replaced"])
-def test_an_override_of_a_handle_that_has_gone_is_refused(model, how):
+def test_an_override_of_a_removed_handle_is_refused(model):
     """Red: requests of a server that still holds the old handle run with another budget, in silence."""
     run = vp.wrap(model, HALF)
-    other = None
-    if how == "removed":
-        run.remove()
-    else:
-        other = vp.wrap(model, "uniform:fraction=0.5")
-    with pytest.raises(vp.UsageError, match="removed, or replaced by another wrap"), run.override(tokens=3):
+    run.remove()
+    with pytest.raises(vp.UsageError, match="was removed from the model and overrides nothing"), run.override(tokens=3):
         pass
-    if other is not None:
-        other.remove()
+    other = vp.wrap(model, "uniform:fraction=0.5")
+    with pytest.raises(vp.UsageError, match="was removed from the model and overrides nothing"), run.override(tokens=3):
+        pass
+    other.remove()
+
+
+def test_a_block_is_served_by_its_handle_though_it_was_replaced(model):
+    """Red: a recipe that is replaced between taking the handle and opening the block takes the override with it."""
+    run = vp.wrap(model, HALF)
+    with vp.wrap(model, "uniform:fraction=0.25") as other:
+        with run.override(tokens=3):
+            ask(model)
+            assert (kept(run), run.report().stages[0].method) == ([3], "divprune")
+        ask(model)
+        assert (kept(other), other.report().stages[0].method) == ([4], "uniform")
 
 
 # --- records (10) -----------------------------------------------------------------------------------------------------

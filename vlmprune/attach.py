@@ -16,7 +16,7 @@ No hook is made here: `hooks.py` makes them, and asks every call which plan it f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,18 +29,20 @@ from torch import Tensor, nn
 
 from vlmprune.adapters.registry import family_of
 from vlmprune.attention import TUNNEL
-from vlmprune.cache import Owner, PrunedLayer, hand_over
+from vlmprune.cache import Owner, PrunedLayer, check_growing, hand_over
 from vlmprune.context import Contexts
 from vlmprune.cost import DecoderShape
 from vlmprune.cutting import Cutting, timed
 from vlmprune.decoder import Decoder, carried, carry, look_at
 from vlmprune.errors import UsageError
-from vlmprune.layout import Layout, Prompt, on_device, on_host
+from vlmprune.layout import on_host
 from vlmprune.methods.base import TowerPruner
 from vlmprune.probes import recall_tower, see_attention
+from vlmprune.prompt import check_mask_goes_on, find_layout, look_at_mask, read_prompt, refuse_merged, visible_pictures
 from vlmprune.recipe import Recipe
 from vlmprune.refusals import check_cuts, check_edits, check_tower
 from vlmprune.run import Call, Chosen, Clock, Prefill
+from vlmprune.schedule import Budget
 from vlmprune.steering import Steering
 from vlmprune.tower import RowMemory, TowerPass
 from vlmprune.view import BEFORE_THE_CUT, FROM_TOWER, Facts
@@ -302,46 +304,57 @@ class Plan:
     ) -> None:
         """Observer of the attention before a cut; prefills only, and not where the choice is made already."""
         call: Call | None = kwargs.get(TUNNEL)
-        if call is not None and call.layout is not None and not call.replayed:
+        if call is not None and call.layout is not None and self.cutting.chooses_at(layer + 1, call):
             with timed(call, query.device, f"attention in layer {layer}"), torch.no_grad():
                 see_attention(call, layer, needs, query, key, value, attention_mask, scaling)
 
     # -- hooks, in the order of a forward pass ---------------------------------------------------------------------------
 
-    def begin(self, call: Call, owner: Owner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A call that follows this plan enters the base model. `owner` owns its conversation."""
+    def may_change(self, pictures: Sequence[int] | None, budget: Budget | None) -> bool:
+        """Whether pictures with so many tokens (None: of any size) would be computed otherwise than without this plan."""
+        return bool(self.edited) or self.cutting.may_drop(pictures, budget)
+
+    def begin(self, call: Call, owner: Owner, kwargs: dict[str, Any]) -> None:
+        """A call that follows this plan enters the base model, with `kwargs`. `owner` owns its conversation."""
         settings = self.contexts.settings
         call.owner, call.plan = owner, self
         call.enabled, call.budget, call.blocks = settings.enabled, settings.budget, settings.blocks
+        check_mask_goes_on(call, kwargs.get("past_key_values"))
         if not call.past:
             hand_over(kwargs.get("past_key_values"), owner)
         if call.enabled:
-            self._find_pictures(call, args, kwargs)
+            self._find_or_leave(call, kwargs)
 
-    def _find_pictures(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _find_or_leave(self, call: Call, kwargs: dict[str, Any]) -> None:
+        """Look for pictures. What cannot be followed is refused only where something would be dropped or redistributed: the
+        plain model takes it."""
+        try:
+            self._find_pictures(call, kwargs)
+        except UsageError:
+            if self.may_change(call.pictures, call.budget):
+                raise
+            look_at_mask(call, kwargs)
+
+    def _find_pictures(self, call: Call, kwargs: dict[str, Any]) -> None:
         if kwargs.get("pixel_values_videos") is not None or (kwargs.get("mm_encoder_outputs") or {}).get("video") is not None:
             raise UsageError(
                 "videos are not pruned yet: pass the frames as pictures, or run this prompt inside "
                 "`with run.override(enabled=False):`."
             )
-        counts = _encoded_counts(kwargs) or self.family.tokens_per_image(kwargs, self._config)
+        counts = call.pictures = _encoded_counts(kwargs) or self.family.tokens_per_image(kwargs, self._config)
         if counts is None:
+            refuse_merged(kwargs, self.text)
             return  # a prompt without a picture, a later step, or a turn without a new picture
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None:
-            raise UsageError("pruning finds pictures by their placeholder ids: pass input_ids, not inputs_embeds.")
-        mask = kwargs.get("attention_mask")
-        if mask is not None and call.mask is None:
-            found = f"{mask.ndim}-D tensor" if isinstance(mask, Tensor) else type(mask).__name__
-            raise UsageError(
-                f"pruning needs a 2-D attention mask [batch, tokens] or None, found a {found}: static caches and custom masks "
-                "are not supported."
-            )
-        call.batch, call.sequence = ids.shape
-        self._replay_uncached(call, ids, kwargs.get("mm_encoder_outputs"), cached=kwargs.get("past_key_values") is not None)
-        call.prompt = prompt = Prompt.read(ids, call.mask, self.family.image_token(self._config), call.tail)
-        call.layout = Layout.find(prompt.visual, counts, prompt.real, ids.device)
-        call.prompt_end = on_device(prompt.end, ids.device)
+        if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
+            return  # the model itself refuses this
+        cache = kwargs.get("past_key_values")
+        steered = dict.fromkeys(method.name for method in self._steering.by_layer.values())
+        if steered or self.cutting.may_drop(counts, call.budget):
+            check_growing(cache, "attention redistribution" if steered else "pruning inside the language model")
+        told_by: Tensor = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"][..., 0]
+        self._replay_uncached(call, told_by, kwargs.get("mm_encoder_outputs"), cached=cache is not None)
+        prompt = read_prompt(call, kwargs, self.family.image_token(self._config), self.text, self._needs, tuple(steered))
+        find_layout(call, prompt, counts, told_by.device)
 
     def _replay_uncached(self, call: Call, ids: Tensor, encoded: Any, cached: bool) -> None:
         """Generation without a cache runs the whole prompt again for every token, with the same encoded pictures: the choice
@@ -373,11 +386,14 @@ class Plan:
         embeddings: Tensor = kwargs["inputs_embeds"]
         self._set_newlines_apart(call, embeddings)
         images = call.layout.images
-        call.remaining = [torch.arange(len(image), device=image.positions.device) for image in images]
-        call.alive, call.counts, call.entered = call.layout.real, list(call.layout.counts), list(map(len, images))
-        call.record = self._begin_record(call, sum(map(len, images)), embeddings)
+        call.remaining = visible_pictures(call)
+        call.alive, call.counts = call.layout.real, list(call.layout.counts)
+        call.candidates = list(map(len, call.remaining))
+        call.entered = list(call.candidates)
+        visual = sum(map(len, images))
+        call.record = self._begin_record(call, visual, embeddings, hidden=visual - sum(call.candidates))
         with timed(call, embeddings.device, "what the tower knew"):
-            if self._seen_in_tower:
+            if self._seen_in_tower and (self._steering.needs or self.cutting.may_drop(call.candidates, call.budget)):
                 recall_tower(call, self.memory, embeddings)
             if self._needs & {"embeddings", "text_embeddings"}:
                 call.embeddings = embeddings
@@ -385,7 +401,7 @@ class Plan:
         # With padding, the model would make a mask of the whole prompt, [batch, 1, n, n], which no layer would see. Without
         # cache and mask, however, it would take positions with padding for packed sequences, and make a mask for these.
         cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache", self.text.config.use_cache)
-        unseen = (cached or kwargs.get("position_ids") is None) and self.cutting.shortens_at_once(call)
+        unseen = (cached or kwargs.get("position_ids") is None) and self.cutting.shortens_at_once(call) and not call.custom
         return (args, {**kwargs, "attention_mask": None}) if unseen else None
 
     def _without_picture(self, call: Call, embeddings: Tensor) -> None:
@@ -394,7 +410,7 @@ class Plan:
         if call.sequence > 1:  # guidance runs the last token alone beside the prompt, whose record is what people want
             call.record = self._begin_record(call, 0, embeddings)
 
-    def _begin_record(self, call: Call, visual: int, embeddings: Tensor) -> Prefill:
+    def _begin_record(self, call: Call, visual: int, embeddings: Tensor, hidden: int = 0) -> Prefill:
         record = Prefill(
             batch=call.batch,
             sequence=call.sequence,
@@ -403,6 +419,7 @@ class Plan:
             shape=self._shape,
             itemsize=embeddings.element_size(),
             newlines=0 if call.newlines is None else int(call.newlines.sum()),
+            hidden=hidden,
         )
         record.prefill.start = Clock.now(embeddings.device)
         record.tower, self.now.clocks = list(self.now.clocks), ()
@@ -428,7 +445,7 @@ class Plan:
         newline, device = getattr(self.base, self.family.newline), embeddings.device.type
         if torch.is_autocast_enabled(device):  # transformers packs it among features of that dtype
             newline = newline.to(torch.get_autocast_dtype(device))
-        call.newlines = on_host((embeddings == newline.to(embeddings)).all(dim=-1)) & call.prompt.visual
+        call.newlines = on_host((embeddings == newline.to(embeddings)).all(dim=-1)) & call.prompt.placeholders
         call.layout = call.layout.without(call.newlines)
 
     def enter_layer(self, index: int, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -453,7 +470,8 @@ class Plan:
             layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
             if not isinstance(layer, PrunedLayer):
                 return None
-            if hidden.shape[1] == 1 and layer.dense and layer.shift is None and call.layout is None and not call.padded_step:
+            every = layer.dense and layer.shift is None and not call.custom
+            if hidden.shape[1] == 1 and every and call.layout is None and not call.padded_step:
                 # Decoding without padding: every stored entry is visible, no mask is needed.
                 return None if kwargs.get("attention_mask") is None else (args, {**kwargs, "attention_mask": None})
         changed = self.cutting.arguments(index, call, hidden, cache, kwargs)
@@ -536,8 +554,9 @@ def _encoded_counts(kwargs: dict[str, Any]) -> list[int] | None:
         return None
     if encoded.last_hidden_state is None:  # generate() cuts features up for a chunked prefill, and leaves this out
         raise UsageError(
-            "where one picture ends and the next begins is unknown, because the encoded features are in pieces: chunked "
-            "prefill is not supported (prefill_chunk_size=None); pass on what get_image_features returned as it is."
+            "pruning decides over whole pictures, but these features come in pieces, as generate(prefill_chunk_size=…) cuts "
+            "them, whether the prompt has one chunk or several: leave prefill_chunk_size out, and pass on what "
+            "get_image_features returned as it is."
         )
     return [features.shape[0] for features in encoded.pooler_output]
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vlmprune.errors import UsageError
 from vlmprune.kernels.attention_mass import attention_rows
 
 KEY = "vlmprune"
@@ -29,6 +30,9 @@ Observer = Callable[..., None]
 
 BLOCK = 128
 """Rows and columns of a block of flex attention's masks, as in transformers'."""
+
+HIDDEN = -1e4
+"""What is added to a score to hide it: this or less, by custom. Its share of a softmax is zero in every dtype."""
 
 
 def pruned_mask(
@@ -112,6 +116,78 @@ def block_mask(queries: int, key_valid: Tensor, dense: bool = False, causal: boo
     )
 
 
+def not_hidden(mask: Tensor) -> Tensor:
+    """Which cells of a bool or additive mask can be seen."""
+    return mask if mask.dtype == torch.bool else mask > HIDDEN
+
+
+def shown(mask: Tensor | BlockMask, batch: int, queries: int, past: int) -> Tensor:
+    """`[batch, query, key]` bool: what a given mask shows to each row, to any head; `past + queries` keys.
+
+    Args:
+        mask: bool or additive `[batch or 1, head or 1, query, key or more]`, or a block mask.
+        batch, queries, past: shape of the call.
+
+    Raises:
+        UsageError: it is of another kind.
+    """
+    keys = past + queries
+    if isinstance(mask, BlockMask):
+        rows = torch.arange(queries, device=mask.kv_num_blocks.device).expand(batch, queries)
+        return visible_in_rows(mask, rows, keys)
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[2] != queries or mask.shape[3] < keys:
+        found = f"a tensor of shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise UsageError(
+            f"attention_mask is {found}, where {queries} tokens follow {past}: give [batch, tokens so far] or "
+            f"[batch, 1, {queries}, {keys}]."
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise UsageError(f"an attention_mask with 4 axes is True and False, or added to scores: found {mask.dtype}.")
+    return not_hidden(mask)[..., :keys].any(dim=1).expand(batch, -1, -1)
+
+
+def shown_cells(mask: Tensor | BlockMask, rows: Tensor, columns: Tensor) -> Tensor:
+    """`[batch, row, column]` bool: whether `mask`, as in `shown`, shows to `rows` `[batch, row]` the `columns`
+    `[batch, column]`."""
+    if isinstance(mask, BlockMask):
+        seen = visible_in_rows(mask, rows, int(mask.shape[-1]))
+    else:
+        visible = not_hidden(mask).to(rows.device).any(dim=1).expand(len(rows), -1, -1)
+        seen = visible.gather(1, rows[..., None].expand(-1, -1, visible.shape[2]))
+    return seen.gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
+
+
+def part_of_mask(
+    mask: Tensor | BlockMask, rows: Tensor, rows_valid: Tensor, columns: Tensor, columns_valid: Tensor
+) -> Tensor | BlockMask:
+    """The cells of a given mask that belong to what a shortened layer computes and stores.
+
+    Args:
+        mask: as in `shown`.
+        rows, rows_valid: `[batch, query]` places in the call's sequence, and False on left padding.
+        columns, columns_valid: `[batch, key]` places in the conversation of all stored entries, the queries' own last.
+
+    Returns:
+        The same kind of mask, `[batch, head or 1, query, key]`.
+    """
+    queries, keys = rows.shape[1], columns.shape[1]
+    if isinstance(mask, BlockMask):
+        see = mask.mask_mod
+
+        def kept(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return see(batch, head, rows[batch, query], columns[batch, key]) & columns_valid[batch, key]
+
+        return create_block_mask(kept, len(rows), None, queries, keys, device=str(rows.device), BLOCK_SIZE=BLOCK)
+    mask = mask.to(rows.device).expand(len(rows), -1, -1, -1)
+    part = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    part = part.gather(3, columns[:, None, None].expand(-1, mask.shape[1], queries, -1))
+    hidden, seen = (False, True) if mask.dtype == torch.bool else (torch.finfo(mask.dtype).min, 0)
+    part = part.masked_fill(~columns_valid[:, None, None], hidden)
+    place = torch.arange(keys, device=rows.device)
+    own = place[keys - queries :, None] == place
+    return part.masked_fill(~rows_valid[:, None, :, None] & own, seen)  # padding rows see themselves: none may be empty
+
+
 def visible_in_rows(mask: BlockMask, rows: Tensor, keys: int) -> Tensor:
     """`[batch, row, key]` bool: what flex attention's `mask` shows to the query rows `[batch, row]`, to all heads alike."""
     device = rows.device
@@ -139,7 +215,7 @@ def rows_attention(
     else:
         mask = attention_mask.expand(batch, -1, -1, -1)[:, 0]
         visible = mask.gather(1, rows[:, :, None].expand(-1, -1, keys))
-        visible = visible if visible.dtype == torch.bool else visible > torch.finfo(visible.dtype).min / 2
+        visible = not_hidden(visible)
     return attention_rows(chosen, key, scaling, visible)
 
 

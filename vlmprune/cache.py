@@ -268,7 +268,10 @@ class PrunedLayer(MarkedLayer):
         Raises:
             UsageError: it would cut into the part of the prompt where tokens were dropped.
         """
-        remove = abs(tokens_to_remove)
+        if tokens_to_remove > 0:
+            DynamicLayer().crop(tokens_to_remove)  # transformers' own error, from 5.18 on; before, a number of tokens to leave
+            tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
+        remove = -tokens_to_remove
         from_prefix = remove - self._tail()
         if remove and self.slots is not None and self.valid is not None and from_prefix > 0:
             kept = self.slots.shape[1] - from_prefix
@@ -379,14 +382,41 @@ def marked_layer(cache: Cache, index: int) -> MarkedLayer:
     return adopted
 
 
+def check_growing(cache: Cache | None, what: str) -> None:
+    """Refuse a cache whose layers cannot have different lengths, before anything runs.
+
+    Raises:
+        UsageError: it is no plain `DynamicCache`.
+    """
+    if cache is None:
+        return
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        raise _other_cache(what, f"a {type(cache).__name__}")
+    for layer in layers:
+        _check_layer(cache, layer, what)
+    grown = cache.layer_class_to_replicate
+    if grown is not None and grown is not DynamicLayer:
+        raise _other_cache(what, f"a cache of {getattr(grown, '__name__', 'other')} layers")
+
+
+def _check_layer(cache: Cache, layer: object, what: str) -> None:
+    if not isinstance(layer, MarkedLayer) and (type(layer) is not DynamicLayer or cache.offloading):
+        raise _other_cache(what, "an offloaded cache" if cache.offloading else f"a {type(layer).__name__}")
+
+
+def _other_cache(what: str, found: str) -> UsageError:
+    return UsageError(
+        f"{what} needs a plain DynamicCache, found {found}: pass no other cache as past_key_values, and to generate "
+        "cache_implementation=None (the default)."
+    )
+
+
 def _plain_layer(cache: Cache, index: int, what: str) -> DynamicLayer:
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
-    if not isinstance(layer, MarkedLayer) and (type(layer) is not DynamicLayer or cache.offloading):
-        found = "an offloaded cache" if cache.offloading else f"a {type(layer).__name__}"
-        raise UsageError(
-            f"{what} needs a plain DynamicCache, found {found}: pass cache_implementation=None (the default of generate)."
-        )
+    _check_layer(cache, layer, what)
+    assert isinstance(layer, DynamicLayer)
     return layer

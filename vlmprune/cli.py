@@ -1,4 +1,7 @@
-"""The command line: `vlmprune demo | run | eval | sweep | bench | horizon | tune | methods | sinks | view | env`."""
+"""The command line: `vlmprune demo | run | eval | sweep | bench | horizon | tune | methods | sinks | view | env`.
+
+Names are looked up, and pictures read, before torch is imported: a mistyped one is answered at once.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
+from vlmprune import __version__, names, units
 from vlmprune.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Make vision-language models cheaper and more truthful without training them.",
 )
 console = Console()
@@ -59,14 +68,81 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2, never a traceback."""
+    try:
+        command = _command(sys.argv[1:])
+        code = app(standalone_mode=False, prog_name="vlmprune")
+    except UsageError as error:
+        _stop(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except Exception as error:
+        # What typer raises for wrong options has no class that all its versions share.
+        if not hasattr(error, "format_message"):
+            raise
+        if message := error.format_message():
+            _stop(f"{' '.join(message.split()).rstrip('.')}; `{' '.join(['vlmprune', *command])} -h` lists what it takes.")
+        code = 0  # no command: the help was printed
+    sys.exit(code or 0)
+
+
+def _stop(sentence: str) -> None:
+    print(f"vlmprune: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    """The command that was asked for, if any.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    if name is None:
+        return []
+    if name in commands:
+        return [name]
+    if name in names.method_names():
+        raise UsageError(
+            f"{name} is a method, not a command: `vlmprune methods {name}` tells of it, `vlmprune run --recipe {name}` runs it."
+        )
+    raise unknown("command", name, commands)
+
+
+def _quiet() -> None:
+    """No bars and warnings of transformers; of downloads, which may take minutes, the bars stay."""
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of loading weights; our own progress bars stay
-    try:
-        app()
-    except UsageError as error:
-        print(f"vlmprune: {error}", file=sys.stderr)
-        sys.exit(2)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    enable_progress_bars()
+
+
+def _note(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        print(f"vlmprune: note: {sentence}", file=sys.stderr)
+
+
+def _progress() -> Progress:
+    from rich.progress import Progress
+
+    return Progress(console=Console(stderr=True), transient=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vlmprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make vision-language models cheaper and more truthful without training them."""
 
 
 @app.command()
@@ -77,8 +153,10 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Ask the embedded VLM about a few held-out pictures, un-pruned and pruned, and draw what was kept."""
+    names.check_recipe(recipe)
     from vlmprune.demo import run_demo
 
+    _quiet()
     result = run_demo(recipe, images, out)
     if as_json:
         _print_json(result)
@@ -107,16 +185,29 @@ def run(
     draw: Annotated[Path | None, typer.Option(help="Write the picture with the kept patches here.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a model about one picture, un-pruned and pruned."""
+    """Ask a model about one picture, un-pruned and pruned: one answer each. (`vlmprune bench` measures time.)"""
+    _check_question(image, prompt, recipe)
     from vlmprune.demo import ask_once
 
-    result = ask_once(model, image, prompt, recipe, max_new_tokens, device, draw)
+    _quiet()
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+
+        def tell(what: str, tokens: int, done: bool) -> None:
+            progress.update(task, description=what, completed=tokens, total=max_new_tokens if tokens else None)
+            if done and not progress.console.is_terminal:  # no bar there
+                print(f"vlmprune: {what}: {tokens} tokens", file=sys.stderr)
+
+        result = ask_once(model, image, prompt, recipe, max_new_tokens, device, draw, tell)
+    _note(result["picture"]["notes"])
     if as_json:
         _print_json(result)
         return
     console.print(f"un-pruned  {result['unpruned']['answer']}", highlight=False)
     console.print(f"pruned     {result['pruned']['answer']}", highlight=False)
     console.print(_cost_table(result["unpruned"], result["pruned"]))
+    for view in result["views"] if len(result["views"]) > 1 else []:
+        console.print(f"{view['name']:<11}{len(view['kept'])} of {view['tokens']} tokens kept", highlight=False)
     for edit in result["edits"]:
         console.print(f"redistributed ({edit['method']})  {edit['summary']}", highlight=False)
     if draw:
@@ -132,20 +223,18 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Accuracy of recipes on the embedded VLM, per skill, beside the un-pruned model."""
-    from rich.progress import Progress
-
+    for text in recipe or ():
+        names.check_recipe(text)
     from vlmprune import tiny
-    from vlmprune.demo import make_folder
     from vlmprune.evals import offline
     from vlmprune.tiny.scenes import SPLITS
 
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    if out:
-        make_folder(out)
+    _prepare_folder(out)
     model, processor = tiny.load()
     recipes = recipe or list(offline.DEFAULT)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with _progress() as progress:
         task = progress.add_task("recipes", total=len(recipes) + 1)
         rows = offline.evaluate(model, processor, recipes, images, split, lambda: progress.advance(task))
     numbers = {"images": images, "split": split, "environment": environment(), "rows": [row.to_dict() for row in rows]}
@@ -180,23 +269,22 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """All methods at equal compute on the embedded VLM, each against random tokens at the same layers and counts."""
+    for name in method or ():
+        names.check_method(name)
     import torch
-    from rich.progress import Progress
 
     from vlmprune import tiny
-    from vlmprune.demo import make_folder
     from vlmprune.evals import sweep as evals
     from vlmprune.tiny.scenes import SPLITS
 
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    if out:
-        make_folder(out)
+    _prepare_folder(out)
     if threads:
         torch.set_num_threads(threads)
     model, processor = tiny.load()
     plan = evals.make_plan(model, method, budget or evals.BUDGETS)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with _progress() as progress:
         task = progress.add_task("", total=None)
         tell = evals.Tell(
             lambda total: progress.update(task, total=total),
@@ -233,10 +321,10 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Speed and memory of recipes beside the un-pruned model, on random weights of a published shape."""
+    for text in recipe or ():
+        names.check_recipe(text)
     import torch
-    from rich.progress import Progress
 
-    from vlmprune.demo import make_folder
     from vlmprune.evals import bench as evals
     from vlmprune.evals.shapes import shape_named
 
@@ -245,11 +333,11 @@ def bench(
     if (dtype := dtype or ("bfloat16" if on_gpu else "float32")) not in (dtypes := ("bfloat16", "float16", "float32")):
         raise unknown("dtype", dtype, dtypes)
     reduce = reduce or (1 if on_gpu else 8)
-    if out:
-        make_folder(out)
+    _prepare_folder(out)
+    _quiet()
     model = found.build(device, getattr(torch, dtype), reduce)
     recipes, batches = recipe or list(found.recipes), batch or [1]
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with _progress() as progress:
         task = progress.add_task("runs", total=(rounds + 1) * (len(recipes) + 1) * len(batches))
         rows = []
         for size in batches:
@@ -305,9 +393,9 @@ def horizon(
     """From which decoder layer on visual tokens tell the answer nothing any more, and recipes that use it."""
     from vlmprune.evals import horizon as evals
 
-    with _calibration(model, data, images, device, out, answers=True) as (loaded, samples, tick):
+    with _calibration(model, data, images, device, out, answers=True) as (loaded, samples, tick, notes):
         result = evals.find_horizon(loaded, samples, layer, window, chunk, answer_tokens, tick)
-    numbers = {"model": model, "data": str(data or "scenes"), "environment": environment(), **result.to_dict()}
+    numbers = {"model": model, "data": str(data or "scenes"), "notes": notes, "environment": environment(), **result.to_dict()}
     if out:
         (out / "horizon.json").write_text(json.dumps(numbers) + "\n")
         (out / "horizon.md").write_text(evals.markdown(result) + "\n")
@@ -334,14 +422,15 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Choose a method's layers and counts for a model, from where its attention moves on."""
+    names.check_method(method, "pruning")
     from vlmprune.evals import tune as evals
     from vlmprune.schedule import Budget
 
     evals.check_method(method)
     budget = Budget(fraction=0.3) if (tokens, fraction) == (None, None) else Budget(tokens, fraction)
-    with _calibration(model, data, images, device, out, answers=False) as (loaded, samples, tick):
+    with _calibration(model, data, images, device, out, answers=False) as (loaded, samples, tick, notes):
         result = evals.tune(loaded, samples, budget, method, tick)
-    numbers = {"model": model, "data": str(data or "scenes"), "environment": environment(), **result.to_dict()}
+    numbers = {"model": model, "data": str(data or "scenes"), "notes": notes, "environment": environment(), **result.to_dict()}
     if out:
         result.recipe.save_pretrained(out)
         (out / "tune.json").write_text(json.dumps(numbers, indent=1) + "\n")
@@ -356,36 +445,69 @@ def tune(
 @contextmanager
 def _calibration(
     model: str, data: Path | None, images: int | None, device: str, out: Path | None, answers: bool
-) -> Iterator[tuple[Any, Iterator[Any], Callable[[float], None]]]:
-    """The model, its calibration samples, and a progress bar to tick; everything is checked before anything is computed."""
-    from rich.progress import Progress
-
-    from vlmprune.demo import load_model, make_folder, open_picture, prompt_text
+) -> Iterator[tuple[Any, Iterator[Any], Callable[[float], None], list[str]]]:
+    """The model, its calibration samples, a progress bar to tick, and what the pictures lost when they were read; everything is
+    checked before anything is computed."""
     from vlmprune.evals import calibration
+    from vlmprune.loading import open_model
 
     if data is None and model != "tiny":
         raise UsageError("the built-in scenes are for the embedded model: give --data with questions for yours.")
     questions = calibration.scenes(images or 40) if data is None else calibration.read(data, answers, images)
-    for question in questions if data else []:
-        open_picture(question.picture)
-    if out:
-        make_folder(out)
-    loaded, processor = load_model(model, device)
-    samples = calibration.samples(processor, questions, partial(prompt_text, processor), open_picture, device)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    notes = calibration.check_pictures(questions)
+    _prepare_folder(out)
+    _quiet()
+    processor, read_weights = open_model(model, device)
+    samples = calibration.samples(processor, questions, device)
+    loaded = read_weights()
+    _note(notes)
+    with _progress() as progress:
         task = progress.add_task("samples", total=len(questions))
-        yield loaded, samples, lambda share: progress.advance(task, share)
+        yield loaded, samples, lambda share: progress.advance(task, share), notes
+
+
+def _prepare_folder(out: Path | None) -> None:
+    """A folder for results and their figures, and what draws them, before anything is computed."""
+    from vlmprune.loading import check_packages, make_folder
+
+    if out:
+        check_packages(["matplotlib"])
+        make_folder(out)
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
-    """The methods there are, with their papers and defaults."""
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, with its parameters; all if not given.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The methods there are, with their papers and defaults; or one of them, with its parameters."""
+    if name is not None:
+        _print_method(name, as_json)
+        return
     rows, edits = method_rows(), redistribution_rows()
     if as_json:
         _print_json([*rows, *edits])
         return
     for title, columns, lines in (("dropping visual tokens", COLUMNS, rows), ("redistributing attention", EDIT_COLUMNS, edits)):
         console.print(_methods_table(title, columns, lines), highlight=False)
+
+
+def _print_method(name: str, as_json: bool) -> None:
+    names.check_method(name)
+    from vlmprune.catalogue import describe
+
+    found = describe(name)
+    if as_json:
+        _print_json(found)
+        return
+    say = partial(console.print, markup=False, highlight=False)
+    say(f"{name}: {found['what']}\n{found['paper']}" + (f"; {found['where it differs']}" if found["where it differs"] else ""))
+    keys = ("parameter", "type", "allowed", "default", "meaning")
+    table = Table(*(Column(key, overflow="fold", no_wrap=key == "parameter") for key in keys))
+    for row in found["parameters"]:
+        table.add_row(*(Text(row[key]) for key in keys))
+    console.print(table)
+    say(f'vlmprune run --model tiny --image cat.jpg --prompt "What is this?" --recipe "{found["example"]}"', soft_wrap=True)
 
 
 def _methods_table(title: str, columns: dict[str, str], rows: list[dict[str, str]]) -> Table:
@@ -410,9 +532,10 @@ def sinks(
     as_json: AsJson = False,
 ) -> None:
     """Find the dimensions that hold a decoder's attention sinks, for `var`, with the evidence."""
-    from vlmprune.demo import load_decoder
     from vlmprune.evals.sinks import PROMPTS, TINY_PROMPTS, find_sinks
+    from vlmprune.loading import load_decoder
 
+    _quiet()
     decoder, tokenize = load_decoder(model, gguf, device)
     found = find_sinks(decoder, [tokenize(text) for text in prompt or (TINY_PROMPTS if model == "tiny" else PROMPTS)])
     if as_json:
@@ -434,26 +557,49 @@ def view(
     image: Annotated[Path, typer.Option(help="A picture.")],
     prompt: Annotated[str, typer.Option(help="The question; or, with the image token in it, the whole prompt.")],
     model: Annotated[str, typer.Option(help="Folder or hub id of a VLM; 'tiny' is the embedded one.")] = "tiny",
-    sinks: Annotated[bool, typer.Option("--sinks", help="Sinks, and attention to the picture before and after.")] = False,
-    recipe: Annotated[str, typer.Option(help="A recipe with var; pruning methods may stand beside it.")] = "var",
+    sinks: Annotated[
+        bool, typer.Option("--sinks", help="Sinks, and attention to the picture before and after: the one view so far.")
+    ] = True,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="With var; pruning may stand beside it. Default: var, with sink_dims=cosine where they are unknown."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     out: Annotated[Path, typer.Option(help="The figure.")] = Path("sinks.png"),
 ) -> None:
-    """Draw what a recipe does to one picture and question."""
+    """Draw what redistribution does to one picture and question. (`vlmprune run --draw` draws kept patches.)"""
+    _check_question(image, prompt, recipe or "var")
     from vlmprune.demo import prepare
     from vlmprune.evals import sink_view
+    from vlmprune.loading import check_packages
 
-    if not sinks:
-        raise UsageError("there is one view so far: pass --sinks (kept patches are drawn by `vlmprune run --draw`).")
-    loaded, inputs, seen, grid = prepare(model, image, prompt, device, out)
-    found = sink_view.look(loaded, inputs, recipe)
-    sink_view.draw(found, seen, grid, prompt, out)
+    check_packages(["matplotlib"])
+    if recipe is not None:
+        sink_view.check(recipe)
+    _quiet()
+    made = prepare(model, image, prompt, device, out)
+    _note(made.notes)
+    if recipe is None:
+        recipe = sink_view.default_recipe(made.model)
+        console.print(f"recipe {recipe}", highlight=False)
+    found = sink_view.look(made.model, made.inputs, recipe)
+    sink_view.draw(found, made.seen, made.grid, prompt, out)
     before, after = float(found.before.mean()), float(found.after.mean())
     counts = found.sinks.sum(dim=1).float().mean()
     console.print(
         f"{counts:.1f} visual and {sum(found.text_sinks) / len(found.layers):.1f} text sinks per layer; attention to the "
         f"picture {before:.1%} before, {after:.1%} after. The figure is {out}"
     )
+
+
+def _check_question(image: Path, prompt: str, recipe: str) -> None:
+    """What can be refused before torch is imported, is."""
+    from vlmprune.pictures import open_picture
+
+    names.check_recipe(recipe)
+    if not prompt.strip():
+        raise UsageError("the prompt is empty: ask something about the picture.")
+    open_picture(image, lambda note: None)
 
 
 @app.command()
@@ -632,15 +778,16 @@ def _judged(given: str, truth: str) -> str:
 
 def _cost_table(unpruned: dict[str, Any], pruned: dict[str, Any]) -> Table:
     table = Table("", "un-pruned", "pruned", "ratio")
-    rows = (
-        ("visual tokens kept per picture", "visual_tokens", "{:.0f}"),
-        ("language-model prefill, ms", "prefill_ms", "{:.2f}"),
-        ("language-model prefill, MFLOPs", "mflops", "{:.1f}"),
-        ("KV cache after prefill, KiB", "kv_kib", "{:.1f}"),
+    rows: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+        ("visual tokens kept per picture", "visual_tokens", "{:.0f}".format),
+        ("language-model prefill, medians of 7", "prefill_ms", units.duration),
+        ("language-model prefill", "mflops", lambda mflops: units.operations(mflops * 1e6)),
+        ("KV cache after prefill", "kv_kib", lambda kib: units.size(kib * 1024)),
     )
     for label, key, form in rows:
-        share = unpruned[key] / pruned[key] if pruned[key] else float("inf")
-        table.add_row(label, form.format(unpruned[key]), form.format(pruned[key]), f"{share:.2f}×")
+        if key in unpruned:  # `run` takes no times
+            share = unpruned[key] / pruned[key] if pruned[key] else float("inf")
+            table.add_row(label, form(unpruned[key]), form(pruned[key]), f"{share:.2f}×")
     return table
 
 

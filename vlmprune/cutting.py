@@ -6,7 +6,7 @@ on the cache. No hook is made here (that is `attach.py`), and nothing is known o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlmprune.adapters.family import Family
-from vlmprune.attention import pruned_mask
+from vlmprune.adapters.family import Family, has_mrope
+from vlmprune.attention import part_of_mask, pruned_mask
 from vlmprune.cache import PrunedLayer, keep_only, pruned_layer
 from vlmprune.errors import UsageError
 from vlmprune.layout import group_by_size, on_device, on_host, real_tokens
@@ -98,18 +98,44 @@ class Cutting:
             for cut in self.cuts
         )
 
+    def may_drop(self, pictures: Sequence[int] | None, other: Budget | None) -> bool:
+        """Whether pictures with so many tokens could lose some; None: of any size. `other` is the budget of `override`."""
+        return any(self._may_drop(cut, pictures, self.budget_of(cut, other)) for cut in self.cuts if cut.stage.site != "cache")
+
+    def _may_drop(self, cut: Cut, pictures: Sequence[int] | None, budget: Budget) -> bool:
+        if cut.method.adaptive or (self._family.newline is not None and not cut.method.keeps_newlines):
+            return True
+        if pictures is None or cut.stage.site == "vision":  # which counts views
+            return budget.fraction != 1.0
+        return any(budget.resolve(count) < count for count in pictures)
+
+    def chooses_at(self, layer: int, call: Call) -> bool:
+        """Whether a method will choose before a layer: it is asked where it keeps fewer tokens than are there."""
+        return not call.replayed and any(
+            cut.stage.layer == layer
+            and cut.stage.site == "llm"
+            and (
+                cut.method.adaptive
+                or any(
+                    self.budget_of(cut, call.budget).resolve(count) < len(index)
+                    for count, index in zip(call.candidates, call.remaining, strict=True)
+                )
+            )
+            for cut in self.cuts
+        )
+
     def decodes_without_padding(self, call: Call, kwargs: dict[str, Any]) -> bool:
         """One token follows a conversation in which every stored entry is visible: no layer needs a mask, nor us."""
         cache = kwargs.get("past_key_values")
         embeddings = kwargs.get("inputs_embeds")
-        if not self.at or cache is None or embeddings is None or embeddings.shape[1] != 1 or not cache.layers:
+        if not self.at or cache is None or embeddings is None or embeddings.shape[1] != 1 or call.custom or not cache.layers:
             return False
         layers = [cache.layers[index] for index in self.at]  # the others store what one of these does, or everything
         if not all(isinstance(layer, PrunedLayer) for layer in layers):
             return False
         # Samples of a batch that have ended may hide their tokens. Where the answer is no, transformers need not ask it again.
         if embeddings.shape[0] > 1 and call.mask is not None:
-            call.padded_step = not on_host(call.mask[:, -1] != 0).all()
+            call.padded_step = not on_host(_all_seen(call, layers[0])).all()
         if call.padded_step or not all(layer.dense and layer.shift is None for layer in layers):
             return False
         implementation = self._text.config._attn_implementation  # the others make a mask in any case, and we a shorter one
@@ -132,17 +158,36 @@ class Cutting:
                     call.entered = list(map(len, call.chosen[number].remaining))
                 elif number not in call.chosen:
                     _refuse_lost_gradient(cut, call)
-                    ahead = partial(attention_ahead, call, self._family, module, index, hidden, cache=cache_)
+                    own = kwargs.get("attention_mask") if call.custom else None
+                    ahead = partial(attention_ahead, call, self._family, module, index, hidden, cache=cache_, mask=own)
                     tools = Tools(
                         ahead=cache(lambda: _as_the_model(call, hidden.device, lambda: ahead(rotary=now()))),  # noqa: B023
                         rotary=now,
                         norm=partial(_as_the_model, call, hidden.device, self._text.get_submodule(self._family.final_norm)),
                         project=partial(_as_the_model, call, hidden.device, self._projector()),
+                        start=partial(self._start, call, hidden, kwargs),
                     )
                     call.chosen[number] = self._choose(cut, call, hidden, tools)
                 hidden = self._drop(cut, call, call.chosen[number], hidden, kwargs, now)
                 call.chosen[number] = call.chosen[number].detached()
         return hidden
+
+    def _start(self, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """Rotary embeddings `[batch, segment, head_dim]` of the first token of each sample: of the conversation's, in a later
+        turn, where positions count tokens."""
+        assert call.prompt is not None
+        starts = on_device(call.prompt.starts, hidden.device)
+        if not call.past:
+            cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in kwargs["position_embeddings"])
+            index = starts.to(cos.device)[..., None].expand(-1, -1, cos.shape[-1])
+            return cos.gather(1, index), sin.gather(1, index)
+        position = kwargs.get("position_ids")
+        if position is None or has_mrope(self._text.config):
+            return None
+        before = call.past if call.mask is None else (call.mask[:, : call.past] != 0).sum(dim=1, keepdim=True).to(starts.device)
+        first = (position.expand(hidden.shape[0], -1).gather(1, starts) - before).clamp_min(0)
+        cos, sin = self._text.get_submodule(self._family.rotary)(hidden, first)
+        return cos, sin
 
     def _projector(self) -> Any:
         tower = self._family.tower
@@ -155,8 +200,8 @@ class Cutting:
         per_view = method.per_view and self._facts.crops and not index
         parts = [
             part
-            for image, original in enumerate(map(len, call.layout.images))
-            for part in _parts(call, image, budget.resolve(original), per_view)
+            for image, candidates in enumerate(call.candidates)
+            for part in _parts(call, image, budget.resolve(candidates), per_view)
         ]
         scaled = cache(partial(_over_pictures, cut, call, hidden, tools))
         kept: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in call.layout.images]
@@ -208,7 +253,9 @@ class Cutting:
             Kept(layer, cut.label, cut.stage.site, image.sample, image.ordinal, len(image), remaining, features)
             for image, remaining, features in zip(images, chosen.remaining, chosen.detached().features, strict=True)
         ]
-        changed = any(len(now) != len(before) for now, before in zip(chosen.remaining, call.remaining, strict=True))
+        changed = chosen.emptied or any(
+            len(now) != len(before) for now, before in zip(chosen.remaining, call.remaining, strict=True)
+        )
         before, alive = call.alive, call.alive.clone()
         for image, remaining, left in zip(images, chosen.remaining, call.remaining, strict=True):
             alive[image.sample, image.positions] = False
@@ -217,14 +264,15 @@ class Cutting:
         call.remaining = chosen.remaining
         if call.newlines is not None and not cut.method.keeps_newlines and call.record.newlines_kept:
             alive &= ~on_device(call.newlines, alive.device)
-            call.counts = (call.counts - call.newlines.sum(axis=1)).tolist()
+            assert call.prompt is not None
+            call.counts = (call.counts - (call.newlines & call.prompt.real).sum(axis=1)).tolist()
             call.record.newlines_kept = False
             changed = True
         call.record.keep[layer] = alive
         if not changed:
             return hidden  # everything kept: the layer runs exactly as without us
         if cut.method.positions == "compact":
-            moved = (before & ~alive).cumsum(dim=1)
+            moved = _moved(call, before & ~alive)
             call.shift = moved if call.shift is None else call.shift + moved
         shorter = Reduction.keeping(alive, call.counts)
         stays = shorter.after(call.reduction)
@@ -249,7 +297,7 @@ class Cutting:
             layer = pruned_layer(cache, index, self.at, call.mask)
         # position_ids serve only flash attention's search for packed sequences, which gaps would mislead.
         changed = {**kwargs, "position_ids": None, "position_embeddings": self._rotary(index, call, hidden, layer, kwargs)}
-        if layer is not None and call.reduction is None and hidden.shape[1] == 1 and not call.padded_step:
+        if layer is not None and call.reduction is None and hidden.shape[1] == 1 and not (call.padded_step or call.custom):
             # Decoding: the cache appends by itself.
             if group not in call.masks:
                 slots, valid = layer.entries(batch, device)
@@ -274,7 +322,12 @@ class Cutting:
             if call.shift is not None:
                 layer.shift = call.shift[:, -1] + (0 if layer.shift is None else layer.shift)
         if group not in call.masks:
-            call.masks[group] = pruned_mask(slots, valid, keys, keys_valid, keys_dense, implementation, hidden.dtype)
+            own = kwargs.get("attention_mask") if call.custom else None
+            if own is not None:
+                call.masks[group] = part_of_mask(own, rows.rows.to(device), valid, keys, keys_valid)
+            else:
+                keys_valid, keys_dense = _seen_now(call, keys, keys_valid, keys_dense)
+                call.masks[group] = pruned_mask(slots, valid, keys, keys_valid, keys_dense, implementation, hidden.dtype)
         if call.record is not None:
             call.record.entering.append(hidden.shape[1])
             call.record.stored.append(keys.shape[1])
@@ -360,23 +413,54 @@ def _every_row(call: Call, hidden: Tensor) -> Reduction:
     return call.every_row
 
 
+def _all_seen(call: Call, layer: PrunedLayer) -> Tensor:
+    """`[batch]` bool: the 2-D mask of a decoding step hides nothing of what a layer stores, nor the step's own token."""
+    assert call.mask is not None
+    slots, valid = layer.entries(call.mask.shape[0], call.mask.device)
+    mask = call.mask != 0
+    slots = slots.to(mask.device).clamp(max=mask.shape[1] - 1)
+    return (mask.gather(1, slots) | ~valid.to(mask.device)).all(dim=1) & mask[:, -1]
+
+
+def _seen_now(call: Call, keys: Tensor, valid: Tensor, dense: bool) -> tuple[Tensor, bool]:
+    """Which stored entries this turn's 2-D mask shows: it may hide what earlier turns saw."""
+    if not call.past or call.mask is None or call.mask.shape[1] < call.past + 1:
+        return valid, dense
+    seen = valid & (call.mask != 0).to(keys.device).gather(1, keys.clamp(max=call.mask.shape[1] - 1))
+    return seen, bool(on_host(seen.all()))
+
+
+def _moved(call: Call, dropped: Tensor) -> Tensor:
+    """`[batch, sequence]` how many of the tokens that are dropped, bool, stand before each token in its sample."""
+    moved = dropped.cumsum(dim=1)
+    if call.prompt is None or call.prompt.segments is None:
+        return moved
+    segment = on_device(call.prompt.segments, moved.device)
+    before = moved.new_zeros(len(moved), int(call.prompt.segments.max()) + 1)
+    before = before.scatter_reduce(1, segment, moved - dropped.long(), "amin", include_self=False)
+    return moved - before.gather(1, segment)
+
+
 def _left_by_tower(call: Call, hidden: Tensor) -> Chosen:
     """What the vision tower left of every picture: the rest are rows of NaN."""
     assert call.layout is not None
     images = call.layout.images
+    assert call.prompt is not None
     there = on_host(~torch.cat([hidden[image.sample, image.positions.to(hidden.device), 0] for image in images]).isnan())
+    seen = np.concatenate([call.prompt.real[image.sample, image.places] for image in images])
     ends = np.cumsum(list(map(len, images)))[:-1]
     remaining = [
-        on_device(mine.nonzero()[0], image.positions.device) for mine, image in zip(np.split(there, ends), images, strict=True)
+        on_device(mine.nonzero()[0], image.positions.device)
+        for mine, image in zip(np.split(there & seen, ends), images, strict=True)
     ]
-    return Chosen(remaining, [None] * len(remaining))
+    return Chosen(remaining, [None] * len(remaining), emptied=not there.all())
 
 
 def _parts(call: Call, image: int, keep: int, per_view: bool) -> list[Part]:
     """What is decided together of one picture: all of it, or each of its views with its share of the budget."""
     assert call.layout is not None
     index, original, entered = call.remaining[image], len(call.layout.images[image]), call.entered[image]
-    if not per_view:
+    if not per_view or keep >= len(index):
         return [Part(image, index, original, entered, keep)]
     view = call.views[image][:, 0]
     numbers, sizes = np.unique(view[view >= 0], return_counts=True)  # −1: dropped inside the tower

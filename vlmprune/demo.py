@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
-from vlmprune import draw, tiny
+from vlmprune import draw, names, tiny
 from vlmprune.adapters.registry import family_of
 from vlmprune.errors import UsageError
 from vlmprune.handle import Run, wrap
-from vlmprune.methods import METHODS, REDISTRIBUTORS
+from vlmprune.loading import check_target, make_folder, make_inputs, open_model, prompt_text
+from vlmprune.pictures import open_picture
 from vlmprune.recipe import Recipe
+from vlmprune.run import Report
 
 KEEP_ALL = "random:layer=0,fraction=1"
 """Runs exactly as the un-pruned model does, but is measured by the same clock as the pruned one."""
@@ -36,7 +39,7 @@ def run_demo(recipe: str, images: int, out: Path) -> dict[str, Any]:
 
     from vlmprune.tiny.scenes import held_out
 
-    plan = Recipe.of(recipe)
+    plan = read_recipe(recipe)
     make_folder(out)
     model, processor = tiny.load()
     answers, drawings, costs = [], [], []
@@ -57,7 +60,8 @@ def run_demo(recipe: str, images: int, out: Path) -> dict[str, Any]:
                 }
             )
             costs.append((plain, pruned))
-            picture = draw.kept_patches(scene.image, kept.grid, kept.index, width=300)
+            (view,) = kept.views
+            picture = draw.kept_patches(scene.image, (view.rows, view.columns), view.kept, width=300)
             right = pruned["answer"] == question.answer
             lines = [(question.text, "black"), (f"pruned: {pruned['answer']}", "darkgreen" if right else "firebrick")]
             cells.append(draw.captioned(picture, lines))
@@ -75,203 +79,229 @@ def run_demo(recipe: str, images: int, out: Path) -> dict[str, Any]:
 
 
 def ask_once(
-    model_name: str, image: Path, prompt: str, recipe: str, max_new_tokens: int, device: str, target: Path | None
+    model_name: str,
+    image: Path,
+    prompt: str,
+    recipe: str,
+    max_new_tokens: int,
+    device: str,
+    target: Path | None,
+    tell: Callable[[str, int, bool], None] = lambda what, tokens, done: None,
 ) -> dict[str, Any]:
-    """One picture, one question, any supported model.
+    """One picture, one question, any supported model: two generations, one un-pruned and one pruned.
+
+    Args:
+        tell: called with what is being done, how many tokens of an answer there are so far, and whether it is complete.
 
     Raises:
         UsageError: the picture, the model, the prompt or the recipe cannot be used; says why.
     """
-    is_file = recipe.endswith(".json") or (
-        recipe.partition(":")[0].strip() not in {**METHODS, **REDISTRIBUTORS} and Path(recipe).exists()
-    )
-    plan = Recipe.from_pretrained(recipe) if is_file else Recipe.of(recipe)
+    plan = read_recipe(recipe)
     if not prompt.strip():
         raise UsageError("the prompt is empty: ask something about the picture.")
     if target is not None:
-        if target.suffix.lower() not in Image.registered_extensions():
-            raise UsageError(f"cannot draw to {target}: give a file name with a picture's ending, for example kept.png.")
-        make_folder(target.parent)
-    picture = open_picture(image)
-    model, processor = load_model(model_name, device)
-    inputs = processor(images=picture, text=prompt_text(processor, prompt), return_tensors="pt").to(device)
-    plain, pruned, kept = compare(model, processor, inputs, plan, max_new_tokens)
+        check_target(target, "kept.png")
+    notes: list[str] = []
+    picture = open_picture(image, notes.append)
+    tell("loading the model", 0, False)
+    processor, read_weights = open_model(model_name, device)
+    inputs = make_inputs(processor, picture, prompt_text(processor, prompt), device)
+    model = read_weights()
+    # The pruned answer comes first: what cannot be pruned is refused before the un-pruned model works for nothing.
+    pruned, kept = ask(model, processor, inputs, plan, max_new_tokens, partial(tell, "pruned answer"))
+    plain, _ = ask(model, processor, inputs, Recipe.of(KEEP_ALL), max_new_tokens, partial(tell, "un-pruned answer"))
     if target is not None:
-        draw.kept_patches(_as_seen(processor, inputs, picture), kept.grid, kept.index).save(target)
-    edits = [{**asdict(edit), "summary": str(edit)} for edit in kept.edits]
+        draw_views(processor, inputs, picture, kept.views).save(target)
     return {
         "model": model_name,
         "recipe": str(plan),
+        "picture": {"width": picture.width, "height": picture.height, "notes": notes},
         "unpruned": plain,
         "pruned": pruned,
         "kept": kept.index,
-        "edits": edits,
+        "views": [asdict(view) for view in kept.views],
+        "edits": [{**asdict(edit), "summary": str(edit)} for edit in kept.report.edits],
     }
 
 
-def prepare(
-    model_name: str, image: Path, prompt: str, device: str, target: Path
-) -> tuple[Any, Any, Image.Image, tuple[int, int] | None]:
-    """A model, one picture and question as its inputs, the picture as it sees it, and the grid of its tokens (None if unknown).
+def read_recipe(text: str) -> Recipe:
+    """A recipe string; or a JSON file, a folder or a hub repository of one.
+
+    Raises:
+        UsageError: it is none of these, or cannot be read.
+    """
+    return Recipe.from_pretrained(text) if names.is_file(text) else Recipe.of(text)
+
+
+@dataclass(frozen=True)
+class View:
+    """One grid of a picture's tokens.
+
+    Attributes:
+        name: "picture"; or, where a picture is packed from several views, "base view" and "crop 1, 1" (row, column), …
+        row: of the views.
+        rows, columns: of the grid.
+        tokens: cells that became a token; the others are padding.
+        kept: raster indices of the cells whose token is left.
+    """
+
+    name: str
+    row: int
+    rows: int
+    columns: int
+    tokens: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class KeptHere:
+    """What is left of the first picture: indices into its tokens, the same by view, and the report."""
+
+    index: list[int]
+    views: list[View]
+    report: Report
+
+    @staticmethod
+    def of(run: Run, inputs: Any) -> KeptHere:
+        config: Any = run.model.config
+        report, record = run.report(), run.last
+        assert record is not None
+        stages = [kept for kept in record.kept if kept.ordinal == 0 and kept.sample == 0]
+        index = stages[-1].index.tolist() if stages else list(range(record.visual))
+        grids = family_of(config).cells(inputs, config)[0]
+        left, views = set(index), []
+        for row, beside in enumerate(grids):
+            for column, grid in enumerate(beside):
+                name = "picture" if len(grids) == 1 else f"crop {row}, {column + 1}" if row else "base view"
+                kept = tuple(cell for cell, token in enumerate(grid.flatten().tolist()) if token in left)
+                rows, columns = grid.shape
+                views.append(View(name, row, rows, columns, int((grid >= 0).sum()), kept))
+        return KeptHere(index, views, report)
+
+
+class _Counter(BaseStreamer):
+    """Counts what `generate` puts: the prompt first, then token after token."""
+
+    def __init__(self, tick: Callable[[int, bool], None] | None) -> None:
+        self.tick, self.tokens = tick, -1
+
+    def put(self, value: Any) -> None:
+        self.tokens += 1
+        if self.tick is not None:
+            self.tick(self.tokens, False)
+
+    def end(self) -> None:
+        if self.tick is not None:
+            self.tick(self.tokens, True)
+
+
+def ask(
+    model: Any,
+    processor: Any,
+    inputs: Any,
+    recipe: Recipe,
+    max_new_tokens: int,
+    tick: Callable[[int, bool], None] | None = None,
+) -> tuple[dict[str, Any], KeptHere]:
+    """One greedy answer under a recipe, what its prefill cost, and what was kept."""
+    counter = _Counter(tick)
+    with wrap(model, recipe) as run, torch.inference_mode():
+        tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, streamer=counter)
+        kept = KeptHere.of(run, inputs)
+    report = kept.report
+    answer = {
+        "answer": processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(),
+        "visual_tokens": len(kept.index),
+        "mflops": report.flops / 1e6,
+        "kv_kib": report.kv_bytes / 1024,
+    }
+    return answer, kept
+
+
+def compare(
+    model: Any, processor: Any, inputs: Any, recipe: Recipe, max_new_tokens: int
+) -> tuple[dict[str, Any], dict[str, Any], KeptHere]:
+    """Answer un-pruned and pruned, and time the prefill of both: `prefill_ms` are medians of interleaved rounds."""
+    plans = (Recipe.of(KEEP_ALL), recipe)
+    sides, times = [], []
+    for plan in plans:
+        answer, kept = ask(model, processor, inputs, plan, max_new_tokens)
+        sides.append(answer)
+        times.append([kept.report.prefill_ms])
+    for _ in range(ROUNDS - 1):
+        for side, plan in enumerate(plans):
+            with wrap(model, plan) as run, torch.inference_mode():
+                model.generate(**inputs, do_sample=False, max_new_tokens=1)
+                times[side].append(run.report().prefill_ms)
+    for answer, taken in zip(sides, times, strict=True):
+        answer["prefill_ms"] = median(taken)
+    return sides[0], sides[1], kept
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model, one picture and question as its inputs, and how to show them.
+
+    Attributes:
+        seen: the picture as the model sees it.
+        grid: rows and columns of its tokens; None if it is packed from several views.
+        notes: what the picture's values lost when it was read.
+    """
+
+    model: Any
+    inputs: Any
+    seen: Image.Image
+    grid: tuple[int, int] | None
+    notes: list[str]
+
+
+def prepare(model_name: str, image: Path, prompt: str, device: str, target: Path) -> Prepared:
+    """Everything a figure of one picture and question needs.
 
     Raises:
         UsageError: the picture, the model, the prompt or the target cannot be used; says why.
     """
     if not prompt.strip():
         raise UsageError("the prompt is empty: ask something about the picture.")
-    if target.suffix.lower() not in Image.registered_extensions():
-        raise UsageError(f"cannot draw to {target}: give a file name with a picture's ending, for example sinks.png.")
-    make_folder(target.parent)
-    picture = open_picture(image)
-    model, processor = load_model(model_name, device)
-    inputs = processor(images=picture, text=prompt_text(processor, prompt), return_tensors="pt").to(device)
-    try:
-        grid = family_of(model.config).image_grid(inputs, model.config)[0]
-    except UsageError:  # packed from several crops
-        grid = None
-    return model, inputs, _as_seen(processor, inputs, picture), grid
+    check_target(target, "sinks.png")
+    notes: list[str] = []
+    picture = open_picture(image, notes.append)
+    processor, read_weights = open_model(model_name, device)
+    inputs = make_inputs(processor, picture, prompt_text(processor, prompt), device)
+    model = read_weights()
+    (first, *_), *others = family_of(model.config).cells(inputs, model.config)[0]
+    grid = None if others else (first.shape[0], first.shape[1])
+    return Prepared(model, inputs, as_seen(processor, inputs, picture)[0], grid, notes)
 
 
-class KeptHere:
-    """Raster indices of what the last stage kept of the first picture, the grid they count in, and what was edited."""
-
-    def __init__(self, run: Run, inputs: Any) -> None:
-        assert run.last is not None
-        config: Any = run.model.config
-        self.grid: tuple[int, int] = family_of(config).image_grid(inputs, config)[0]
-        kept = [kept for kept in run.last.kept if kept.ordinal == 0 and kept.sample == 0]
-        self.edits = run.report().edits
-        self.index: list[int] = kept[-1].index.tolist() if kept else list(range(self.grid[0] * self.grid[1]))
-
-
-def compare(
-    model: Any, processor: Any, inputs: Any, recipe: Recipe, max_new_tokens: int
-) -> tuple[dict[str, Any], dict[str, Any], KeptHere]:
-    """Answer un-pruned and pruned; prefill times are medians of interleaved rounds."""
-    times: tuple[list[float], list[float]] = ([], [])
-    sides: list[dict[str, Any]] = [{}, {}]
-    for turn in range(ROUNDS):
-        for side, plan in enumerate((Recipe.of(KEEP_ALL), recipe)):
-            with wrap(model, plan) as run, torch.inference_mode():
-                # The first round answers in full; the others only time the prefill.
-                tokens = model.generate(**inputs, do_sample=False, max_new_tokens=1 if turn else max_new_tokens)
-            report = run.report()
-            times[side].append(report.prefill_ms)
-            if turn == 0:
-                new = tokens[0, inputs["input_ids"].shape[1] :]
-                visual = report.stages[-1].kept[0] if side and report.stages else report.visual_tokens
-                sides[side] = {
-                    "answer": processor.decode(new, skip_special_tokens=True).strip(),
-                    "visual_tokens": visual,
-                    "mflops": report.flops / 1e6,
-                    "kv_kib": report.kv_bytes / 1024,
-                }
-    for side in (0, 1):
-        sides[side]["prefill_ms"] = median(times[side])
-    return sides[0], sides[1], KeptHere(run, inputs)
+def draw_views(processor: Any, inputs: Any, picture: Image.Image, views: Sequence[View]) -> Image.Image:
+    """Each view of a picture with its kept tokens; a picture of one view without a caption."""
+    seen = as_seen(processor, inputs, picture)
+    drawn = [draw.kept_patches(shown, (v.rows, v.columns), v.kept) for shown, v in zip(seen, views, strict=True)]
+    if len(drawn) == 1:
+        return drawn[0]
+    rows: dict[int, list[Image.Image]] = {}
+    for picture, view in zip(drawn, views, strict=True):
+        caption = [(f"{view.name}: {len(view.kept)} of {view.tokens} tokens", "black")]
+        rows.setdefault(view.row, []).append(draw.captioned(picture, caption))
+    return draw.stacked([draw.side_by_side(row) for row in rows.values()])
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder for results, before anything is computed.
-
-    Raises:
-        UsageError: it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to {path}: give the path of a folder that exists or can be made.") from error
-
-
-def open_picture(path: Path) -> Image.Image:
-    """Read a picture.
-
-    Raises:
-        UsageError: there is no such file, or it is no picture.
-    """
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UsageError(f"there is no picture at {path}: give the path of an image file.") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # unknown, cut off, or not sane
-        raise UsageError(f"{path} is not a picture that can be read: give a PNG, JPEG or similar file.") from error
-
-
-def load_model(name: str, device: str) -> tuple[Any, Any]:
-    """A model and its processor; 'tiny' is the embedded one.
-
-    Raises:
-        UsageError: nothing loadable is there, the family is not supported, or the device does not exist.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"cannot use device {device!r} on this machine: try cpu, or cuda where there is a GPU.") from error
-    if name == "tiny":
-        return tiny.load(device)
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
-    try:
-        family_of(AutoConfig.from_pretrained(name))  # refuse before gigabytes are read
-        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
-        return model.to(device).eval(), AutoProcessor.from_pretrained(name)
-    except UsageError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"no model at {name!r}: give a folder with a saved model, a hub id, or 'tiny'.") from error
-
-
-def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callable[[str], Tensor]]:
-    """A model, and what makes `[1, token]` ids of a text for it.
-
-    Raises:
-        UsageError: nothing loadable is there, or a package is missing.
-    """
-    if name == "tiny":
-        embedded, processor = tiny.load(device)
-        return embedded, lambda text: processor(text=text, return_tensors="pt").input_ids.to(device)
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
-
-    extra = {} if gguf is None else {"gguf_file": gguf}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **extra)
-        try:
-            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", **extra)
-        except (ValueError, KeyError):  # no VLM
-            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **extra)
-    except ImportError as error:
-        raise UsageError(f"cannot read {gguf}: install what is missing ({error}).") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"no model at {name!r}: give a folder with a saved model, a hub id, or 'tiny'.") from error
-    return model.to(device).eval(), lambda text: tokenizer(text, return_tensors="pt").input_ids.to(device)
-
-
-def prompt_text(processor: Any, prompt: str) -> str:
-    token = getattr(processor, "image_token", None)
-    if token and token in prompt:  # the user wrote the whole prompt
-        if prompt.count(token) != 1:
-            raise UsageError(
-                f"image tokens do not match the picture: {prompt.count(token)} {token} for one picture; write one."
-            )
-        return prompt
-    if getattr(processor, "chat_template", None) is None:
-        raise UsageError(
-            f"the prompt has no image and the processor no chat template: put {token or '<image>'} into the prompt."
-        )
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-
-def _as_seen(processor: Any, inputs: Any, picture: Image.Image) -> Image.Image:
-    """The picture as the model saw it: cropped and resized, where the pixels still form a picture."""
+def as_seen(processor: Any, inputs: Any, picture: Image.Image) -> list[Image.Image]:
+    """Each view of the picture as the model saw it: cropped and resized, where the pixels still form a picture."""
     pixels = inputs["pixel_values"]
-    if pixels.ndim != 4:
-        return picture
+    if pixels.ndim < 4:  # patches of a picture that was only resized
+        return [picture]
     settings = processor.image_processor
-    middle, spread = (torch.tensor(values).view(3, 1, 1) for values in (settings.image_mean, settings.image_std))
-    colours = (pixels[0].float().cpu() * spread + middle).clamp(0, 1) * 255
-    return Image.fromarray(colours.round().byte().permute(1, 2, 0).numpy())
+    shown = []
+    for view in pixels.flatten(0, -4):
+        colours = view.float().cpu()
+        if settings.do_normalize:
+            middle, spread = (torch.tensor(values).view(3, 1, 1) for values in (settings.image_mean, settings.image_std))
+            colours = colours * spread + middle
+        colours = colours.clamp(0, 1) * 255 if settings.do_rescale else colours.clamp(0, 255)
+        shown.append(Image.fromarray(colours.round().byte().permute(1, 2, 0).numpy()))
+    return shown
 
 
 def _one_per_skill(questions: Sequence[Any], start: int) -> list[Any]:

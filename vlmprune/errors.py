@@ -22,3 +22,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(known) or 'none'}."
     return UsageError(f"unknown {kind} {name!r}: {hint}")
+
+
+def first_line(error: BaseException) -> str:
+    """The start of what an exception says, as a part of a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".:") if lines else type(error).__name__

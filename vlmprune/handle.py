@@ -65,7 +65,7 @@ class Run:
         self.model, self.recipe = model_inside(model), recipe
         self._contexts = Contexts()
         plan = Plan(self.model, recipe, self._contexts)  # refuses what cannot work; from here on the model changes
-        self._cutting = plan.cutting
+        self._plan: Plan | None = plan
         self._attachment: Attachment = attachment_of(plan.base, make=True)  # type: ignore[assignment]
         self._owner: ReferenceType[Owner] = ref(self._attachment.follow(plan))
 
@@ -88,6 +88,7 @@ class Run:
     def remove(self) -> None:
         """Restore the model. It waits for forward passes of other threads; the next step of a conversation that was pruned is
         refused. A second call does nothing, nor does one after the model was wrapped again."""
+        self._plan = None
         if (owner := self._owner()) is not None:
             self._attachment.drop(owner)
 
@@ -115,23 +116,27 @@ class Run:
 
         Raises:
             UsageError: the recipe has several stages, so that one number would be ambiguous; a budget out of range; or the
-                handle was removed or replaced, so that nothing would be overridden.
+                handle was removed, so that nothing would be overridden.
         """
+        plan = self._plan
+        if plan is None or self._attachment.current is None:
+            raise UsageError(
+                f"this handle of {self.recipe} was removed from the model and overrides nothing: wrap the model again, and use "
+                "the handle that wrap(…) returns."
+            )
         changes: dict[str, Any] = {} if enabled is None else {"enabled": enabled}
         if tokens is not None or fraction is not None:
-            changes["budget"] = self._budget(tokens, fraction)
-        owner = self._owner()  # held, so that a replaced recipe lives as long as the block
-        if owner is None or owner.plan is None:
-            raise UsageError(
-                f"this handle of {self.recipe} was removed, or replaced by another wrap(…), and overrides nothing: use "
-                "the handle that the last wrap(…) returned."
-            )
+            changes["budget"] = self._budget(plan, tokens, fraction)
+        owner = self._owner()
+        if owner is None or owner.plan is None:  # replaced meanwhile, and no conversation is left
+            owner = self._attachment.join(plan)
+            self._owner = ref(owner)
         with self._contexts.block(**changes):
             yield self
-        del owner
+        del owner  # held until here, so that a replaced recipe lives as long as the block
 
-    def _budget(self, tokens: int | None, fraction: float | None) -> Budget:
-        cutting = [cut for cut in self._cutting.cuts if self._cutting.may_override(cut)]
+    def _budget(self, plan: Plan, tokens: int | None, fraction: float | None) -> Budget:
+        cutting = [cut for cut in plan.cutting.cuts if plan.cutting.may_override(cut)]
         if len(cutting) != 1:
             raise UsageError(
                 f"override needs a recipe with one stage, found {len(cutting)} ({self.recipe}): wrap again instead."

@@ -24,6 +24,7 @@ from vlmprune.attention import TUNNEL, route_attention
 from vlmprune.cache import Owner, check_same_cuts, hand_over, owner_of
 from vlmprune.decoder import take
 from vlmprune.errors import UsageError
+from vlmprune.prompt import by_name, look_at_mask, strange_embeddings
 from vlmprune.run import Call
 from vlmprune.tower import TowerPass
 
@@ -68,14 +69,19 @@ class Attachment:
 
     def follow(self, plan: Plan) -> Owner:
         """New conversations follow `plan` from now on."""
+        with self._lock:
+            self.current = owner = self.join(plan)
+        self.tidy()
+        return owner
+
+    def join(self, plan: Plan) -> Owner:
+        """Whoever is given the owner follows `plan`, as long as somebody holds it."""
         owner = Owner(plan)
         with self._lock:
             self._owners.append(ref(owner))
             for name, put in self._wanted(plan):
                 if name not in self._places:
                     self._places[name] = put()
-            self.current = owner
-        self.tidy()
         return owner
 
     def drop(self, owner: Owner) -> None:
@@ -140,17 +146,16 @@ class Attachment:
             return _before(plan.layers[index].get_submodule(plan.family.attention), take)
         tower = plan.family.tower
         assert tower is not None
-        root, projector = self.base.get_submodule(tower.root), self.base.get_submodule(tower.projector)
-        blocks: Any = self.base.get_submodule(tower.blocks)
-        if kind == "block":
-            return _before(blocks[index], partial(_enter_block, index))
-        return {
-            "tower": lambda: _before(root, self._enter_tower),
-            "tower left": lambda: _after(root, self._leave_tower),
-            "first block": lambda: _before(blocks[index], _enter_first_block),
-            "merger": lambda: _before(projector, self._enter_merger),
-            "projector": lambda: _after(projector, self._leave_projector),
-        }[kind]()
+        part = self.base.get_submodule
+        put = {
+            "tower": lambda: _before(part(tower.root), self._enter_tower),
+            "tower left": lambda: _after(part(tower.root), self._leave_tower),
+            "first block": lambda: _before(part(f"{tower.blocks}.{index}"), _enter_first_block),
+            "block": lambda: _before(part(f"{tower.blocks}.{index}"), partial(_enter_block, index)),
+            "merger": lambda: _before(part(tower.projector), self._enter_merger),
+            "projector": lambda: _after(part(tower.projector), self._leave_projector),
+        }
+        return put[kind]()
 
     # -- the model -------------------------------------------------------------------------------------------------------
 
@@ -170,25 +175,25 @@ class Attachment:
 
     @untraced
     def _enter_base(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        kwargs = by_name(self.base, args, kwargs)
         call: Call = kwargs.get(TUNNEL) or Call()
         cache = kwargs.get("past_key_values")
         call.past = cache.get_seq_length() if cache is not None else 0
-        mask = kwargs.get("attention_mask")
-        call.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        owner = self._owner_of(call, cache, args, kwargs)
+        look_at_mask(call, kwargs)
+        owner = self._owner_of(call, cache, kwargs)
         if owner is None:
-            return args, _without_ours(kwargs)
+            return (), _without_ours(kwargs)
         self._inside.add(threading.get_ident())
         self._thread.call = call
-        owner.plan.begin(call, owner, args, kwargs)
+        owner.plan.begin(call, owner, kwargs)
         self._watch_graph(call)
-        return args, {**kwargs, TUNNEL: call}
+        return (), {**kwargs, TUNNEL: call}
 
-    def _owner_of(self, call: Call, cache: Cache | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Owner | None:
+    def _owner_of(self, call: Call, cache: Cache | None, kwargs: dict[str, Any]) -> Owner | None:
         """Whose plan a call follows: the one its conversation began with, or else the one that is in force."""
         if call.past:
             return self._owner_of_conversation(cache)
-        encoded, ids = kwargs.get("mm_encoder_outputs"), kwargs.get("input_ids", args[0] if args else None)
+        encoded, ids = kwargs.get("mm_encoder_outputs"), kwargs.get("input_ids")
         if encoded and cache is None and ids is not None:  # the prompt is run again for every token
             for owner in self._alive():
                 if (known := owner.plan.now.uncached) is not None and known.goes_on(encoded, ids):
@@ -231,19 +236,20 @@ class Attachment:
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         owner = self._owner_of_conversation(cache) if past else self._in_force()
-        if owner is None or not owner.plan.contexts.settings.enabled:
+        if owner is None:
             return None
-        embeddings = kwargs.get("inputs_embeds")
-        if embeddings is not None and embeddings.shape[1] > 1:
+        plan, settings = owner.plan, owner.plan.contexts.settings
+        changes = settings.enabled and plan.may_change(None, settings.budget)
+        if changes and (count := strange_embeddings(kwargs, plan.text)):
             raise UsageError(
-                f"the language model was called by itself, where nothing tells which of its {embeddings.shape[1]} embeddings "
-                f"are visual tokens, so {owner.plan.recipe} cannot be applied: call the whole model, or run this call inside "
-                "`with run.override(enabled=False):`."
+                f"the language model was called by itself with {count} embeddings that are no word's: if pictures are among "
+                f"them, nothing tells where, and {plan.recipe} cannot be applied; call the whole model, or run this call "
+                "inside `with run.override(enabled=False):`."
             )
-        mask = kwargs.get("attention_mask")
-        call = Call(past=past, mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
-        owner.plan.begin(call, owner, args, kwargs)
-        changed = owner.plan.enter_text(call, args, kwargs) if embeddings is not None else None
+        call = Call(past=past)
+        look_at_mask(call, kwargs)
+        plan.begin(call, owner, kwargs)
+        changed = None if kwargs.get("inputs_embeds") is None else plan.enter_text(call, args, kwargs)
         args, kwargs = (args, kwargs) if changed is None else changed
         return args, {**kwargs, TUNNEL: call}
 

@@ -10,7 +10,7 @@ from there, so that nothing waits for the device while layers run. What is on th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,19 @@ class Prompt:
     """The tokens of one call, on the host.
 
     Attributes:
-        ids: `[batch, sequence]`.
-        real: `[batch, sequence]` False on padding.
-        visual: `[batch, sequence]` True on image placeholders.
+        ids: `[batch, sequence]`; where only embeddings were given, numbers that are equal for equal ones.
+        real: `[batch, sequence]` False on what the call's mask hides: padding, or any other token, pictures' too.
+        placeholders: `[batch, sequence]` True on image placeholders, hidden or not.
         end: `[batch]` place of the last token that belongs to the prompt.
+        segments: `[batch, sequence]` which of several samples in one row each token belongs to, from 0; None if every row is
+            one sample.
     """
 
     ids: np.ndarray[Any, Any]
     real: Bools
-    visual: Bools
+    placeholders: Bools
     end: np.ndarray[Any, Any]
+    segments: np.ndarray[Any, Any] | None = None
 
     @staticmethod
     def read(ids: Tensor, mask: Tensor | None, image_token: int, tail: int) -> Prompt:
@@ -53,10 +56,53 @@ class Prompt:
             real = np.ones(known.shape, dtype=bool)
         else:
             sequence = ids.shape[1]
-            known, seen = on_host(torch.stack((ids, mask[:, -sequence:].to(ids))))
+            known, seen = on_host(torch.stack((ids, (mask[:, -sequence:] != 0).to(ids))))
             real = seen != 0
-        end = np.where(real, np.arange(known.shape[1]), 0).max(axis=1) - tail
-        return Prompt(known, real, known == image_token, end)
+        return Prompt.of(known, real, known == image_token, tail)
+
+    @staticmethod
+    def of(
+        ids: np.ndarray[Any, Any],
+        real: Bools,
+        placeholders: Bools,
+        tail: int = 0,
+        segments: np.ndarray[Any, Any] | None = None,
+    ) -> Prompt:
+        """A prompt whose last token, of each row, is `tail` tokens before the last that is there."""
+        end = np.where(real, np.arange(real.shape[1]), 0).max(axis=1) - tail
+        return Prompt(ids, real, placeholders, end, segments)
+
+    @property
+    def visual(self) -> Bools:
+        """`[batch, sequence]` image placeholders that are not hidden."""
+        return self.placeholders & self.real
+
+    @property
+    def hidden(self) -> Bools:
+        """`[batch, sequence]` image placeholders that the mask hides."""
+        return self.placeholders & ~self.real
+
+    def segment(self, sample: int) -> np.ndarray[Any, Any]:
+        """`[sequence]` which of its samples each token of a row belongs to."""
+        return np.zeros(self.real.shape[1], dtype=int) if self.segments is None else self.segments[sample]
+
+    @property
+    def starts(self) -> np.ndarray[Any, Any]:
+        """`[batch, segment]` place of the first token of each sample of a row; where a row has fewer, 0."""
+        if self.segments is None:
+            return np.asarray(self.real.argmax(axis=1))[:, None]
+        count = int(self.segments.max()) + 1
+        return np.asarray(((self.segments[:, None] == np.arange(count)[:, None]) & self.real[:, None]).argmax(axis=2))
+
+    @property
+    def ends(self) -> np.ndarray[Any, Any]:
+        """`[batch, segment]` place of the last token of each sample of a row; where a row has fewer, its own last."""
+        if self.segments is None:
+            return self.end[:, None]
+        count, place = int(self.segments.max()) + 1, np.arange(self.real.shape[1])
+        mine = (self.segments[:, None] == np.arange(count)[:, None]) & self.asked[:, None]
+        last = np.where(mine, place, -1).max(axis=2)
+        return np.where(last < 0, self.end[:, None], last)
 
     @property
     def asked(self) -> Bools:
@@ -73,12 +119,14 @@ class Image:
         ordinal: n-th picture of that row, from 0.
         places: `[visual]` indices into the call's sequence, rising, on the host.
         positions: the same on the device.
+        segment: which of several samples in that row it belongs to.
     """
 
     sample: int
     ordinal: int
     places: np.ndarray[Any, Any]
     positions: Tensor
+    segment: int = 0
 
     def __len__(self) -> int:
         return len(self.places)
@@ -90,8 +138,8 @@ class Layout:
 
     Attributes:
         images: every picture, in the order of rows, then of tokens.
-        real: `[batch, sequence]` bool, False on padding.
-        counts: tokens of each row that are no padding, on the host.
+        real: `[batch, sequence]` bool, False on padding and on everything else that the call's mask hides.
+        counts: tokens of each row that are not hidden, on the host.
     """
 
     images: tuple[Image, ...]
@@ -99,24 +147,23 @@ class Layout:
     counts: tuple[int, ...]
 
     @staticmethod
-    def find(visual: Bools, tokens_per_image: Sequence[int], real: Bools, device: torch.device) -> Layout:
+    def find(prompt: Prompt, tokens_per_image: Sequence[int], device: torch.device) -> Layout:
         """Split the visual tokens of a batch into pictures.
 
         Args:
-            visual: `[batch, sequence]` True on image placeholders.
+            prompt: the tokens.
             tokens_per_image: tokens of each picture, in the order of the batch.
-            real: `[batch, sequence]` False on padding.
             device: where positions are needed.
 
         Raises:
             UsageError: the placeholders and the pictures do not match, in total or in one row.
         """
-        rows, columns = visual.nonzero()
+        rows, columns = prompt.placeholders.nonzero()
         if rows.size != sum(tokens_per_image):
             raise UsageError(
                 f"image tokens do not match the pictures: the prompt has {rows.size} image tokens, but the "
-                f"{len(tokens_per_image)} picture(s) make {sum(tokens_per_image)} ({_counts(tokens_per_image)}); put one "
-                "image placeholder in the text for each picture and let the processor expand it."
+                f"{len(tokens_per_image)} picture(s) make {sum(tokens_per_image)} ({_counts(tokens_per_image)}); "
+                + _why(prompt, rows.size, sum(tokens_per_image))
             )
         images: list[Image] = []
         positions = on_device(columns, device)
@@ -130,22 +177,28 @@ class Layout:
                     f"be spread over samples {row} and {last}; each sample needs the placeholders of its own pictures."
                 )
             ordinal = ordinal + 1 if images and images[-1].sample == row else 0
-            images.append(Image(row, ordinal, columns[here], positions[here]))
+            segments = prompt.segment(row)[columns[here]]
+            if segments[0] != segments[-1]:
+                raise UsageError(
+                    f"the tokens of picture {len(images)} stand in two samples that are packed into row {row} and cannot see "
+                    "each other: let position ids start anew, and masks separate, between samples only."
+                )
+            images.append(Image(row, ordinal, columns[here], positions[here], int(segments[0])))
             start += count
-        return Layout(tuple(images), on_device(real, device), tuple(real.sum(axis=1).tolist()))
+        return Layout(tuple(images), on_device(prompt.real, device), tuple(prompt.real.sum(axis=1).tolist()))
 
     def without(self, dropped: Bools) -> Layout:
         """The same pictures without the tokens at some places `[batch, sequence]`."""
         images = []
         for image in self.images:
             places = image.places[~dropped[image.sample, image.places]]
-            images.append(Image(image.sample, image.ordinal, places, on_device(places, image.positions.device)))
+            images.append(replace(image, places=places, positions=on_device(places, image.positions.device)))
         return Layout(tuple(images), self.real, self.counts)
 
     @property
-    def behind(self) -> dict[int, int]:
-        """Of every row with a picture, the first place behind its last picture."""
-        return {image.sample: int(image.places[-1]) + 1 for image in self.images}
+    def behind(self) -> dict[tuple[int, int], int]:
+        """Of every sample with a picture (row, and which of several in it), the first place behind its last picture."""
+        return {(image.sample, image.segment): int(image.places[-1]) + 1 for image in self.images}
 
 
 def on_host(x: Tensor) -> np.ndarray[Any, Any]:
@@ -171,6 +224,22 @@ def real_tokens(attention_mask: Tensor | None, batch: int, sequence: int, device
     if attention_mask is None:
         return torch.ones(batch, sequence, dtype=torch.bool, device=device)
     return attention_mask[:, -sequence:].to(device=device, dtype=torch.bool)
+
+
+def _why(prompt: Prompt, there: int, wanted: int) -> str:
+    """What probably happened to the placeholders, and what to do."""
+    last = prompt.placeholders[np.arange(len(prompt.end)), prompt.end]
+    if there < wanted and last.any():
+        return (
+            f"row {int(last.argmax())} ends with an image token, as a prompt does that was cut inside a picture: give the "
+            "processor a larger max_length, or no truncation."
+        )
+    if not there:
+        return (
+            "put one image placeholder in the text for each picture, and let neither the processor's truncation nor your own "
+            "cut it off."
+        )
+    return "put one image placeholder in the text for each picture and let the processor expand it."
 
 
 def _counts(counts: Sequence[int]) -> str:

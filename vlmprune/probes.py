@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 from typing import Any
 
@@ -14,12 +15,12 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 
 from vlmprune.adapters.family import Family
-from vlmprune.attention import rows_attention
+from vlmprune.attention import rows_attention, shown_cells
 from vlmprune.cache import PrunedLayer
 from vlmprune.decoder import attention_of
 from vlmprune.errors import UsageError
 from vlmprune.kernels.attention_mass import attention_rows
-from vlmprune.layout import on_device, on_host
+from vlmprune.layout import Image, on_device, on_host
 from vlmprune.reduction import Reduction
 from vlmprune.run import Call, Projections
 from vlmprune.tower import RowMemory
@@ -59,12 +60,14 @@ class Tools:
         norm: the language model's final norm.
         rotary: gives cosines and sines of the rows that enter the layer of the cut, `[batch or 1, token, dim]` each.
         project: the projector.
+        start: gives cosines and sines of the first token of each sample, `[batch, segment, head_dim]` each; None if unknown.
     """
 
     ahead: Callable[[], Tensor]
     norm: Callable[[Tensor], Tensor]
     rotary: Callable[[], tuple[Tensor, Tensor]]
     project: Callable[[Tensor], Tensor] | None
+    start: Callable[[], tuple[Tensor, Tensor] | None]
 
 
 def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Part], hidden: Tensor, tools: Tools) -> View:
@@ -84,6 +87,7 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
     samples = on_device(np.array([image.sample for image in images]), position.device)
     places = torch.stack([image.positions[part.index] for image, part in zip(images, group, strict=True)])
     here = places if call.reduction is None else call.reduction.places(samples, places)  # rows of `hidden`
+    segments = on_device(np.array([image.segment for image in images]), position.device)
 
     def rows(x: Tensor, index: Tensor) -> Tensor:
         """Rows `[image, …, row, dim]` of `[batch, …, token, dim]`."""
@@ -91,10 +95,20 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
         between = [1] * (x.ndim - 3)
         return chosen.gather(-2, index.view(len(index), *between, -1, 1).expand(*chosen.shape[:-2], -1, x.shape[-1]))
 
+    @cache
+    def mine() -> tuple[Tensor | None, Tensor]:
+        """Of the rows of `text_after_pictures`, those of each picture's own sample, and which of them are no padding."""
+        return own_text(call, images)
+
+    def of_mine(text: Tensor) -> Tensor:
+        """`[image, text]` of `[batch, text]`."""
+        order, text = mine()[0], text[samples.to(text.device)]
+        return text if order is None else text.gather(1, order.to(text.device))
+
     def words(x: Tensor, text: Tensor) -> Tensor:
         """The same of the text `[batch, text]`; zero where padded."""
-        valid = text_after_pictures(call).valid[samples].to(x.device)
-        chosen = rows(x, text[samples.to(text.device)])
+        valid = mine()[1].to(x.device)
+        chosen = rows(x, of_mine(text))
         return chosen.masked_fill(~valid.view(len(valid), *[1] * (x.ndim - 3), -1, 1), 0)
 
     def columns(attention: Tensor, index: Tensor) -> Tensor:
@@ -104,17 +118,21 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
         return attention.gather(-1, index.view(len(index), *between, -1).expand(*attention.shape[:-1], -1))
 
     def of_last(attention: Tensor) -> Tensor:
-        return columns(attention[samples.to(attention.device)], here)
+        return columns(attention[samples.to(attention.device), :, segments.to(attention.device)], here)
 
     def of_text() -> Tensor:
         """`[image, head, text, key]`."""
         attention = call.text_attention[layer - 1]
-        valid = text_after_pictures(call).valid[samples].to(attention.device)
-        return attention[samples.to(attention.device)].masked_fill(~valid[:, None, :, None], 0)
+        order, valid = mine()
+        attention = attention[samples.to(attention.device)]
+        if order is not None:
+            index = order.to(attention.device)[:, None, :, None]
+            attention = attention.gather(2, index.expand(-1, attention.shape[1], -1, attention.shape[3]))
+        return attention.masked_fill(~valid.to(attention.device)[:, None, :, None], 0)
 
     def among_text() -> Tensor:
-        attention = columns(of_text(), text()[samples])
-        return attention.masked_fill(~text_after_pictures(call).valid[samples].to(attention.device)[:, None, None], 0)
+        attention = columns(of_text(), of_mine(text()))
+        return attention.masked_fill(~mine()[1].to(attention.device)[:, None, None], 0)
 
     def text() -> Tensor:
         return in_shortened(call, text_after_pictures(call).rows)
@@ -128,7 +146,17 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
 
     def embeddings() -> Tensor:
         assert call.embeddings is not None
-        return call.embeddings
+        assert call.prompt is not None
+        if not (hidden_tokens := call.prompt.hidden).any():
+            return call.embeddings
+        return call.embeddings.masked_fill(on_device(hidden_tokens, call.embeddings.device)[..., None], torch.nan)
+
+    def turned_back(x: Tensor) -> Tensor:
+        """Queries or keys `[image, head, …, dim]` as they would be if their sample began at position 0."""
+        if (start := tools.start()) is None:
+            return x
+        cos, sin = (part[samples, segments.to(part.device)].to(x.device) for part in start)  # [image, dim]
+        return unrotated(x, cos, sin)
 
     def turns() -> Tensor:
         return torch.cat(tools.rotary(), dim=-1).expand(hidden.shape[0], -1, -1)
@@ -136,7 +164,7 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
     take: dict[str, Callable[[], Any]] = {
         "features": lambda: rows(hidden, here),
         "text_features": lambda: words(hidden, text()),
-        "text_valid": lambda: text_after_pictures(call).valid[samples],
+        "text_valid": lambda: mine()[1],
         "text_ids": lambda: words(ids()[..., None], text_after_pictures(call).rows)[..., 0],
         "normed_features": lambda: tools.norm(rows(hidden, here)),
         "normed_text_features": lambda: tools.norm(words(hidden, text())),
@@ -146,15 +174,15 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
         "attention_of_layer": lambda: of_last(tools.ahead()),
         "attention_from_text": lambda: columns(of_text(), here),
         "attention_among_text": among_text,
-        "query_of_last": lambda: seen().query_of_last[samples],
-        "value_of_last": lambda: seen().value_of_last[samples],
-        "keys": lambda: rows(seen().key, here),
+        "query_of_last": lambda: turned_back(seen().query_of_last[samples, segments]),
+        "value_of_last": lambda: seen().value_of_last[samples, segments],
+        "keys": lambda: turned_back(rows(seen().key, here)),
         "values": lambda: rows(seen().value, here),
-        "text_keys": lambda: words(seen().key, text()),
+        "text_keys": lambda: turned_back(words(seen().key, text())),
         "rotary": lambda: rows(turns(), here).unflatten(-1, (2, -1)),
         "text_rotary": lambda: words(turns(), text()).unflatten(-1, (2, -1)),
         "project": lambda: tools.project,
-        "identity": lambda: tuple(identity(call, image.sample, image.ordinal) for image in images),
+        "identity": lambda: tuple(identity(call, image) for image in images),
     }
     probes = {name: take[name]() for name in needs - FROM_TOWER}
     for name in needs & FROM_TOWER:
@@ -162,6 +190,19 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
         probes[name] = known.transpose(1, 2) if name.startswith("attention") else known  # [image, head, visual]
     side = int(call.views[group[0].image][:, 1].max()) if call.views else 0
     return View(layer, group[0].original, position, probes, group[0].entered, side)
+
+
+def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn `[image, head, …, dim]` back by a rotary embedding `[image, rotary dim]`, whose own factor is taken out; exact where
+    it is that of position 0."""
+    shape = (len(cos), *[1] * (x.ndim - 2), -1)
+    cos, sin = cos.float().view(shape), sin.float().view(shape)
+    size = torch.hypot(cos, sin)
+    cos, sin = cos / size, sin / size
+    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turning.float().chunk(2, dim=-1)
+    back = turning.float() * cos - torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((back.to(x.dtype), rest), dim=-1)
 
 
 def rows_now(call: Call, image: int, index: Tensor) -> Tensor:
@@ -186,15 +227,15 @@ def see_attention(
 ) -> None:
     """Note what a method wants to know of the attention in the layer before a cut."""
     here = query.shape[2]  # what an earlier turn left in the cache stands before these keys, and is no candidate
-    last = prompt_end(call, here).to(query.device)
+    last = prompt_ends(call, here).to(query.device)
     if "attention_from_last" in needs:
-        call.attention[layer] = rows_attention(query, key, attention_mask, scaling, last[:, None])[:, :, 0, -here:]
+        call.attention[layer] = rows_attention(query, key, attention_mask, scaling, last)[..., -here:]
     if needs & TEXT_ROWS:
         rows = in_shortened(call, text_after_pictures(call).rows).to(query.device)
         call.text_attention[layer] = rows_attention(query, key, attention_mask, scaling, rows)[..., -here:]
     if needs & PROJECTIONS:
         key, value = key[:, :, -here:], value[:, :, -here:]
-        samples = torch.arange(len(last), device=last.device)
+        samples = torch.arange(len(last), device=last.device)[:, None]
         call.projections[layer] = Projections(query[samples, :, last], value[samples, :, last], key, value)
 
 
@@ -209,9 +250,16 @@ def recall_tower(call: Call, memory: RowMemory, embeddings: Tensor) -> None:
 
 
 def attention_ahead(
-    call: Call, family: Family, layer: Any, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache | None
+    call: Call,
+    family: Family,
+    layer: Any,
+    index: int,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    cache: Cache | None,
+    mask: Any = None,
 ) -> Tensor:
-    """`[batch, head, token]` attention of the last prompt token that a decoder layer would pay to what enters it.
+    """`[batch, head, segment, token]` attention of the last prompt token that a decoder layer would pay to what enters it.
 
     Queries and keys are those of the layer's own code (norms, projections, rotary embedding), run up to its attention.
 
@@ -220,16 +268,18 @@ def attention_ahead(
         hidden: `[batch, token, dim]` entering it.
         rotary: its rotary embeddings, `[batch or 1, token, head_dim]` each.
         cache: what earlier turns left; it takes its share of the attention.
+        mask: the layer's own, where every cell of it counts.
     """
     batch, tokens, _ = hidden.shape
-    row = prompt_end(call, tokens).to(hidden.device)[:, None]
+    row = prompt_ends(call, tokens).to(hidden.device)
     given = {"attention_mask": None, "position_ids": None, "past_key_values": None, "use_cache": False}
     own = attention_of(layer, family.attention, hidden, position_embeddings=rotary, **given)
     key, row = own.key, row.to(own.key.device)
     query = own.query.gather(2, row[:, None, :, None].expand(-1, own.query.shape[1], -1, own.query.shape[3]))
     assert call.layout is not None
     valid = call.layout.real if call.reduction is None else call.reduction.valid
-    visible = valid.to(key.device) & (torch.arange(tokens, device=key.device) <= row)
+    valid = valid.to(key.device)
+    visible = valid[:, None] & (torch.arange(tokens, device=key.device) <= row[..., None])
     if call.past and cache is not None:
         stored: Any = cache.layers[index]
         if isinstance(stored, PrunedLayer):
@@ -238,8 +288,15 @@ def attention_ahead(
             before = call.mask[:, : call.past].to(key.device, torch.bool)
         else:
             before = torch.ones(batch, call.past, dtype=torch.bool, device=key.device)
-        key, visible = torch.cat((stored.keys, key), dim=2), torch.cat((before, visible), dim=1)
-    return attention_rows(query, key, own.scaling, visible[:, None])[:, :, 0, -tokens:]
+        key, visible = torch.cat((stored.keys, key), dim=2), torch.cat((before[:, None], visible), dim=2)
+    if mask is not None:
+        here = torch.arange(tokens, device=row.device).expand(batch, -1) if call.reduction is None else call.reduction.rows
+        there = here.to(row.device) + call.past
+        if call.past and cache is not None:
+            slots = stored.entries(batch, row.device)[0] if isinstance(stored, PrunedLayer) else torch.arange(call.past)[None]
+            there = torch.cat((slots.to(row.device).expand(batch, -1), there), dim=1)
+        visible &= shown_cells(mask, (there - call.past).gather(1, row + there.shape[1] - tokens), there)
+    return attention_rows(query, key, own.scaling, visible)[..., -tokens:]
 
 
 def prompt_end(call: Call, tokens: int) -> Tensor:
@@ -248,6 +305,18 @@ def prompt_end(call: Call, tokens: int) -> Tensor:
     if call.reduction is None:
         return call.prompt_end
     return torch.full_like(call.prompt_end, tokens - 1 - call.tail)  # left-padded, so the end is the same row everywhere
+
+
+def prompt_ends(call: Call, tokens: int) -> Tensor:
+    """`[batch, segment]` the same of every sample that is packed into a row: its last token that is still there."""
+    assert call.prompt is not None
+    if call.prompt.segments is None:
+        return prompt_end(call, tokens)[:, None]
+    assert call.alive is not None
+    segments = on_device(call.prompt.segments, call.alive.device)
+    numbers = torch.arange(call.prompt.ends.shape[1], device=segments.device)[:, None]
+    mine = (segments[:, None] == numbers) & call.alive[:, None]
+    return in_shortened(call, torch.where(mine, torch.arange(call.sequence, device=segments.device), 0).amax(dim=2))
 
 
 def text_after_pictures(call: Call) -> Reduction:
@@ -259,16 +328,18 @@ def text_after_pictures(call: Call) -> Reduction:
     if call.text is None:
         assert call.layout is not None
         assert call.prompt is not None
-        behind = call.layout.behind
-        begin = np.array([behind.get(sample, call.sequence) for sample in range(call.batch)])
-        text = call.prompt.asked & (np.arange(call.sequence) >= begin[:, None])
-        if call.newlines is not None:  # the last row separator stands behind the last visual token
-            text &= ~call.newlines
+        text, place = np.zeros_like(call.prompt.real), np.arange(call.sequence)
+        asked = call.prompt.asked & ~call.prompt.placeholders  # row separators stand behind the last visual token
+        for (sample, segment), begin in call.layout.behind.items():
+            mine = asked[sample] & (place >= begin) & (call.prompt.segment(sample) == segment)
+            if not mine.any() and call.prompt.visual[sample][call.prompt.segment(sample) == segment].any():
+                hides = " that the mask does not hide" if not call.prompt.real[sample].all() else ""
+                raise UsageError(
+                    f"the method weighs the text after the picture, but in row {sample} none stands there{hides}: put the "
+                    "question behind the picture."
+                )
+            text[sample] |= mine
         counts = text.sum(axis=1).tolist()
-        if not all(counts[sample] for sample in behind):
-            raise UsageError(
-                "the method weighs the text after the picture, but a prompt ends with its picture: put the question behind it."
-            )
         call.text = Reduction.keeping(on_device(text, call.layout.real.device), counts)
     return call.text
 
@@ -281,8 +352,35 @@ def in_shortened(call: Call, rows: Tensor) -> Tensor:
     return call.reduction.places(samples, rows).clamp_(max=call.reduction.rows.shape[1] - 1)
 
 
-def identity(call: Call, sample: int, ordinal: int) -> int:
-    """Equal for equal prompts, whatever the batch, the padding, or candidates of assisted decoding."""
+def own_text(call: Call, images: Sequence[Image]) -> tuple[Tensor | None, Tensor]:
+    """Of the rows of `text_after_pictures`, those of each picture's own sample.
+
+    Returns:
+        `[image, text]` places among these rows, or None for all of them; and `[image, text]` bool, False on padding.
+    """
     assert call.prompt is not None
-    ids = call.prompt.ids[sample][call.prompt.asked[sample]]
+    text = text_after_pictures(call)
+    if call.prompt.segments is None:
+        return None, text.valid[on_device(np.array([image.sample for image in images]), text.valid.device)]
+    rows, valid = on_host(text.rows), on_host(text.valid)
+    chosen = [
+        (valid[image.sample] & (call.prompt.segment(image.sample)[rows[image.sample]] == image.segment)).nonzero()[0]
+        for image in images
+    ]
+    order = np.zeros((len(images), max(map(len, chosen))), dtype=int)
+    there = np.zeros_like(order, dtype=bool)
+    for number, mine in enumerate(chosen):  # padded on the left, as everywhere
+        order[number, order.shape[1] - len(mine) :], there[number, order.shape[1] - len(mine) :] = mine, True
+    return on_device(order, text.rows.device), on_device(there, text.rows.device)
+
+
+def identity(call: Call, image: Image) -> int:
+    """Equal for equal prompts, whatever the batch, the padding, the row they are packed into, or candidates of assisted
+    decoding."""
+    assert call.layout is not None
+    assert call.prompt is not None
+    mine = call.prompt.asked[image.sample] & (call.prompt.segment(image.sample) == image.segment)
+    ids = call.prompt.ids[image.sample][mine]
+    beside = [other for other in call.layout.images if (other.sample, other.segment) == (image.sample, image.segment)]
+    ordinal = beside.index(image)
     return int.from_bytes(blake2b(f"{ordinal}/{ids.tolist()}".encode(), digest_size=8).digest(), "little")

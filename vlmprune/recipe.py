@@ -19,15 +19,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from vlmprune import hub
 from vlmprune.errors import UsageError, unknown
 from vlmprune.methods import METHODS, REDISTRIBUTORS, Pruner, Redistributor
 from vlmprune.methods.base import DEFINED
 from vlmprune.methods.redistributing import DEFINED as DEFINED_REDISTRIBUTORS
+from vlmprune.names import FILE
 from vlmprune.schedule import SITES, Budget, Schedule, Stage, check_shrinks
 from vlmprune.view import Facts
 
 SCHEMA = 1
-FILE = "vlmprune.json"
 CUT_KEYS = ("layer", "tokens", "fraction", "preset", "site")
 
 
@@ -181,16 +182,13 @@ class Recipe:
         return Recipe.from_dict(data)
 
 
-def _from_hub(repository: str) -> Path:
+def _from_hub(name: str) -> Path:
+    repository = hub.ask(name, FILE, "recipe")
+    if repository.files is not None and FILE not in repository.files:
+        raise UsageError(f"no recipe at {name!r}: the repository has no {FILE}; save one there, or give a folder.")
     from transformers.utils import cached_file
 
-    try:
-        found = cached_file(repository, FILE)
-    except OSError as error:
-        raise UsageError(
-            f"no recipe at {repository!r}: looked for a JSON file, a directory with {FILE}, and a hub repository with {FILE}."
-        ) from error
-    return Path(str(found))
+    return Path(str(cached_file(name, FILE, **repository.options)))
 
 
 def _parse_method(text: str) -> Pruner | Redistributor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from vlmprune import units
 from vlmprune.cost import DecoderShape
 from vlmprune.errors import UsageError
 from vlmprune.layout import Bools, Layout, Prompt
@@ -114,6 +116,7 @@ class Prefill:
             kept visual tokens). A stage that kept everything leaves the sequence as it was.
         keep_cache: the same for decoding steps, where a cache stage forgot more than prefill had dropped.
         newlines: row separators of LLaVA-NeXT among the image placeholders, which count as text; and whether they were kept.
+        hidden: visual tokens that the call's own attention mask hides: no method may keep them, and budgets do not count them.
         batch, sequence: shape of the call.
         past: tokens that were in the cache before.
         visual: visual tokens of the whole batch.
@@ -138,6 +141,7 @@ class Prefill:
     keep_cache: dict[int, Tensor] = field(default_factory=dict)
     newlines: int = 0
     newlines_kept: bool = True
+    hidden: int = 0
     entering: list[int] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
@@ -149,8 +153,8 @@ class Prefill:
 
 
 class Projections(NamedTuple):
-    """What an attention layer computed: of the last prompt token `[batch, head, dim]` and `[batch, kv_head, dim]`, and of all
-    rows of this call `[batch, kv_head, key, dim]`."""
+    """What an attention layer computed: of the last prompt token (of each sample of a row) `[batch, segment, head, dim]` and
+    `[batch, segment, kv_head, dim]`, and of all rows of this call `[batch, kv_head, key, dim]`."""
 
     query_of_last: Tensor
     value_of_last: Tensor
@@ -160,10 +164,12 @@ class Projections(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """What one stage left: per picture, the indices that remain, and the features merged into them (or None)."""
+    """What one stage left: per picture, the indices that remain, and the features merged into them (or None); `emptied` where
+    places of others are left without a token."""
 
     remaining: list[Tensor]
     features: list[Tensor | None]
+    emptied: bool = False
 
     def detached(self) -> Chosen:
         """The same, to be kept: nothing that outlives a layer may hold the graph that a backward pass runs through."""
@@ -180,12 +186,14 @@ class Steps:
         rows: which rows are edited, per kind of rows and number of tokens a layer computes.
         blind: the prompt without its pictures, where a method compares with it.
         of_blind: this is that prompt's own call.
+        apart: the samples that are packed into rows, each in a row of its own; None if they are not.
     """
 
     entered: dict[int, Any] = field(default_factory=dict)
     rows: dict[tuple[str, int], Reduction | None] = field(default_factory=dict)
     blind: Any = None
     of_blind: bool = False
+    apart: Any = None
 
 
 @dataclass(eq=False)
@@ -202,12 +210,15 @@ class Call:
         tail: tokens at the end that are not part of the prompt (candidates of assisted decoding; tokens generated without a
             cache).
         asked: tokens at the end whose logits were asked for, or 0.
+        pictures: visual tokens of each picture that the call brings, or None.
         layout: where visual tokens are; None if this call prunes nothing.
         prompt: the call's tokens, on the host.
         mask: 2-D attention mask over all tokens so far, or None.
+        custom: layers are given a mask of which every cell counts (4-D, block mask, or one for packed samples).
         past: tokens in the cache before this call.
         prompt_end: `[batch]` place of the prompt's last token.
         remaining: per picture, indices that are still there.
+        candidates: per picture, how many of its tokens the call's mask does not hide: what budgets count from.
         entered: per picture, how many of its tokens entered the language model.
         newlines: `[batch, sequence]` row separators among the image placeholders, on the host; None if there are none.
         alive: `[batch, sequence]` bool, what was not dropped yet.
@@ -217,7 +228,8 @@ class Call:
             tower, on the host; empty where nobody asks or the tower has no views.
         reduction: what the current layer computes; None while nothing was dropped.
         embeddings: `[batch, sequence, dim]` what entered the language model, where a method looks back at it.
-        attention: per decoder layer, `[batch, head, key]` attention of the last prompt token to this call's rows.
+        attention: per decoder layer, `[batch, head, segment, key]` attention of the last prompt token to this call's rows; of
+            each sample, where several are packed into a row.
         projections: per decoder layer, queries, keys and values.
         text: the prompt's text after its last picture, as rows of the call's sequence.
         text_attention: per decoder layer, `[batch, head, text, key]` attention of these rows.
@@ -247,14 +259,17 @@ class Call:
     before: dict[int, Call] = field(default_factory=dict)
     tail: int = 0
     asked: int = 0
+    pictures: Sequence[int] | None = None
     layout: Layout | None = None
     prompt: Prompt | None = None
     mask: Tensor | None = None
+    custom: bool = False
     past: int = 0
     batch: int = 0
     sequence: int = 0
     prompt_end: Tensor | None = None
     remaining: list[Tensor] = field(default_factory=list)
+    candidates: list[int] = field(default_factory=list)
     entered: list[int] = field(default_factory=list)
     newlines: Bools | None = None
     alive: Tensor | None = None
@@ -359,6 +374,7 @@ class Report:
     Attributes:
         kv_bytes, kv_bytes_peak: what the KV cache holds after prefill, and the most it held; more where a stage shortens it,
             whose old and new entries exist side by side for a moment.
+        hidden: visual tokens that the call's own attention mask hid.
         selection_ms: choosing and shortening, a part of `prefill_ms`.
         overhead: the same by place, in milliseconds; and looking and shortening inside the vision tower, which is no part of
             `prefill_ms`.
@@ -383,6 +399,7 @@ class Report:
     selection_ms: float
     edits: tuple[EditReport, ...] = ()
     overhead: tuple[tuple[str, float], ...] = ()
+    hidden: int = 0
 
     @staticmethod
     def of(record: Prefill, recipe: str) -> Report:
@@ -424,29 +441,39 @@ class Report:
                 for name in dict.fromkeys(s.method for s in record.steered)
             ),
             overhead=_by_place([*record.tower, *record.selection]),
+            hidden=record.hidden,
         )
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as labelled lines."""
         kept = [(f"kept at {_place(s)} ({s.method})", _each(s.kept, s.original)) for s in self.stages]
         higher = self.kv_bytes_peak > self.kv_bytes
-        peak = f", {self.kv_bytes_peak / 1024:.4g} KiB before the cache was shortened" if higher else ""
+        peak = f", {units.size(self.kv_bytes_peak)} before the cache was shortened" if higher else ""
+        hidden = [("hidden by the mask", f"{self.hidden} visual tokens, no candidates of any budget")] if self.hidden else []
         newlines = [("row separators", f"{self.newlines}, counted as text, {self.newline_policy}")] if self.newlines else []
-        seen = f"{self.visual_tokens} visual" if self.visual_tokens else "no picture: nothing to prune"
+        seen = f"{self.visual_tokens} visual" if self.visual_tokens else "no picture found: nothing to prune"
         return [
             ("recipe", self.recipe),
             ("prompt", f"{self.batch} × {self.prompt_tokens} tokens, {seen}"),
             *kept,
             *newlines,
+            *hidden,
             *((f"redistributed ({edit.method})", str(edit)) for edit in self.edits),
             (
                 "visual tokens per layer",
                 f"{self.visual_compute_average:.1f} entering on average, {self.visual_nominal_average:.1f} leaving",
             ),
-            ("prefill FLOPs", _share(self.flops / 1e9, self.flops_unpruned / 1e9, "G")),
-            ("KV cache", _share(self.kv_bytes / 1024, self.kv_bytes_unpruned / 1024, "KiB") + peak),
-            ("prefill time", f"{self.prefill_ms:.2f} ms, of which choosing and shortening {self.selection_ms:.2f} ms"),
+            ("prefill FLOPs", units.share(self.flops, self.flops_unpruned, units.operations)),
+            ("KV cache", units.share(self.kv_bytes, self.kv_bytes_unpruned, units.size) + peak),
+            (
+                "prefill time",
+                f"{units.duration(self.prefill_ms)}, of which choosing and shortening {units.duration(self.selection_ms)}",
+            ),
         ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain numbers, texts, dicts and lists, for JSON: bytes, FLOPs and milliseconds."""
+        return units.plain(asdict(self))
 
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.rows())
@@ -475,10 +502,6 @@ def _over_rows(parts: list[tuple[Tensor | None, Tensor | None]]) -> float | None
 
 def _place(stage: StageReport) -> str:
     return Stage(stage.layer, Budget(fraction=1.0), stage.site).place
-
-
-def _share(pruned: float, unpruned: float, unit: str) -> str:
-    return f"{pruned:.4g} {unit} of {unpruned:.4g} {unit} ({pruned / unpruned:.1%})"
 
 
 def _each(kept: tuple[int, ...], original: tuple[int, ...]) -> str:

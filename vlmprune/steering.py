@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.adapters.family import Family, has_mrope
+from vlmprune.apart import Apart
 from vlmprune.attention import TUNNEL, pruned_mask
 from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, marked_layer
 from vlmprune.errors import UsageError
@@ -150,6 +151,9 @@ class Steering:
 
     def enter_text(self, call: Call, embeddings: Tensor) -> None:
         """A prompt with a picture begins: prepare the text-only stream."""
+        if self.by_layer and call.prompt is not None and call.prompt.segments is not None:
+            call.steps.apart = apart = Apart.of_packed(call)
+            return self.enter_text(apart.now(call), apart.take(embeddings, 1))
         if self._last_blind < 0 or call.past or call.resumed:
             return
         assert call.layout is not None
@@ -186,6 +190,8 @@ class Steering:
         Raises:
             UsageError: the conversation in the cache began without this method.
         """
+        if (apart := call.steps.apart) is not None:
+            return self.enter_layer(index, apart.now(call), apart.take(hidden, 1), cache)
         layer = None if cache is None else marked_layer(cache, index)
         holder = call.uncached.setdefault(index, _Holder()) if layer is None else layer
         name = self._names[self.by_layer[index].name]
@@ -224,6 +230,8 @@ class Steering:
             return own()
         if call.steps.of_blind:
             return self._attend_blind(index, call, own())
+        if call.steps.apart is not None:
+            return self._attend_apart(index, call, own(), query, key, value, scaling, kwargs)
         entered = call.steps.entered.get(index)
         if entered is None:
             self._advance_blind(index, call)
@@ -245,7 +253,8 @@ class Steering:
             return own()
         if rows is not None and rows.rows.shape[1] == 0:
             return own()
-        result = None if rows is None and not kwargs.get("output_attentions") else own()
+        asked = kwargs.get("output_attentions", getattr(self._text.config, "output_attentions", False))
+        result = None if rows is None and not asked else own()
         past, chosen, position = key.shape[2] - query.shape[2], query, None
         if rows is not None:
             chosen = query.gather(2, rows.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
@@ -258,6 +267,16 @@ class Steering:
         if result is None:
             return edited.contiguous(), None
         return (_overwritten(result[0], edited, rows, changed), *result[1:])
+
+    def _attend_apart(
+        self, index: int, call: Call, result: Any, query: Tensor, key: Tensor, value: Tensor, scaling: Any, kwargs: Any
+    ) -> Any:
+        """The same of samples that are packed into one row: each is shown alone, and put back in its place."""
+        apart = call.steps.apart.in_layer(index, call)
+        query, key, value = (apart.take(x, 2) for x in (query, key, value))
+        mine = {**kwargs, TUNNEL: apart.call}
+        edited = self.attend(index, lambda: (apart.take(result[0], 1), None), query, key, value, scaling, **mine)
+        return (apart.put_back(result[0], edited[0]), *result[1:])
 
     def _find(self, entered: Entered, method: Redistributor, query: Tensor, key: Tensor, scaling: float) -> None:
         """In a layer's first run: what is padding, what is marked, and which rows are edited."""
@@ -412,6 +431,7 @@ def _prompt(call: Call, device: torch.device) -> tuple[Tensor, Tensor]:
     visual = torch.zeros_like(prompt)
     for image in call.layout.images:
         visual[image.sample, image.positions] = True
+    visual &= call.layout.real
     return _computed(call, prompt).to(device), _computed(call, visual).to(device)
 
 

@@ -20,16 +20,17 @@ PROBES: dict[str, str] = {
     "normed_features": "[image, visual, dim] `features` behind the language model's final norm",
     "normed_text_features": "[image, text, dim] the same of the text",
     "embeddings": "[image, original, dim] what entered the language model for all tokens of the picture, dropped ones too "
-    "(NaN if dropped inside the tower)",
+    "(NaN if dropped inside the tower or hidden by the call's mask)",
     "text_embeddings": "[image, text, dim] the same of the text; zero where padded",
     "attention_from_last": "[image, head, visual] fp32 attention of the last prompt token, in the layer before the cut",
     "attention_of_layer": "[image, head, visual] the same, as the layer of the cut itself would pay it to what enters it",
     "attention_from_text": "[image, head, text, visual] fp32 attention of the text after the prompt's last picture, in the "
     "layer before the cut; zero on rows that pad a shorter text",
     "attention_among_text": "[image, head, text, text] fp32 attention of the same rows to each other; zero where padded",
-    "query_of_last": "[image, head, dim] query of the last prompt token in the layer before the cut, after rotary embedding",
+    "query_of_last": "[image, head, dim] query of the last prompt token in the layer before the cut, after rotary embedding as "
+    "if the sample began at position 0, whatever padding or packing stands before it",
     "value_of_last": "[image, kv_head, dim] its value",
-    "keys": "[image, kv_head, visual, dim] keys of the layer before the cut, after rotary embedding",
+    "keys": "[image, kv_head, visual, dim] keys of the layer before the cut, after rotary embedding in the same way",
     "values": "[image, kv_head, visual, dim] its values",
     "text_keys": "[image, kv_head, text, dim] the same keys of the text",
     "attention_from_cls": "[image, head, visual] fp32 attention of the vision tower's CLS token, in the block whose output "

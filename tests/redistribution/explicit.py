@@ -115,7 +115,9 @@ class Explicit:
                 seen = [visible[row].nonzero()[:, 0].tolist() for row in range(rows)]
                 values = [scores[row, seen[row]].tolist() for row in range(rows)]
                 for row in range(rows):
-                    weights = self.edit(self, layer, sample, head, row, seen, values)
+                    # A prompt without a picture has nothing to redistribute, whoever stands beside it.
+                    pictured = bool(self.visual[sample].any())
+                    weights = self.edit(self, layer, sample, head, row, seen, values) if pictured else softmax(values[row])
                     out[sample, head, row] = (torch.tensor(weights, dtype=torch.float64) @ v[seen[row]].double()).to(out.dtype)
         return out.transpose(1, 2).contiguous(), None
 

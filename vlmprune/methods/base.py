@@ -7,7 +7,6 @@ method asks for `Facts`, never for a family's name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.methods.parameters import Range, choice, limited, number
 from vlmprune.schedule import Budget, Schedule, Stage, plain
 from vlmprune.view import WITH_CLS, Facts, View
 
@@ -37,7 +37,7 @@ class Choice:
 
 
 DEFINED: dict[str, type[Pruner]] = {}
-"""Every method that has been defined in this process, a user's own too, by its name; the last of those with one name."""
+"""Methods that users of the library have defined in this process, by their names; the last of those with one name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +88,16 @@ class Pruner:
 
     schedule: Schedule | None = None
     layer: InitVar[int | None] = None
-    tokens: InitVar[int | None] = None
-    fraction: InitVar[float | None] = None
+    tokens: InitVar[int | None] = number(None, low=0, whole=True)  # checked by Budget
+    fraction: InitVar[float | None] = number(None, low=0, high=1)
     preset: InitVar[str | None] = None
-    positions: Positions = "original"
-    cache_layer: int = -1
-    newlines: Literal["keep", "drop"] = "keep"
+    positions: Positions = choice("original", "compact")
+    cache_layer: int = number(-1, low=-1, whole=True)
+    newlines: Literal["keep", "drop"] = choice("keep", "drop")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if isinstance(name := vars(cls).get("name"), str):
+        if isinstance(name := vars(cls).get("name"), str) and not cls.__module__.startswith("vlmprune."):
             DEFINED[name] = cls
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
@@ -108,9 +108,7 @@ class Pruner:
             raise UsageError(f"{self.name}: give schedule=…, preset=…, or layer, tokens and fraction; only one of these.")
         if preset is not None and preset not in self.presets:
             raise unknown(f"preset of {self.name}", preset, self.presets)
-        self._one_of("positions", ("original", "compact"))
-        self._one_of("newlines", ("keep", "drop"))
-        self._in_range("cache_layer", -1, math.inf, whole=True)
+        self._check_parameters()
         if self.schedule is None:
             schedule = self.presets[preset] if preset is not None else self._from_defaults(layer, tokens, fraction)
             object.__setattr__(self, "schedule", schedule)
@@ -178,6 +176,18 @@ class Pruner:
         budget = Budget(tokens, fraction) if given else default.budget
         return Schedule((Stage(default.layer, budget, default.site) if layer is None else Stage(layer, budget),))
 
+    def _check_parameters(self) -> None:
+        """Refuse a parameter outside its limits.
+
+        Raises:
+            UsageError: says the limits and what was found.
+        """
+        for parameter, allowed in limited(self):
+            if isinstance(allowed, Range):
+                self._in_range(parameter, allowed.low, allowed.high, allowed.whole)
+            else:
+                self._one_of(parameter, allowed)
+
     def _one_of(self, parameter: str, values: tuple[Any, ...]) -> None:
         """Refuse a field whose value is none of a few.
 
@@ -197,7 +207,8 @@ class Pruner:
         kind = int if whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
             what = "a whole number" if whole else "a number"
-            raise UsageError(f"{self.name}: {parameter} must be {what} in [{low:g}, {high:g}], found {shown(value)}.")
+            where = f" in [{low:g}, {high:g}]" if low > float("-inf") else ""
+            raise UsageError(f"{self.name}: {parameter} must be {what}{where}, found {shown(value)}.")
 
     def over_picture(self, see: View) -> Tensor:
         """A number for every token that is scaled over all of its picture, for methods that `select` view by view.

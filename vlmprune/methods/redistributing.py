@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.methods.parameters import Range, limited
 from vlmprune.schedule import plain, scaled_layer
 
 M = TypeVar("M", bound="Redistributor")
@@ -71,7 +72,7 @@ class Scene:
 
 
 DEFINED: dict[str, type[Redistributor]] = {}
-"""Every method that has been defined in this process, a user's own too, by its name; the last of those with one name."""
+"""Methods that users of the library have defined in this process, by their names; the last of those with one name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ class Redistributor:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if isinstance(name := vars(cls).get("name"), str):
+        if isinstance(name := vars(cls).get("name"), str) and not cls.__module__.startswith("vlmprune."):
             DEFINED[name] = cls
 
     def __new__(cls: type[M], **given: Any) -> M:
@@ -130,6 +131,7 @@ class Redistributor:
             for key, value in self.presets[preset].items():
                 if key not in self._given:
                     object.__setattr__(self, key, value)
+        self._check_parameters()
         object.__setattr__(
             self, "layers", "|".join(map(str, self.layers)) if isinstance(self.layers, list) else str(self.layers)
         )
@@ -166,6 +168,18 @@ class Redistributor:
                 f"{depth - 1}, none of them: choose with layers=…{_example(self.name, self.default_layers, depth)}."
             )
         return tuple(sorted(chosen))
+
+    def _check_parameters(self) -> None:
+        """Refuse a parameter outside its limits.
+
+        Raises:
+            UsageError: says the limits and what was found.
+        """
+        for parameter, allowed in limited(self):
+            if isinstance(allowed, Range):
+                self._in_range(parameter, allowed.low, allowed.high)
+            elif getattr(self, parameter) not in allowed:
+                raise unknown(f"value of {parameter} in {self.name}", str(getattr(self, parameter)), map(str, allowed))
 
     def _in_range(self, parameter: str, low: float, high: float) -> None:
         """Refuse a number outside [low, high].

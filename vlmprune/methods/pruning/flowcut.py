@@ -36,6 +36,7 @@ from torch import Tensor
 from vlmprune.errors import UsageError
 from vlmprune.kernels.flow_score import entropy_ratio, flow_score, share
 from vlmprune.methods.base import Block, TowerPruner, TowerState, alive_top, top
+from vlmprune.methods.parameters import choice, number
 from vlmprune.schedule import Budget, Schedule, Stage
 from vlmprune.view import Facts, View
 
@@ -60,15 +61,12 @@ class FlowCut(TowerPruner):
     official_positions = "compact (LLaVA), original (Qwen)"
     default = Schedule((Stage(0, Budget(tokens=128), "vision"),))
 
-    semantic_scale: Literal["code", "paper"] = "code"
-    variant_on_units: Literal["auto", "official", "unit"] = "auto"
-    decoder_layer: int = 2
+    semantic_scale: Literal["code", "paper"] = choice("code", "paper")
+    variant_on_units: Literal["auto", "official", "unit"] = choice("auto", "official", "unit")
+    decoder_layer: int = number(2, low=1, whole=True)
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
         super().__post_init__(layer, tokens, fraction, preset)
-        self._one_of("semantic_scale", ("code", "paper"))
-        self._one_of("variant_on_units", ("auto", "official", "unit"))
-        self._in_range("decoder_layer", 1, math.inf, whole=True)
         if any(stage.site == "llm" and stage.layer == 0 for stage in self.cuts):
             raise UsageError("flowcut cannot cut before layer 1: it looks at the layer before the cut, found layer=0.")
         if any(stage.site == "vision" and not (stage.budget.tokens or stage.budget.fraction) for stage in self.cuts):

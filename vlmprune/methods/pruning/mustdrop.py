@@ -29,6 +29,7 @@ from torch.nn.functional import normalize
 from vlmprune.errors import UsageError
 from vlmprune.layout import on_device, on_host
 from vlmprune.methods.base import Choice, TowerPruner, TowerState, alive_top, top
+from vlmprune.methods.parameters import number
 from vlmprune.schedule import Budget, Schedule, Stage, stages
 from vlmprune.view import Facts, View
 
@@ -64,11 +65,11 @@ class MustDrop(TowerPruner):
     official_positions = "compact"
     presets = dict.fromkeys(THRESHOLDS, FILTERED)
 
-    global_threshold: float | None = None
-    individual_threshold: float | None = None
-    merge: float = 0.8
-    windows: int | None = None
-    cache_layer: int = 2
+    global_threshold: float | None = number(None, low=0)
+    individual_threshold: float | None = number(None, low=0)
+    merge: float = number(0.8, low=-1)
+    windows: int | None = number(None, low=0, whole=True)
+    cache_layer: int = number(2, low=-1, whole=True)
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
         if preset is not None and (self.global_threshold, self.individual_threshold) == (None, None) and preset in THRESHOLDS:
@@ -77,15 +78,9 @@ class MustDrop(TowerPruner):
         thresholds = [self.global_threshold, self.individual_threshold]
         if None in thresholds and thresholds != [None, None]:
             raise UsageError("mustdrop: global_threshold and individual_threshold go together: give both or neither.")
-        if self.thresholds:
-            for name in ("global_threshold", "individual_threshold"):
-                self._in_range(name, 0, math.inf)
-            if self.schedule is None and (layer, tokens, fraction, preset) == (None, None, None, None):
-                object.__setattr__(self, "schedule", FILTERED)
+        if self.thresholds and self.schedule is None and (layer, tokens, fraction, preset) == (None, None, None, None):
+            object.__setattr__(self, "schedule", FILTERED)
         super().__post_init__(layer, tokens, fraction, preset)
-        self._in_range("merge", -1, math.inf)
-        if self.windows is not None:
-            self._in_range("windows", 0, math.inf, whole=True)
 
     @property
     def thresholds(self) -> bool:

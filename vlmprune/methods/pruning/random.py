@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmprune.errors import UsageError
 from vlmprune.methods.base import Pruner
+from vlmprune.methods.parameters import number
 from vlmprune.schedule import at
 from vlmprune.view import View
 
@@ -34,12 +34,7 @@ class Random(Pruner):
     official_positions = "compact"
     default = at(layer=0, fraction=0.25)
 
-    seed: int = 0
-
-    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
-        super().__post_init__(layer, tokens, fraction, preset)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise UsageError(f"random: seed must be a whole number, found {self.seed!r}.")
+    seed: int = number(0, whole=True)
 
     def select(self, see: View, keep: int) -> Tensor:
         drawn = [self._draw(identity, see.layer, see.visual)[:keep].sort().values for identity in see.identity]

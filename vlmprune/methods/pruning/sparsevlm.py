@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vlmprune.methods.base import Choice, Pruner, top
 from vlmprune.methods.merging import density_peaks, gathered, rows
+from vlmprune.methods.parameters import choice
 from vlmprune.schedule import Stage, stages
 from vlmprune.view import View
 
@@ -53,11 +54,10 @@ class SparseVLM(Pruner):
     needs = frozenset({"embeddings", "text_embeddings", "text_valid", "attention_from_text", "features"})
     official_positions = "compact (1.5), original (2)"
 
-    version: float = 1.5
+    version: float = choice(1.5, 2)
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
         super().__post_init__(layer, tokens, fraction, preset)
-        self._one_of("version", (1.5, 2))
         if preset is not None:
             object.__setattr__(self, "version", 2 if preset.startswith("v2") else 1.5)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from vlmprune.errors import UsageError
 from vlmprune.methods.base import Choice, Pruner, top
 from vlmprune.methods.merging import gathered, nearest, others, rows
+from vlmprune.methods.parameters import number
 from vlmprune.schedule import Schedule, Stage, at
 from vlmprune.view import Facts, View
 
@@ -43,12 +44,7 @@ class VisionZip(Pruner):
     default = at(layer=0, tokens=64)
     per_view = True
 
-    contextual: int | None = None
-
-    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
-        super().__post_init__(layer, tokens, fraction, preset)
-        if self.contextual is not None:
-            self._in_range("contextual", 0, math.inf, whole=True)
+    contextual: int | None = number(None, low=0, whole=True)
 
     def plan(self, facts: Facts) -> Schedule:
         if any(stage.layer for stage in self.cuts):

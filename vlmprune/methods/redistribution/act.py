@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmprune.methods.parameters import number
 from vlmprune.methods.redistributing import GroupEditor, Scene
 
 
@@ -40,16 +41,9 @@ class ACT(GroupEditor):
     causal = False
     presets = {"released-code": {"threshold": 0.1}}  # noqa: RUF012
 
-    beta: float = 0.4
-    alpha: float = 5.0
-    threshold: float | None = None
-
-    def __post_init__(self, preset: str | None) -> None:
-        super().__post_init__(preset)
-        self._in_range("beta", 0, 1)
-        self._in_range("alpha", 0, 1e6)
-        if self.threshold is not None:
-            self._in_range("threshold", 0, 1)
+    beta: float = number(0.4, low=0, high=1)
+    alpha: float = number(5.0, low=0, high=1e6)
+    threshold: float | None = number(None, low=0, high=1)
 
     @property
     def neutral(self) -> bool:

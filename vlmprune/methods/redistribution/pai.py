@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmprune.methods.parameters import number
 from vlmprune.methods.redistributing import Scene, ScoreEditor
 
 
@@ -30,11 +31,7 @@ class PAI(ScoreEditor):
     rows = "last"
     default_layers = "2:"
 
-    alpha: float = 0.2
-
-    def __post_init__(self, preset: str | None) -> None:
-        super().__post_init__(preset)
-        self._in_range("alpha", 0, 100)
+    alpha: float = number(0.2, low=0, high=100)
 
     @property
     def neutral(self) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.layout import on_device
+from vlmprune.methods.parameters import number
 from vlmprune.methods.redistributing import Scene, ScoreEditor
 
 LOCAL, SUMMARY = 1, 2
@@ -41,14 +42,9 @@ class PAINT(ScoreEditor):
     needs = frozenset({"attention_from_cls_first", "attention_from_cls"})
     presets = {"paper": {"alpha": 0.7, "beta": 0.4}, "released-code": {"alpha": 0.7, "beta": 0.3}}  # noqa: RUF012
 
-    alpha: float = 0.7
-    beta: float = 0.4
-    local: float = 0.25
-
-    def __post_init__(self, preset: str | None) -> None:
-        super().__post_init__(preset)
-        for parameter, highest in (("alpha", 100), ("beta", 100), ("local", 1)):
-            self._in_range(parameter, 0, highest)
+    alpha: float = number(0.7, low=0, high=100)
+    beta: float = number(0.4, low=0, high=100)
+    local: float = number(0.25, low=0, high=1)
 
     @property
     def neutral(self) -> bool:

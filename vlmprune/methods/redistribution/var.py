@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError, shown
+from vlmprune.methods.parameters import number
 from vlmprune.methods.redistributing import GroupEditor, Scene
 from vlmprune.schedule import plain
 
@@ -72,14 +73,14 @@ class VAR(GroupEditor):
         "released-code": {"keep": 0.6, "max_sink_share": 0.5, "layers": "2:"},
     }
 
-    keep: float = 0.4
-    max_sink_share: float = 0.2
-    min_image_mass: float = 0.2
-    sink_energy: float | None = None
-    tau: float | None = None
+    keep: float = number(0.4, low=0, high=1)
+    max_sink_share: float = number(0.2, low=0, high=1)
+    min_image_mass: float = number(0.2, low=0, high=1)
+    sink_energy: float | None = number(None, low=0, high=1)
+    tau: float | None = number(None, low=0, high=1e6)
     sink_dims: str = "auto"
-    p: InitVar[float | None] = None
-    rho: InitVar[float | None] = None
+    p: InitVar[float | None] = number(None, low=0, high=1)
+    rho: InitVar[float | None] = number(None, low=0, high=1)
 
     def __post_init__(self, preset: str | None, p: float | None, rho: float | None) -> None:
         super().__post_init__(preset)
@@ -92,14 +93,8 @@ class VAR(GroupEditor):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise UsageError(f"var: {paper} must be a number in [0, 1], found {shown(value)}.")
             object.__setattr__(self, ours, 1 - value)
-        for parameter in ("keep", "max_sink_share", "min_image_mass"):
-            self._in_range(parameter, 0, 1)
-        if self.sink_energy is not None:
-            self._in_range("sink_energy", 0, 1)
-            if self.sink_energy == 1:
-                raise UsageError("var: sink_energy=1 is never reached, for no token has all of its energy in one dimension.")
-        if self.tau is not None:
-            self._in_range("tau", 0, 1e6)
+        if self.sink_energy == 1:
+            raise UsageError("var: sink_energy=1 is never reached, for no token has all of its energy in one dimension.")
         dims = "|".join(map(str, self.sink_dims)) if isinstance(self.sink_dims, list | tuple) else str(self.sink_dims)
         object.__setattr__(self, "sink_dims", dims)
         if dims not in ("auto", "cosine") and not all(piece.isdecimal() for piece in dims.split("|")):

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlmprune.errors import unknown
+from vlmprune.methods.parameters import choice, number
 from vlmprune.methods.redistributing import HeadScaler
 
 
@@ -42,14 +42,8 @@ class VHR(HeadScaler):
     default_layers = ""
     causal = False
 
-    alpha: float = 2.0
-    distance: Literal["l2", "l2sq"] = "l2"
-
-    def __post_init__(self, preset: str | None) -> None:
-        super().__post_init__(preset)
-        self._in_range("alpha", 0, 100)
-        if self.distance not in ("l2", "l2sq"):
-            raise unknown("distance of vhr", str(self.distance), ("l2", "l2sq"))
+    alpha: float = number(2.0, low=0, high=100)
+    distance: Literal["l2", "l2sq"] = choice("l2", "l2sq")
 
     @property
     def neutral(self) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmprune.methods.parameters import number
 from vlmprune.methods.redistributing import GroupEditor, Scene, first_token
 
 
@@ -33,11 +34,7 @@ class ZeroTuning(GroupEditor):
     default_layers = ":"
     groups = 1
 
-    gain: float = 1.0
-
-    def __post_init__(self, preset: str | None) -> None:
-        super().__post_init__(preset)
-        self._in_range("gain", 0, 1e4)
+    gain: float = number(1.0, low=0, high=1e4)
 
     @property
     def neutral(self) -> bool:

@@ -1,0 +1,496 @@
+"""What a user names is loaded, or the true reason is said in one sentence, within seconds and before weights are read."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import shutil
+import socket
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from folders import FOLDERS
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import vlmprune as vp
+from vlmprune import demo, loading
+from vlmprune import hub as the_hub
+from vlmprune.cli import app
+from vlmprune.loading import load_decoder, load_model, make_inputs, prompt_text
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """One folder per family."""
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in FOLDERS.items()}
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """A LLaVA folder to break."""
+    return shutil.copytree(made["llava"], tmp_path / "llava")
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "wide.png"
+    Image.effect_noise((120, 70), 60).convert("RGB").save(path)
+    return path
+
+
+# -- what is loaded --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FOLDERS)
+def test_run_on_every_family(made, picture, tmp_path, family):
+    """Red: LLaVA-NeXT is refused after all its work; Qwen's processor wants torchvision."""
+    target = tmp_path / "kept.png"
+    arguments = ["run", "--model", str(made[family]), "--image", str(picture), "--prompt", "what is this ?", "--json"]
+    more = ["--recipe", "divprune:fraction=0.5", "--max-new-tokens", "3", "--draw", str(target)]
+    result = CliRunner().invoke(app, [*arguments, *more])
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert sum(len(view["kept"]) for view in answer["views"]) == len(answer["kept"]) == answer["pruned"]["visual_tokens"]
+    assert sum(view["tokens"] for view in answer["views"]) == answer["unpruned"]["visual_tokens"]
+    assert Image.open(target).size[0] == (384 if family != "llava_next" else 2 * 384 + 12)
+    assert "un-pruned answer: 3 tokens" in result.stderr
+
+
+def test_two_generations_and_no_more(made, picture, monkeypatch):
+    """Red: `run` generates fourteen times for its medians."""
+    model, processor = load_model(str(made["llava"]), "cpu")
+    calls = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **more: calls.append(more["max_new_tokens"]) or generate(**more))
+    monkeypatch.setattr(demo, "open_model", lambda *where: (processor, lambda: model))
+    demo.ask_once("x", picture, "what ?", "divprune:fraction=0.5", 5, "cpu", None)
+    assert calls == [5, 5]
+
+
+def test_a_recipe_that_cannot_run_is_refused_before_the_first_answer(made, picture, monkeypatch):
+    """Red: the un-pruned model works first, for minutes."""
+    model, processor = load_model(str(made["llava"]), "cpu")
+    monkeypatch.setattr(model, "generate", lambda **more: pytest.fail("generated"))
+    monkeypatch.setattr(demo, "open_model", lambda *where: (processor, lambda: model))
+    with pytest.raises(vp.UsageError, match="fastv cuts at layer 30"):
+        demo.ask_once("x", picture, "what ?", "fastv:layer=30,fraction=0.5", 5, "cpu", None)
+
+
+def test_cells_of_packed_pictures(made):
+    """Base view and crops count the tokens of the model; padding has none. Oracle: what is packed, by marked features."""
+    from vlmprune.adapters.registry import family_of
+
+    model, processor = load_model(str(made["llava_next"]), "cpu")
+    family = family_of(model.config)
+    for size in ((96, 96), (120, 70), (70, 120), (200, 50), (47, 96), (96, 60)):
+        inputs = make_inputs(processor, Image.new("RGB", size, "grey"), prompt_text(processor, "what ?"), "cpu")
+        (rows,) = family.cells(inputs, model.config)
+        views = [view for row in rows for view in row]
+        marked = torch.arange(len(views) * 36).view(len(views), 36, 1).float()  # a number for every patch of every view
+        newline = torch.tensor([-1.0])
+        packed, _ = model.model.pack_image_features([marked], inputs["image_sizes"], "default", newline)
+        tokens = [int(value) for value in packed[0].flatten() if value >= 0]
+        for number, view in enumerate(views):
+            for cell, token in enumerate(view.flatten().tolist()):
+                place = number * 36 + cell
+                assert (token == -1) == (place not in tokens)
+                assert token == -1 or tokens[token] == place
+        assert len(tokens) == sum(int((view >= 0).sum()) for view in views)
+
+
+def test_kept_cells_are_drawn_where_they_are(made):
+    """A kept token of a crop is framed in that crop; its padding never is."""
+    model, processor = load_model(str(made["llava_next"]), "cpu")
+    picture = Image.effect_noise((120, 70), 60).convert("RGB")
+    inputs = make_inputs(processor, picture, prompt_text(processor, "what ?"), "cpu")
+    _, kept = demo.ask(model, processor, inputs, vp.Recipe.of("random:tokens=30"), 1)
+    names = [view.name for view in kept.views]
+    assert names == ["base view", "crop 1, 1", "crop 1, 2", "crop 2, 1", "crop 2, 2"]
+    seen = demo.as_seen(processor, inputs, picture)
+    assert len(seen) == 5
+    assert seen[0].size == (48, 48)
+    first_row_of_padding = {cell for cell in kept.views[1].kept if cell < 6}
+    assert not first_row_of_padding, "the upper crops begin with padding"
+    assert demo.draw_views(processor, inputs, picture, kept.views).width == 2 * 384 + 12
+
+
+def test_images_of_qwen_need_no_torchvision(made, monkeypatch):
+    """The processor without its part for videos makes what the parts make."""
+    processor = load_model(str(made["qwen2_5_vl"]), "cpu")[1]
+    picture = Image.effect_noise((120, 70), 60).convert("RGB")
+    inputs = make_inputs(processor, picture, prompt_text(processor, "what ?"), "cpu")
+    alone = processor.image_processor(images=[picture], return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], alone["pixel_values"])
+    assert int((inputs["input_ids"] == processor.image_token_id).sum()) == int(alone["image_grid_thw"].prod()) // 4
+    if loading.find_spec("torchvision") is None:
+        assert not hasattr(processor, "video_processor")
+    assert type(processor).__name__ == "Qwen2_5_VLProcessor"
+
+
+@pytest.mark.parametrize("form", ["fast", "nested", "with a file for videos"])
+def test_other_ways_in_which_processors_are_saved(made, tmp_path, form):
+    """Red: an image processor that was saved as `…Fast`, or with a part for videos, is refused without torchvision."""
+    folder = shutil.copytree(made["qwen2_5_vl"], tmp_path / "qwen")
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    videos = {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+    if form == "fast":
+        path.write_text(json.dumps({**settings, "image_processor_type": "Qwen2VLImageProcessorFast"}))
+    elif form == "nested":
+        path.unlink()
+        nested = {"image_processor": settings, "video_processor": videos, "processor_class": "Qwen2_5_VLProcessor"}
+        (folder / "processor_config.json").write_text(json.dumps(nested))
+    else:
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
+    assert load_model(str(folder), "cpu")[1].image_processor.merge_size == 2
+
+
+# -- what is missing or broken ---------------------------------------------------------------------------------------------
+
+
+def replaced(name, **changes):
+    def change(folder):
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def without(*names):
+    def change(folder):
+        for name in names:
+            (folder / name).unlink()
+
+    return change
+
+
+def written(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def weights_cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def fewer_weights(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {key: value for key, value in tensors.items() if "q_proj" not in key}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def sharded(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def an_adapter(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+def gguf_only(folder):
+    (folder / "config.json").unlink()
+    (folder / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
+
+
+def one_too_deep(folder):
+    (folder / "checkpoint-100").mkdir()
+    (folder / "config.json").rename(folder / "checkpoint-100" / "config.json")
+
+
+def old_processor(folder):
+    replaced("processor_config.json", patch_size=None)(folder)
+
+
+BROKEN = {
+    "no processor": (
+        without("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+        "lacks preprocessor_config.json and",
+    ),
+    "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), "no whole processor: it lacks tokenizer.json"),
+    "no image processor": (without("processor_config.json"), "no whole processor: it lacks preprocessor_config.json"),
+    "no weights": (without("model.safetensors"), "has a config but no weights: looked for model.safetensors"),
+    "no config": (without("config.json"), "the folder has no config.json"),
+    "one folder too high": (one_too_deep, "but checkpoint-100/ in it has: give that"),
+    "an adapter": (an_adapter, "it holds a PEFT adapter, not a model"),
+    "GGUF": (gguf_only, "it holds GGUF files only"),
+    "config is no JSON": (written("config.json", b'{"model_type": '), "config.json is broken (Expecting value"),
+    "config is another thing": (written("config.json", b"{}"), "names no model_type"),
+    "unknown architecture": (replaced("config.json", model_type="zzz"), "unknown model family"),
+    "remote code": (
+        replaced("config.json", model_type="zzz", auto_map={"AutoConfig": "code.Config"}),
+        "unknown model family",
+    ),
+    "a known one that is not supported": (replaced("config.json", model_type="blip-2"), "found 'blip-2'"),
+    "processor is no JSON": (written("processor_config.json", b"{,}"), "processor_config.json is broken"),
+    "tokenizer is no JSON": (written("tokenizer.json", b"[1, 2"), "tokenizer.json is broken"),
+    "weights are cut off": (weights_cut, "model.safetensors is broken or cut off"),
+    "weights are text": (written("model.safetensors", b"<html>" * 10), "model.safetensors is broken or cut off"),
+    "weights are a pointer": (
+        written("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
+        "is a pointer of Git LFS",
+    ),
+    "weights are empty": (written("model.safetensors", b""), "model.safetensors is empty"),
+    "a shard is missing": (sharded, "lacks 1 of 2 files with weights (such as model-00002-of-00002.safetensors)"),
+    "the index is broken": (written("model.safetensors.index.json", b"{"), None),
+    "generation config is no JSON": (written("generation_config.json", b"{'a'"), "generation_config.json is broken"),
+    "another model's processor": (
+        replaced("config.json", image_token_id=5),
+        "do not belong together: a picture's <image> is token",
+    ),
+    "an old processor": (old_processor, "has no patch_size"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_true_reasons(folder, case, monkeypatch):
+    """Red: everything is "no model at"; or found after the weights were loaded; or a traceback."""
+    change, sentence = BROKEN[case]
+    change(folder)
+    if sentence is None:  # the whole file is there, and an index beside it does not matter
+        assert load_model(str(folder), "cpu")
+        return
+    monkeypatch.setattr(loading, "_load_weights", lambda *arguments: pytest.fail("weights were read"))
+    start = time.perf_counter()
+    with pytest.raises(vp.UsageError) as error:
+        load_model(str(folder), "cpu")
+    assert time.perf_counter() - start < 5
+    assert sentence in str(error.value)
+    assert folder.name in str(error.value) or "model family" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_not_all_there(folder):
+    """Red: what is missing in the file is random in silence, and the model babbles."""
+    fewer_weights(folder)
+    with pytest.raises(vp.UsageError, match=r"lack \d+ of the model's tensors \(such as .*q_proj.*they would be random"):
+        load_model(str(folder), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"no weights at all", "pytorch_model.bin is broken or cut off"),
+        (b"PK\x03\x04 cut", "pytorch_model.bin is broken or cut off"),
+        (b"\x80\x02K\x01.", "cannot be loaded: Invalid magic number; corrupt file?"),
+    ],
+    ids=["text", "zip", "pickle"],
+)
+def test_weights_in_the_old_format(folder, content, sentence):
+    """Red: a broken `pytorch_model.bin` ends in a traceback."""
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(vp.UsageError) as error:
+        load_model(str(folder), "cpu")
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_in_the_old_format_that_are_whole(folder):
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    model, _ = load_model(str(folder), "cpu")
+    assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+def test_the_prompt_is_refused_before_the_weights_are_read(made, picture, monkeypatch):
+    """Red: a prompt with two image tokens is refused after gigabytes were read; in `run`, `view` and calibration."""
+    monkeypatch.setattr(loading, "_load_weights", lambda *arguments: pytest.fail("weights were read"))
+    for command in ("run", "view"):
+        arguments = [command, "--model", str(made["llava"]), "--image", str(picture), "--prompt", "<image> <image> ?"]
+        assert "2 <image> for one picture" in str(CliRunner().invoke(app, arguments).exception)
+    lines = {"image": picture.name, "question": "what ?", "answer": "zebra"}
+    (picture.parent / "questions.jsonl").write_text(json.dumps(lines))
+    arguments = ["horizon", "--model", str(made["llava"]), "--data", str(picture.parent)]
+    assert "no token for the answer 'zebra'" in str(CliRunner().invoke(app, arguments).exception)
+
+
+def test_weights_of_another_shape(folder):
+    change = json.loads((folder / "config.json").read_text())
+    change["text_config"]["intermediate_size"] = 128
+    (folder / "config.json").write_text(json.dumps(change))
+    with pytest.raises(
+        vp.UsageError, match=r"\d+ tensors have another shape \(such as .*: \[96, 64\]|\[64, 96\], by the config"
+    ):
+        load_model(str(folder), "cpu")
+
+
+def test_a_file_instead_of_a_folder(folder):
+    with pytest.raises(vp.UsageError, match="it is a file, give the folder that holds it"):
+        load_model(str(folder / "config.json"), "cpu")
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(vp.UsageError, match="it is a GGUF file"):
+        load_model(str(folder / "model.gguf"), "cpu")
+
+
+def test_a_template_without_pictures(made):
+    """Red: the picture is left out of the prompt, and the count of tokens is blamed."""
+    processor = load_model(str(made["llava"]), "cpu")[1]
+    processor.chat_template = "{% for m in messages %}{{ m['content'][1]['text'] }}{% endfor %}"
+    with pytest.raises(vp.UsageError, match="places 0 pictures instead of one: put <image> into the prompt"):
+        prompt_text(processor, "what ?")
+    processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(vp.UsageError, match=r"fails on a picture \(roles must alternate\): put <image>"):
+        prompt_text(processor, "what ?")
+
+
+def test_a_picture_that_a_processor_cannot_take(made, tmp_path):
+    Image.new("RGB", (4000, 4)).save(tmp_path / "line.png")
+    arguments = ["run", "--model", str(made["qwen2_5_vl"]), "--image", str(tmp_path / "line.png"), "--prompt", "what ?"]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, vp.UsageError)
+    assert "cannot take this picture of 4000 × 4 pixels and prompt: absolute aspect ratio" in str(result.exception)
+
+
+def test_torchvision_that_does_not_fit(monkeypatch, tmp_path, made):
+    """Red: "operator torchvision::nms does not exist", from within transformers."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    with pytest.raises(vp.UsageError, match=r"does not fit this torch \(operator torchvision::nms does not exist\): uninstall"):
+        load_model(str(made["llava"]), "cpu")
+
+
+def test_decoders(made, folder):
+    """`vlmprune sinks` says the same."""
+    model, tokenize = load_decoder(str(made["llava"]), None, "cpu")
+    assert model(tokenize("what is this ?")).logits.shape[0] == 1
+    weights_cut(folder)
+    with pytest.raises(vp.UsageError, match="is broken or cut off"):
+        load_decoder(str(folder), None, "cpu")
+    with pytest.raises(vp.UsageError, match=r"unknown GGUF file 'b.gguf': known: none"):
+        load_decoder(str(folder), "b.gguf", "cpu")
+    (folder / "model.Q4.gguf").write_bytes(b"GGUF")
+    monkey = "cannot read model.Q4.gguf: install what is missing"
+    if loading.find_spec("gguf") is None:
+        with pytest.raises(vp.UsageError, match=monkey):
+            load_decoder(str(folder), "model.Q4.gguf", "cpu")
+
+
+def test_figures_without_matplotlib(monkeypatch, picture, tmp_path):
+    """Red: a traceback after everything was computed."""
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr("vlmprune.tiny.load", lambda *more: pytest.fail("the model was loaded"))
+    for command in (["eval", "--out", str(tmp_path)], ["view", "--image", str(picture), "--prompt", "what ?"]):
+        result = CliRunner().invoke(app, command)
+        assert "needs matplotlib: install it with `pip install matplotlib`" in str(result.exception)
+
+
+# -- the hub ---------------------------------------------------------------------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers with the status that the asked name ends with."""
+
+    def do_GET(self):
+        code = int(self.path[-3:]) if self.path[-3:].isdecimal() else 404
+        self.send_response(code)
+        if code in (403, 404):
+            self.send_header("X-Error-Code", {403: "GatedRepo", 404: "RepoNotFound"}[code])
+        body = json.dumps({"id": "a/b", "siblings": [{"rfilename": "model.gguf"}]}).encode() if code == 200 else b"{}"
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine, and an empty cache."""
+    from huggingface_hub import constants, hf_api
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def point(port):
+        for module in (constants, hf_api.constants):
+            monkeypatch.setattr(module, "ENDPOINT", f"http://127.0.0.1:{port}")
+
+    point(server.server_port)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield point
+    server.shutdown()
+    server.server_close()
+
+
+def no_model(name, sentence, within=3.0):
+    start = time.perf_counter()
+    with pytest.raises(vp.UsageError) as error:
+        load_model(name, "cpu")
+    assert time.perf_counter() - start < within
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("some/name-401", "on the hub no such repository, or a private one"),
+        ("some/name-403", "the repository is gated; ask for access at http://127.0.0.1"),
+        ("some/name-404", "on the hub no such repository, or a private one"),
+        ("some/name-503", "the hub answered with error 503"),
+        ("some/name-200", "the repository holds GGUF files only"),
+        ("no hub id", "there is no such folder, and it cannot be a hub id"),
+        ("one/two/three", "there is no such folder"),
+        ("./missing", "there is no such folder"),
+    ],
+)
+def test_hub_answers(hub, name, sentence):
+    """Red: a private repository, a gated one and an error of the hub are all "no model at"."""
+    no_model(name, sentence)
+
+
+def test_no_network(hub):
+    """Red: 50 to 80 seconds of silent retries."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        hub(closed.getsockname()[1])
+        no_model("some/name", "the hub cannot be asked (no network: ")
+
+
+def test_a_hub_that_does_not_answer(hub, monkeypatch):
+    monkeypatch.setattr(the_hub, "PATIENCE", 1.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        hub(silent.getsockname()[1])
+        no_model("some/name", "the hub cannot be asked (no network: ")
+
+
+def test_an_address_that_is_looked_up_for_ever(hub, monkeypatch):
+    """No client can bound how long the system looks for a host."""
+    import huggingface_hub
+
+    monkeypatch.setattr(the_hub, "PATIENCE", 0.5)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *name, **more: time.sleep(3))
+    no_model("some/name", "the hub cannot be asked (no answer within 0.5 s)", within=2)
+
+
+def test_offline(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    no_model("some/name", "the hub cannot be asked (HF_HUB_OFFLINE is set) nor does its cache")
+
+
+def test_a_recipe_without_network(hub):
+    """A recipe's repository is looked for as patiently."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        hub(closed.getsockname()[1])
+        start = time.perf_counter()
+        with pytest.raises(vp.UsageError, match="the hub cannot be asked"):
+            vp.Recipe.from_pretrained("some/name")
+        assert time.perf_counter() - start < 3

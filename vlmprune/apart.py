@@ -1,0 +1,132 @@
+"""Samples that are packed into one row, set apart: the same call as a batch of one sample per row, padded on the left.
+
+Attention redistribution knows what a row sees from its place and from padding. Where a row holds several samples it is shown
+this batch, and what it computes is put back. Samples without a picture have nothing to redistribute, and stay away.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vlmprune.layout import Layout, Prompt, on_device, on_host
+from vlmprune.reduction import Reduction
+from vlmprune.run import Call
+
+Numbers = np.ndarray[Any, Any]
+
+
+@dataclass(eq=False)
+class Apart:
+    """The samples with a picture of a packed call.
+
+    Attributes:
+        call: the same forward pass, as these samples see it.
+        owners: `[sample]` rows of the packed call that they stand in.
+        full: places of each in its row, on the host.
+        index: `[sample, token]` where what the current layer computes of each stands; `valid` is False on left padding.
+        of: the reduction that `index` is made for.
+        layers: the same in each decoder layer, as it was in the layer's first run.
+    """
+
+    call: Call
+    owners: Tensor
+    full: list[Numbers]
+    index: Tensor
+    valid: Tensor
+    of: Reduction | None = None
+    layers: dict[int, Apart] = field(default_factory=dict)
+
+    @staticmethod
+    def of_packed(call: Call) -> Apart:
+        """Set the samples of a packed call apart, before anything is dropped."""
+        assert call.layout is not None
+        assert call.prompt is not None
+        prompt, device = call.prompt, call.layout.real.device
+        samples = sorted({(image.sample, image.segment) for image in call.layout.images})
+        full = [(prompt.segment(row) == segment).nonzero()[0] for row, segment in samples]
+        index, valid = _padded(full)
+        rows = np.array([row for row, _ in samples])
+        alone = Prompt.of(
+            np.where(valid, prompt.ids[rows[:, None], index], 0),
+            valid & prompt.real[rows[:, None], index],
+            valid & prompt.placeholders[rows[:, None], index],
+        )
+        images = []
+        for image in call.layout.images:
+            sample = samples.index((image.sample, image.segment))
+            places = np.searchsorted(full[sample], image.places) + index.shape[1] - len(full[sample])
+            images.append(replace(image, sample=sample, places=places, positions=on_device(places, device), segment=0))
+        real = on_device(alone.real, device)
+        return Apart(
+            Call(
+                owner=call.owner,
+                plan=call.plan,
+                layout=Layout(tuple(images), real, tuple(alone.real.sum(axis=1).tolist())),
+                prompt=alone,
+                mask=real,
+                batch=len(samples),
+                sequence=index.shape[1],
+                prompt_end=on_device(alone.end, device),
+                record=call.record,
+            ),
+            on_device(rows, device),
+            full,
+            on_device(index, device),
+            on_device(valid, device),
+        )
+
+    def now(self, call: Call) -> Call:
+        """What the samples see in the layer that the packed call is in."""
+        mine = self.call
+        mine.remaining, mine.tower, mine.views = call.remaining, call.tower, call.views
+        mine.recomputes |= call.recomputes
+        if call.reduction is not self.of:
+            assert call.reduction is not None
+            self.of, device = call.reduction, self.index.device
+            rows, there = on_host(self.of.rows), on_host(self.of.valid)
+            computed, places = [], []
+            for owner, full in zip(on_host(self.owners), self.full, strict=True):
+                here = (there[owner] & np.isin(rows[owner], full)).nonzero()[0]
+                computed.append(here)
+                places.append(np.searchsorted(full, rows[owner][here]) + mine.sequence - len(full))
+            index, valid = _padded(computed)
+            self.index, self.valid = on_device(index, device), on_device(valid, device)
+            mine.reduction = Reduction(on_device(_padded(places)[0], device), self.valid, bool(valid.all()))
+            mine.steps.rows.clear()
+        return mine
+
+    def in_layer(self, index: int, call: Call) -> Apart:
+        """These samples in one layer; gradient checkpointing, which runs a layer again, finds what its first run found."""
+        if index not in self.layers:
+            self.now(call)
+            self.layers[index] = copy(self)
+        return self.layers[index]
+
+    def take(self, x: Tensor, token: int) -> Tensor:
+        """`[sample, …, token, …]` of `[batch, …, token, …]`, whose axis `token` counts what the layer computes."""
+        chosen, index = x[self.owners.to(x.device)], self.index.to(x.device)
+        shape = [len(index), *[1] * (token - 1), -1, *[1] * (x.ndim - token - 1)]
+        size = [*chosen.shape]
+        size[token] = index.shape[1]
+        return chosen.gather(token, index.view(shape).expand(size))
+
+    def put_back(self, x: Tensor, computed: Tensor) -> Tensor:
+        """`[batch, token, …]` with what was computed of the samples, `[sample, token, …]`, in their places."""
+        valid = self.valid.to(x.device)
+        owners = self.owners.to(x.device)[:, None].expand_as(valid)[valid]
+        return x.index_put((owners, self.index.to(x.device)[valid]), computed[valid])
+
+
+def _padded(rows: list[Numbers]) -> tuple[Numbers, Numbers]:
+    """`[row, longest]` of whole numbers, padded with 0 on the left, and what is no padding."""
+    longest = max(map(len, rows))
+    filled = np.zeros((len(rows), longest), dtype=int)
+    there = np.zeros_like(filled, dtype=bool)
+    for number, row in enumerate(rows):
+        filled[number, longest - len(row) :], there[number, longest - len(row) :] = row, True
+    return filled, there

@@ -1,0 +1,254 @@
+"""What a call says about its tokens: which are there, which belong together, and which are pictures.
+
+Nothing is assumed that can be looked at:
+
+    2-D mask           what is 0 is hidden, wherever it stands: padding on either side, holes in the text, tokens of a picture
+    4-D mask           one that says no more than that is read as such; any other one is obeyed as it is, cell by cell
+    position ids       where transformers takes them for samples packed into one row, every sample is one for itself
+    inputs_embeds      placeholders are where the placeholder's own embedding stands, as in transformers
+
+What cannot be known, or not be obeyed, is refused here, before anything runs; `attach` asks for that only where something would
+be dropped or redistributed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache
+from transformers.masking_utils import find_packed_sequence_indices
+
+from vlmprune.adapters.family import has_mrope
+from vlmprune.attention import not_hidden, shown
+from vlmprune.cache import PrunedLayer
+from vlmprune.errors import UsageError
+from vlmprune.layout import Bools, Layout, Prompt, on_device, on_host
+from vlmprune.run import Call
+from vlmprune.tower import row_names
+from vlmprune.view import TEXT_ROWS
+
+ATTENTION = TEXT_ROWS | {"attention_from_last", "attention_of_layer"}
+"""Probes that look at attention in the language model."""
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of `module` by their names, also those that were given by position."""
+    return {**dict(zip(_names(type(module).forward), args, strict=False)), **kwargs} if args else dict(kwargs)
+
+
+@cache
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(signature(forward).parameters)[1:]
+
+
+def look_at_mask(call: Call, kwargs: Mapping[str, Any]) -> None:
+    """Note a call's mask: as 2-D, or that layers are given one of which every cell counts."""
+    mask = full_mask(kwargs)
+    call.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    call.custom = mask is not None and call.mask is None
+
+
+def check_mask_goes_on(call: Call, cache: Cache | None) -> None:
+    """Refuse a later turn without a mask, where the conversation has hidden tokens: those that were dropped with the first cut
+    cannot come back to sight, as they do in the plain model.
+
+    Raises:
+        UsageError: there is no mask, and something is hidden.
+    """
+    last = cache.layers[-1] if call.past and cache is not None and cache.layers else None
+    if isinstance(last, PrunedLayer) and not last.unpadded and call.mask is None and not call.custom:
+        raise UsageError(
+            "the attention mask of earlier turns hid tokens, which were dropped with the first cut, and this call has none: "
+            "pass attention_mask, [batch, tokens of the whole conversation]."
+        )
+
+
+def full_mask(kwargs: Mapping[str, Any]) -> Any:
+    """The mask that was given; `generate` gives some models one for each kind of layer."""
+    mask = kwargs.get("attention_mask")
+    return mask.get("full_attention") if isinstance(mask, Mapping) else mask
+
+
+def read_prompt(
+    call: Call, kwargs: Mapping[str, Any], image_token: int, text: Any, needs: frozenset[str], steered: Sequence[str]
+) -> Prompt:
+    """Read the tokens of a call with pictures; notes in `call` what their mask says.
+
+    Args:
+        call: the running forward pass, after `look_at_mask`.
+        kwargs: the base model's arguments, all by name.
+        image_token: id of the placeholder.
+        text: the language model.
+        needs: probes that the recipe's methods look at.
+        steered: names of the redistribution methods at work.
+
+    Raises:
+        UsageError: what the call says of its tokens cannot be followed.
+    """
+    config, mask = text.config, full_mask(kwargs)
+    flash = "flash" in config._attn_implementation
+    ids, placeholders = _tokens(kwargs, image_token, text, needs)
+    segments = None
+    packed = None if mask is not None else packed_samples(kwargs, ids, config, flash)
+    if flash and (packed is not None or kwargs.get("cu_seq_lens_q") is not None):
+        raise UsageError(
+            "several samples are packed into one row (position ids that start anew, or cu_seq_lens_q), which is not supported "
+            f'with {config._attn_implementation!r}: call model.set_attn_implementation("sdpa"), or pass one sample per row, '
+            "padded, with an attention_mask."
+        )
+    if call.custom:
+        seen = shown(mask, ids.shape[0], ids.shape[1], call.past)
+        real, lone, alike = on_host(_said_by(seen, call.past))
+        biased = _biased(mask)
+        if alike.all() and not biased:
+            real &= ~lone
+            call.custom, call.mask = False, on_device(real, ids.device)
+        else:
+            if steered:
+                raise UsageError(
+                    f"{', '.join(steered)} decides what a row sees by its place and by padding, but attention_mask says more "
+                    "than which tokens are padding: give a 2-D mask, or leave the method out."
+                )
+            if biased and needs & ATTENTION:
+                raise UsageError(
+                    "an attention mask that differs between heads, or weighs tokens instead of hiding them, is not supported "
+                    "by methods that look at attention: give a mask of True and False, [batch, 1, query, key], or choose "
+                    "another method."
+                )
+            real &= ~lone
+            segments = None if call.past else _apart(on_host(seen), real)
+        real = real[:, call.past :]
+    elif packed is not None:
+        call.custom = True
+        segments, real = on_host(packed).astype(int), np.ones(tuple(ids.shape), dtype=bool)
+    else:
+        prompt = Prompt.read(ids, call.mask, image_token, call.tail)
+        if placeholders is None:
+            return prompt
+        return Prompt.of(prompt.ids, prompt.real, on_host(placeholders), call.tail)
+    known = on_host(ids)
+    there = known == image_token if placeholders is None else on_host(placeholders)
+    return Prompt.of(known, real, there, call.tail, None if segments is None else _with_pictures(segments, there))
+
+
+def find_layout(call: Call, prompt: Prompt, counts: Sequence[int], device: torch.device) -> None:
+    """Put down in `call` where the pictures of a prompt are."""
+    call.batch, call.sequence = prompt.real.shape
+    call.prompt, call.layout = prompt, Layout.find(prompt, counts, device)
+    call.prompt_end = on_device(prompt.end, device)
+
+
+def packed_samples(kwargs: Mapping[str, Any], ids: Tensor, config: Any, flash: bool) -> Tensor | None:
+    """`[batch, sequence]` number of the sample that each token belongs to, where transformers takes position ids for several
+    samples in one row; else None. It does so without a mask and without a cache only (flash attention: also with one)."""
+    position = kwargs.get("position_ids")
+    use_cache = kwargs.get("use_cache")
+    cached = kwargs.get("past_key_values") is not None or (config.use_cache if use_cache is None else use_cache)
+    if position is None or (cached and not flash):
+        return None
+    if has_mrope(config):  # their first row, if there are four, is the text's
+        position = position[0] if position.ndim == 3 and position.shape[0] == 4 else None
+    return None if position is None else find_packed_sequence_indices(position.expand(ids.shape[0], -1))
+
+
+def refuse_merged(kwargs: Mapping[str, Any], text: Any) -> None:
+    """Refuse embeddings that may have pictures among them, where a call brings none.
+
+    Raises:
+        UsageError: an embedding is no word's.
+    """
+    if count := strange_embeddings(kwargs, text):
+        raise UsageError(
+            f"inputs_embeds holds {count} embeddings that are no word's: if pictures were merged into them, where "
+            "they stand cannot be known; pass pixel_values with them and the placeholder's embedding in the places of the "
+            "pictures, or input_ids."
+        )
+
+
+def strange_embeddings(kwargs: Mapping[str, Any], text: Any) -> int:
+    """How many of a call's embeddings are no word's; 0 where ids were given, and for a single one, which is decoding."""
+    embeddings = kwargs.get("inputs_embeds")
+    if embeddings is None or kwargs.get("input_ids") is not None or embeddings.shape[1] == 1:
+        return 0
+    words = text.get_input_embeddings().weight.detach().to(embeddings.device, embeddings.dtype)
+    return int(on_host((~torch.isin(row_names(embeddings.flatten(0, 1)), row_names(words))).sum()))
+
+
+def visible_pictures(call: Call) -> list[Tensor]:
+    """Per picture, the indices of its tokens that the call's mask does not hide."""
+    assert call.layout is not None
+    assert call.prompt is not None
+    real = call.prompt.real
+    return [
+        torch.arange(len(image), device=image.positions.device)
+        if (there := real[image.sample, image.places]).all()
+        else on_device(there.nonzero()[0], image.positions.device)
+        for image in call.layout.images
+    ]
+
+
+def _tokens(kwargs: Mapping[str, Any], image_token: int, text: Any, needs: frozenset[str]) -> tuple[Tensor, Tensor | None]:
+    """Ids `[batch, sequence]`; or numbers of their embeddings, and which of these are placeholders."""
+    ids: Tensor | None = kwargs.get("input_ids")
+    if ids is not None:
+        return ids, None
+    embeddings: Tensor = kwargs["inputs_embeds"]
+    if "text_ids" in needs:
+        raise UsageError("the method reads the words of the question, which inputs_embeds does not tell: pass input_ids.")
+    placeholder = text.get_input_embeddings()(torch.full((), image_token, device=embeddings.device))
+    return row_names(embeddings.flatten(0, 1)).view(embeddings.shape[:2]), (embeddings == placeholder).all(dim=-1)
+
+
+def _said_by(seen: Tensor, past: int) -> Tensor:
+    """What a mask `[batch, query, key]` says of each key: `[3, batch, key]` bool, whether any row sees it; whether it is alone
+    (sees no other, seen by no other); and whether the rows that are not alone see it exactly if it comes before and is no
+    padding."""
+    _, queries, keys = seen.shape
+    place = torch.arange(keys, device=seen.device)
+    own = place[past:, None] == place  # [query, key]
+    real = seen.any(dim=1)
+    lone = ~(seen & ~own).any(dim=1)
+    lone[:, past:] &= ~(seen & ~own).any(dim=2) & (queries > 1)
+    lone[:, :past] = False
+    rows = real[:, past:] & ~lone[:, past:]
+    expected = (place <= place[past:, None]) & (real & ~lone)[:, None]
+    alike = ((seen == expected) | ~rows[..., None]).all(dim=1)
+    return torch.stack((real, lone, alike))
+
+
+def _biased(mask: Tensor | BlockMask) -> bool:
+    """Whether a mask differs between heads or has weights besides "seen" and "hidden"."""
+    if isinstance(mask, BlockMask):
+        return mask.shape[1] > 1
+    if mask.shape[1] > 1:
+        return True
+    if mask.dtype == torch.bool:
+        return False
+    return bool(on_host(((mask != 0) & not_hidden(mask)).any()))
+
+
+def _apart(seen: Bools, real: Bools) -> np.ndarray[Any, Any]:
+    """`[batch, token]` number of the block each token is in: between two blocks, no row looks back."""
+    tokens = seen.shape[2]
+    first = np.where((seen & real[:, None]).any(axis=2) & real, (seen & real[:, None]).argmax(axis=2), tokens)
+    earliest = np.minimum.accumulate(first[:, ::-1], axis=1)[:, ::-1]  # that this row or a later one sees
+    begins = earliest >= np.arange(tokens)
+    begins[:, 0] = False
+    return np.asarray(begins.cumsum(axis=1))
+
+
+def _with_pictures(segments: np.ndarray[Any, Any], placeholders: Bools) -> np.ndarray[Any, Any] | None:
+    """Segments numbered anew: those with a picture from 0 on in each row, all others together behind them."""
+    numbered = np.full(segments.shape, -1)
+    for row, mine, there in zip(numbered, segments, placeholders, strict=True):
+        for number, segment in enumerate(np.unique(mine[there])):
+            row[mine == segment] = number
+    numbered[numbered < 0] = numbered.max() + 1
+    return numbered if numbered.any() else None
