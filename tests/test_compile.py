@@ -47,7 +47,7 @@ def test_compiled_equals_plain(recipe):
 @pytest.mark.parametrize("recipe", ["random:layer=0,fraction=1", "fastv:layer=2,fraction=1"])
 @torch.no_grad()
 def test_whole_graph_where_nothing_is_dropped(recipe):
-    """Red: a recipe that keeps everything refuses a compilation that the plain model takes; or one budget later it is ignored."""
+    """Red: a recipe that keeps everything refuses a compilation that the plain model takes; or ignores a budget inside it."""
     model = build("llava")
     words = model.get_input_embeddings()(torch.tensor([[20, 30, 40]]))
     plain = model.model.language_model(inputs_embeds=words).last_hidden_state

@@ -324,6 +324,8 @@ class Plan:
             hand_over(kwargs.get("past_key_values"), owner)
         if call.enabled:
             self._find_or_leave(call, kwargs)
+        elif not call.past:
+            self.contexts.note(None, call.blocks)  # switched off, nothing is recorded: an earlier prompt is not the last one
 
     def _find_or_leave(self, call: Call, kwargs: dict[str, Any]) -> None:
         """Look for pictures. What cannot be followed is refused only where something would be dropped or redistributed: the

@@ -512,4 +512,7 @@ def _each(kept: tuple[int, ...], original: tuple[int, ...]) -> str:
 
 
 def no_prefill() -> UsageError:
-    return UsageError("nothing to report yet: run the wrapped model on a prompt with a picture first.")
+    return UsageError(
+        "nothing to report here: this thread, or this override block, has run no prompt, or ran its last one switched off; run "
+        "the wrapped model on a prompt first, or ask for the report in the thread that did."
+    )
