@@ -7,8 +7,9 @@ redistribution found out about a conversation (`Marks`) lives there too.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +38,28 @@ class Owner:
 
     def __reduce__(self) -> Any:
         return Owner, ()
+
+
+@dataclass(eq=False)
+class Encoded:
+    """Put on what the vision tower returned: whose pictures these are.
+
+    Attributes:
+        owner: of the plan under which they were encoded.
+        cut: patches were dropped inside the tower, and rows of NaN stand for them: only that plan can use them.
+        used: a prompt has taken them.
+        prompts: the prompts that are run with them again for every token, without a cache; the latest.
+    """
+
+    owner: Owner | None
+    cut: bool = False
+    used: bool = False
+    prompts: deque[Any] = field(default_factory=lambda: deque(maxlen=16))
+
+
+def encoded_of(features: Any) -> Encoded | None:
+    """What was put on encoded pictures, or None."""
+    return getattr(features, "vlmprune", None)
 
 
 def owner_of(cache: Cache | None) -> Owner | None:
