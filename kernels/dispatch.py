@@ -2,9 +2,11 @@
 
 impl           CPU tensors                                    CUDA tensors
 "reference"    torch                                          torch
-"auto"         torch, also in the interpreter                 the kernel; torch for float64: kernels compute in fp32
+"auto"         torch, also in the interpreter (*)             the kernel; torch for float64: kernels compute in fp32
 "triton"       the kernel, in Triton's interpreter, if        the kernel
                TRITON_INTERPRET=1 (for tests); else refused
+
+(*) Where an op has a `cpu.py`, that one: torch too, the same result, faster than the equation.
 
 Whatever a kernel cannot do is refused with the argument's name. Checks read shapes, dtypes and devices only: a GPU never waits.
 Kernels know no gradients: what an op returns from one is detached, unless the op's docstring says otherwise.
