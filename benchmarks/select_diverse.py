@@ -4,8 +4,8 @@
 
 DivPrune's and CDPruner's selections in fp32: 576 → 64 and 2880 → 320 tokens, of width 1024 and 4096. In each round ours and the
 plain code run in turn on the same features (small ones several times), with the same number of threads; ratios are taken
-within rounds, and medians with quartiles shown. The plain code is what papers publish, without their slower habits: features are
-divided by their lengths, all pairs are one product, and each pick reads one row of it. Both must pick the same tokens.
+within rounds, and medians with quartiles shown. The plain code is what papers publish, without their slower habits: features
+are divided by their lengths, all pairs are one product, and each pick reads one row of it. Both must pick the same tokens.
 
 Also shown are weights that are nearly alike, 1 to 1.01, with which the determinants' next picks are hardest to foresee.
 """
