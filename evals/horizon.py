@@ -169,23 +169,26 @@ def windows(rows: int, columns: int, side: int) -> list[Tensor]:
 
 
 def groups(config: Any, inputs: Mapping[str, Any], visual: Sequence[int], side: int) -> list[Group]:
-    """The windows of all pictures of a prompt.
+    """The windows of all pictures of a prompt; where a picture is packed from several views, each lies in one of them.
 
     Raises:
-        vlmprune.UsageError: a picture's tokens are no grid, and windows of more than one token were asked for.
+        vlmprune.UsageError: a picture's tokens are no grids, and windows of more than one token were asked for.
     """
     if side == 1:
         return [(number, index) for number, size in enumerate(visual) for index in torch.arange(size).split(1)]
-    try:
-        grids = family_of(config).image_grid(inputs, config)
-    except vlmprune.UsageError:  # several views in one picture
-        grids = []
-    if [rows * columns for rows, columns in grids] != list(visual):
+    pictures = [[view for row in rows for view in row] for rows in family_of(config).cells(inputs, config)]
+    if [sum(int((view >= 0).sum()) for view in views) for views in pictures] != list(visual):
         raise vlmprune.UsageError(
-            f"the tokens of a picture (here {visual[0]}) are not one grid in this model, so there are no windows: take single "
-            "tokens, window=1."
+            f"the tokens of a picture (here {visual[0]}) are no grids in this model, so there are no windows: take single "
+            "tokens, window=1 (on the command line --window 1)."
         )
-    return [(number, index) for number, grid in enumerate(grids) for index in windows(*grid, side)]
+    found = [
+        (number, tokens[tokens >= 0])  # padding is no token
+        for number, views in enumerate(pictures)
+        for view in views
+        for tokens in (view.flatten()[cells] for cells in windows(view.shape[0], view.shape[1], side))
+    ]
+    return [(number, tokens) for number, tokens in found if len(tokens)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers.generation.utils
-from tiny_models import ALL_FAMILIES, IMAGE, build, make_inputs, make_single, shared
+from tiny_models import ALL_FAMILIES, CHUNKS_PICTURES, IMAGE, build, make_inputs, make_single, shared
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantoQuantizedLayer
 
 import vlmprune as vp
 from vlmprune.cache import PrunedLayer
 
-CHUNKS_PICTURES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
 KEEP_ALL = "random:layer=0,fraction=1.0"
 PRUNING = ["divprune:tokens=4", "fastv:layer=2,tokens=4", "tome:layer=0,tokens=4", "divprune:tokens=4 + zerotuning:gain=2"]
 SAMPLES = [["text3", "image", "text4"], ["text5", "image", "text6"]]

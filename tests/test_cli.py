@@ -179,6 +179,12 @@ def test_mistakes(monkeypatch, capsys, tmp_path, picture, arguments, sentence):
         ),
         (("run", "--model", "tiny", "--image", "a.png", "--prompt", "x"), 2, "there is no picture at a.png"),
         (("methods", "divprun"), 2, "did you mean 'divprune'"),
+        (("demo", "--recipe", "zzz"), 2, "unknown method 'zzz'"),
+        (("eval", "--recipe", "zzz"), 2, "unknown method 'zzz'"),
+        (("sweep", "--method", "zzz"), 2, "unknown method 'zzz'"),
+        (("bench", "--recipe", "zzz"), 2, "unknown method 'zzz'"),
+        (("tune", "--method", "zzz"), 2, "unknown method 'zzz'"),
+        (("view", "--image", "a.png", "--prompt", "x", "--recipe", "zzz"), 2, "unknown method 'zzz'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -42,3 +42,21 @@ def test_compiled_equals_plain(recipe):
             graphs.append(counter.frame_count)
     assert graphs[0] > 0  # the counter counts
     assert graphs[2] == graphs[1], "a prompt of a known shape was compiled again"
+
+
+@pytest.mark.parametrize("recipe", ["random:layer=0,fraction=1", "fastv:layer=2,fraction=1"])
+@torch.no_grad()
+def test_whole_graph_where_nothing_is_dropped(recipe):
+    """Red: a recipe that keeps everything refuses a compilation that the plain model takes; or ignores a budget inside it."""
+    model = build("llava")
+    words = model.get_input_embeddings()(torch.tensor([[20, 30, 40]]))
+    plain = model.model.language_model(inputs_embeds=words).last_hidden_state
+    with vp.wrap(model, recipe) as run:
+        compiled = torch.compile(model.model.language_model.forward, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(inputs_embeds=words).last_hidden_state, plain)
+        whole = torch.compile(model, fullgraph=True, backend="eager")
+        whole(input_ids=torch.tensor([[20, 30, 40]]))
+        with run.override(tokens=4), pytest.raises(torch._dynamo.exc.Unsupported):  # hooks must act now, and cannot
+            whole(input_ids=torch.tensor([[20, 30, 40]]))
+    with vp.wrap(model, "random:layer=0,fraction=0.5"), pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(model, fullgraph=True, backend="eager")(input_ids=torch.tensor([[20, 30, 40]]))

@@ -166,7 +166,7 @@ def test_text_only_prompt_simply_runs(family):
         assert torch.equal(model(**text).logits, plain)
         report = run.report()
         assert (report.visual_tokens, report.stages, report.flops) == (0, (), report.flops_unpruned)
-        assert "no picture: nothing to prune" in str(report)
+        assert "no picture found: nothing to prune" in str(report)
         _, ours, our_logits = generate_logits(model, text)
         assert torch.equal(ours, sequence)
         assert torch.equal(our_logits, logits)

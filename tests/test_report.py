@@ -68,7 +68,7 @@ def test_qwen_report_by_hand():
 def test_report_is_readable():
     model = shared("llava")
     with vp.wrap(model, "divprune:layer=1,tokens=3") as run, torch.no_grad():
-        with pytest.raises(vp.UsageError, match="nothing to report yet"):
+        with pytest.raises(vp.UsageError, match="nothing to report here"):
             run.report()
         model.generate(**make_inputs("llava", model, [["image", "text4"], ["image", "image", "text2"]]), max_new_tokens=3)
         text = str(run.report())

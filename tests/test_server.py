@@ -312,6 +312,24 @@ def test_the_switch_is_the_callers(model):
     assert stored == {9 + VISUAL // 2: 40}
 
 
+def test_a_plain_switch_reaches_the_stream_that_is_started_after_it(model):
+    """Red: `run.enabled = False`, then a stream: it runs pruned, in silence. When the handle is gone, threads start as ever."""
+    original = threading.Thread.start
+    with vp.wrap(model, HALF) as run:
+        earlier = Standing()
+        ask(model)
+        run.enabled = False
+        cache = in_a_thread(lambda: ask(model, max_new_tokens=1, return_dict_in_generate=True)).past_key_values
+        assert cache.layers[-1].keys.shape[2] == 9 + VISUAL
+        assert earlier.do(lambda: run.enabled) is True
+        ask(model)
+        with pytest.raises(vp.UsageError, match="ran its last one switched off"):
+            run.report()
+        run.enabled = True
+        assert in_a_thread(lambda: run.enabled) is True
+    assert threading.Thread.start is original
+
+
 def test_a_switch_in_a_block_reaches_threads_that_are_started_in_it(model):
     """And no others: neither one that stood before, nor the caller of one that turned itself off."""
     with vp.wrap(model, HALF) as run:
@@ -582,7 +600,7 @@ def test_a_thread_without_a_prompt_has_no_report(model):
         before = Standing()
         ask(model)
         assert kept(run) == [VISUAL // 2]
-        with pytest.raises(vp.UsageError, match="nothing to report yet"):
+        with pytest.raises(vp.UsageError, match="nothing to report here"):
             before.do(run.report)
         assert Standing().do(lambda: run.last) is None
 
@@ -597,7 +615,7 @@ def test_a_report_after_a_stream(model):
             ask(model)
             assert run.report().batch == 1
         with run.override(tokens=3):
-            with pytest.raises(vp.UsageError, match="nothing to report yet"):
+            with pytest.raises(vp.UsageError, match="nothing to report here"):
                 run.report()
             in_a_thread(ask, model, PICTURE * 3)
         assert run.report().batch == 1

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable
 
 import torch
+import transformers
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -33,6 +34,8 @@ from transformers.models.llava_next.modeling_llava_next import (
 FAMILIES = ("llava", "qwen2_5_vl")
 """The families that most tests run on."""
 ALL_FAMILIES = (*FAMILIES, "llava_next", "qwen2_vl")
+CHUNKS_PICTURES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
+"""False in older transformers, whose chunked prefill forgets pictures."""
 FLEX = "flex_attention"
 FLEX_FAMILIES = ("llava", "llava_next")
 """The families whose Transformers classes run flex attention."""

@@ -199,6 +199,7 @@ class Plan:
             pruner=cut.method if cut is not None and isinstance(cut.method, TowerPruner) else None,
             budget=self.cutting.budget_of(cut, budget) if cut is not None and inside else None,
             cuts=inside,
+            in_call=call is not None,
         )
 
     def enter_first_block(self, tower: TowerPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -263,7 +264,9 @@ class Plan:
             # transformers casts features to the dtype of the words they are put among, and so must their names
             among = self.text.get_input_embeddings().weight.dtype
             lives = (restored.untyped_storage(), tower.output)
-            tower.known = self.memory.remember(features.flatten(0, -2).to(among), tower.probes(features, args[0]), lives)
+            tower.known = self.memory.remember(
+                features.flatten(0, -2).to(among), tower.probes(features, args[0]), lives, differentiable=tower.in_call
+            )
         if tower.pruner is not None and tower.cuts and on_host(features.isnan().any()):
             raise UsageError(
                 "the vision tower made NaN of a picture, which would pass for dropped patches: look at the pixel values, or "
@@ -273,7 +276,7 @@ class Plan:
 
     def leave_tower(self, tower: TowerPass, output: Any) -> None:
         """What the tower returned lives as long as its features are wanted."""
-        tower.output = output
+        tower.output = None if tower.over else output
         if tower.known is not None and hasattr(output, "__weakref__"):  # a projector inside the tower
             tower.known.lives.append(ref(output))
 
@@ -321,6 +324,8 @@ class Plan:
             hand_over(kwargs.get("past_key_values"), owner)
         if call.enabled:
             self._find_or_leave(call, kwargs)
+        elif not call.past:
+            self.contexts.note(None, call.blocks)  # switched off, nothing is recorded: an earlier prompt is not the last one
 
     def _find_or_leave(self, call: Call, kwargs: dict[str, Any]) -> None:
         """Look for pictures. What cannot be followed is refused only where something would be dropped or redistributed: the

@@ -1,14 +1,14 @@
 """What belongs to the caller and not to the handle: the switch, another budget, and the record of the last prefill.
 
-The rule. A setting belongs to the context that made it: a thread, or an asyncio task. A block (`run.override(…)`) also reaches
-the threads that are started inside it by `threading.Thread`, because that is how answers are streamed: `generate` runs in a
-thread of its own, which its caller starts. It does not reach the workers of an executor, which serve many callers; hand the
-context over with `contextvars.copy_context().run` (`asyncio.to_thread` does so by itself). A record belongs to the thread that
-ran the prefill, and to the innermost block that it ran in.
+The rule. A setting belongs to the context that made it: a thread, or an asyncio task. It reaches the threads that are started
+from there by `threading.Thread` afterwards, because that is how answers are streamed: `generate` runs in a thread of its own,
+which its caller starts. It does not reach threads that were there before, nor the workers of an executor, which serve many
+callers; hand the context over with `contextvars.copy_context().run` (`asyncio.to_thread` does so by itself). A record belongs
+to the thread that ran the prefill, and to the blocks (`run.override(…)`) that it ran in.
 
 Python hands a context to new threads from 3.14 on, and only if it is asked to (`sys.flags.thread_inherit_context`). Before
-that, nothing tells a thread who started it. Therefore `Thread.start` is replaced while a block is open anywhere, and only then;
-the replacement notes the settings of the caller and calls the original.
+that, nothing tells a thread who started it. Therefore `Thread.start` is replaced while a block is open anywhere, or a handle
+was switched off that is still attached, and only then; the replacement notes the caller's settings and calls the original.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
 
 from vlmprune.schedule import Budget
 
@@ -62,6 +62,7 @@ class Contexts:
 
     def __init__(self) -> None:
         self._number = next(_numbers)  # never given twice, so that a later handle inherits nothing
+        self._handed_on: finalize[..., Contexts] | None = None
         self._records: WeakKeyDictionary[threading.Thread, Any] = WeakKeyDictionary()
         self._all[self._number] = self
 
@@ -76,6 +77,18 @@ class Contexts:
         alive = {number: settings for number, settings in _settings().items() if number in self._all}
         _mine.set({**alive, self._number: replace(self.settings, **changes)})
         return before
+
+    def switch(self, enabled: bool) -> None:
+        """Switch the calling context on or off, and the threads that it starts from now on."""
+        if not enabled and self._handed_on is None:
+            _inheriting.begin()
+            self._handed_on = finalize(self, _inheriting.end)
+        self.say(enabled=enabled)
+
+    def close(self) -> None:
+        """The handle is removed: nobody needs to take anything over any more."""
+        if self._handed_on is not None:
+            self._handed_on()  # once, however often it is called
 
     @contextmanager
     def block(self, **changes: Any) -> Iterator[None]:
@@ -114,7 +127,7 @@ class _Inheriting:
     """`Thread.start`, replaced while a block is open anywhere."""
 
     def __init__(self) -> None:
-        self._lock, self._open, self._original = threading.Lock(), 0, threading.Thread.start
+        self._lock, self._open, self._original = threading.RLock(), 0, threading.Thread.start
 
     def begin(self) -> None:
         with self._lock:

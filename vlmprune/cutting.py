@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vlmprune.adapters.family import Family, has_mrope
 from vlmprune.attention import part_of_mask, pruned_mask
 from vlmprune.cache import PrunedLayer, keep_only, pruned_layer
+from vlmprune.errors import UsageError
 from vlmprune.layout import group_by_size, on_device, on_host, real_tokens
 from vlmprune.methods import Choice, Pruner
 from vlmprune.probes import Part, Tools, attention_ahead, build_view, rows_now
@@ -156,6 +157,7 @@ class Cutting:
                     call.chosen[number] = _left_by_tower(call, hidden)
                     call.entered = list(map(len, call.chosen[number].remaining))
                 elif number not in call.chosen:
+                    _refuse_lost_gradient(cut, call)
                     own = kwargs.get("attention_mask") if call.custom else None
                     ahead = partial(attention_ahead, call, self._family, module, index, hidden, cache=cache_, mask=own)
                     tools = Tools(
@@ -167,6 +169,7 @@ class Cutting:
                     )
                     call.chosen[number] = self._choose(cut, call, hidden, tools)
                 hidden = self._drop(cut, call, call.chosen[number], hidden, kwargs, now)
+                call.chosen[number] = call.chosen[number].detached()
         return hidden
 
     def _start(self, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -248,7 +251,7 @@ class Cutting:
         hidden = _merged(call, chosen, hidden)
         call.record.kept += [
             Kept(layer, cut.label, cut.stage.site, image.sample, image.ordinal, len(image), remaining, features)
-            for image, remaining, features in zip(images, chosen.remaining, chosen.features, strict=True)
+            for image, remaining, features in zip(images, chosen.remaining, chosen.detached().features, strict=True)
         ]
         changed = chosen.emptied or any(
             len(now) != len(before) for now, before in zip(chosen.remaining, call.remaining, strict=True)
@@ -495,6 +498,16 @@ def _check_choice(method: Pruner, choice: Choice, images: int, keep: int) -> Non
     wrong = len(counts) != images or any(count > keep if method.adaptive else count != keep for count in counts)
     if wrong or (choice.features is not None and list(choice.features.shape[:2]) != [images, keep]):
         raise RuntimeError(f"{method.name}.select chose {counts} tokens of {images} pictures, expected {keep} of each.")
+
+
+def _refuse_lost_gradient(cut: Cut, call: Call) -> None:
+    """Reentrant checkpointing runs a layer without gradients at first, and again with the layer's arguments alone. Before
+    transformers 5.23 hooks are inside of that, where what the tower saw is no argument."""
+    if not torch.is_grad_enabled() and any(probe.requires_grad for known in call.tower for probe in known.values()):
+        raise UsageError(
+            f"{cut.method.name} merges what the vision tower saw, whose gradient is lost in reentrant gradient checkpointing "
+            'before transformers 5.23: pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
+        )
 
 
 def _merged(call: Call, chosen: Chosen, hidden: Tensor) -> Tensor:

@@ -89,17 +89,18 @@ class Run:
         """Restore the model. It waits for forward passes of other threads; the next step of a conversation that was pruned is
         refused. A second call does nothing, nor does one after the model was wrapped again."""
         self._plan = None
+        self._contexts.close()
         if (owner := self._owner()) is not None:
             self._attachment.drop(owner)
 
     @property
     def enabled(self) -> bool:
-        """Set to False to run the caller's prompts un-pruned; other threads do not notice."""
+        """Set to False to run the caller's prompts un-pruned, and those of threads it starts later; others do not notice."""
         return self._contexts.settings.enabled
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._contexts.say(enabled=bool(value))
+        self._contexts.switch(bool(value))
 
     @contextmanager
     def override(
@@ -131,7 +132,7 @@ class Run:
         if owner is None or owner.plan is None:  # replaced meanwhile, and no conversation is left
             owner = self._attachment.join(plan)
             self._owner = ref(owner)
-        with self._contexts.block(**changes):
+        with self._attachment.awake(), self._contexts.block(**changes):
             yield self
         del owner  # held until here, so that a replaced recipe lives as long as the block
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from threading import RLock
 from typing import Any
@@ -51,6 +52,8 @@ class Attachment:
 
     Attributes:
         current: what owns new conversations, or None.
+        sleeps: no plan changes anything, and no block is open: a model that is compiled whole needs no hook, and is compiled
+            anew when this changes.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -60,6 +63,7 @@ class Attachment:
         self._places: dict[Any, Callable[[], None]] = {}
         self._thread, self._lock = _PerThread(), RLock()
         self._inside: set[int] = set()
+        self.sleeps, self._awake = False, 0
         self._graphs: WeakSet[Any] = WeakSet()
 
     def __reduce_ex__(self, protocol: object) -> Any:
@@ -109,6 +113,19 @@ class Attachment:
             needed = {name for plan in plans for name, _ in self._wanted(plan)}
             for name in [name for name in self._places if name not in needed]:
                 self._places.pop(name)()
+            self.sleeps = not self._awake and not any(owner.plan.may_change(None, None) for owner in alive)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """While a block is open, hooks act in compiled models, too."""
+        with self._lock:
+            self._awake, self.sleeps = self._awake + 1, False
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._awake -= 1
+            self.tidy()
 
     def _watch_graph(self, state: Any) -> None:
         """Note a call, or a pass through the tower, that a backward pass may run again."""
@@ -127,11 +144,11 @@ class Attachment:
     def _wanted(self, plan: Plan) -> Iterator[tuple[Any, Callable[[], Callable[[], None]]]]:
         """The name of every hook that a plan needs, and what puts it in place and returns what takes it away."""
         if plan.model is not self.base:
-            yield ("model", plan.model), partial(_before, plan.model, self._enter_model)
-        yield "base", partial(_before, self.base, self._enter_base)
-        yield "base left", partial(_after, self.base, self._leave_base, always_call=True)
-        yield "text", partial(_before, plan.text, self._enter_text)
-        yield "text left", partial(_after, plan.text, _leave_text)
+            yield ("model", plan.model), partial(self._before, plan.model, self._enter_model)
+        yield "base", partial(self._before, self.base, self._enter_base)
+        yield "base left", partial(self._after, self.base, self._leave_base, always_call=True)
+        yield "text", partial(self._before, plan.text, self._enter_text)
+        yield "text left", partial(self._after, plan.text, _leave_text)
         if plan.family.tower is not None:  # whose pictures they are is decided when they are encoded, also where nobody looks
             yield ("tower", 0), partial(self._put, plan, "tower", 0)
         for kind, index in plan.places():
@@ -141,21 +158,27 @@ class Attachment:
 
     def _put(self, plan: Plan, kind: str, index: int) -> Callable[[], None]:
         if kind == "layer":
-            return _before(plan.layers[index], partial(_enter_layer, index))
+            return self._before(plan.layers[index], partial(_enter_layer, index))
         if kind == "carried":
-            return _before(plan.layers[index].get_submodule(plan.family.attention), take)
+            return self._before(plan.layers[index].get_submodule(plan.family.attention), take)
         tower = plan.family.tower
         assert tower is not None
         part = self.base.get_submodule
         put = {
-            "tower": lambda: _before(part(tower.root), self._enter_tower),
-            "tower left": lambda: _after(part(tower.root), self._leave_tower),
-            "first block": lambda: _before(part(f"{tower.blocks}.{index}"), _enter_first_block),
-            "block": lambda: _before(part(f"{tower.blocks}.{index}"), partial(_enter_block, index)),
-            "merger": lambda: _before(part(tower.projector), self._enter_merger),
-            "projector": lambda: _after(part(tower.projector), self._leave_projector),
+            "tower": lambda: self._before(part(tower.root), self._enter_tower),
+            "tower left": lambda: self._after(part(tower.root), self._leave_tower),
+            "first block": lambda: self._before(part(f"{tower.blocks}.{index}"), _enter_first_block),
+            "block": lambda: self._before(part(f"{tower.blocks}.{index}"), partial(_enter_block, index)),
+            "merger": lambda: self._before(part(tower.projector), self._enter_merger),
+            "projector": lambda: self._after(part(tower.projector), self._leave_projector),
         }
         return put[kind]()
+
+    def _before(self, module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
+        return module.register_forward_pre_hook(_Hook(self, hook), with_kwargs=True).remove
+
+    def _after(self, module: nn.Module, hook: Callable[..., Any], always_call: bool = False) -> Callable[[], None]:
+        return module.register_forward_hook(_Hook(self, hook), with_kwargs=True, always_call=always_call).remove
 
     # -- the model -------------------------------------------------------------------------------------------------------
 
@@ -283,8 +306,11 @@ class Attachment:
     def _leave_projector(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], features: Tensor) -> Any:
         if (tower := self._thread.tower) is None:
             return None
+        left = tower.output is not None
         features = tower.plan.leave_projector(tower, args, features)
-        self._thread.tower = None if tower.output is not None else tower
+        # Not held: a graph that runs blocks again holds the pass, and the output holds that graph.
+        tower.output = None
+        self._thread.tower = None if left else tower
         return features
 
 
@@ -331,12 +357,16 @@ def _graph_gone(find: ReferenceType[Attachment]) -> None:
         attachment.tidy()
 
 
-def _before(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
-    return module.register_forward_pre_hook(hook, with_kwargs=True).remove
+class _Hook:
+    """A hook of an attachment; does nothing in a model that is compiled whole while nothing is to be done."""
 
+    def __init__(self, attachment: Attachment, hook: Callable[..., Any]) -> None:
+        self.attachment, self.hook = attachment, hook
 
-def _after(module: nn.Module, hook: Callable[..., Any], always_call: bool = False) -> Callable[[], None]:
-    return module.register_forward_hook(hook, with_kwargs=True, always_call=always_call).remove
+    def __call__(self, *args: Any) -> Any:
+        if self.attachment.sleeps and torch.compiler.is_compiling():
+            return None
+        return self.hook(*args)
 
 
 def _without_ours(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -350,6 +380,6 @@ def attachment_of(base: nn.Module, make: bool = False) -> Attachment | None:
     """The hooks that a model carries already, or new ones."""
     with _attaching:
         for hook in list(base._forward_pre_hooks.values()):
-            if isinstance(found := getattr(hook, "__self__", None), Attachment):
-                return found
+            if isinstance(hook, _Hook):
+                return hook.attachment
         return Attachment(base) if make else None

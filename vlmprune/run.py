@@ -171,6 +171,10 @@ class Chosen:
     features: list[Tensor | None]
     emptied: bool = False
 
+    def detached(self) -> Chosen:
+        """The same, to be kept: nothing that outlives a layer may hold the graph that a backward pass runs through."""
+        return Chosen(self.remaining, [None if features is None else features.detach() for features in self.features])
+
 
 @dataclass(eq=False)
 class Steps:
@@ -447,7 +451,7 @@ class Report:
         peak = f", {units.size(self.kv_bytes_peak)} before the cache was shortened" if higher else ""
         hidden = [("hidden by the mask", f"{self.hidden} visual tokens, no candidates of any budget")] if self.hidden else []
         newlines = [("row separators", f"{self.newlines}, counted as text, {self.newline_policy}")] if self.newlines else []
-        seen = f"{self.visual_tokens} visual" if self.visual_tokens else "no picture: nothing to prune"
+        seen = f"{self.visual_tokens} visual" if self.visual_tokens else "no picture found: nothing to prune"
         return [
             ("recipe", self.recipe),
             ("prompt", f"{self.batch} × {self.prompt_tokens} tokens, {seen}"),
@@ -508,4 +512,7 @@ def _each(kept: tuple[int, ...], original: tuple[int, ...]) -> str:
 
 
 def no_prefill() -> UsageError:
-    return UsageError("nothing to report yet: run the wrapped model on a prompt with a picture first.")
+    return UsageError(
+        "nothing to report here: this thread, or this override block, has run no prompt, or ran its last one switched off; run "
+        "the wrapped model on a prompt first, or ask for the report in the thread that did."
+    )

@@ -206,7 +206,7 @@ class Steering:
             )
         before = call.steps.entered.get(index)
         if before is None or not call.recomputes:  # else the layer is run again, and has found everything
-            call.steps.entered[index] = Entered(index, call, hidden, holder, layer)  # type: ignore[arg-type]
+            call.steps.entered[index] = Entered(index, call, hidden.detach(), holder, layer)  # type: ignore[arg-type]
 
     def _anchors(self, index: int) -> bool:
         """Whether the method of a layer compares with the conversation's first token."""

@@ -52,6 +52,7 @@ class TowerPass:
         pruner: the method that works inside the tower, or None.
         budget: what that method shall keep of each view.
         cuts: False where the method only watches.
+        in_call: the prompt follows in the same call.
 
     Attributes:
         over: the pass has left the projector. What runs in the tower from then on is run again, by gradient checkpointing.
@@ -69,9 +70,10 @@ class TowerPass:
         pruner: TowerPruner | None,
         budget: Budget | None,
         cuts: bool,
+        in_call: bool = False,
     ) -> None:
         self.plan, self.facts, self.last, self.wanted = plan, facts, last, wanted
-        self.pruner, self.budget, self.cuts = pruner, budget, cuts
+        self.pruner, self.budget, self.cuts, self.in_call = pruner, budget, cuts, in_call
         self.states: list[TowerState] = []
         self.before: dict[int, TowerPass] = {}
         self.known: Known | None = None
@@ -242,12 +244,14 @@ class Known:
 
     Attributes:
         lives: weak references to what the pass returned: the memory of the features, and the tower's output.
+        graph: what may be merged, with its gradient, until the prompt of the same call has taken it: scores need none.
     """
 
     names: Tensor
     order: Tensor
     known: dict[str, Tensor]
     lives: list[ReferenceType[Any]]
+    graph: dict[str, Tensor]
 
     @property
     def in_use(self) -> bool:
@@ -273,11 +277,15 @@ class RowMemory:
         self._mine, self._lock = _Mine(), Lock()
         self._all: tuple[Known, ...] = ()
 
-    def remember(self, features: Tensor, known: dict[str, Tensor], lives: Sequence[Any] = ()) -> Known:
-        """File `known`, `[row, …]` each, under `features` `[row, dim]`, as long as any of `lives` does."""
+    def remember(
+        self, features: Tensor, known: dict[str, Tensor], lives: Sequence[Any] = (), differentiable: bool = False
+    ) -> Known:
+        """File `known`, `[row, …]` each, under `features` `[row, dim]`, as long as any of `lives` does; `differentiable` where
+        the prompt follows in the same call."""
         names, order = row_names(features).sort(stable=True)
         values = {name: value.detach() for name, value in known.items()}
-        new = Known(names, order, values, [ref(x) for x in lives if hasattr(x, "__weakref__")])
+        graph = {name: value for name, value in known.items() if differentiable and name == "tower_features"}
+        new = Known(names, order, values, [ref(x) for x in lives if hasattr(x, "__weakref__")], graph)
         self._mine.passes = _latest((new, *self._mine.passes))
         with self._lock:
             others = (new, *self._all)
@@ -307,13 +315,17 @@ class RowMemory:
                     twin = (places[number] + _repetition(wanted[number])).clamp_(max=len(names) - 1)
                     place = torch.where(names[twin] == wanted[number], twin, places[number])
                     rows = one.order.to(place.device)[place]
-                    found[number] = {name: _taken(value, rows, there[number]) for name, value in one.known.items()}
+                    found[number] = {
+                        name: _taken(value, rows, there[number]) for name, value in {**one.known, **one.graph}.items()
+                    }
         if len(found) < len(pictures):
             raise UsageError(
                 "what the vision tower saw of a picture is unknown: its features were not computed by this model while it was "
                 "wrapped with this recipe, or they were changed, or copied long ago; pass pixel_values instead of encoded "
                 "features."
             )
+        for one in passes:
+            one.graph.clear()
         return [found[number] for number in range(len(pictures))]
 
 
