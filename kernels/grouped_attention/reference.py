@@ -48,7 +48,7 @@ def grouped_attention(
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     key, value, groups = key.to(dtype), value.to(dtype), groups.to(dtype)
-    batch, heads, rows, _ = query.shape
+    batch, heads, rows, dim = query.shape
     if (step := max(CHUNK // (batch * heads * key.shape[2]), 1)) < rows:
         pieces = [
             grouped_attention(some, key, value, scaling, places, valid, groups, coefficients)
@@ -56,7 +56,12 @@ def grouped_attention(
         ]
         outs, factors, masses = zip(*pieces, strict=True)
         return torch.cat(outs, dim=1), torch.cat(factors, dim=2), torch.cat(masses, dim=2)
-    attention = _scores(query, key, scaling, position, valid).softmax(dim=-1)
+    # Query heads that share a key head stand behind each other: grouped, no key is ever repeated.
+    grouped = query.to(dtype).reshape(batch, key.shape[1], -1, dim) * scaling
+    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
+    if position is not None or valid is not None:
+        scores = _seen(scores, position, valid)
+    attention = scores.softmax(dim=-1)
     marked, kinds = groups.shape[2:]
     early, late = attention[..., :marked], attention[..., marked:]
     # Heads that share their groups are rows of one product: groups are never repeated.
@@ -73,7 +78,8 @@ def grouped_attention(
         early *= change
         if later:
             late *= factor[..., :1]
-    return _weighted(attention, value), factor, mass
+    out = attention.reshape(batch, value.shape[1], -1, value.shape[2]) @ value
+    return out.view(batch, heads, rows, -1).transpose(1, 2), factor, mass
 
 
 def scored_attention(
@@ -89,21 +95,25 @@ def scored_attention(
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     key, value, weight = key.to(dtype), value.to(dtype), weight.to(dtype)
-    batch, heads, rows, _ = query.shape
+    batch, heads, rows, dim = query.shape
     if (step := max(CHUNK // (batch * heads * key.shape[2]), 1)) < rows:
         pieces = [
             scored_attention(some, key, value, scaling, places, valid, weight)
             for some, places in _pieces(query, position, step)
         ]
         return torch.cat(pieces, dim=1)
-    scores = _scores(query, key, scaling, None, None)
+    grouped = query.to(dtype).reshape(batch, key.shape[1], -1, dim) * scaling
+    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
     early = scores[..., : weight.shape[1]]
     raised = torch.addcmul(early, weight[:, None, None], early.abs())
     if scores.requires_grad:
         scores = torch.cat((raised, scores[..., weight.shape[1] :]), dim=-1)
     else:
         early.copy_(raised)
-    return _weighted(_seen(scores, position, valid).softmax(dim=-1), value)
+    if position is not None or valid is not None:
+        scores = _seen(scores, position, valid)
+    out = scores.softmax(dim=-1).reshape(batch, value.shape[1], -1, value.shape[2]) @ value
+    return out.view(batch, heads, rows, -1).transpose(1, 2)
 
 
 def column_means(query: Tensor, key: Tensor, scaling: float, position: Tensor, valid: Tensor | None, counted: Tensor) -> Tensor:
@@ -114,14 +124,16 @@ def column_means(query: Tensor, key: Tensor, scaling: float, position: Tensor, v
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     keys, key = torch.arange(key.shape[2], device=key.device), key.to(dtype)
-    batch, heads = query.shape[:2]
+    batch, heads, _, dim = query.shape
     total = torch.zeros(batch, heads, len(keys), dtype=dtype, device=key.device)
     seen = torch.zeros(batch, len(keys), dtype=dtype, device=key.device)
     step = max(CHUNK // (batch * heads * len(keys)), 1)
     for some, places, counts in zip(
         query.split(step, 2), position.split(step, 1), counted.to(dtype).split(step, 1), strict=True
     ):
-        attention = _scores(some, key, scaling, places, valid).softmax(dim=-1)
+        grouped = some.to(dtype).reshape(batch, key.shape[1], -1, dim) * scaling
+        scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, -1, len(keys))
+        attention = _seen(scores, places, valid).softmax(dim=-1)
         total = total + torch.einsum("bhrk,br->bhk", attention, counts)
         seen = seen + ((keys <= places[..., None]) * counts[..., None]).sum(dim=1)
     return total / seen.clamp_min(1)[:, None]
@@ -133,15 +145,6 @@ def _pieces(query: Tensor, position: Tensor | None, step: int) -> Iterator[tuple
         yield query[:, :, start : start + step], None if position is None else position[:, start : start + step]
 
 
-def _scores(query: Tensor, key: Tensor, scaling: float, position: Tensor | None, valid: Tensor | None) -> Tensor:
-    """Masked scores `[batch, head, row, key]` in the dtype of `key`."""
-    batch, heads, rows, dim = query.shape
-    # Query heads that share a key head stand behind each other: grouped, no key is ever repeated.
-    grouped = query.to(key.dtype).reshape(batch, key.shape[1], -1, dim) * scaling
-    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
-    return scores if position is None and valid is None else _seen(scores, position, valid)
-
-
 def _seen(scores: Tensor, position: Tensor | None, valid: Tensor | None) -> Tensor:
     """Lowest where a row does not look."""
     visible = None if valid is None else valid[:, None, None]
@@ -149,10 +152,3 @@ def _seen(scores: Tensor, position: Tensor | None, valid: Tensor | None) -> Tens
         causal = (torch.arange(scores.shape[3], device=scores.device) <= position[..., None])[:, None]
         visible = causal if visible is None else visible & causal
     return scores if visible is None else scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-
-
-def _weighted(attention: Tensor, value: Tensor) -> Tensor:
-    """`[batch, row, head, dim]` values under `[batch, head, row, key]` weights."""
-    batch, heads, rows, keys = attention.shape
-    grouped = attention.reshape(batch, value.shape[1], -1, keys) @ value
-    return grouped.view(batch, heads, rows, -1).transpose(1, 2)

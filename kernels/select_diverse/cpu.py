@@ -13,7 +13,6 @@ Measured by benchmarks/select_diverse.py. Picks can differ from the reference's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -46,21 +45,17 @@ def greedy_order(features: Tensor, keep: int) -> Tensor:
 
 
 def _greedy(unit: Tensor, keep: int) -> list[int]:
-    row: Callable[[int, Tensor, int], Tensor]
-    if len(unit) ** 2 * unit.element_size() <= MOST_BYTES:
-        likeness = _all_pairs(unit)
-        nearest = 1.0 - likeness.amax(dim=-1)
-        row = lambda pick, standing, left: likeness[pick]  # noqa: E731
-    else:
-        nearest = _nearest_other(unit)
-        row = _Ahead(unit).row
+    likeness = _all_pairs(unit) if len(unit) ** 2 * unit.element_size() <= MOST_BYTES else None
+    nearest = _nearest_other(unit) if likeness is None else 1.0 - likeness.amax(dim=-1)
+    ahead = _Ahead(unit)
     standing = nearest
     apart = torch.full_like(nearest, torch.inf)  # distance to the nearest selected token; −inf once taken
     picks = []
     for left in range(keep, 0, -1):
         pick = int(standing.argmax())
         picks.append(pick)
-        torch.minimum(apart, 1.0 - row(pick, standing, left), out=apart)
+        row = ahead.row(pick, standing, left) if likeness is None else likeness[pick]
+        torch.minimum(apart, 1.0 - row, out=apart)
         apart[pick] = -torch.inf
         standing = apart
     return picks
