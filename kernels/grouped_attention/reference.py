@@ -105,11 +105,12 @@ def scored_attention(
     grouped = query.to(dtype).reshape(batch, key.shape[1], -1, dim) * scaling
     scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
     early = scores[..., : weight.shape[1]]
-    raised = torch.addcmul(early, weight[:, None, None], early.abs())
+    weight = weight[:, None, None]
     if scores.requires_grad:
-        scores = torch.cat((raised, scores[..., weight.shape[1] :]), dim=-1)
+        raised = torch.addcmul(early, weight, early.abs())
+        scores = torch.cat((raised, scores[..., weight.shape[-1] :]), dim=-1)
     else:
-        early.copy_(raised)
+        early.addcmul_(weight, early.abs())
     if position is not None or valid is not None:
         scores = _seen(scores, position, valid)
     out = scores.softmax(dim=-1).reshape(batch, value.shape[1], -1, value.shape[2]) @ value
