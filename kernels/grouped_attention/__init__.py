@@ -158,7 +158,7 @@ def _choose_marked(
     if gradients and impl == "triton":
         raise UsageError(f"{op}: kernels have no gradients, but query, key or value needs one: pass impl='reference'.")
     impl = "reference" if gradients and impl == "auto" else impl
-    kernel = use_triton(op, impl, query=query, key=key, value=value, position=position, valid=valid, **marks)
+    kernel = use_triton(op, impl, False, query=query, key=key, value=value, position=position, valid=valid, **marks)
     if kernel:
         check_dim(op, "query", query.shape[3])
         check_dim(op, "value", value.shape[3])
