@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmprune.errors import UsageError
     from vlmprune.handle import Run, unwrap, wrap
     from vlmprune.methods import METHODS, REDISTRIBUTORS, Choice, Pruner, Redistributor, ScorePruner
+    from vlmprune.methods.clip_relevance import ClipRelevance
     from vlmprune.methods.pruning import (
         CLS,
         DART,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
         VisionZip,
         VScan,
     )
-    from vlmprune.methods.pruning.clip_relevance import ClipRelevance
     from vlmprune.methods.redistribution import ACT, PAI, PAINT, VAR, VHR, ZeroTuning
     from vlmprune.recipe import Recipe
     from vlmprune.run import Report
@@ -64,7 +64,7 @@ _HOME = {
         ),
         "vlmprune.methods.pruning",
     ),
-    "ClipRelevance": "vlmprune.methods.pruning.clip_relevance",
+    "ClipRelevance": "vlmprune.methods.clip_relevance",
     **dict.fromkeys(("ACT", "PAI", "PAINT", "VAR", "VHR", "ZeroTuning"), "vlmprune.methods.redistribution"),
     **dict.fromkeys(("METHODS", "REDISTRIBUTORS", "Choice", "Pruner", "Redistributor", "ScorePruner"), "vlmprune.methods"),
     **dict.fromkeys(("Budget", "Schedule", "Stage", "at", "stages"), "vlmprune.schedule"),
