@@ -462,7 +462,8 @@ class Plan:
     def enter_layer(self, index: int, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a decoder layer is given: cut at a stage, and shorter arguments behind one; then what redistribution notes."""
         enabled, changed = call.enabled, None
-        call.recomputes |= _is_recomputed(module)
+        if module.training:
+            call.recomputes |= _is_recomputed(module)
         if self.cutting.at and index >= self.cutting.at[0] and not call.idle:
             call = _as_it_was(call, index, module)
             changed = self._at_layer(index, module, call, args, kwargs)

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from vlmprune.errors import UsageError
-from vlmprune.layout import on_host
+from vlmprune.layout import on_device, on_host
 from vlmprune.reduction import Reduction
 
 
@@ -89,6 +90,7 @@ class Marks:
         anchor: `[batch, dim]` fp32 residual of the conversation's first token, where a method compares with it, or None.
         groups: `codes` as 0 or 1 for each group, made by `grouped` and kept for decoding.
         present: `[batch, 1 or head, 1, 1 + groups]` bool, which groups have an entry, made with it.
+        weight: `[batch, marked]` what scores are raised by, made by `weighted` from `groups`, or None.
         idle: no entry is marked, which is known on the host.
     """
 
@@ -98,6 +100,7 @@ class Marks:
     anchor: Tensor | None = None
     groups: Tensor | None = None
     present: Tensor | None = None
+    weight: Tensor | None = None
     idle: bool = False
 
     def grouped(self, groups: int, dtype: torch.dtype) -> Tensor:
@@ -107,7 +110,15 @@ class Marks:
             numbers = torch.arange(groups + 1, device=self.codes.device)
             member = self.codes[..., None] == numbers
             self.groups, self.present = member.to(dtype), member.any(dim=2, keepdim=True)
+            self.weight = None
         return self.groups
+
+    def weighted(self, strengths: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """`[batch, marked]` of `dtype`: the strength of the group that each entry is in, and 0 for ordinary ones."""
+        groups = self.grouped(len(strengths), dtype)
+        if self.weight is None:
+            self.weight = groups[:, 0] @ on_device(np.array((0.0, *strengths)), groups.device).to(dtype)
+        return self.weight
 
     def padded(self, stored: int) -> Tensor:
         """The codes of exactly `stored` entries."""
@@ -398,9 +409,9 @@ def marked_layer(cache: Cache, index: int) -> MarkedLayer:
     Raises:
         UsageError: the cache is of another kind.
     """
-    layer = _plain_layer(cache, index, "attention redistribution")
-    if isinstance(layer, MarkedLayer):
+    if index < len(cache.layers) and isinstance(layer := cache.layers[index], MarkedLayer):  # as in every decoding step
         return layer
+    layer = _plain_layer(cache, index, "attention redistribution")
     adopted = cache.layers[index] = MarkedLayer.adopt_marks(layer)
     return adopted
 
