@@ -174,7 +174,7 @@ class Attachment:
         yield "base", partial(self._before, self.base, self._enter_base)
         yield "base left", partial(self._after, self.base, self._leave_base, always_call=True)
         yield "text", partial(self._before, plan.text, self._enter_text)
-        yield "text left", partial(self._after, plan.text, _leave_text)
+        yield "text left", partial(_after_text, plan.text)
         if plan.family.tower is not None:  # whose pictures they are is decided when they are encoded, also where nobody looks
             yield ("tower", 0), partial(self._put, plan, "tower", 0)
             yield ("tower left", 0), partial(self._put, plan, "tower left", 0)
@@ -185,9 +185,9 @@ class Attachment:
 
     def _put(self, plan: Plan, kind: str, index: int) -> Callable[[], None]:
         if kind == "layer":
-            return self._before(plan.layers[index], partial(_enter_layer, index))
+            return _before_layer(plan.layers[index], partial(_enter_layer, index))
         if kind == "carried":
-            return self._before(plan.layers[index].get_submodule(plan.family.attention), take)
+            return _before_layer(plan.layers[index].get_submodule(plan.family.attention), take)
         tower = plan.family.tower
         assert tower is not None
         part = self.base.get_submodule
@@ -439,6 +439,15 @@ def _graph_gone(find: ReferenceType[Attachment]) -> None:
     attachment = find()
     if attachment is not None and attachment.current is None:  # what waited for this graph goes, too
         attachment.tidy()
+
+
+def _before_layer(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
+    """Hooks of layers run in every layer for every token: nothing stands between. Without a call they do nothing."""
+    return module.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+
+def _after_text(module: nn.Module) -> Callable[[], None]:
+    return module.register_forward_hook(_leave_text, with_kwargs=True).remove
 
 
 class _Hook:
