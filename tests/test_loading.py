@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from command_line import vlmprune
 from folders import FOLDERS
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -274,6 +275,28 @@ def test_weights_that_are_not_all_there(folder):
         load_model(str(folder), "cpu")
 
 
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_weights_that_the_config_has_no_place_for(folder, part):
+    """Red: the model answers from half of its layers."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config[part]["num_hidden_layers"] -= 2
+    path.write_text(json.dumps(config))
+    with pytest.raises(vp.UsageError, match=r"hold \d+ tensors that its config.json has no place for \(such as .*layers\."):
+        load_model(str(folder), "cpu")
+
+
+def test_weights_that_every_version_ignores(folder):
+    """Buffers that older versions saved are no mistake."""
+    tensors = load_file(folder / "model.safetensors")
+    query = next(key for key in tensors if key.endswith("layers.0.self_attn.q_proj.weight") and "vision" not in key)
+    tensors[query.replace("q_proj.weight", "rotary_emb.inv_freq")] = torch.ones(8)
+    places = next(key for key in tensors if key.endswith("position_embedding.weight"))
+    tensors[places.replace("position_embedding.weight", "position_ids")] = torch.ones(1, 145)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert load_model(str(folder), "cpu")
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -374,6 +397,14 @@ def test_decoders(made, folder):
     if loading.find_spec("gguf") is None:
         with pytest.raises(vp.UsageError, match=monkey):
             load_decoder(str(folder), "model.Q4.gguf", "cpu")
+
+
+def test_gguf_without_its_folder(monkeypatch, capsys):
+    """Red: the option is ignored, and the embedded model's sinks are printed."""
+    assert vlmprune(monkeypatch, "sinks", "--gguf", "x.gguf") == 2
+    assert "--gguf x.gguf is a file in the folder of a model: give that folder as --model" in capsys.readouterr().err
+    with pytest.raises(vp.UsageError, match="no GGUF file"):
+        load_decoder("tiny", "x.gguf", "cpu")
 
 
 def test_figures_without_matplotlib(monkeypatch, picture, tmp_path):

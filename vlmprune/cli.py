@@ -532,6 +532,8 @@ def sinks(
     as_json: AsJson = False,
 ) -> None:
     """Find the dimensions that hold a decoder's attention sinks, for `var`, with the evidence."""
+    if gguf is not None and model == "tiny":
+        raise UsageError(f"--gguf {gguf} is a file in the folder of a model: give that folder as --model.")
     from vlmprune.evals.sinks import PROMPTS, TINY_PROMPTS, find_sinks
     from vlmprune.loading import load_decoder
 

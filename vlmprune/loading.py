@@ -98,6 +98,8 @@ def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callabl
     """
     check_device(device)
     if name == "tiny":
+        if gguf is not None:
+            raise UsageError(f"the embedded model is no GGUF file: give the folder of {gguf} as the model.")
         from vlmprune import tiny
 
         embedded, processor = tiny.load(device)
@@ -369,7 +371,7 @@ def _load_weights(auto: Any, source: Source, device: str, **extra: Any) -> Any:
     """The model, whole.
 
     Raises:
-        UsageError: weights are missing, have another shape than the config says, or do not fit the device.
+        UsageError: weights are missing, are not used, have another shape than the config says, or do not fit the device.
     """
     import torch
 
@@ -380,6 +382,11 @@ def _load_weights(auto: Any, source: Source, device: str, **extra: Any) -> Any:
         raise UsageError(
             f"the weights of {source.name!r} do not fit its config.json: {len(differing)} tensors have another shape (such as "
             f"{name}: {list(stored)}, by the config {list(wanted)}); they do not belong together."
+        )
+    if unused := sorted(found["unexpected_keys"]):  # transformers leaves out those that a model class calls ignorable
+        raise UsageError(
+            f"the weights of {source.name!r} hold {len(unused)} tensors that its config.json has no place for (such as "
+            f"{unused[0]}); the model would run without them: fetch the config.json that belongs to these weights."
         )
     if absent := sorted(found["missing_keys"]):
         raise UsageError(
