@@ -416,6 +416,53 @@ def test_figures_without_matplotlib(monkeypatch, picture, tmp_path):
         assert "needs matplotlib: install it with `pip install matplotlib`" in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        *(("run", f"kept.{ending}") for ending in ("xbm", "msp", "palm", "wmf", "h5", "blp", "svg", "foo", "")),
+        *(("view", f"sinks.{ending}") for ending in ("bmp", "xbm", "foo", "")),
+        ("run", "/proc/x.png"),
+        ("view", "/proc/x.png"),
+        ("run", "x" * 300 + ".png"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_the_work(monkeypatch, picture, tmp_path, command, name):
+    """Red: Pillow knows the ending but cannot write it, matplotlib cannot, or the folder is read-only: found after all work."""
+    monkeypatch.setattr(demo, "open_model", lambda *where: pytest.fail("the model was loaded"))
+    option = "--draw" if command == "run" else "--out"
+    arguments = [command, "--model", "tiny", "--image", str(picture), "--prompt", "what ?", option, str(tmp_path / name)]
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, vp.UsageError)
+    assert str(error).startswith(("cannot draw to", "cannot write to /proc"))
+    assert not list(tmp_path.glob("kept*"))
+
+
+@pytest.mark.parametrize(
+    ("figure", "endings"), [(False, ("png", "jpg", "GIF", "pdf", "webp", "ppm")), (True, ("png", "svg", "pdf"))]
+)
+def test_what_can_be_drawn(tmp_path, figure, endings):
+    for ending in endings:
+        loading.check_target(tmp_path / f"x.{ending}", "x.png", figure)
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+    (tmp_path / "x.png").write_bytes(b"before")
+    loading.check_target(tmp_path / "x.png", "x.png", figure)
+    assert (tmp_path / "x.png").read_bytes() == b"before"
+
+
+def test_answers_are_printed_before_the_picture_is_written(monkeypatch, capsys, picture, tmp_path):
+    """Red: a full disk costs the answers."""
+
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo.draw, "kept_patches", lambda *arguments: type("Full", (), {"save": full})())
+    arguments = ("run", "--model", "tiny", "--image", picture, "--prompt", "what ?", "--max-new-tokens", 2)
+    assert vlmprune(monkeypatch, *arguments, "--draw", tmp_path / "kept.png") == 2
+    said = capsys.readouterr()
+    assert "un-pruned" in said.out
+    assert "No space left on device); the answers stand above" in said.err
+
+
 # -- the hub ---------------------------------------------------------------------------------------------------------------
 
 

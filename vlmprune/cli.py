@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from vlmprune import __version__, names, units
-from vlmprune.errors import UsageError, unknown
+from vlmprune.errors import UsageError, first_line, unknown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -198,10 +198,11 @@ def run(
             if done and not progress.console.is_terminal:  # no bar there
                 print(f"vlmprune: {what}: {tokens} tokens", file=sys.stderr)
 
-        result = ask_once(model, image, prompt, recipe, max_new_tokens, device, draw, tell)
+        result, drawn = ask_once(model, image, prompt, recipe, max_new_tokens, device, draw, tell)
     _note(result["picture"]["notes"])
     if as_json:
         _print_json(result)
+        _save_drawn(drawn, draw)
         return
     console.print(f"un-pruned  {result['unpruned']['answer']}", highlight=False)
     console.print(f"pruned     {result['pruned']['answer']}", highlight=False)
@@ -211,7 +212,18 @@ def run(
     for edit in result["edits"]:
         console.print(f"redistributed ({edit['method']})  {edit['summary']}", highlight=False)
     if draw:
+        _save_drawn(drawn, draw)
         console.print(f"The picture with the kept patches is {draw}")
+
+
+def _save_drawn(drawn: Any, path: Path | None) -> None:
+    """Comes after the answers are printed, so that they are not lost with the picture."""
+    if drawn is None or path is None:
+        return
+    try:
+        drawn.save(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot draw to {path} ({first_line(error)}); the answers stand above.") from error
 
 
 @app.command("eval")

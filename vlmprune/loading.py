@@ -7,11 +7,12 @@ transformers are imported when they are needed, so that a mistake that needs nei
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
@@ -457,25 +458,63 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to {path}: give the path of a folder that exists or can be made.") from error
-    if not os.access(path, os.W_OK):
-        raise UsageError(f"cannot write to {path}: give the path of a folder that you may write to.")
+    try:
+        with TemporaryFile(dir=path):  # permissions alone do not tell: a file system may be read-only
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {path} ({error.strerror}): give the path of a folder that you may write to."
+        ) from error
 
 
-def check_target(path: Path, example: str) -> None:
+def check_target(path: Path, example: str, figure: bool = False) -> None:
     """Make room for a picture that is to be drawn, before anything is computed.
 
+    Args:
+        path: of the file.
+        example: of a file's name, for the error's sentence.
+        figure: whether matplotlib writes it, else Pillow; they know other formats.
+
     Raises:
-        UsageError: its name has no picture's ending, or it cannot be written.
+        UsageError: its name has no ending of a picture that can be written, or it cannot be written there.
     """
+    try:
+        if path.suffix:
+            (_write_figure if figure else _write_picture)(path.suffix.lower())
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        why = first_line(error)
+    else:
+        why = "" if path.suffix else "it has no ending"
+    if why:
+        raise UsageError(f"cannot draw to {path} ({why}): give a file name with a picture's ending, for example {example}.")
+    try:
+        if path.is_dir():
+            raise UsageError(f"cannot draw to {path}: it is a folder, give the name of a file.")
+        make_folder(path.parent)
+        if path.exists():
+            with path.open("ab"):
+                pass
+        else:
+            path.touch()
+            path.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot draw to {path} ({error.strerror}): give the name of a file that can be written.") from error
+
+
+def _write_picture(ending: str) -> None:
+    """One pixel in a format, as `PIL.Image.Image.save` would write it: that Pillow knows an ending does not say that it can."""
     from PIL import Image
 
     Image.init()
-    ending = Image.registered_extensions().get(path.suffix.lower())
-    if ending not in Image.SAVE:
-        raise UsageError(f"cannot draw to {path}: give a file name with a picture's ending, for example {example}.")
-    if path.is_dir():
-        raise UsageError(f"cannot draw to {path}: it is a folder, give the name of a file.")
-    make_folder(path.parent)
+    if ending not in Image.registered_extensions():
+        raise ValueError(f"no picture has the ending {ending}")
+    Image.new("RGB", (1, 1)).save(BytesIO(), Image.registered_extensions()[ending])
+
+
+def _write_figure(ending: str) -> None:
+    from matplotlib.figure import Figure
+
+    Figure(figsize=(1, 1)).savefig(BytesIO(), format=ending[1:])
 
 
 def check_packages(names: Iterable[str]) -> None:
