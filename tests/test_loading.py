@@ -563,6 +563,38 @@ def test_offline(hub, monkeypatch):
     no_model("some/name", "the hub cannot be asked (HF_HUB_OFFLINE is set) nor does its cache")
 
 
+@pytest.mark.parametrize(
+    ("left", "lacks"),
+    [
+        (("config.json",), "the weights"),
+        (("config.json", "model.safetensors"), "preprocessor_config.json and tokenizer.json"),
+        (("config.json", "processor_config.json", "tokenizer.json"), "the weights"),
+        (("config.json", "model.safetensors.index.json"), "2 of 2 files with weights"),
+        (None, ""),
+    ],
+)
+def test_half_a_download_without_network(hub, made, monkeypatch, tmp_path, left, lacks):
+    """Red: what the download has not brought yet is said to be missing in the model, and to be saved from another."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cache = tmp_path / "cache" / "models--some--name"
+    shutil.copytree(made["llava"], cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    if left is None:
+        assert load_model("some/name", "cpu"), "the whole of it needs no network"
+        return
+    for file in (cache / "snapshots" / "abc").iterdir():
+        if file.name not in left:
+            file.unlink()
+    if "model.safetensors.index.json" in left:
+        (cache / "snapshots" / "abc" / "model.safetensors.index.json").write_text(json.dumps(index))
+    no_model("some/name", f"the download of 'some/name' is not complete: the cache on this machine lacks {lacks}")
+    no_model("some/name", "and the hub cannot be asked (HF_HUB_OFFLINE is set); try again with network")
+
+
 def test_a_recipe_without_network(hub):
     """A recipe's repository is looked for as patiently."""
     with socket.socket() as closed:

@@ -40,20 +40,31 @@ class Source:
 
     Attributes:
         name: as the user wrote it.
-        folder: the folder, or None for a repository on the hub.
-        files: names of the files there; None if only the cache is known.
+        folder: the folder, that of the cache if the hub could not be asked; or None for a repository on the hub.
+        files: names of the files there.
         options: keyword arguments for every `from_pretrained`.
+        unreached: why the hub could not be asked; empty if it could, or need not.
     """
 
     name: str
     folder: Path | None
-    files: frozenset[str] | None
+    files: frozenset[str]
     options: dict[str, Any]
+    unreached: str = ""
 
     @property
     def place(self) -> str:
         """What `from_pretrained` takes."""
         return self.name if self.folder is None else str(self.folder)
+
+    def lacking(self, what: str, otherwise: UsageError) -> UsageError:
+        """The error for what is not there: half a download has another reason, and another remedy, than half a folder."""
+        if not self.unreached:
+            return otherwise
+        return UsageError(
+            f"the download of {self.name!r} is not complete: the cache on this machine lacks {what}, and {self.unreached}; try "
+            "again with network."
+        )
 
 
 # -- models ----------------------------------------------------------------------------------------------------------------
@@ -205,10 +216,11 @@ def _in_folder(name: str, folder: Path, gguf: str | None) -> Source:
 def _on_hub(name: str) -> Source:
     repository = hub.ask(name, "config.json", "model")
     files = repository.files
-    if files is not None and "config.json" not in files:
+    if "config.json" not in files:
         what = "holds GGUF files only" if any(file.endswith(".gguf") for file in files) else "has no config.json"
         raise UsageError(f"no model at {name!r}: the repository {what}; give one with config.json and transformers' weights.")
-    return Source(name, None, files, {"trust_remote_code": False, **repository.options})
+    options = {"trust_remote_code": False, **repository.options}
+    return Source(name, repository.folder, files, options, repository.unreached)
 
 
 # -- what is there ---------------------------------------------------------------------------------------------------------
@@ -241,7 +253,7 @@ def read_config(source: Source) -> Any:
 def _check_json(source: Source) -> None:
     if source.folder is None:
         return
-    for path in (source.folder / name for name in JSON if name in (source.files or ())):
+    for path in (source.folder / name for name in JSON if name in source.files):
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -254,11 +266,10 @@ def check_weights(source: Source) -> None:
     Raises:
         UsageError: says which file is missing or broken.
     """
-    if source.files is None:
-        return
     present = [name for name in WEIGHTS if name in source.files]
     if not present:
-        raise UsageError(f"{source.name!r} has a config but no weights: looked for {', '.join(WEIGHTS)}.")
+        none = UsageError(f"{source.name!r} has a config but no weights: looked for {', '.join(WEIGHTS)}.")
+        raise source.lacking("the weights", none)
     if source.folder is None:
         return
     first = source.folder / present[0]
@@ -269,9 +280,8 @@ def check_weights(source: Source) -> None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{first} is broken ({first_line(error)}): fetch or save the model again.") from error
         if missing := [name for name in named if name not in source.files]:
-            raise UsageError(
-                f"{source.name!r} lacks {len(missing)} of {len(named)} files with weights (such as {missing[0]}): fetch them."
-            )
+            lacks = f"{len(missing)} of {len(named)} files with weights (such as {missing[0]})"
+            raise source.lacking(lacks, UsageError(f"{source.name!r} lacks {lacks}: fetch them."))
         files = [source.folder / name for name in named]
     for file in files:
         _check_file(file)
@@ -310,9 +320,9 @@ def load_processor(source: Source, config: Any) -> Any:
 
     from vlmprune.adapters.registry import family_of
 
-    known_files = source.files if source.files is not None else {*IMAGE_PART, *TOKENIZER}
-    if absent := [names[0] for names in (IMAGE_PART, TOKENIZER) if not known_files & set(names)]:
-        raise _no_processor(source, f"it lacks {' and '.join(absent)}")
+    if absent := [names[0] for names in (IMAGE_PART, TOKENIZER) if not source.files & set(names)]:
+        lacks = " and ".join(absent)
+        raise source.lacking(lacks, _no_processor(source, f"it lacks {lacks}"))
     known: Any = PROCESSOR_MAPPING.get(type(config), None)
     reader: Any = AutoProcessor
     if known is not None and "video_processor" in known.get_attributes() and find_spec("torchvision") is None:

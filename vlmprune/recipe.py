@@ -184,7 +184,7 @@ class Recipe:
 
 def _from_hub(name: str) -> Path:
     repository = hub.ask(name, FILE, "recipe")
-    if repository.files is not None and FILE not in repository.files:
+    if FILE not in repository.files:
         raise UsageError(f"no recipe at {name!r}: the repository has no {FILE}; save one there, or give a folder.")
     from transformers.utils import cached_file
 
