@@ -111,6 +111,10 @@ def test_methods_and_env(monkeypatch, capsys):
         (("eval", "--recipe", "zzz"), "unknown method 'zzz'"),
         (("eval", "--split", "zzz"), "unknown split 'zzz'"),
         (("run", "--device", "zzz"), "cannot use device 'zzz'"),
+        *((("run", "--device", name), f"the device '{name}' holds shapes and no numbers") for name in ("meta", "meta:0")),
+        (("sinks", "--device", "meta"), "holds shapes and no numbers"),
+        (("bench", "--device", "meta"), "holds shapes and no numbers"),
+        (("bench", "--device", "zzz"), "cannot use device 'zzz'"),
         (("rnu",), "unknown command 'rnu': did you mean 'run'?"),
         (("fastv", "--help"), "fastv is a method, not a command: `vlmprune methods fastv` tells of it"),
         (("run", "--recipee", "x"), "No such option: --recipee"),
@@ -213,6 +217,24 @@ def test_answered_without_torch(arguments, code, printed, tmp_path):
     assert taken < 5, "a second on an idle machine"
     if code:
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("module", ["vlmprune.cli", "typer", "rich.console", "vlmprune.errors", "vlmprune.demo"])
+def test_interrupted_while_importing(module, tmp_path, picture):
+    """Ctrl-C in the first tenth of a second, or while torch is loaded. Red: a traceback."""
+    program = (
+        "import sys, runpy\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *more):\n"
+        f"        if name == {module!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "runpy.run_module('vlmprune', run_name='__main__')"
+    )
+    arguments = ["run", "--model", "tiny", "--image", str(picture), "--prompt", "x"]
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(vp.__file__))}
+    run = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_names_are_those_of_the_methods():

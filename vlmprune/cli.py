@@ -339,8 +339,10 @@ def bench(
 
     from vlmprune.evals import bench as evals
     from vlmprune.evals.shapes import shape_named
+    from vlmprune.loading import check_device
 
     found, device = shape_named(shape), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     on_gpu = not device.startswith("cpu")
     if (dtype := dtype or ("bfloat16" if on_gpu else "float32")) not in (dtypes := ("bfloat16", "float16", "float32")):
         raise unknown("dtype", dtype, dtypes)

@@ -139,7 +139,8 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise UsageError(f"the device {device!r} holds shapes and no numbers: try cpu, or cuda where there is a GPU.")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"cannot use device {device!r} on this machine: try cpu, or cuda where there is a GPU.") from error
 
