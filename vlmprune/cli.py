@@ -282,7 +282,7 @@ def sweep(
 ) -> None:
     """All methods at equal compute on the embedded VLM, each against random tokens at the same layers and counts."""
     for name in method or ():
-        names.check_method(name)
+        names.check_pruning(name, "sweep")
     import torch
 
     from vlmprune import tiny
@@ -436,7 +436,7 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Choose a method's layers and counts for a model, from where its attention moves on."""
-    names.check_method(method, "pruning")
+    names.check_pruning(method, "tune")
     from vlmprune.evals import tune as evals
     from vlmprune.schedule import Budget
 

@@ -37,10 +37,41 @@ def check_recipe(recipe: str) -> None:
     Raises:
         UsageError: names the nearest.
     """
+    check_not_empty(recipe)
     if is_file(recipe):
         return
     for part in recipe.split("+"):
-        check_method(part.partition(":")[0].strip())
+        try:
+            check_method(part.partition(":")[0].strip())
+        except UsageError as error:
+            if set(recipe) & set(":+"):
+                raise
+            raise UsageError(f"{error} There is no file or folder of this name either.") from error
+
+
+def check_not_empty(recipe: str) -> None:
+    """Refuse a recipe string that is empty, or has nothing beside a plus sign.
+
+    Raises:
+        UsageError: it is.
+    """
+    if not all(part.strip() for part in recipe.split("+")):
+        what = f"a part of the recipe {recipe!r}" if "+" in recipe else "the recipe"
+        raise UsageError(f"{what} is empty: name a method, for example divprune:fraction=0.25.")
+
+
+def check_pruning(name: str, command: str) -> None:
+    """Refuse a name that is no pruning method's, for a command that takes no others.
+
+    Raises:
+        UsageError: says that it redistributes attention, or names the nearest.
+    """
+    if name in method_names("redistribution"):
+        raise UsageError(
+            f"{name} redistributes attention, and `vlmprune {command}` takes pruning methods: name one of those that "
+            "`vlmprune methods` lists first."
+        )
+    check_method(name, "pruning")
 
 
 def check_method(name: str, kind: str = "*") -> None:

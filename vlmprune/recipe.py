@@ -24,7 +24,7 @@ from vlmprune.errors import UsageError, unknown
 from vlmprune.methods import METHODS, REDISTRIBUTORS, Pruner, Redistributor
 from vlmprune.methods.base import DEFINED
 from vlmprune.methods.redistributing import DEFINED as DEFINED_REDISTRIBUTORS
-from vlmprune.names import FILE
+from vlmprune.names import FILE, check_not_empty
 from vlmprune.schedule import SITES, Budget, Schedule, Stage, check_shrinks
 from vlmprune.view import Facts
 
@@ -111,6 +111,7 @@ class Recipe:
         Raises:
             UsageError: an unknown method or key (with the nearest names), or a value that cannot be read.
         """
+        check_not_empty(text)
         return Recipe(tuple(_parse_method(part.strip()) for part in text.split("+")))
 
     def __str__(self) -> str:
