@@ -391,6 +391,50 @@ def test_view_takes_known_sink_dimensions(monkeypatch):
     assert default_recipe(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))) == "var"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "label"),
+    [("fastv:layer=2", "pruned"), ("zerotuning:gain=2", "redistributed"), ("zerotuning:gain=2 + fastv:layer=2", "pruned")],
+)
+def test_what_run_prints(monkeypatch, capsys, picture, recipe, label):
+    """Red: what only redistributes is called pruned; stderr has empty lines."""
+    arguments = ("run", "--model", "tiny", "--image", picture, "--prompt", "what ?", "--max-new-tokens", 2)
+    assert vlmprune(monkeypatch, *arguments, "--recipe", recipe) == 0
+    said = capsys.readouterr()
+    assert f"┃ {label} " in said.out
+    assert said.out.splitlines()[1].startswith(f"{label}  ")
+    assert said.err == f"vlmprune: {label} answer: 2 tokens\nvlmprune: un-pruned answer: 2 tokens\n"
+
+
+def test_no_empty_line_before_the_sentence(monkeypatch, capsys, picture):
+    """Red: the progress bar leaves one where it is not drawn."""
+    arguments = ("run", "--model", "tiny", "--image", picture, "--prompt", "what ?", "--recipe", "fastv:layer=99")
+    assert vlmprune(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err.startswith("vlmprune: ")
+
+
+def test_fewer_questions_than_asked_for(monkeypatch, capsys, tmp_path, picture):
+    """Red: `--images 99` takes the two there are, in silence."""
+    line = json.dumps({"image": picture.name, "question": "how many circles are there ?", "answer": "1"})
+    (tmp_path / "questions.jsonl").write_text(f"{line}\n{line}\n")
+    arguments = ("horizon", "--data", tmp_path, "--layer", 2, "--window", 6, "--json")
+    assert vlmprune(monkeypatch, *arguments, "--images", 99) == 0
+    said = capsys.readouterr()
+    assert "vlmprune: note: there are 2 questions, fewer than the 99 asked for\n" in said.err
+    assert json.loads(said.out)["notes"] == ["there are 2 questions, fewer than the 99 asked for"]
+    assert vlmprune(monkeypatch, *arguments, "--images", 2) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []
+
+
+def test_eval_and_sweep_show_one_bar_only(monkeypatch, capsys):
+    """Red: transformers' bar of loading weights stands above ours."""
+    from transformers.utils import logging
+
+    for arguments in (("eval", "--recipe", "fastv:layer=99"), ("sweep", "--budget", 7)):
+        logging.enable_progress_bar()
+        assert vlmprune(monkeypatch, *arguments) == 2
+        assert "Loading weights" not in capsys.readouterr().err
+
+
 def test_every_command_has_help(capsys):
     for command in app.registered_commands:
         assert (command.callback.__doc__ or "").strip()

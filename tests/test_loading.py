@@ -232,6 +232,23 @@ BROKEN = {
     "a known one that is not supported": (replaced("config.json", model_type="blip-2"), "found 'blip-2'"),
     "processor is no JSON": (written("processor_config.json", b"{,}"), "processor_config.json is broken"),
     "tokenizer is no JSON": (written("tokenizer.json", b"[1, 2"), "tokenizer.json is broken"),
+    "tokenizer is an empty object": (written("tokenizer.json", b"{}"), "tokenizer.json is broken (it holds no model"),
+    "tokenizer is a list": (
+        written("tokenizer.json", b"[]"),
+        "tokenizer.json is broken (a JSON object is wanted, found a list)",
+    ),
+    "tokenizer is a pointer": (
+        written("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n"),
+        "tokenizer.json is broken (a pointer of Git LFS)",
+    ),
+    "tokenizer's settings are a list": (written("tokenizer_config.json", b"[]"), "tokenizer_config.json is broken (a JSON"),
+    "special tokens are no JSON": (written("special_tokens_map.json", b"{"), "special_tokens_map.json is broken"),
+    "added tokens are a number": (written("added_tokens.json", b"7"), "added_tokens.json is broken (a JSON object"),
+    "processor is an empty object": (written("processor_config.json", b"{}"), "processor_config.json is broken (it is an"),
+    "processor is a list": (written("processor_config.json", b"[]"), "processor_config.json is broken (a JSON object"),
+    "template is no text": (written("chat_template.jinja", b"\xff\xfe"), "chat_template.jinja is broken ('utf-8' codec"),
+    "generation config is a list": (written("generation_config.json", b"[]"), "generation_config.json is broken (a JSON"),
+    "config is a list": (written("config.json", b"[]"), "config.json is broken (a JSON object is wanted, found a list)"),
     "weights are cut off": (weights_cut, "model.safetensors is broken or cut off"),
     "weights are text": (written("model.safetensors", b"<html>" * 10), "model.safetensors is broken or cut off"),
     "weights are a pointer": (

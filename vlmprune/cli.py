@@ -127,7 +127,8 @@ def _note(sentences: Sequence[str]) -> None:
 def _progress() -> Progress:
     from rich.progress import Progress
 
-    return Progress(console=Console(stderr=True), transient=True)
+    error = Console(stderr=True)
+    return Progress(console=error, transient=True, disable=not error.is_terminal)  # in a file it would leave an empty line
 
 
 def _print_version(wanted: bool) -> None:
@@ -161,15 +162,15 @@ def demo(
     if as_json:
         _print_json(result)
         return
-    table = Table("picture", "question", "truth", "un-pruned", "pruned", title=f"embedded VLM, {recipe}")
+    table = Table("picture", "question", "truth", "un-pruned", _changed(recipe), title=f"embedded VLM, {recipe}")
     for row in result["answers"]:
         cells = [_judged(row[which], row["truth"]) for which in ("unpruned", "pruned")]
         table.add_row(str(row["picture"]), row["question"], row["truth"], *cells)
     console.print(table)
-    console.print(_cost_table(result["unpruned"], result["pruned"]))
+    console.print(_cost_table(result["unpruned"], result["pruned"], _changed(recipe)))
     console.print(
         f"Right: un-pruned {result['unpruned']['right']} of {len(result['answers'])}, "
-        f"pruned {result['pruned']['right']} of {len(result['answers'])}. "
+        f"{_changed(recipe)} {result['pruned']['right']} of {len(result['answers'])}. "
         f"The picture with the kept patches is {result['picture']}"
     )
 
@@ -204,9 +205,10 @@ def run(
         _print_json(result)
         _save_drawn(drawn, draw)
         return
-    console.print(f"un-pruned  {result['unpruned']['answer']}", highlight=False)
-    console.print(f"pruned     {result['pruned']['answer']}", highlight=False)
-    console.print(_cost_table(result["unpruned"], result["pruned"]))
+    label = _changed(result["recipe"])
+    for name, side in (("un-pruned", "unpruned"), (label, "pruned")):
+        console.print(f"{name:<{max(len(label), 9)}}  {result[side]['answer']}", highlight=False)
+    console.print(_cost_table(result["unpruned"], result["pruned"], label))
     for view in result["views"] if len(result["views"]) > 1 else []:
         console.print(f"{view['name']:<11}{len(view['kept'])} of {view['tokens']} tokens kept", highlight=False)
     for edit in result["edits"]:
@@ -244,6 +246,7 @@ def evaluate(
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     _prepare_folder(out)
+    _quiet()
     model, processor = tiny.load()
     recipes = recipe or list(offline.DEFAULT)
     with _progress() as progress:
@@ -294,6 +297,7 @@ def sweep(
     _prepare_folder(out)
     if threads:
         torch.set_num_threads(threads)
+    _quiet()
     model, processor = tiny.load()
     plan = evals.make_plan(model, method, budget or evals.BUDGETS)
     with _progress() as progress:
@@ -468,7 +472,7 @@ def _calibration(
     if data is None and model != "tiny":
         raise UsageError("the built-in scenes are for the embedded model: give --data with questions for yours.")
     questions = calibration.scenes(images or 40) if data is None else calibration.read(data, answers, images)
-    notes = calibration.check_pictures(questions)
+    notes = [*calibration.fewer(len(questions), images), *calibration.check_pictures(questions)]
     _prepare_folder(out)
     _quiet()
     processor, read_weights = open_model(model, device)
@@ -792,8 +796,14 @@ def _judged(given: str, truth: str) -> str:
     return f"[green]{given}[/]" if given == truth else f"[red]{given or '(nothing)'}[/]"
 
 
-def _cost_table(unpruned: dict[str, Any], pruned: dict[str, Any]) -> Table:
-    table = Table("", "un-pruned", "pruned", "ratio")
+def _changed(recipe: str) -> str:
+    """What a recipe does to a model, in a word; a file's content is not known here."""
+    methods = {part.partition(":")[0].strip() for part in recipe.split("+")}
+    return "redistributed" if methods <= set(names.method_names("redistribution")) else "pruned"
+
+
+def _cost_table(unpruned: dict[str, Any], pruned: dict[str, Any], label: str) -> Table:
+    table = Table("", "un-pruned", label, "ratio")
     rows: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("visual tokens kept per picture", "visual_tokens", "{:.0f}".format),
         ("language-model prefill, medians of 7", "prefill_ms", units.duration),

@@ -43,8 +43,8 @@ def run_demo(recipe: str, images: int, out: Path) -> dict[str, Any]:
     make_folder(out)
     model, processor = tiny.load()
     answers, drawings, costs = [], [], []
-    scenes = list(held_out(images, "test"))
-    for number, scene in enumerate(track(scenes, "asking", console=Console(stderr=True), transient=True)):
+    scenes, error = list(held_out(images, "test")), Console(stderr=True)
+    for number, scene in enumerate(track(scenes, "asking", console=error, transient=True, disable=not error.is_terminal)):
         whole = draw.kept_patches(scene.image, (1, 1), [0], width=300)
         cells = [draw.captioned(whole, [("what the model sees", "black"), (recipe, "grey")])]
         for question in _one_per_skill(scene.questions, number):
@@ -108,8 +108,9 @@ def ask_once(
     processor, read_weights = open_model(model_name, device)
     inputs = make_inputs(processor, picture, prompt_text(processor, prompt), device)
     model = read_weights()
+    changed = "pruned" if plan.pruners else "redistributed"
     # The pruned answer comes first: what cannot be pruned is refused before the un-pruned model works for nothing.
-    pruned, kept = ask(model, processor, inputs, plan, max_new_tokens, partial(tell, "pruned answer"))
+    pruned, kept = ask(model, processor, inputs, plan, max_new_tokens, partial(tell, f"{changed} answer"))
     plain, _ = ask(model, processor, inputs, Recipe.of(KEEP_ALL), max_new_tokens, partial(tell, "un-pruned answer"))
     drawn = None if target is None else draw_views(processor, inputs, picture, kept.views)
     result = {

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
 from vlmprune import hub
-from vlmprune.errors import UsageError, first_line, unknown
+from vlmprune.errors import UsageError, first_line, shown, unknown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 IMAGE_PART = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-JSON = ("config.json", "generation_config.json", *IMAGE_PART, "tokenizer.json", "tokenizer_config.json", "chat_template.json")
+JSON = (
+    *("config.json", "generation_config.json", *IMAGE_PART, "video_preprocessor_config.json", "chat_template.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json"),
+)
+TEMPLATES = ("chat_template.jinja",)
 PICKLE = b"\x80"
 """How files begin that torch wrote before it wrote archives."""
 LFS = b"version https://git-lfs"
@@ -254,11 +258,30 @@ def read_config(source: Source) -> Any:
 def _check_json(source: Source) -> None:
     if source.folder is None:
         return
-    for path in (source.folder / name for name in JSON if name in source.files):
+    for path in (source.folder / name for name in (*JSON, *TEMPLATES) if name in source.files):
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            broken = _broken(path.name, text)
         except (OSError, ValueError) as error:
-            raise UsageError(f"{path} is broken ({first_line(error)}): fetch or save the model again.") from error
+            broken = first_line(error)
+        if broken:
+            raise UsageError(f"{path} is broken ({broken}): fetch or save the model again.")
+
+
+def _broken(name: str, text: str) -> str:
+    """What is wrong with a file's text, or nothing."""
+    if text.startswith(LFS.decode()):
+        return "a pointer of Git LFS"
+    if name in TEMPLATES:
+        return ""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        return f"a JSON object is wanted, found {'a list' if isinstance(found, list) else shown(found)}"
+    if name == "tokenizer.json" and not isinstance(found.get("model"), dict):
+        return "it holds no model of a tokenizer"
+    if name in IMAGE_PART and not found:
+        return "it is an empty object"
+    return ""
 
 
 def check_weights(source: Source) -> None:
