@@ -189,6 +189,10 @@ def test_mistakes(monkeypatch, capsys, tmp_path, picture, arguments, sentence):
         (("sweep", "--method", "zzz"), 2, "unknown method 'zzz'"),
         (("bench", "--recipe", "zzz"), 2, "unknown method 'zzz'"),
         (("tune", "--method", "zzz"), 2, "unknown method 'zzz'"),
+        (("demo", "--recipe", "fastv:layr=2"), 2, "unknown parameter of fastv 'layr': did you mean 'layer'"),
+        (("eval", "--recipe", "var:kep=0.5"), 2, "unknown parameter of var 'kep': did you mean 'keep'"),
+        (("eval", "--recipe", "fastv:fraction=10%"), 2, "fraction must be a number, found '10%'"),
+        (("eval", "--recipe", "fastv:layer"), 2, "cannot read 'layer' in 'fastv:layer'"),
         (("sweep", "--method", "var"), 2, "var redistributes attention, and `vlmprune sweep` takes pruning methods"),
         (
             ("tune", "--method", "zerotuning"),
@@ -250,6 +254,13 @@ def test_names_are_those_of_the_methods():
     """Red: a method's file is named otherwise than the method, so that the command line does not know it."""
     assert names.method_names("pruning") == sorted(vp.METHODS)
     assert names.method_names("redistribution") == sorted(vp.REDISTRIBUTORS)
+
+
+@pytest.mark.parametrize("name", names.method_names())
+def test_parameters_are_those_of_the_methods(name):
+    """Red: what is read from a method's file is not what its class takes."""
+    real = {row["parameter"] for row in describe(name)["parameters"]} - {"schedule"}
+    assert set(names.parameters(name)) == real
 
 
 @pytest.mark.parametrize(
