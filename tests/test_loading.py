@@ -480,6 +480,20 @@ def test_answers_are_printed_before_the_picture_is_written(monkeypatch, capsys, 
     assert "No space left on device); the answers stand above" in said.err
 
 
+def test_numbers_of_view_are_printed_before_its_figure_is_written(monkeypatch, capsys, picture, tmp_path):
+    """Red: a full disk costs the numbers, and ends in a traceback."""
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vlmprune.evals.sink_view.draw", full)
+    arguments = ("view", "--image", picture, "--prompt", "what ?", "--out", tmp_path / "sinks.png")
+    assert vlmprune(monkeypatch, *arguments) == 2
+    said = capsys.readouterr()
+    assert "sinks per layer" in said.out
+    assert "No space left on device); the numbers stand above" in said.err
+
+
 # -- the hub ---------------------------------------------------------------------------------------------------------------
 
 
@@ -609,6 +623,9 @@ def test_half_a_download_without_network(hub, made, monkeypatch, tmp_path, left,
     if "model.safetensors.index.json" in left:
         (cache / "snapshots" / "abc" / "model.safetensors.index.json").write_text(json.dumps(index))
     no_model("some/name", f"the download of 'some/name' is not complete: the cache on this machine lacks {lacks}")
+    if "model.safetensors" in left:  # of a decoder only the tokenizer is wanted
+        with pytest.raises(vp.UsageError, match="is not complete: the cache on this machine lacks the tokenizer"):
+            load_decoder("some/name", None, "cpu")
     no_model("some/name", "and the hub cannot be asked (HF_HUB_OFFLINE is set); try again with network")
 
 

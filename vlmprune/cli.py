@@ -603,13 +603,17 @@ def view(
         recipe = sink_view.default_recipe(made.model)
         console.print(f"recipe {recipe}", highlight=False)
     found = sink_view.look(made.model, made.inputs, recipe)
-    sink_view.draw(found, made.seen, made.grid, prompt, out)
     before, after = float(found.before.mean()), float(found.after.mean())
     counts = found.sinks.sum(dim=1).float().mean()
     console.print(
         f"{counts:.1f} visual and {sum(found.text_sinks) / len(found.layers):.1f} text sinks per layer; attention to the "
-        f"picture {before:.1%} before, {after:.1%} after. The figure is {out}"
+        f"picture {before:.1%} before, {after:.1%} after."
     )
+    try:
+        sink_view.draw(found, made.seen, made.grid, prompt, out)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot draw to {out} ({first_line(error)}); the numbers stand above.") from error
+    console.print(f"The figure is {out}")
 
 
 def _check_question(image: Path, prompt: str, recipe: str) -> None:

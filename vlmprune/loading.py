@@ -128,6 +128,8 @@ def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callabl
     config = _refusing(source, "config", lambda: AutoConfig.from_pretrained(source.place, **source.options, **extra))
     if gguf is None:
         check_weights(source)
+        if source.unreached and not source.files & set(TOKENIZER):
+            raise source.lacking("the tokenizer", _no_processor(source, "it lacks a tokenizer"))
     tokenizer = _refusing(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source.place, **source.options, **extra))
     sees = type(config) in AutoModelForImageTextToText._model_mapping
     model = _load_weights(AutoModelForImageTextToText if sees else AutoModelForCausalLM, source, device, **extra)
