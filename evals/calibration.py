@@ -91,6 +91,11 @@ def read(folder: Path, answers: bool, most: int | None = None) -> list[Question]
     return [_question(folder, number, line, answers) for number, line in numbered[:most]]
 
 
+def fewer(found: int, wanted: int | None) -> list[str]:
+    """A sentence, if there are fewer questions than were asked for."""
+    return [] if wanted is None or found >= wanted else [f"there are {found} questions, fewer than the {wanted} asked for"]
+
+
 def _question(folder: Path, number: int, line: str, answers: bool) -> Question:
     where = f"{FILE} line {number}"
     try:

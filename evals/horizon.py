@@ -278,8 +278,7 @@ def _measure_token(
     """The measurements of the token behind a prompt."""
     whole = run_whole(model, sample)
     measured = sorted(set(range(whole.layers) if layers is None else layers))
-    if not measured:
-        raise vlmprune.UsageError("no layer to measure: give at least one, or none for all.")
+    _check_layers(measured, whole.layers)
     rows = [None, *groups(model.config, sample.inputs, whole.visual, window)]
     right: list[Tensor] = []
     divergence: dict[int, float] = {}
@@ -424,6 +423,8 @@ def find_horizon(
     if min(window, chunk, answer_tokens) < 1:
         found = f"{window}, {chunk} and {answer_tokens}"
         raise vlmprune.UsageError(f"window, chunk and answer_tokens must be at least 1, found {found}.")
+    if layers is not None:
+        _check_layers(layers, model.config.get_text_config().num_hidden_layers)
     curves, depth, measured = [], 0, layers
     for sample in samples:
         one, depth = measure(model, sample, measured, window, chunk, answer_tokens, tick)
@@ -431,6 +432,15 @@ def find_horizon(
     if not curves:
         raise vlmprune.UsageError("no sample to measure: give at least one question.")
     return estimate(curves, depth, range(depth) if layers is None else sorted(set(layers)), window)
+
+
+def _check_layers(layers: Sequence[int], depth: int) -> None:
+    if not layers:
+        raise vlmprune.UsageError("no layer to measure: give at least one, or none for all.")
+    if absent := [layer for layer in layers if not 0 <= layer < depth]:
+        raise vlmprune.UsageError(
+            f"--layer {absent[0]}: the model has layers 0 to {depth - 1} (in Python, layers={list(layers)})."
+        )
 
 
 def estimate(samples: Sequence[SampleCurves], depth: int, layers: Sequence[int], window: int = 2) -> Horizon:

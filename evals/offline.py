@@ -60,10 +60,13 @@ def evaluate(
     Raises:
         vlmprune.UsageError: a recipe cannot be read or applied; before anything is computed.
     """
-    plan = [None, *(vlmprune.Recipe.parse(recipe) for recipe in recipes)]
+    parsed = [vlmprune.Recipe.parse(recipe) for recipe in recipes]
+    for recipe in parsed:
+        vlmprune.wrap(model, recipe).remove()  # all are looked at before the first is run
+    plan = [None, *parsed]
     answers: list[list[Record]] = []
-    for recipe in plan:
-        with vlmprune.wrap(model, recipe) if recipe else nullcontext():
+    for one in plan:
+        with vlmprune.wrap(model, one) if one else nullcontext():
             answers.append(records(model, processor, held_out(images, split)))
         tick()
     names = [UNPRUNED, *recipes]

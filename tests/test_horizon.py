@@ -16,7 +16,7 @@ import vlmprune as vp
 from vlmprune import tiny
 from vlmprune.evals import calibration, horizon
 from vlmprune.evals.calibration import Question, Sample
-from vlmprune.evals.horizon import SampleCurves, compose, compute_average, estimate, find_horizon, nominal_average
+from vlmprune.evals.horizon import Only, SampleCurves, compose, compute_average, estimate, find_horizon, nominal_average
 
 ANSWERS = (40, 71)
 PROMPTS = {
@@ -297,7 +297,8 @@ def test_refusals():
         ([Sample(sample.inputs, name="x.png")], {}, "needs the right answer of every question: x.png has none"),
         ([batch], {}, "one prompt without padding, found 2"),
         ([padded], {}, "one prompt without padding"),
-        ([sample], {"layers": [LAYERS]}, f"cuts at layer {LAYERS}, but the model has layers 0 to {LAYERS - 1}"),
+        ([sample], {"layers": [LAYERS]}, f"--layer {LAYERS}: the model has layers 0 to {LAYERS - 1}"),
+        ([sample], {"layers": [0, -1]}, f"--layer -1: the model has layers 0 to {LAYERS - 1}"),
         ([sample], {"layers": []}, "no layer to measure"),
         ([sample], {"window": 0}, "must be at least 1"),
         ([sample], {"answer_tokens": 0}, "must be at least 1"),
@@ -306,6 +307,9 @@ def test_refusals():
             find_horizon(model, bad, **arguments)
     with pytest.raises(vp.UsageError, match=r"here 17.* are no grids"):
         horizon.groups(model.config, other.inputs, [17], 2)
+    only = Only(layer=LAYERS, fraction=1.0, rows=(None,), visual=(16,))
+    with pytest.raises(vp.UsageError, match=r"cuts at layer \d+, .*: choose among them\.$"):  # and proposes no method of ours
+        vp.wrap(model, only)
     assert len(horizon.groups(model.config, other.inputs, [17], 1)) == 17
 
 
@@ -411,7 +415,7 @@ def test_bad_questions(monkeypatch, capsys, data, questions, sentence):
     [
         (("horizon", "--data", "nowhere"), "there is no folder nowhere"),
         (("horizon", "--model", "nowhere"), "the built-in scenes are for the embedded model: give --data"),
-        (("horizon", "--images", 2, "--layer", 8), "cuts at layer 8, but the model has layers 0 to 7"),
+        (("horizon", "--images", 2, "--layer", 8), "--layer 8: the model has layers 0 to 7"),
         (("horizon", "--device", "zzz"), "cannot use device 'zzz'"),
         (("tune", "--method", "fastv", "--fraction", 0.5), "tune knows: adaptinfer; found 'fastv'"),
         (("tune", "--method", "adaptinfer", "--fraction", 0.5, "--tokens", 9), "found both"),

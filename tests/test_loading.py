@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from command_line import vlmprune
 from folders import FOLDERS
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -231,6 +232,23 @@ BROKEN = {
     "a known one that is not supported": (replaced("config.json", model_type="blip-2"), "found 'blip-2'"),
     "processor is no JSON": (written("processor_config.json", b"{,}"), "processor_config.json is broken"),
     "tokenizer is no JSON": (written("tokenizer.json", b"[1, 2"), "tokenizer.json is broken"),
+    "tokenizer is an empty object": (written("tokenizer.json", b"{}"), "tokenizer.json is broken (it holds no model"),
+    "tokenizer is a list": (
+        written("tokenizer.json", b"[]"),
+        "tokenizer.json is broken (a JSON object is wanted, found a list)",
+    ),
+    "tokenizer is a pointer": (
+        written("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n"),
+        "tokenizer.json is broken (a pointer of Git LFS)",
+    ),
+    "tokenizer's settings are a list": (written("tokenizer_config.json", b"[]"), "tokenizer_config.json is broken (a JSON"),
+    "special tokens are no JSON": (written("special_tokens_map.json", b"{"), "special_tokens_map.json is broken"),
+    "added tokens are a number": (written("added_tokens.json", b"7"), "added_tokens.json is broken (a JSON object"),
+    "processor is an empty object": (written("processor_config.json", b"{}"), "processor_config.json is broken (it is an"),
+    "processor is a list": (written("processor_config.json", b"[]"), "processor_config.json is broken (a JSON object"),
+    "template is no text": (written("chat_template.jinja", b"\xff\xfe"), "chat_template.jinja is broken ('utf-8' codec"),
+    "generation config is a list": (written("generation_config.json", b"[]"), "generation_config.json is broken (a JSON"),
+    "config is a list": (written("config.json", b"[]"), "config.json is broken (a JSON object is wanted, found a list)"),
     "weights are cut off": (weights_cut, "model.safetensors is broken or cut off"),
     "weights are text": (written("model.safetensors", b"<html>" * 10), "model.safetensors is broken or cut off"),
     "weights are a pointer": (
@@ -272,6 +290,28 @@ def test_weights_that_are_not_all_there(folder):
     fewer_weights(folder)
     with pytest.raises(vp.UsageError, match=r"lack \d+ of the model's tensors \(such as .*q_proj.*they would be random"):
         load_model(str(folder), "cpu")
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_weights_that_the_config_has_no_place_for(folder, part):
+    """Red: the model answers from half of its layers."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config[part]["num_hidden_layers"] -= 2
+    path.write_text(json.dumps(config))
+    with pytest.raises(vp.UsageError, match=r"hold \d+ tensors that its config.json has no place for \(such as .*layers\."):
+        load_model(str(folder), "cpu")
+
+
+def test_weights_that_every_version_ignores(folder):
+    """Buffers that older versions saved are no mistake."""
+    tensors = load_file(folder / "model.safetensors")
+    query = next(key for key in tensors if key.endswith("layers.0.self_attn.q_proj.weight") and "vision" not in key)
+    tensors[query.replace("q_proj.weight", "rotary_emb.inv_freq")] = torch.ones(8)
+    places = next(key for key in tensors if key.endswith("position_embedding.weight"))
+    tensors[places.replace("position_embedding.weight", "position_ids")] = torch.ones(1, 145)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert load_model(str(folder), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -376,6 +416,14 @@ def test_decoders(made, folder):
             load_decoder(str(folder), "model.Q4.gguf", "cpu")
 
 
+def test_gguf_without_its_folder(monkeypatch, capsys):
+    """Red: the option is ignored, and the embedded model's sinks are printed."""
+    assert vlmprune(monkeypatch, "sinks", "--gguf", "x.gguf") == 2
+    assert "--gguf x.gguf is a file in the folder of a model: give that folder as --model" in capsys.readouterr().err
+    with pytest.raises(vp.UsageError, match="no GGUF file"):
+        load_decoder("tiny", "x.gguf", "cpu")
+
+
 def test_figures_without_matplotlib(monkeypatch, picture, tmp_path):
     """Red: a traceback after everything was computed."""
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
@@ -383,6 +431,67 @@ def test_figures_without_matplotlib(monkeypatch, picture, tmp_path):
     for command in (["eval", "--out", str(tmp_path)], ["view", "--image", str(picture), "--prompt", "what ?"]):
         result = CliRunner().invoke(app, command)
         assert "needs matplotlib: install it with `pip install matplotlib`" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        *(("run", f"kept.{ending}") for ending in ("xbm", "msp", "palm", "wmf", "h5", "blp", "svg", "foo", "")),
+        *(("view", f"sinks.{ending}") for ending in ("bmp", "xbm", "foo", "")),
+        ("run", "/proc/x.png"),
+        ("view", "/proc/x.png"),
+        ("run", "x" * 300 + ".png"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_the_work(monkeypatch, picture, tmp_path, command, name):
+    """Red: Pillow knows the ending but cannot write it, matplotlib cannot, or the folder is read-only: found after all work."""
+    monkeypatch.setattr(demo, "open_model", lambda *where: pytest.fail("the model was loaded"))
+    option = "--draw" if command == "run" else "--out"
+    arguments = [command, "--model", "tiny", "--image", str(picture), "--prompt", "what ?", option, str(tmp_path / name)]
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, vp.UsageError)
+    assert str(error).startswith(("cannot draw to", "cannot write to /proc"))
+    assert not list(tmp_path.glob("kept*"))
+
+
+@pytest.mark.parametrize(
+    ("figure", "endings"), [(False, ("png", "jpg", "GIF", "pdf", "webp", "ppm")), (True, ("png", "svg", "pdf"))]
+)
+def test_what_can_be_drawn(tmp_path, figure, endings):
+    for ending in endings:
+        loading.check_target(tmp_path / f"x.{ending}", "x.png", figure)
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+    (tmp_path / "x.png").write_bytes(b"before")
+    loading.check_target(tmp_path / "x.png", "x.png", figure)
+    assert (tmp_path / "x.png").read_bytes() == b"before"
+
+
+def test_answers_are_printed_before_the_picture_is_written(monkeypatch, capsys, picture, tmp_path):
+    """Red: a full disk costs the answers."""
+
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo.draw, "kept_patches", lambda *arguments: type("Full", (), {"save": full})())
+    arguments = ("run", "--model", "tiny", "--image", picture, "--prompt", "what ?", "--max-new-tokens", 2)
+    assert vlmprune(monkeypatch, *arguments, "--draw", tmp_path / "kept.png") == 2
+    said = capsys.readouterr()
+    assert "un-pruned" in said.out
+    assert "No space left on device); the answers stand above" in said.err
+
+
+def test_numbers_of_view_are_printed_before_its_figure_is_written(monkeypatch, capsys, picture, tmp_path):
+    """Red: a full disk costs the numbers, and ends in a traceback."""
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vlmprune.evals.sink_view.draw", full)
+    arguments = ("view", "--image", picture, "--prompt", "what ?", "--out", tmp_path / "sinks.png")
+    assert vlmprune(monkeypatch, *arguments) == 2
+    said = capsys.readouterr()
+    assert "sinks per layer" in said.out
+    assert "No space left on device); the numbers stand above" in said.err
 
 
 # -- the hub ---------------------------------------------------------------------------------------------------------------
@@ -483,6 +592,41 @@ def test_offline(hub, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     no_model("some/name", "the hub cannot be asked (HF_HUB_OFFLINE is set) nor does its cache")
+
+
+@pytest.mark.parametrize(
+    ("left", "lacks"),
+    [
+        (("config.json",), "the weights"),
+        (("config.json", "model.safetensors"), "preprocessor_config.json and tokenizer.json"),
+        (("config.json", "processor_config.json", "tokenizer.json"), "the weights"),
+        (("config.json", "model.safetensors.index.json"), "2 of 2 files with weights"),
+        (None, ""),
+    ],
+)
+def test_half_a_download_without_network(hub, made, monkeypatch, tmp_path, left, lacks):
+    """Red: what the download has not brought yet is said to be missing in the model, and to be saved from another."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cache = tmp_path / "cache" / "models--some--name"
+    shutil.copytree(made["llava"], cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    if left is None:
+        assert load_model("some/name", "cpu"), "the whole of it needs no network"
+        return
+    for file in (cache / "snapshots" / "abc").iterdir():
+        if file.name not in left:
+            file.unlink()
+    if "model.safetensors.index.json" in left:
+        (cache / "snapshots" / "abc" / "model.safetensors.index.json").write_text(json.dumps(index))
+    no_model("some/name", f"the download of 'some/name' is not complete: the cache on this machine lacks {lacks}")
+    if "model.safetensors" in left:  # of a decoder only the tokenizer is wanted
+        with pytest.raises(vp.UsageError, match="is not complete: the cache on this machine lacks the tokenizer"):
+            load_decoder("some/name", None, "cpu")
+    no_model("some/name", "and the hub cannot be asked (HF_HUB_OFFLINE is set); try again with network")
 
 
 def test_a_recipe_without_network(hub):

@@ -6,6 +6,7 @@ import json
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 import vlmprune as vp
 from vlmprune.cli import app
 from vlmprune.evals import calibration
-from vlmprune.pictures import open_picture, summary
+from vlmprune.pictures import _bits_in_head, open_picture, summary
 from vlmprune.tiny.scenes import make_scene
 
 ORIENTATION = 0x0112
@@ -53,6 +54,46 @@ def png(values: np.ndarray, colour: int) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     head = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+PORTABLE = {
+    "PPM 16": (65535, True),
+    "PPM 10": (1023, True),
+    "plain PPM 16": (65535, False),
+    "PPM 4": (15, True),
+    "PPM 8": (255, True),
+}
+FORMATS = {"TIFF 8": ".tiff", "JPEG 2000": ".jp2", "AVIF": ".avif"}
+
+
+def portable(most: int, binary: bool) -> bytes:
+    """A PPM of 3 × 2 pixels with values up to `most`, which Pillow writes with 8 bits only."""
+    values = np.linspace(0, most, 18).astype(int)
+    head = f"P{6 if binary else 3}\n3 2\n{most}\n".encode()
+    if not binary:
+        return head + " ".join(map(str, values)).encode() + b"\n"
+    return head + values.astype(">u2" if most > 255 else "u1").tobytes()
+
+
+def tiff(values: np.ndarray, planes: bool) -> bytes:
+    """A TIFF with 16 bits of three channels, pixel by pixel or in planes, which Pillow cannot write."""
+    height, width, _ = values.shape
+    data = (values.transpose(2, 0, 1) if planes else values).astype("<u2").tobytes()
+    strips = 3 if planes else 1
+    size, after = len(data) // strips, 8 + len(data)
+    offsets, counts = [8 + size * strip for strip in range(strips)], [size] * strips
+    entries = [(256, 4, [width]), (257, 4, [height]), (258, 3, [16] * 3), (259, 3, [1]), (262, 3, [2]), (273, 4, offsets)]
+    entries += [(277, 3, [3]), (278, 4, [height]), (279, 4, counts), (284, 3, [2 if planes else 1])]
+    directory, extra = struct.pack("<H", len(entries)), b""
+    behind = after + 2 + 12 * len(entries) + 4
+    for tag, kind, given in entries:
+        packed = struct.pack("<" + {3: "H", 4: "I"}[kind] * len(given), *given)
+        if len(packed) > 4:
+            place, extra = struct.pack("<I", behind + len(extra)), extra + packed
+        else:
+            place = packed.ljust(4, b"\0")
+        directory += struct.pack("<HHI", tag, kind, len(given)) + place
+    return b"II*\0" + struct.pack("<I", after) + data + directory + b"\0" * 4 + extra
 
 
 def write(folder, kind):
@@ -102,6 +143,20 @@ def write(folder, kind):
     elif kind == "pages":
         path = path.with_suffix(".tiff")
         scene().save(path, save_all=True, append_images=[Image.new("RGB", (30, 30), "red")])
+    elif kind in PORTABLE:
+        path = path.with_suffix(".ppm")
+        path.write_bytes(portable(*PORTABLE[kind]))
+    elif kind == "SGI 16":
+        path = path.with_suffix(".sgi")
+        planes = ramp[None].repeat(3, 0).astype(">u2")  # Pillow writes 16 bits of one channel only
+        head = struct.pack(">HBBHHHHii", 474, 0, 2, 3, 64, 48, 3, 0, 65535)
+        path.write_bytes(head.ljust(512, b"\0") + planes.tobytes())
+    elif kind.startswith("TIFF 16"):
+        path = path.with_suffix(".tiff")
+        path.write_bytes(tiff(np.stack([ramp, ramp * 20, 60000 - ramp], axis=-1), "planes" in kind))
+    elif kind in FORMATS:
+        path = path.with_suffix(FORMATS[kind])
+        scene().save(path)
     elif kind == "plain":
         scene().save(path)
     return path
@@ -112,7 +167,18 @@ NOTES = {
     "exif": None,
     "png with exif": None,
     "grey 16": "values of more than 8 bits from 0 to 61420; they were cut to whole numbers in 0 to 255",
-    "colour 16": "it has 16 bits per channel; the lower 8 were dropped",
+    "colour 16": "it has 16 bits per channel, of which 8 were left",
+    "PPM 16": "it has 16 bits per channel, of which 8 were left",
+    "PPM 10": "it has 10 bits per channel, of which 8 were left",
+    "plain PPM 16": "it has 16 bits per channel, of which 8 were left",
+    "PPM 4": None,
+    "PPM 8": None,
+    "SGI 16": "it has 16 bits per channel, of which 8 were left",
+    "TIFF 16": "it has 16 bits per channel, of which 8 were left",
+    "TIFF 16 in planes": "it has 16 bits per channel, of which 8 were left",
+    "TIFF 8": None,
+    "JPEG 2000": None,
+    "AVIF": None,
     "colour 16 and alpha": "of its pixels are transparent; transparency was dropped",
     "float": "floating-point values from 0 to 1; they were cut",
     "whole 32": "values of more than 8 bits from -1000 to",
@@ -147,6 +213,20 @@ def test_what_is_read_and_what_is_said(tmp_path, kind):
     else:
         assert NOTES[kind] in " ".join(notes)
         assert all(note.startswith(f"{path}: it") or "pixels" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("ending", "mark", "place", "byte", "bits"),
+    [(".jp2", b"\xff\x4f\xff\x51", 42, 11, 12), (".avif", b"av1C", 6, 0x40, 10)],
+)
+def test_more_than_8_bits_in_compressed_colour(tmp_path, ending, mark, place, byte, bits):
+    """Pillow writes 8 bits only, so the byte that says so is changed."""
+    path = tmp_path / f"deep{ending}"
+    scene().save(path)
+    content = bytearray(path.read_bytes())
+    assert _bits_in_head(bytes(content)) == 8
+    content[content.index(mark) + place] = byte
+    assert _bits_in_head(bytes(content)) == bits
 
 
 @pytest.mark.parametrize("orientation", TURNS)
@@ -198,10 +278,19 @@ def test_what_is_no_file(tmp_path):
     for path, sentence in (
         (tmp_path, "it is a folder"),
         (tmp_path / "nowhere.png", "give the path of an image file"),
-        ("https://example.org/cat.jpg", "is an address: download the picture"),
+        ("https://example.org/cat.jpg", "^https://example.org/cat.jpg is an address: download the picture"),
+        (Path("https://example.org/cat.jpg"), "^https://example.org/cat.jpg is an address"),
+        ("data:image/png;base64,AAAA", "^data:image/png;base64,AAAA is an address"),
     ):
         with pytest.raises(vp.UsageError, match=sentence):
             open_picture(path)
+
+
+def test_a_picture_at_home(tmp_path, monkeypatch):
+    """Red: "~" is taken for a folder of that name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "plain")
+    assert open_picture("~/plain.png").size == scene().size
 
 
 # -- every command reads them so -------------------------------------------------------------------------------------------

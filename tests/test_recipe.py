@@ -46,8 +46,8 @@ def test_published_defaults():
     [
         ("fastvv:layer=2", "unknown method 'fastvv': did you mean 'fastv'?"),
         ("zzz", "unknown method 'zzz': known: act, adaptinfer, cdpruner, cls, dart, divprune, fastv, flowcut,"),
-        ("", "unknown method ''"),
-        ("fastv + ", "unknown method ''"),
+        ("", "the recipe is empty: name a method"),
+        ("fastv + ", "a part of the recipe 'fastv + ' is empty"),
         ("fastv:leyer=2", "unknown parameter of fastv 'leyer': did you mean 'layer' or 'cache_layer'?"),
         ("fastv:seed=1", "unknown parameter of fastv 'seed'"),
         ("random:sed=1", "did you mean 'seed'?"),
@@ -128,3 +128,9 @@ def test_mixed_budgets_cannot_be_written():
 def test_schedule_beside_a_budget_is_refused():
     with pytest.raises(vp.UsageError, match="only one of these"):
         vp.FastV(schedule=vp.at(2, tokens=3), tokens=4)
+
+
+@pytest.mark.parametrize("text", ["", "  ", "+", "fastv +"])
+def test_nothing_is_no_recipe(text):
+    with pytest.raises(vp.UsageError, match="is empty: name a method"):
+        vp.Recipe.parse(text)

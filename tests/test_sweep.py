@@ -12,7 +12,7 @@ import torch
 import vlmprune as vp
 from vlmprune import cli, tiny
 from vlmprune.errors import UsageError
-from vlmprune.evals import asking, sweep
+from vlmprune.evals import asking, offline, sweep
 from vlmprune.evals.asking import Questions, scenes_of_seed
 from vlmprune.evals.sweep import BUDGETS, CUTS, Cuts, Point, average, differences, make_plan, solve
 from vlmprune.tiny.answers import Record
@@ -318,6 +318,14 @@ def test_command(monkeypatch, capsys, tmp_path):
 def test_mistakes(monkeypatch, capsys, arguments, sentence):
     assert vlmprune(monkeypatch, *arguments) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_every_recipe_of_eval_is_looked_at_before_the_first_is_run(embedded, monkeypatch):
+    """Red: the last recipe is refused after all others were run."""
+    model, processor = embedded
+    monkeypatch.setattr(offline, "records", lambda *more: pytest.fail("a recipe was run"))
+    with pytest.raises(vp.UsageError, match="fastv cuts at layer 30"):
+        offline.evaluate(model, processor, ["random:fraction=0.5", "fastv:layer=30,fraction=0.5"], 2)
 
 
 def test_a_method_that_refuses_the_model_is_told_and_left_out(embedded, monkeypatch):

@@ -1,5 +1,18 @@
-"""`python -m vlmprune` is the command `vlmprune`; torchrun needs it."""
+"""The command `vlmprune`, also as `python -m vlmprune` (torchrun needs it)."""
 
-from vlmprune.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+
+def main() -> None:
+    """Entry point; quiet too if it is interrupted while the command line is still being imported."""
+    try:
+        from vlmprune import cli
+    except KeyboardInterrupt:
+        sys.exit(130)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

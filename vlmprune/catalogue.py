@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING
+from dataclasses import MISSING, replace
 from inspect import cleandoc, signature
 from typing import Any
 
@@ -11,11 +11,15 @@ from vlmprune import names
 from vlmprune.methods import METHODS, REDISTRIBUTORS, Pruner
 from vlmprune.methods.parameters import ALLOWED, Range
 from vlmprune.recipe import Recipe
+from vlmprune.schedule import Schedule, scaled_layer
+from vlmprune.tiny.architecture import TEXT_LAYERS
 
 LAYERS = "as 2:-1 or 1|18:"
 KINDS = (("Literal", "text"), ("Positions", "text"), ("str", "text"), ("int", "whole number"), ("float", "number"))
 """Types by what their annotations hold; the first that fits."""
 PYTHON = "object, in Python only"
+EXAMPLES: dict[str, tuple[str, Any]] = {"var": ("sink_dims", "cosine"), "zerotuning": ("gain", 2)}
+"""Where the defaults need a known model, or change nothing."""
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -39,6 +43,7 @@ def describe(name: str) -> dict[str, Any]:
         for parameter, given in signature(method.__init__).parameters.items()
         if parameter != "self"
     ]
+    own.sort(key=lambda row: row["type"] == PYTHON)  # the others can be written in a recipe string
     return {
         "method": name,
         "paper": method.paper,
@@ -95,8 +100,19 @@ def _default(method: Any, parameter: str, given: Any) -> str:
 
 
 def _example(method: Any) -> str:
+    """A recipe with the method's defaults that runs on the embedded model, as the printed command says."""
     if isinstance(method, Pruner):
-        return str(Recipe((method,)))
+        return str(Recipe((_on_embedded_model(method),)))
     own = {key: value for key, value in Recipe((method,)).to_dict()["methods"][0].items() if key not in ("method", "layers")}
-    key, value = next(iter(own.items()))
+    key, value = EXAMPLES.get(method.name) or next(iter(own.items()))
     return f"{method.name}:{key}={value}"
+
+
+def _on_embedded_model(method: Pruner) -> Pruner:
+    """The method; if it cuts at layers that the embedded model lacks, at layers scaled to it."""
+    stages = method.cuts.stages
+    if max(stage.layer for stage in stages) < TEXT_LAYERS:
+        return method
+    return type(method)(
+        schedule=Schedule(tuple(replace(stage, layer=scaled_layer(stage.layer, TEXT_LAYERS)) for stage in stages))
+    )

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from vlmprune import __version__, names, units
-from vlmprune.errors import UsageError, unknown
+from vlmprune.errors import UsageError, first_line, unknown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -127,7 +127,8 @@ def _note(sentences: Sequence[str]) -> None:
 def _progress() -> Progress:
     from rich.progress import Progress
 
-    return Progress(console=Console(stderr=True), transient=True)
+    error = Console(stderr=True)
+    return Progress(console=error, transient=True, disable=not error.is_terminal)  # in a file it would leave an empty line
 
 
 def _print_version(wanted: bool) -> None:
@@ -161,15 +162,15 @@ def demo(
     if as_json:
         _print_json(result)
         return
-    table = Table("picture", "question", "truth", "un-pruned", "pruned", title=f"embedded VLM, {recipe}")
+    table = Table("picture", "question", "truth", "un-pruned", _changed(recipe), title=f"embedded VLM, {recipe}")
     for row in result["answers"]:
         cells = [_judged(row[which], row["truth"]) for which in ("unpruned", "pruned")]
         table.add_row(str(row["picture"]), row["question"], row["truth"], *cells)
     console.print(table)
-    console.print(_cost_table(result["unpruned"], result["pruned"]))
+    console.print(_cost_table(result["unpruned"], result["pruned"], _changed(recipe)))
     console.print(
         f"Right: un-pruned {result['unpruned']['right']} of {len(result['answers'])}, "
-        f"pruned {result['pruned']['right']} of {len(result['answers'])}. "
+        f"{_changed(recipe)} {result['pruned']['right']} of {len(result['answers'])}. "
         f"The picture with the kept patches is {result['picture']}"
     )
 
@@ -198,20 +199,33 @@ def run(
             if done and not progress.console.is_terminal:  # no bar there
                 print(f"vlmprune: {what}: {tokens} tokens", file=sys.stderr)
 
-        result = ask_once(model, image, prompt, recipe, max_new_tokens, device, draw, tell)
+        result, drawn = ask_once(model, image, prompt, recipe, max_new_tokens, device, draw, tell)
     _note(result["picture"]["notes"])
     if as_json:
         _print_json(result)
+        _save_drawn(drawn, draw)
         return
-    console.print(f"un-pruned  {result['unpruned']['answer']}", highlight=False)
-    console.print(f"pruned     {result['pruned']['answer']}", highlight=False)
-    console.print(_cost_table(result["unpruned"], result["pruned"]))
+    label = _changed(result["recipe"])
+    for name, side in (("un-pruned", "unpruned"), (label, "pruned")):
+        console.print(f"{name:<{max(len(label), 9)}}  {result[side]['answer']}", highlight=False)
+    console.print(_cost_table(result["unpruned"], result["pruned"], label))
     for view in result["views"] if len(result["views"]) > 1 else []:
         console.print(f"{view['name']:<11}{len(view['kept'])} of {view['tokens']} tokens kept", highlight=False)
     for edit in result["edits"]:
         console.print(f"redistributed ({edit['method']})  {edit['summary']}", highlight=False)
     if draw:
+        _save_drawn(drawn, draw)
         console.print(f"The picture with the kept patches is {draw}")
+
+
+def _save_drawn(drawn: Any, path: Path | None) -> None:
+    """Comes after the answers are printed, so that they are not lost with the picture."""
+    if drawn is None or path is None:
+        return
+    try:
+        drawn.save(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot draw to {path} ({first_line(error)}); the answers stand above.") from error
 
 
 @app.command("eval")
@@ -232,6 +246,7 @@ def evaluate(
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     _prepare_folder(out)
+    _quiet()
     model, processor = tiny.load()
     recipes = recipe or list(offline.DEFAULT)
     with _progress() as progress:
@@ -270,7 +285,7 @@ def sweep(
 ) -> None:
     """All methods at equal compute on the embedded VLM, each against random tokens at the same layers and counts."""
     for name in method or ():
-        names.check_method(name)
+        names.check_pruning(name, "sweep")
     import torch
 
     from vlmprune import tiny
@@ -282,6 +297,7 @@ def sweep(
     _prepare_folder(out)
     if threads:
         torch.set_num_threads(threads)
+    _quiet()
     model, processor = tiny.load()
     plan = evals.make_plan(model, method, budget or evals.BUDGETS)
     with _progress() as progress:
@@ -327,8 +343,10 @@ def bench(
 
     from vlmprune.evals import bench as evals
     from vlmprune.evals.shapes import shape_named
+    from vlmprune.loading import check_device
 
     found, device = shape_named(shape), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     on_gpu = not device.startswith("cpu")
     if (dtype := dtype or ("bfloat16" if on_gpu else "float32")) not in (dtypes := ("bfloat16", "float16", "float32")):
         raise unknown("dtype", dtype, dtypes)
@@ -422,7 +440,7 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Choose a method's layers and counts for a model, from where its attention moves on."""
-    names.check_method(method, "pruning")
+    names.check_pruning(method, "tune")
     from vlmprune.evals import tune as evals
     from vlmprune.schedule import Budget
 
@@ -454,7 +472,7 @@ def _calibration(
     if data is None and model != "tiny":
         raise UsageError("the built-in scenes are for the embedded model: give --data with questions for yours.")
     questions = calibration.scenes(images or 40) if data is None else calibration.read(data, answers, images)
-    notes = calibration.check_pictures(questions)
+    notes = [*calibration.fewer(len(questions), images), *calibration.check_pictures(questions)]
     _prepare_folder(out)
     _quiet()
     processor, read_weights = open_model(model, device)
@@ -532,6 +550,8 @@ def sinks(
     as_json: AsJson = False,
 ) -> None:
     """Find the dimensions that hold a decoder's attention sinks, for `var`, with the evidence."""
+    if gguf is not None and model == "tiny":
+        raise UsageError(f"--gguf {gguf} is a file in the folder of a model: give that folder as --model.")
     from vlmprune.evals.sinks import PROMPTS, TINY_PROMPTS, find_sinks
     from vlmprune.loading import load_decoder
 
@@ -583,13 +603,17 @@ def view(
         recipe = sink_view.default_recipe(made.model)
         console.print(f"recipe {recipe}", highlight=False)
     found = sink_view.look(made.model, made.inputs, recipe)
-    sink_view.draw(found, made.seen, made.grid, prompt, out)
     before, after = float(found.before.mean()), float(found.after.mean())
     counts = found.sinks.sum(dim=1).float().mean()
     console.print(
         f"{counts:.1f} visual and {sum(found.text_sinks) / len(found.layers):.1f} text sinks per layer; attention to the "
-        f"picture {before:.1%} before, {after:.1%} after. The figure is {out}"
+        f"picture {before:.1%} before, {after:.1%} after."
     )
+    try:
+        sink_view.draw(found, made.seen, made.grid, prompt, out)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot draw to {out} ({first_line(error)}); the numbers stand above.") from error
+    console.print(f"The figure is {out}")
 
 
 def _check_question(image: Path, prompt: str, recipe: str) -> None:
@@ -776,8 +800,14 @@ def _judged(given: str, truth: str) -> str:
     return f"[green]{given}[/]" if given == truth else f"[red]{given or '(nothing)'}[/]"
 
 
-def _cost_table(unpruned: dict[str, Any], pruned: dict[str, Any]) -> Table:
-    table = Table("", "un-pruned", "pruned", "ratio")
+def _changed(recipe: str) -> str:
+    """What a recipe does to a model, in a word; a file's content is not known here."""
+    methods = {part.partition(":")[0].strip() for part in recipe.split("+")}
+    return "redistributed" if methods <= set(names.method_names("redistribution")) else "pruned"
+
+
+def _cost_table(unpruned: dict[str, Any], pruned: dict[str, Any], label: str) -> Table:
+    table = Table("", "un-pruned", label, "ratio")
     rows: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("visual tokens kept per picture", "visual_tokens", "{:.0f}".format),
         ("language-model prefill, medians of 7", "prefill_ms", units.duration),

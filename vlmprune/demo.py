@@ -43,8 +43,8 @@ def run_demo(recipe: str, images: int, out: Path) -> dict[str, Any]:
     make_folder(out)
     model, processor = tiny.load()
     answers, drawings, costs = [], [], []
-    scenes = list(held_out(images, "test"))
-    for number, scene in enumerate(track(scenes, "asking", console=Console(stderr=True), transient=True)):
+    scenes, error = list(held_out(images, "test")), Console(stderr=True)
+    for number, scene in enumerate(track(scenes, "asking", console=error, transient=True, disable=not error.is_terminal)):
         whole = draw.kept_patches(scene.image, (1, 1), [0], width=300)
         cells = [draw.captioned(whole, [("what the model sees", "black"), (recipe, "grey")])]
         for question in _one_per_skill(scene.questions, number):
@@ -87,8 +87,9 @@ def ask_once(
     device: str,
     target: Path | None,
     tell: Callable[[str, int, bool], None] = lambda what, tokens, done: None,
-) -> dict[str, Any]:
-    """One picture, one question, any supported model: two generations, one un-pruned and one pruned.
+) -> tuple[dict[str, Any], Image.Image | None]:
+    """One picture, one question, any supported model: two generations, one un-pruned and one pruned. Also returns the picture
+    with the kept patches, for `target`, where the caller writes it once the answers are told.
 
     Args:
         tell: called with what is being done, how many tokens of an answer there are so far, and whether it is complete.
@@ -107,12 +108,12 @@ def ask_once(
     processor, read_weights = open_model(model_name, device)
     inputs = make_inputs(processor, picture, prompt_text(processor, prompt), device)
     model = read_weights()
+    changed = "pruned" if plan.pruners else "redistributed"
     # The pruned answer comes first: what cannot be pruned is refused before the un-pruned model works for nothing.
-    pruned, kept = ask(model, processor, inputs, plan, max_new_tokens, partial(tell, "pruned answer"))
+    pruned, kept = ask(model, processor, inputs, plan, max_new_tokens, partial(tell, f"{changed} answer"))
     plain, _ = ask(model, processor, inputs, Recipe.of(KEEP_ALL), max_new_tokens, partial(tell, "un-pruned answer"))
-    if target is not None:
-        draw_views(processor, inputs, picture, kept.views).save(target)
-    return {
+    drawn = None if target is None else draw_views(processor, inputs, picture, kept.views)
+    result = {
         "model": model_name,
         "recipe": str(plan),
         "picture": {"width": picture.width, "height": picture.height, "notes": notes},
@@ -122,6 +123,7 @@ def ask_once(
         "views": [asdict(view) for view in kept.views],
         "edits": [{**asdict(edit), "summary": str(edit)} for edit in kept.report.edits],
     }
+    return result, drawn
 
 
 def read_recipe(text: str) -> Recipe:
@@ -263,7 +265,7 @@ def prepare(model_name: str, image: Path, prompt: str, device: str, target: Path
     """
     if not prompt.strip():
         raise UsageError("the prompt is empty: ask something about the picture.")
-    check_target(target, "sinks.png")
+    check_target(target, "sinks.png", figure=True)
     notes: list[str] = []
     picture = open_picture(image, notes.append)
     processor, read_weights = open_model(model_name, device)

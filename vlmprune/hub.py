@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import UsageError, first_line
@@ -19,12 +20,16 @@ class Repository:
     """A repository that can be read.
 
     Attributes:
-        files: names of its files; None if it is known from the cache only.
+        files: names of its files; of those in the cache, if the hub could not be asked.
         options: keyword arguments for every `from_pretrained`.
+        folder: of the cache, if the hub could not be asked.
+        unreached: why it could not, else empty.
     """
 
-    files: frozenset[str] | None
+    files: frozenset[str]
     options: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    unreached: str = ""
 
 
 def ask(name: str, file: str, what: str) -> Repository:
@@ -39,9 +44,9 @@ def ask(name: str, file: str, what: str) -> Repository:
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    cached = Repository(None, {"local_files_only": True})
+    stored: Any = None
     try:
-        in_cache = isinstance(try_to_load_from_cache(name, file), str)
+        stored = try_to_load_from_cache(name, file)
         if constants.HF_HUB_OFFLINE:
             raise UnreachableError("HF_HUB_OFFLINE is set")
         info = _soon(lambda: HfApi().model_info(name, timeout=PATIENCE / 2))
@@ -50,8 +55,8 @@ def ask(name: str, file: str, what: str) -> Repository:
             f"no {what} at {name!r}: there is no such folder, and it cannot be a hub id; give a folder."
         ) from error
     except UnreachableError as error:
-        if in_cache:
-            return cached
+        if isinstance(stored, str):
+            return _in_cache(Path(stored), f"the hub cannot be asked ({error})")
         raise UsageError(
             f"no {what} at {name!r}: there is no such folder, and the hub cannot be asked ({error}) nor does its cache on this "
             f"machine have the {what}; give a folder, or try again with network."
@@ -67,12 +72,17 @@ def ask(name: str, file: str, what: str) -> Repository:
         code = error.response.status_code
         if code in (401, 403):
             raise _hidden(name, what) from error
-        if in_cache:
-            return cached
+        if isinstance(stored, str):
+            return _in_cache(Path(stored), f"the hub answered with error {code}")
         raise UsageError(
             f"no {what} at {name!r}: the hub answered with error {code}; try again later or give a folder."
         ) from error
     return Repository(frozenset(sibling.rfilename for sibling in info.siblings or ()))
+
+
+def _in_cache(file: Path, why: str) -> Repository:
+    folder = file.parent
+    return Repository(frozenset(other.name for other in folder.iterdir()), {"local_files_only": True}, folder, why)
 
 
 def _hidden(name: str, what: str) -> UsageError:

@@ -7,17 +7,18 @@ transformers are imported when they are needed, so that a mistake that needs nei
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
 from vlmprune import hub
-from vlmprune.errors import UsageError, first_line, unknown
+from vlmprune.errors import UsageError, first_line, shown, unknown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 IMAGE_PART = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-JSON = ("config.json", "generation_config.json", *IMAGE_PART, "tokenizer.json", "tokenizer_config.json", "chat_template.json")
+JSON = (
+    *("config.json", "generation_config.json", *IMAGE_PART, "video_preprocessor_config.json", "chat_template.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json"),
+)
+TEMPLATES = ("chat_template.jinja",)
 PICKLE = b"\x80"
 """How files begin that torch wrote before it wrote archives."""
 LFS = b"version https://git-lfs"
@@ -39,20 +44,31 @@ class Source:
 
     Attributes:
         name: as the user wrote it.
-        folder: the folder, or None for a repository on the hub.
-        files: names of the files there; None if only the cache is known.
+        folder: the folder, that of the cache if the hub could not be asked; or None for a repository on the hub.
+        files: names of the files there.
         options: keyword arguments for every `from_pretrained`.
+        unreached: why the hub could not be asked; empty if it could, or need not.
     """
 
     name: str
     folder: Path | None
-    files: frozenset[str] | None
+    files: frozenset[str]
     options: dict[str, Any]
+    unreached: str = ""
 
     @property
     def place(self) -> str:
         """What `from_pretrained` takes."""
         return self.name if self.folder is None else str(self.folder)
+
+    def lacking(self, what: str, otherwise: UsageError) -> UsageError:
+        """The error for what is not there: half a download has another reason, and another remedy, than half a folder."""
+        if not self.unreached:
+            return otherwise
+        return UsageError(
+            f"the download of {self.name!r} is not complete: the cache on this machine lacks {what}, and {self.unreached}; try "
+            "again with network."
+        )
 
 
 # -- models ----------------------------------------------------------------------------------------------------------------
@@ -98,6 +114,8 @@ def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callabl
     """
     check_device(device)
     if name == "tiny":
+        if gguf is not None:
+            raise UsageError(f"the embedded model is no GGUF file: give the folder of {gguf} as the model.")
         from vlmprune import tiny
 
         embedded, processor = tiny.load(device)
@@ -110,6 +128,8 @@ def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callabl
     config = _refusing(source, "config", lambda: AutoConfig.from_pretrained(source.place, **source.options, **extra))
     if gguf is None:
         check_weights(source)
+        if source.unreached and not source.files & set(TOKENIZER):
+            raise source.lacking("the tokenizer", _no_processor(source, "it lacks a tokenizer"))
     tokenizer = _refusing(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source.place, **source.options, **extra))
     sees = type(config) in AutoModelForImageTextToText._model_mapping
     model = _load_weights(AutoModelForImageTextToText if sees else AutoModelForCausalLM, source, device, **extra)
@@ -125,7 +145,8 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise UsageError(f"the device {device!r} holds shapes and no numbers: try cpu, or cuda where there is a GPU.")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"cannot use device {device!r} on this machine: try cpu, or cuda where there is a GPU.") from error
 
@@ -202,10 +223,11 @@ def _in_folder(name: str, folder: Path, gguf: str | None) -> Source:
 def _on_hub(name: str) -> Source:
     repository = hub.ask(name, "config.json", "model")
     files = repository.files
-    if files is not None and "config.json" not in files:
+    if "config.json" not in files:
         what = "holds GGUF files only" if any(file.endswith(".gguf") for file in files) else "has no config.json"
         raise UsageError(f"no model at {name!r}: the repository {what}; give one with config.json and transformers' weights.")
-    return Source(name, None, files, {"trust_remote_code": False, **repository.options})
+    options = {"trust_remote_code": False, **repository.options}
+    return Source(name, repository.folder, files, options, repository.unreached)
 
 
 # -- what is there ---------------------------------------------------------------------------------------------------------
@@ -238,11 +260,30 @@ def read_config(source: Source) -> Any:
 def _check_json(source: Source) -> None:
     if source.folder is None:
         return
-    for path in (source.folder / name for name in JSON if name in (source.files or ())):
+    for path in (source.folder / name for name in (*JSON, *TEMPLATES) if name in source.files):
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            broken = _broken(path.name, text)
         except (OSError, ValueError) as error:
-            raise UsageError(f"{path} is broken ({first_line(error)}): fetch or save the model again.") from error
+            broken = first_line(error)
+        if broken:
+            raise UsageError(f"{path} is broken ({broken}): fetch or save the model again.")
+
+
+def _broken(name: str, text: str) -> str:
+    """What is wrong with a file's text, or nothing."""
+    if text.startswith(LFS.decode()):
+        return "a pointer of Git LFS"
+    if name in TEMPLATES:
+        return ""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        return f"a JSON object is wanted, found {'a list' if isinstance(found, list) else shown(found)}"
+    if name == "tokenizer.json" and not isinstance(found.get("model"), dict):
+        return "it holds no model of a tokenizer"
+    if name in IMAGE_PART and not found:
+        return "it is an empty object"
+    return ""
 
 
 def check_weights(source: Source) -> None:
@@ -251,11 +292,10 @@ def check_weights(source: Source) -> None:
     Raises:
         UsageError: says which file is missing or broken.
     """
-    if source.files is None:
-        return
     present = [name for name in WEIGHTS if name in source.files]
     if not present:
-        raise UsageError(f"{source.name!r} has a config but no weights: looked for {', '.join(WEIGHTS)}.")
+        none = UsageError(f"{source.name!r} has a config but no weights: looked for {', '.join(WEIGHTS)}.")
+        raise source.lacking("the weights", none)
     if source.folder is None:
         return
     first = source.folder / present[0]
@@ -266,9 +306,8 @@ def check_weights(source: Source) -> None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{first} is broken ({first_line(error)}): fetch or save the model again.") from error
         if missing := [name for name in named if name not in source.files]:
-            raise UsageError(
-                f"{source.name!r} lacks {len(missing)} of {len(named)} files with weights (such as {missing[0]}): fetch them."
-            )
+            lacks = f"{len(missing)} of {len(named)} files with weights (such as {missing[0]})"
+            raise source.lacking(lacks, UsageError(f"{source.name!r} lacks {lacks}: fetch them."))
         files = [source.folder / name for name in named]
     for file in files:
         _check_file(file)
@@ -307,9 +346,9 @@ def load_processor(source: Source, config: Any) -> Any:
 
     from vlmprune.adapters.registry import family_of
 
-    known_files = source.files if source.files is not None else {*IMAGE_PART, *TOKENIZER}
-    if absent := [names[0] for names in (IMAGE_PART, TOKENIZER) if not known_files & set(names)]:
-        raise _no_processor(source, f"it lacks {' and '.join(absent)}")
+    if absent := [names[0] for names in (IMAGE_PART, TOKENIZER) if not source.files & set(names)]:
+        lacks = " and ".join(absent)
+        raise source.lacking(lacks, _no_processor(source, f"it lacks {lacks}"))
     known: Any = PROCESSOR_MAPPING.get(type(config), None)
     reader: Any = AutoProcessor
     if known is not None and "video_processor" in known.get_attributes() and find_spec("torchvision") is None:
@@ -369,7 +408,7 @@ def _load_weights(auto: Any, source: Source, device: str, **extra: Any) -> Any:
     """The model, whole.
 
     Raises:
-        UsageError: weights are missing, have another shape than the config says, or do not fit the device.
+        UsageError: weights are missing, are not used, have another shape than the config says, or do not fit the device.
     """
     import torch
 
@@ -380,6 +419,11 @@ def _load_weights(auto: Any, source: Source, device: str, **extra: Any) -> Any:
         raise UsageError(
             f"the weights of {source.name!r} do not fit its config.json: {len(differing)} tensors have another shape (such as "
             f"{name}: {list(stored)}, by the config {list(wanted)}); they do not belong together."
+        )
+    if unused := sorted(found["unexpected_keys"]):  # transformers leaves out those that a model class calls ignorable
+        raise UsageError(
+            f"the weights of {source.name!r} hold {len(unused)} tensors that its config.json has no place for (such as "
+            f"{unused[0]}); the model would run without them: fetch the config.json that belongs to these weights."
         )
     if absent := sorted(found["missing_keys"]):
         raise UsageError(
@@ -450,25 +494,63 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to {path}: give the path of a folder that exists or can be made.") from error
-    if not os.access(path, os.W_OK):
-        raise UsageError(f"cannot write to {path}: give the path of a folder that you may write to.")
+    try:
+        with TemporaryFile(dir=path):  # permissions alone do not tell: a file system may be read-only
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {path} ({error.strerror}): give the path of a folder that you may write to."
+        ) from error
 
 
-def check_target(path: Path, example: str) -> None:
+def check_target(path: Path, example: str, figure: bool = False) -> None:
     """Make room for a picture that is to be drawn, before anything is computed.
 
+    Args:
+        path: of the file.
+        example: of a file's name, for the error's sentence.
+        figure: whether matplotlib writes it, else Pillow; they know other formats.
+
     Raises:
-        UsageError: its name has no picture's ending, or it cannot be written.
+        UsageError: its name has no ending of a picture that can be written, or it cannot be written there.
     """
+    try:
+        if path.suffix:
+            (_write_figure if figure else _write_picture)(path.suffix.lower())
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        why = first_line(error)
+    else:
+        why = "" if path.suffix else "it has no ending"
+    if why:
+        raise UsageError(f"cannot draw to {path} ({why}): give a file name with a picture's ending, for example {example}.")
+    try:
+        if path.is_dir():
+            raise UsageError(f"cannot draw to {path}: it is a folder, give the name of a file.")
+        make_folder(path.parent)
+        if path.exists():
+            with path.open("ab"):
+                pass
+        else:
+            path.touch()
+            path.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot draw to {path} ({error.strerror}): give the name of a file that can be written.") from error
+
+
+def _write_picture(ending: str) -> None:
+    """One pixel in a format, as `PIL.Image.Image.save` would write it: that Pillow knows an ending does not say that it can."""
     from PIL import Image
 
     Image.init()
-    ending = Image.registered_extensions().get(path.suffix.lower())
-    if ending not in Image.SAVE:
-        raise UsageError(f"cannot draw to {path}: give a file name with a picture's ending, for example {example}.")
-    if path.is_dir():
-        raise UsageError(f"cannot draw to {path}: it is a folder, give the name of a file.")
-    make_folder(path.parent)
+    if ending not in Image.registered_extensions():
+        raise ValueError(f"no picture has the ending {ending}")
+    Image.new("RGB", (1, 1)).save(BytesIO(), Image.registered_extensions()[ending])
+
+
+def _write_figure(ending: str) -> None:
+    from matplotlib.figure import Figure
+
+    Figure(figsize=(1, 1)).savefig(BytesIO(), format=ending[1:])
 
 
 def check_packages(names: Iterable[str]) -> None:

@@ -15,6 +15,8 @@ from vlmprune.errors import UsageError, first_line
 WIDE = ("I", "F")
 """Modes of Pillow with one channel of more than 8 bits; `I;16` and its kin begin with one of them."""
 
+SCHEMES = ("http", "https", "ftp", "s3", "gs", "hf", "data", "file")
+
 
 def open_picture(path: str | Path, tell: Callable[[str], object] = warnings.warn) -> Image.Image:
     """Read a picture: upright RGB, 8 bits per channel, equal to `transformers.image_utils.load_image(path)`.
@@ -26,9 +28,13 @@ def open_picture(path: str | Path, tell: Callable[[str], object] = warnings.warn
     Raises:
         UsageError: there is no such file, or it is no picture that can be read; says why.
     """
-    path = Path(path)
-    if path.parts[:1] in (("http:",), ("https:",), ("data:",)):
-        raise UsageError(f"{path} is an address: download the picture and give the path of the file.")
+    scheme, _, rest = str(path).partition(":")
+    if scheme.lower() in SCHEMES:
+        slashes = "" if scheme.lower() == "data" else "//"  # a path has lost one of them
+        address = f"{scheme}:{slashes}{rest.lstrip('/')}"
+        address = address if len(address) <= 80 else address[:77] + "…"
+        raise UsageError(f"{address} is an address: download the picture and give the path of the file.")
+    path = Path(path).expanduser()
     if path.is_dir():
         raise UsageError(f"there is no picture at {path}: it is a folder, give the path of an image file.")
     if not path.exists():
@@ -37,7 +43,7 @@ def open_picture(path: str | Path, tell: Callable[[str], object] = warnings.warn
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's on damaged EXIF data, palettes and size; what matters is in the notes
             with Image.open(path) as stored:
-                depth = _bits(stored)  # only known before the pixels are read
+                depth = _bits(stored, path)  # only known before the pixels are read
                 upright = ImageOps.exif_transpose(stored)
                 image = upright.convert("RGB")
                 losses = list(_losses(stored, upright, image, depth))
@@ -71,9 +77,30 @@ def summary(notes: Iterable[str]) -> list[str]:
     ]
 
 
-def _bits(stored: Image.Image) -> int:
-    """Bits per channel in the file; Pillow reads 16-bit colour as 8 bits, and only its raw mode tells."""
-    return 16 if any(";16" in str(tile) for tile in getattr(stored, "tile", ())) else 8
+def _bits(stored: Image.Image, path: Path) -> int:
+    """Bits per channel in the file. Pillow reads colour of more than 8 as 8 bits and does not say so: what is left of it in its
+    decoders' arguments, its tags and the file's first bytes tells."""
+    tiles = getattr(stored, "tile", ())
+    if stored.format == "TIFF":
+        return max(stored.tag_v2.get(258, (8,)))  # type: ignore[attr-defined]  # BitsPerSample
+    if stored.format == "PPM":
+        return max(
+            (tile.args[-1].bit_length() for tile in tiles if tile.codec_name.startswith("ppm") and tile.args[-1]), default=8
+        )
+    if stored.format in ("JPEG2000", "AVIF"):
+        with path.open("rb") as file:
+            return _bits_in_head(file.read(1 << 16))
+    return 16 if any(";16" in str(tile) or tile.codec_name == "SGI16" for tile in tiles) else 8
+
+
+def _bits_in_head(head: bytes) -> int:
+    """Bits per channel by a JPEG 2000's segment SIZ (its first component), or by an AVIF's box `av1C`."""
+    if (start := head.find(b"\xff\x4f\xff\x51")) >= 0 and len(head) > start + 42:
+        return (head[start + 42] & 0x7F) + 1
+    if (start := head.find(b"av1C")) >= 0 and len(head) > start + 6:
+        high, twelve = head[start + 6] & 0x40, head[start + 6] & 0x20
+        return 12 if high and twelve else 10 if high else 8
+    return 8
 
 
 def _losses(stored: Image.Image, upright: Image.Image, image: Image.Image, depth: int) -> Iterable[str]:
@@ -90,7 +117,7 @@ def _losses(stored: Image.Image, upright: Image.Image, image: Image.Image, depth
                 f"{changed:.1%} of them (as transformers' load_image does): scale it to 8 bits for another result"
             )
     elif depth > 8:
-        yield "it has 16 bits per channel; the lower 8 were dropped (as transformers' load_image does)"
+        yield f"it has {depth} bits per channel, of which 8 were left (as transformers' load_image does)"
     if upright.has_transparency_data:
         alpha = np.asarray(upright.convert("RGBA"))[..., 3]
         clear = float((alpha < 255).mean())

@@ -24,7 +24,7 @@ from vlmprune.errors import UsageError, unknown
 from vlmprune.methods import METHODS, REDISTRIBUTORS, Pruner, Redistributor
 from vlmprune.methods.base import DEFINED
 from vlmprune.methods.redistributing import DEFINED as DEFINED_REDISTRIBUTORS
-from vlmprune.names import FILE
+from vlmprune.names import FILE, check_not_empty, check_number, read_part
 from vlmprune.schedule import SITES, Budget, Schedule, Stage, check_shrinks
 from vlmprune.view import Facts
 
@@ -111,6 +111,7 @@ class Recipe:
         Raises:
             UsageError: an unknown method or key (with the nearest names), or a value that cannot be read.
         """
+        check_not_empty(text)
         return Recipe(tuple(_parse_method(part.strip()) for part in text.split("+")))
 
     def __str__(self) -> str:
@@ -184,7 +185,7 @@ class Recipe:
 
 def _from_hub(name: str) -> Path:
     repository = hub.ask(name, FILE, "recipe")
-    if repository.files is not None and FILE not in repository.files:
+    if FILE not in repository.files:
         raise UsageError(f"no recipe at {name!r}: the repository has no {FILE}; save one there, or give a folder.")
     from transformers.utils import cached_file
 
@@ -192,27 +193,21 @@ def _from_hub(name: str) -> Path:
 
 
 def _parse_method(text: str) -> Pruner | Redistributor:
-    name, _, arguments = text.partition(":")
-    entry: dict[str, Any] = {"method": name.strip()}
-    for pair in filter(None, (piece.strip() for piece in arguments.split(","))):
-        key, equals, value = (piece.strip() for piece in pair.partition("="))
-        if not equals or not key or not value:
-            raise UsageError(f"cannot read {pair!r} in {text!r}: write name:key=value,key=value.")
-        if key in entry:
-            raise UsageError(f"{key!r} stands twice in {text!r}.")
-        values = [_value(piece.strip(), key) for piece in value.split("|")]
+    name, pairs = read_part(text)
+    entry: dict[str, Any] = {"method": name}
+    for key, pieces in pairs.items():
+        values = [_value(piece, key) for piece in pieces]
         entry[key] = values[0] if len(values) == 1 else values
     return _build(entry)
 
 
 def _value(text: str, key: str) -> int | float | str | bool:
+    check_number(key, text)
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             continue
-    if key in ("layer", "tokens", "fraction", "seed"):
-        raise UsageError(f"{key} must be a number, found {text!r}.")
     return {"True": True, "False": False}.get(text, text)
 
 

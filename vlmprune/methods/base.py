@@ -47,9 +47,9 @@ class Pruner:
     Args:
         layer: first decoder layer that sees the kept tokens only; the paper's if not given.
         tokens: visual tokens kept per picture.
-        fraction: or the share of the picture's original tokens that is kept.
-        schedule: or several cuts, see `vlmprune.stages`.
-        preset: or the name of a schedule its paper publishes.
+        fraction: the share of the picture's original tokens that is kept, instead of `tokens`.
+        schedule: several cuts, instead of `layer`, `tokens` and `fraction`; see `vlmprune.stages`.
+        preset: the name of a schedule its paper publishes, instead of these.
         positions: "original" (survivors keep their rotary positions; gaps remain) or "compact" (everything after a dropped
             token moves up, as several papers' LLaVA code does; not with M-RoPE).
         cache_layer: first decoder layer whose KV cache forgets, once prefill is over, what the last cut dropped; decoding steps

@@ -49,10 +49,11 @@ class MustDrop(TowerPruner):
     """Merge what is alike, keep what the question reads. Default: target counts 40, 20, 14 and 10 % (our choice).
 
     Args:
-        global_threshold, individual_threshold: g and u; given together they replace the target counts. The presets are the
-            published pairs, by benchmark and the tokens they came to on average.
+        global_threshold: g; together with u it replaces the target counts. The presets are the published pairs, by benchmark
+            and the tokens they came to on average.
+        individual_threshold: u, beside g.
         merge: least similarity of a window that is merged in the tower; above 1 merges none.
-        windows: or exactly this many windows of each view, the most similar ones.
+        windows: exactly this many windows of each view, the most similar ones, instead of `merge`.
     """
 
     name = "mustdrop"

@@ -29,7 +29,7 @@ class ACT(GroupEditor):
     Args:
         beta: share of their attention that sinks keep.
         alpha: a sink gets at least this many times the attention of 1/N.
-        threshold: or a fixed one, as the code's 0.1.
+        threshold: a fixed one instead, as the code's 0.1.
     """
 
     name = "act"

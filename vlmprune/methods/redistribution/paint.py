@@ -30,7 +30,8 @@ class PAINT(ScoreEditor):
     """Raise the scores of visual tokens that the vision tower's CLS token looks at.
 
     Args:
-        alpha, beta: by which share of their size, for local and for summary tokens.
+        alpha: by which share of their size, for local tokens.
+        beta: by which share of their size, for summary tokens.
         local: share of a picture's tokens that are local.
     """
 

@@ -57,7 +57,9 @@ class VAR(GroupEditor):
         tau: the same in the paper's unit, τ = √(sink_energy · dim), below √dim; it wins.
         sink_dims: "auto" (known ones of this model), dimensions as "1415|2533", or "cosine" (tokens whose residual points where
             the first token's does; needs no dimensions).
-        p, rho: `keep` and `max_sink_share` in the paper's sense.
+        p: share of their attention that sinks lose, 1 − keep, as in the paper; instead of `keep`.
+        rho: lowest share of other tokens in a head's attention to the picture, 1 − max_sink_share, as in the paper; instead of
+            `max_sink_share`.
     """
 
     name = "var"
