@@ -382,6 +382,23 @@ def marked_layer(cache: Cache, index: int) -> MarkedLayer:
     return adopted
 
 
+def holds_words_only(cache: Cache | None, index: int, begins: bool) -> bool:
+    """Whether a cache that cannot keep marks needs none, because its conversation has no picture. It is left as it is.
+
+    Args:
+        cache, index: of a decoder layer.
+        begins: a conversation without a picture begins with this call, which is noted on the cache.
+    """
+    if cache is None or cache.layer_class_to_replicate is DynamicLayer:
+        return False
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if isinstance(layer, MarkedLayer) or (type(layer) is DynamicLayer and not cache.offloading):
+        return False
+    if begins:
+        cache.vlmprune_words_only = True  # type: ignore[attr-defined]
+    return getattr(cache, "vlmprune_words_only", False)
+
+
 def check_growing(cache: Cache | None, what: str) -> None:
     """Refuse a cache whose layers cannot have different lengths, before anything runs.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from vlmprune.adapters.family import Family, has_mrope
 from vlmprune.apart import Apart
 from vlmprune.attention import TUNNEL, pruned_mask
-from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, marked_layer
+from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, holds_words_only, marked_layer
 from vlmprune.errors import UsageError
 from vlmprune.kernels.dispatch import wide
 from vlmprune.kernels.grouped_attention import column_means, grouped_attention, scored_attention
@@ -192,6 +192,8 @@ class Steering:
         """
         if (apart := call.steps.apart) is not None:
             return self.enter_layer(index, apart.now(call), apart.take(hidden, 1), cache)
+        if call.layout is None and holds_words_only(cache, index, begins=not call.past):
+            return None
         layer = None if cache is None else marked_layer(cache, index)
         holder = call.uncached.setdefault(index, _Holder()) if layer is None else layer
         name = self._names[self.by_layer[index].name]
