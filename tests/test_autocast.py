@@ -29,7 +29,11 @@ def test_a_row_chooses_the_same_alone_and_beside_another_under_autocast():
     rows = [["text3", "image", "text4"], ["text2", "image", "text6"]]
     kept = []
     for samples in (rows, rows[:1]):
-        with vp.wrap(model, "flowcut:layer=2,fraction=0.4") as run, torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        with (
+            vp.wrap(model, "flowcut:layer=2,fraction=0.4") as run,
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            torch.no_grad(),
+        ):
             model(**make_inputs("llava", model, samples), use_cache=False)
             kept.append(run.last.kept[0].index.tolist())
     assert kept[0] == kept[1]

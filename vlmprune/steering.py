@@ -159,11 +159,15 @@ class Steering:
         assert call.layout is not None
         assert call.prompt is not None
         text = call.prompt.asked & ~call.prompt.visual
-        counts = text.sum(axis=1).tolist()
-        if not all(counts):
+        if (lone := call.prompt.visual.any(axis=1) & ~text.any(axis=1)).any():
+            row = int(lone.argmax())
+            hides = " that the mask does not hide" if (~call.prompt.real & ~call.prompt.placeholders)[row].any() else ""
             raise UsageError(
-                "vhr compares with the prompt without its picture, but a prompt is only a picture: add a question."
+                f"vhr compares with the prompt without its picture, but a prompt is only a picture: row {row} has no text{hides}; "
+                "add a question."
             )
+        # A row that is hidden as a whole has no text either, and no picture: whatever stands for it scales nothing.
+        counts = np.maximum(text.sum(axis=1), 1).tolist()
         words = Reduction.keeping(on_device(text, call.layout.real.device), counts)
         hidden = words.gather(embeddings)
         slots = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
