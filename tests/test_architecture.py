@@ -30,7 +30,7 @@ LEVELS = [
     {"vlmprune.methods"},
     {"vlmprune.recipe", "vlmprune.run"},
     {"vlmprune.decoder"},
-    {"vlmprune.probes", "vlmprune.prompt", "vlmprune.apart"},
+    {"vlmprune.probes", "vlmprune.prompt", "vlmprune.apart", "vlmprune.links"},
     {"vlmprune.steering", "vlmprune.cutting"},
     {"vlmprune.refusals"},
     {"vlmprune.attach"},

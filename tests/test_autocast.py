@@ -8,9 +8,9 @@ from tiny_models import build, make_inputs
 import vlmprune as vp
 
 
-@pytest.mark.parametrize("family", ("llava", "qwen2_5_vl"))
-@pytest.mark.parametrize("cached", (True, False))
-@pytest.mark.parametrize("grad", (True, False))
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
 def test_every_method_runs_under_autocast(family, cached, grad):
     model = build(family)
     inputs = make_inputs(family, model, [["text3", "image", "text4"], ["text9"]])

@@ -67,7 +67,7 @@ def test_a_picture_in_a_static_cache_is_refused_also_behind_words():
         model(input_ids=text[:, :1], past_key_values=cache)
 
 
-@pytest.mark.parametrize("recipe", ("divprune:layer=0,tokens=4", "pai:alpha=0.5", "cls:tokens=4"))
+@pytest.mark.parametrize("recipe", ["divprune:layer=0,tokens=4", "pai:alpha=0.5", "cls:tokens=4"])
 def test_a_soft_prompt_is_told_what_it_can_do(recipe):
     model = build("llava")
     text = make_inputs("llava", model, [["text6"]])

@@ -28,6 +28,7 @@ from vlmprune.errors import UsageError
 from vlmprune.kernels.dispatch import wide
 from vlmprune.kernels.grouped_attention import column_means, grouped_attention, scored_attention
 from vlmprune.layout import on_device, real_tokens
+from vlmprune.links import check_routes
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, Picture, Redistributor, Scene, ScoreEditor
 from vlmprune.methods.redistribution import VAR
 from vlmprune.probes import prompt_end, rows_now
@@ -119,6 +120,8 @@ class Steering:
         self.by_layer = {index: method for index, method in self.by_layer.items() if not method.neutral}
         self.needs: frozenset[str] = frozenset().union(*(m.needs for m in self.by_layer.values()))
         scalers = [index for index, method in self.by_layer.items() if isinstance(method, HeadScaler)]
+        attention = {index: self._layers[index].get_submodule(family.attention) for index in self.by_layer}
+        self._routes = {index: {module: f"{family.layers}.{index}"} for index, module in attention.items()}
         # The text-only stream runs through all layers up to the last that needs it.
         self.routed = sorted({*self.by_layer, *range(max(scalers, default=-1) + 1)})
         self._last_blind = max(scalers, default=-1)
@@ -163,8 +166,8 @@ class Steering:
             row = int(lone.argmax())
             hides = " that the mask does not hide" if (~call.prompt.real & ~call.prompt.placeholders)[row].any() else ""
             raise UsageError(
-                f"vhr compares with the prompt without its picture, but a prompt is only a picture: row {row} has no text{hides}; "
-                "add a question."
+                f"vhr compares with the prompt without its picture, but a prompt is only a picture: row {row} has no "
+                f"text{hides}; add a question."
             )
         # A row that is hidden as a whole has no text either, and no picture: whatever stands for it scales nothing.
         counts = np.maximum(text.sum(axis=1), 1).tolist()
@@ -210,6 +213,8 @@ class Steering:
                 f"the conversation in this cache began {began}, this recipe has {name}: go on as it began, start with an empty "
                 "cache, or run it inside `with run.override(enabled=False):`."
             )
+        if call.past and holder.marks is not None and not holder.marks.idle:
+            check_routes(self._routes[index], name)
         before = call.steps.entered.get(index)
         if before is None or not call.recomputes:  # else the layer is run again, and has found everything
             call.steps.entered[index] = Entered(index, call, hidden.detach(), holder, layer)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-"""A row that the mask hides as a whole is left alone, and does not keep its neighbours from running. (Qwen-VL itself cannot number the
-positions of such a row.)"""
+"""A row that the mask hides as a whole is left alone, and does not keep its neighbours from running. (Qwen-VL itself cannot
+number the positions of such a row.)"""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ def _no_grad():
         yield
 
 
-@pytest.mark.parametrize("hidden", ([1], [2], [1, 2], [0, 2]))
-@pytest.mark.parametrize("cached", (True, False))
+@pytest.mark.parametrize("hidden", [[1], [2], [1, 2], [0, 2]])
+@pytest.mark.parametrize("cached", [True, False])
 def test_rows_beside_hidden_ones_equal_themselves_alone(hidden, cached):
     model = build("llava")
     inputs = make_inputs("llava", model, ROWS)
@@ -41,7 +41,7 @@ def test_vhr_runs_where_every_row_is_hidden():
         torch.testing.assert_close(model(**inputs).logits, plain, equal_nan=True, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("hides", (True, False))
+@pytest.mark.parametrize("hides", [True, False])
 def test_a_picture_without_words_is_still_refused_by_vhr(hides):
     model = build("llava")
     inputs = make_inputs("llava", model, [["text3", "image", "text4"], ["image", "text4"] if hides else ["image"]])
