@@ -153,6 +153,7 @@ def _fitting(recipe: Recipe, cut: Cut, depth: int) -> str:
         methods = tuple(fitted if other is method else other for other in recipe.methods)
         fits = all(stage.layer < depth for stage, _ in Recipe(methods).cuts())
         text = str(Recipe((fitted,)))
+        Recipe((fitted,)).to_dict()  # refuses a method that no recipe string can name, such as those of the analyses
         readable = not isinstance(fitted, Pruner) or ",kept=" not in text
     except UsageError:
         fits = readable = False
