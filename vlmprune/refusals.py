@@ -13,11 +13,12 @@ from vlmprune.cutting import Cut
 from vlmprune.decoder import KNOWN, Decoder
 from vlmprune.errors import UsageError
 from vlmprune.methods import Pruner
+from vlmprune.methods.checks import check_needs
 from vlmprune.methods.redistributing import HeadScaler
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Schedule, scaled_layer
 from vlmprune.steering import Steering
-from vlmprune.view import BEFORE_THE_CUT, Facts
+from vlmprune.view import BEFORE_THE_CUT, PROBES, Facts
 
 
 def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[Cut]) -> None:
@@ -28,6 +29,7 @@ def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[Cut]) -> None:
     """
     text_config, layers = decoder.text.config, len(decoder.layers)
     for cut in cuts:
+        check_needs(cut.method.name, cut.needs, PROBES)
         if cut.stage.layer >= layers:
             raise UsageError(
                 f"{cut.method.name} cuts at layer {cut.stage.layer}, but the model has layers 0 to {layers - 1}: "
@@ -153,7 +155,6 @@ def _fitting(recipe: Recipe, cut: Cut, depth: int) -> str:
         methods = tuple(fitted if other is method else other for other in recipe.methods)
         fits = all(stage.layer < depth for stage, _ in Recipe(methods).cuts())
         text = str(Recipe((fitted,)))
-        Recipe((fitted,)).to_dict()  # refuses a method that no recipe string can name, such as those of the analyses
         readable = not isinstance(fitted, Pruner) or ",kept=" not in text
     except UsageError:
         fits = readable = False
