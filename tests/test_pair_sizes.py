@@ -22,7 +22,7 @@ def internvit(image, patch):
     return LlavaForConditionalGeneration(config).eval()
 
 
-@pytest.mark.parametrize(("image", "patch"), [([32, 32], [8, 8]), ([32, 64], [8, 16]), ([24, 24], [8, 8])])
+@pytest.mark.parametrize(("image", "patch"), [([32, 32], [8, 8]), ([32, 64], [8, 16]), ([48, 48], [12, 12])])
 @pytest.mark.parametrize("recipe", ["divprune:layer=0,fraction=0.5", "fastv:layer=2,fraction=0.5", "random:layer=0,tokens=3"])
 @torch.no_grad()
 def test_a_tower_with_pairs_is_pruned(image, patch, recipe):

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.methods.checks import check_class, check_needs
 from vlmprune.methods.parameters import Range, limited
 from vlmprune.schedule import plain, scaled_layer
+from vlmprune.view import FROM_TOWER
 
 M = TypeVar("M", bound="Redistributor")
 Rows = Literal["behind", "last", "all"]
@@ -123,6 +125,8 @@ class Redistributor:
         return method
 
     def __post_init__(self, preset: str | None) -> None:
+        check_class(type(self), ("name", str, "'mine'"), ("rows", str, "'all'"), ("default_layers", str, "':'"))
+        check_needs(self.name, self.needs, FROM_TOWER)
         for parameter in fields(self):
             object.__setattr__(self, parameter.name, plain(getattr(self, parameter.name)))
         if preset is not None:
