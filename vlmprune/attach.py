@@ -430,6 +430,7 @@ class Plan:
             visual=visual,
             shape=self._shape,
             itemsize=embeddings.element_size(),
+            neutral=self._steering.neutral,
             newlines=0 if call.newlines is None else int(call.newlines.sum()),
             hidden=hidden,
         )

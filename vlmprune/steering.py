@@ -117,6 +117,7 @@ class Steering:
                         f"{other.name} and {method.name} both edit layer {index}: give one of them other layers=…."
                     )
                 self.by_layer[index] = method
+        self.neutral = tuple(method.name for method in methods if method.neutral)
         self.by_layer = {index: method for index, method in self.by_layer.items() if not method.neutral}
         self.needs: frozenset[str] = frozenset().union(*(m.needs for m in self.by_layer.values()))
         scalers = [index for index, method in self.by_layer.items() if isinstance(method, HeadScaler)]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,7 +83,8 @@ class Redistributor:
     """Edits the attention of some rows in some decoder layers.
 
     Args:
-        layers: which, as indices and slices of Python: "2:-1", "1|18:"; the paper's if empty.
+        layers: which, as indices and slices of Python: "2:-1", "1|18:", or numbers one after the other: [1, 18], range(2, 6);
+            the paper's if empty.
         preset: name of settings its paper or code publishes; a parameter that is given wins.
 
     A subclass with a `name` of its own can be used by that name in recipe strings and files, wherever it is defined.
@@ -136,9 +138,8 @@ class Redistributor:
                 if key not in self._given:
                     object.__setattr__(self, key, value)
         self._check_parameters()
-        object.__setattr__(
-            self, "layers", "|".join(map(str, self.layers)) if isinstance(self.layers, list) else str(self.layers)
-        )
+        several = isinstance(self.layers, list | tuple | range | np.ndarray)
+        object.__setattr__(self, "layers", "|".join(map(str, self.layers)) if several else str(self.layers))
         _pieces(self.name, self.layers)
 
     @property
