@@ -260,7 +260,7 @@ class Plan:
             return (hidden, *args[1:]), tower.packed_arguments(kwargs)
 
     def enter_merger(self, tower: TowerPass, args: tuple[Any, ...]) -> Any:
-        return None if tower.pruner is None else (tower.shorten_packed(len(self._blocks()), args[0]), *args[1:])
+        return args if tower.pruner is None else (tower.shorten_packed(len(self._blocks()), args[0]), *args[1:])
 
     def leave_projector(self, tower: TowerPass, args: tuple[Any, ...], features: Tensor) -> Tensor:
         with self._in_tower(features.device):
