@@ -2,11 +2,14 @@
 
 impl           CPU tensors                                    CUDA tensors
 "reference"    torch                                          torch
-"auto"         torch, also in the interpreter                 the kernel; torch for float64: kernels compute in fp32
+"auto"         torch, also in the interpreter (*)             the kernel; torch for float64: kernels compute in fp32
 "triton"       the kernel, in Triton's interpreter, if        the kernel
                TRITON_INTERPRET=1 (for tests); else refused
 
+(*) Where an op has a `cpu.py`, that one: torch too, the same result, faster than the equation.
+
 Whatever a kernel cannot do is refused with the argument's name. Checks read shapes, dtypes and devices only: a GPU never waits.
+What has passed them once is not checked again in every layer (`Checked`).
 Kernels know no gradients: what an op returns from one is detached, unless the op's docstring says otherwise.
 """
 
@@ -18,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
 from importlib.util import find_spec
-from typing import Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -74,19 +77,22 @@ def use_triton(op: str, impl: Impl, any_dtype: bool = False, **tensors: Tensor |
     """
     if impl not in IMPLEMENTATIONS:
         raise unknown("impl", str(impl), IMPLEMENTATIONS)
-    given = {name: x for name, x in tensors.items() if x is not None}
-    first = next(iter(given))
-    device = given[first].device
-    for name, x in given.items():
+    first, device, double = "", torch.device("cpu"), None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not first:
+            first, device = name, x.device
         if x.device != device:
             raise UsageError(f"{op}: {name} is on {x.device} but {first} on {device}: move them to one device.")
-    double = None if any_dtype else next((name for name, x in given.items() if x.dtype == torch.float64), None)
+        if not any_dtype and double is None and x.dtype == torch.float64:
+            double = name
     if impl == "reference" or (impl == "auto" and (device.type != "cuda" or double)):
         return False
     if double:
         raise UsageError(f"{op}: {double} is float64 but kernels compute in fp32: pass impl='reference'.")
-    for name, x in given.items():
-        if not any_dtype and x.is_floating_point() and x.dtype not in KERNEL_DTYPES:
+    for name, x in tensors.items():
+        if not any_dtype and x is not None and x.is_floating_point() and x.dtype not in KERNEL_DTYPES:
             raise UsageError(f"{op}: {name} is {x.dtype} but kernels take float16, bfloat16 and float32: convert it.")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type == "cuda" and interpreted:
@@ -103,6 +109,52 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+class Checked:
+    """An op's checks, made once for each kind of arguments.
+
+    A kind is all that checks read: the shape, dtype and device of every tensor, or that it is None, the implementation, and
+    whether gradients are needed. Of one kind all pass or none does, and what was refused is refused again. Threads may share
+    one of these.
+
+    Args:
+        op: the op's name, for messages.
+        choose: makes the checks, `(op, impl, gradients, *tensors)`; says whether to run the kernel, as `use_triton` does.
+    """
+
+    MOST = 512
+    """Kinds that are remembered, before all are forgotten. Decoding has a new one for every token: its keys are one more."""
+
+    def __init__(self, op: str, choose: Callable[..., bool]) -> None:
+        self._op, self._choose = op, choose
+        # False: torch computes. Else the kernel does, and this is the variable that it depends on.
+        self._passed: dict[tuple[Any, ...], bool | str] = {}
+
+    def __call__(self, impl: Impl, gradients: bool, *tensors: Tensor | None) -> bool:
+        """Whether to run the kernel for these arguments.
+
+        Raises:
+            UsageError: what the op's checks refuse.
+        """
+        # One Python call and no more, for this runs in every layer for every token.
+        facts: list[Any] = [impl, gradients]
+        for x in tensors:
+            facts.append(None if x is None else (x.shape, x.dtype, x.device))
+        kind = tuple(facts)
+        try:
+            passed = self._passed.get(kind)
+        except TypeError:  # sizes of a graph that is being traced are symbols, which have no hash
+            return self._choose(self._op, impl, gradients, *tensors)
+        if passed is False:
+            return False
+        variable = os.environ.get("TRITON_INTERPRET", "")
+        if passed != variable:
+            passed = variable if self._choose(self._op, impl, gradients, *tensors) else False
+            if len(self._passed) >= self.MOST:
+                self._passed.clear()
+            self._passed[kind] = passed
+        return passed is not False
+
+
 def check(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> None:
     """Refuse a tensor that does not fit.
 
@@ -112,7 +164,11 @@ def check(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], dtype: t
         shape: wanted sizes; None where any will do.
         dtype: wanted dtype; None for any floating point.
     """
-    if x.ndim != len(shape) or any(wanted not in (None, size) for wanted, size in zip(shape, x.shape, strict=True)):
+    fits = x.ndim == len(shape)
+    if fits:
+        for wanted, size in zip(shape, x.shape, strict=True):
+            fits = fits and wanted in (None, size)
+    if not fits:
         sizes = ", ".join("any" if size is None else str(size) for size in shape)
         raise UsageError(f"{op}: {name} must have shape [{sizes}] here, found {list(x.shape)}.")
     if dtype is None and not x.is_floating_point():
@@ -146,7 +202,12 @@ def in_fp32(op: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(op)
     def precise(*args: P.args, **kwargs: P.kwargs) -> R:
-        device = next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)).device.type
+        for arg in (*args, *kwargs.values()):
+            if isinstance(arg, Tensor):
+                device = arg.device.type
+                break
+        if not torch.is_autocast_enabled(device):
+            return op(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return op(*args, **kwargs)
 

@@ -8,6 +8,9 @@ import contextlib
 import contextvars
 import copy
 import gc
+import itertools
+import multiprocessing.pool
+import queue
 import threading
 import time
 import weakref
@@ -651,15 +654,15 @@ def test_a_grandchild_is_of_its_own_family(model):
 
 
 def test_a_report_after_an_exception(model):
-    """A prompt that is refused leaves no half of a record: the last prefill is still the one before."""
+    """A prompt that is refused leaves no half of a record, and the one before is not taken for its own."""
     with vp.wrap(model, HALF) as run:
         ask(model)
-        before = run.last
+        assert run.last is not None
         inputs = make_inputs("llava", model, PICTURE)
         inputs["input_ids"][0, 5] = 9  # one placeholder too few
         with pytest.raises((vp.UsageError, ValueError)), torch.no_grad():
             model(**inputs)
-        assert run.last is before
+        assert run.last is None
         ask(model, PICTURE * 2)
         assert run.report().batch == 2
 
@@ -737,3 +740,242 @@ def encode(model, pixels):
 @torch.no_grad()
 def forward(model, inputs):
     return model(**inputs).logits
+
+
+# --- found by a second reader -----------------------------------------------------------------------------------------
+def steps(model, when, do, **strategy):
+    """Logits of every step of a generation, in which `do` is called when the base model has run `when` times."""
+    count = itertools.count(1)
+
+    def hook(*_):
+        if next(count) == when:
+            do()
+
+    handle = model.model.register_forward_hook(hook)
+    how = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 6}
+    try:
+        return torch.stack(ask(model, **how, **strategy).logits)
+    finally:
+        handle.remove()
+
+
+REPLACED = [
+    ("fastv:layer=2,tokens=4", "divprune:layer=0,tokens=2"),
+    ("flowcut:tokens=4", "divprune:layer=0,tokens=3"),
+    ("divprune:layer=0,tokens=3", "flowcut:tokens=4"),
+    ("pai:alpha=2,layers=1:", "divprune:layer=0,tokens=3"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), REPLACED)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_request_without_a_cache_is_whole(model, old, new, beams):
+    """Red: nobody holds the old recipe between two steps; an answer begins under one and ends under the other, or in NaN."""
+    how = {"use_cache": False, "num_beams": beams}
+    with vp.wrap(model, old):
+        expected = steps(model, 0, None, **how)
+    first = vp.wrap(model, old)
+    later: list = []
+    found = steps(model, 2, lambda: later.append(vp.wrap(model, new)), **how)
+    assert torch.equal(found, expected)
+    first.remove()  # was replaced: nothing happens
+    assert later[0]._attachment.current is later[0]._owner()
+    later[0].remove()
+
+
+@pytest.mark.parametrize("recipe", ["fastv:layer=2,tokens=4", "random:layer=0,tokens=4", "vhr"])
+def test_two_prompts_without_a_cache_in_one_thread(model, recipe):
+    """Red: there is one place for what was chosen, and a second prompt takes it away in mid-answer."""
+    with vp.wrap(model, recipe):
+        expected = steps(model, 0, None, use_cache=False)
+        found = steps(model, 2, lambda: ask(model, seed=3, use_cache=False, max_new_tokens=2), use_cache=False)
+    assert torch.equal(found, expected)
+
+
+def test_a_switch_in_mid_answer_without_a_cache(model):
+    """What the caller had said when the prompt began holds for all of its steps."""
+    with vp.wrap(model, HALF) as run:
+        expected = steps(model, 0, None, use_cache=False)
+
+        def off():
+            run.enabled = False
+
+        assert torch.equal(steps(model, 2, off, use_cache=False), expected)
+
+
+class AsAnyioDoes(threading.Thread):
+    """Stands for the workers of anyio, which serve one caller after the other in its own context."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.jobs: queue.Queue = queue.Queue()
+
+    def run(self):
+        while (job := self.jobs.get()) is not None:
+            context, work, done = job
+            done.put(context.run(work))
+
+    def do(self, work):
+        done: queue.Queue = queue.Queue()
+        self.jobs.put((contextvars.copy_context(), work, done))
+        return done.get(timeout=PATIENCE)
+
+
+AsAnyioDoes.__module__ = "anyio._backends._asyncio"
+
+
+def test_workers_of_pools_keep_nothing(model):
+    """Red: a worker that is started inside a block has its override for ever, and gives it to other callers."""
+    with vp.wrap(model, HALF) as run:
+
+        def one(_=None):
+            ask(model)
+            return kept(run)
+
+        with run.override(tokens=2):
+            worker = AsAnyioDoes()
+            worker.start()
+            assert worker.do(one) == [2], "the context is handed over by the caller"
+            pool = multiprocessing.pool.ThreadPool(1)
+            assert pool.map(one, [0]) == [[8]], "a pool's workers take nothing over"
+        assert worker.do(one) == [8]
+        assert pool.map(one, [0]) == [[8]]
+        pool.close()
+        worker.jobs.put(None)
+
+
+def test_blocks_end_in_any_order(model):
+    """Red: a block that ends puts back what it found, and takes away, or brings back, what others say."""
+    with vp.wrap(model, HALF) as run:
+
+        def stream(tokens):
+            with run.override(tokens=tokens):
+                while True:
+                    ask(model)
+                    yield kept(run)
+
+        first, second = stream(2), stream(3)
+        assert (next(first), next(second)) == ([2], [3])
+        first.close()
+        assert next(second) == [3]
+        second.close()
+        ask(model)
+        assert kept(run) == [8]
+        with run.override(tokens=2):
+            run.enabled = False
+        assert run.enabled is False
+        run.enabled = True
+
+
+def test_the_innermost_block_of_several_handles(model):
+    one = vp.wrap(model, HALF)
+    two = vp.wrap(model, "uniform:fraction=0.25")
+    with vp.wrap(model, "random:layer=0,fraction=0.75"):
+        for outer, inner in ((one, two), (two, one)):
+            with outer.override(tokens=5), inner.override(tokens=3):
+                ask(model)
+                assert (kept(inner), inner.report().recipe) == ([3], str(inner.recipe))
+
+
+def test_a_stream_keeps_its_block_when_the_recipe_is_replaced_and_the_block_is_over(model):
+    go, results = threading.Event(), []
+
+    def work():
+        go.wait(PATIENCE)
+        cache = ask(model, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+        results.append(cache.layers[-1].keys.shape[2])
+
+    run = vp.wrap(model, HALF)
+    with run.override(tokens=3):
+        thread = threading.Thread(target=work)
+        thread.start()
+    with vp.wrap(model, "uniform:fraction=0.5"):
+        go.set()
+        thread.join(PATIENCE)
+    assert results == [9 + 3]
+
+
+@pytest.mark.parametrize("how", ["remove", "unwrap"])
+def test_pictures_of_a_removed_recipe_say_so(model, how):
+    """Red: patches that were dropped inside the tower are rows of NaN, and the plain model answers NaN."""
+    run = vp.wrap(model, "flowcut:tokens=4")
+    inputs = make_inputs("llava", model, PICTURE)
+    encoded = model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+    run.remove() if how == "remove" else vp.unwrap(model)
+    with pytest.raises(vp.UsageError, match="encode them again"):
+        model(**inputs, mm_encoder_outputs={"image": encoded})
+
+
+def test_pictures_of_a_replaced_recipe_stay_its_own(model):
+    """Red: only the first prompt finds out whose they are; the second gets NaN."""
+    first = vp.wrap(model, "flowcut:tokens=4")
+    inputs = make_inputs("llava", model, PICTURE)
+    pixels = inputs.pop("pixel_values")
+    with torch.no_grad():
+        expected = model(**inputs, pixel_values=pixels).logits
+        encoded = model.get_image_features(pixels, return_dict=True)
+        with vp.wrap(model, HALF):
+            for _ in range(2):
+                assert torch.equal(model(**inputs, mm_encoder_outputs={"image": encoded}).logits, expected)
+    assert "removed" in repr(first)
+
+
+def test_removing_waits_and_gives_up_in_a_sentence(model, monkeypatch):
+    """Red: hooks are pulled out of another thread's forward pass, which ends in an error about sizes, or half edited."""
+    monkeypatch.setattr("vlmprune.hooks.PATIENCE", 0.3)
+    ask(model)
+    before = hooks_of(model)  # transformers has its own
+    inside, go = threading.Event(), threading.Event()
+
+    def hold(*_):
+        inside.set()
+        go.wait(PATIENCE)
+
+    run = vp.wrap(model, "divprune:layer=0,tokens=4")
+    ask(model)
+    expected = run.last.entering
+    handle = model.model.language_model.layers[3].register_forward_pre_hook(hold)
+    results: list = []
+    thread = threading.Thread(target=lambda: results.append((ask(model, max_new_tokens=1), run.last)))
+    thread.start()
+    assert inside.wait(PATIENCE)
+    with pytest.raises(vp.UsageError, match="another thread is inside the model"):
+        run.remove()
+    go.set()
+    thread.join(PATIENCE)
+    handle.remove()
+    assert results[0][1].entering == expected, "the pass that was inside came to its end"
+    vp.unwrap(model)
+    assert hooks_of(model) == before
+
+
+def test_ctrl_c_leaves_nothing_behind(model):
+    """Red: torch runs no hook when Ctrl-C ends a forward pass; what was noted of it is taken for the next call's."""
+    ask(model)
+    before = hooks_of(model)
+    with vp.wrap(model, "fastv:layer=2,tokens=4"):
+        ask(model)
+        expected = ask(model)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    first = vp.wrap(model, "flowcut:tokens=4")
+    inputs = make_inputs("llava", model, PICTURE)
+    handle = model.model.language_model.layers[3].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    with vp.wrap(model, "fastv:layer=2,tokens=4"):
+        assert torch.equal(ask(model), expected)
+    first.remove()
+    assert hooks_of(model) == before
+
+
+def test_unwrapping_lets_threads_start_as_ever(model):
+    original = threading.Thread.start
+    run = vp.wrap(model, HALF)
+    run.enabled = False
+    assert threading.Thread.start is not original
+    vp.unwrap(model)
+    assert threading.Thread.start is original

@@ -18,18 +18,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import local
 from typing import Any
-from weakref import ReferenceType, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from vlmprune.adapters.registry import family_of
 from vlmprune.attention import TUNNEL
-from vlmprune.cache import Owner, PrunedLayer, check_growing, hand_over
+from vlmprune.cache import Encoded, Owner, PrunedLayer, check_growing, encoded_of, hand_over
 from vlmprune.context import Contexts
 from vlmprune.cost import DecoderShape
 from vlmprune.cutting import Cutting, timed
@@ -125,7 +125,7 @@ class Plan:
             return
         tower = self.family.tower
         assert tower is not None
-        yield from (("tower", 0), ("tower left", 0), ("projector", 0))
+        yield "projector", 0
         yield "first block", tower.whole(self._config)[0] if self._tower_cut is not None else 0
         if self._tower_cut is not None and self._tower_cut.stage.site == "vision":
             yield from (("block", index) for index in range(1, len(self._blocks())))
@@ -330,11 +330,25 @@ class Plan:
         call.enabled, call.budget, call.blocks = settings.enabled, settings.budget, settings.blocks
         check_mask_goes_on(call, kwargs.get("past_key_values"))
         if not call.past:
-            hand_over(kwargs.get("past_key_values"), owner)
+            self._begin_conversation(call, owner, kwargs)
         if call.enabled:
             self._find_or_leave(call, kwargs)
-        elif not call.past:
-            self.contexts.note(None, call.blocks)  # switched off, nothing is recorded: an earlier prompt is not the last one
+
+    def _begin_conversation(self, call: Call, owner: Owner, kwargs: dict[str, Any]) -> None:
+        cache, ids = kwargs.get("past_key_values"), told_by(kwargs)
+        hand_over(cache, owner)
+        if ids is not None and ids.shape[1] > 1:  # guidance runs the last token alone, beside the prompt that counts
+            self.contexts.note(None, call.blocks)  # a prompt that is refused, or switched off, has no record
+        features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if cache is not None or features is None or ids is None:
+            return
+        if (made := encoded_of(features)) is None:  # encoded before the model was wrapped, or put together by the caller
+            made = features.vlmprune = Encoded(None, used=True)
+        call.again = next((prompt for prompt in made.prompts if prompt.goes_on(ids)), None)
+        if call.again is None:
+            call.again = Uncached(ids, owner, call.enabled, call.budget)
+            made.prompts.append(call.again)
+        call.enabled, call.budget = call.again.enabled, call.again.budget
 
     def _find_or_leave(self, call: Call, kwargs: dict[str, Any]) -> None:
         """Look for pictures. What cannot be followed is refused only where something would be dropped or redistributed: the
@@ -357,16 +371,15 @@ class Plan:
         if counts is None:
             refuse_merged(kwargs, self.text)
             return  # a prompt without a picture, a later step, or a turn without a new picture
-        if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
+        if (ids := told_by(kwargs)) is None:
             return  # the model itself refuses this
         cache = kwargs.get("past_key_values")
         steered = dict.fromkeys(method.name for method in self._steering.by_layer.values())
         if steered or self.cutting.may_drop(counts, call.budget):
             check_growing(cache, "attention redistribution" if steered else "pruning inside the language model")
-        told_by: Tensor = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"][..., 0]
-        self._replay_uncached(call, told_by, kwargs.get("mm_encoder_outputs"), cached=cache is not None)
+        self._replay_uncached(call, ids, kwargs.get("mm_encoder_outputs"), cached=cache is not None)
         prompt = read_prompt(call, kwargs, self.family.image_token(self._config), self.text, self._needs, tuple(steered))
-        find_layout(call, prompt, counts, told_by.device)
+        find_layout(call, prompt, counts, ids.device)
 
     def _replay_uncached(self, call: Call, ids: Tensor, encoded: Any, cached: bool) -> None:
         """Generation without a cache runs the whole prompt again for every token, with the same encoded pictures: the choice
@@ -377,14 +390,10 @@ class Plan:
                 f"{forgets.method.name} forgets tokens in the KV cache after prefill, which needs use_cache=True and no "
                 "assisted decoding; or turn that stage off (cache_layer=-1)."
             )
-        if cached or encoded is None:
-            return
-        known = self.now.uncached
-        if known is None or not known.goes_on(encoded, ids):
-            known = self.now.uncached = Uncached.of(encoded, ids, self)
-        call.tail += ids.shape[1] - known.ids.shape[1]
-        call.chosen, call.replayed = known.chosen, bool(known.chosen)
-        call.uncached, call.resumed = known.marks, bool(known.marks)
+        if (known := call.again) is not None:
+            call.tail += ids.shape[1] - known.ids.shape[1]
+            call.chosen, call.replayed = known.chosen, bool(known.chosen)
+            call.uncached, call.resumed = known.marks, bool(known.marks)
 
     def enter_text(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if call.layout is None:
@@ -464,7 +473,8 @@ class Plan:
     def enter_layer(self, index: int, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a decoder layer is given: cut at a stage, and shorter arguments behind one; then what redistribution notes."""
         enabled, changed = call.enabled, None
-        call.recomputes |= _is_recomputed(module)
+        if module.training:
+            call.recomputes |= _is_recomputed(module)
         if self.cutting.at and index >= self.cutting.at[0] and not call.idle:
             call = _as_it_was(call, index, module)
             changed = self._at_layer(index, module, call, args, kwargs)
@@ -533,31 +543,33 @@ class Plan:
 
 
 class PerThread(local):
-    """What one thread carries from the tower to the prompt, and from one run of a prompt without a cache to the next."""
+    """What one thread carries from the tower to the prompt."""
 
     clocks: tuple[Clock, ...] = ()  # of the tower, until the language model takes them
-    uncached: Uncached | None = None
 
 
 @dataclass(eq=False)
 class Uncached:
-    """What was chosen for a prompt that is run without a cache, and what redistribution marked. Forgotten with the pictures."""
+    """A prompt that is run again for every token, with the same encoded pictures: whose it is, what its caller had said, what
+    was chosen, and what redistribution marked. It stays with the pictures."""
 
-    encoded: ReferenceType[Any]
     ids: Tensor
-    plan: ReferenceType[Plan]
-    chosen: dict[int, Chosen]
-    marks: dict[int, Any]
+    owner: Owner
+    enabled: bool
+    budget: Budget | None
+    chosen: dict[int, Chosen] = field(default_factory=dict)
+    marks: dict[int, Any] = field(default_factory=dict)
 
-    @staticmethod
-    def of(encoded: Any, ids: Tensor, plan: Plan) -> Uncached:
-        return Uncached(ref(encoded["image"]), ids, ref(plan), {}, {})
-
-    def goes_on(self, encoded: Any, ids: Tensor) -> bool:
-        """Whether `ids` continue the prompt, with the same encoded pictures."""
+    def goes_on(self, ids: Tensor) -> bool:
+        """Whether `ids` continue the prompt."""
         length = self.ids.shape[1]
-        same = encoded.get("image") is not None and self.encoded() is encoded["image"]
-        return same and ids.shape[0] == self.ids.shape[0] and ids.shape[1] > length and torch.equal(ids[:, :length], self.ids)
+        return ids.shape[0] == self.ids.shape[0] and ids.shape[1] > length and torch.equal(ids[:, :length], self.ids)
+
+
+def told_by(kwargs: dict[str, Any]) -> Tensor | None:
+    """`[batch, token]` what tells one prompt from another: ids, or the first numbers of embeddings."""
+    ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    return embeddings[..., 0] if ids is None and embeddings is not None else ids
 
 
 def _encoded_counts(kwargs: dict[str, Any]) -> list[int] | None:

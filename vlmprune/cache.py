@@ -7,16 +7,18 @@ redistribution found out about a conversation (`Marks`) lives there too.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from vlmprune.errors import UsageError
-from vlmprune.layout import on_host
+from vlmprune.layout import on_device, on_host
 from vlmprune.reduction import Reduction
 
 
@@ -37,6 +39,28 @@ class Owner:
 
     def __reduce__(self) -> Any:
         return Owner, ()
+
+
+@dataclass(eq=False)
+class Encoded:
+    """Put on what the vision tower returned: whose pictures these are.
+
+    Attributes:
+        owner: of the plan under which they were encoded.
+        cut: patches were dropped inside the tower, and rows of NaN stand for them: only that plan can use them.
+        used: a prompt has taken them.
+        prompts: the prompts that are run with them again for every token, without a cache; the latest.
+    """
+
+    owner: Owner | None
+    cut: bool = False
+    used: bool = False
+    prompts: deque[Any] = field(default_factory=lambda: deque(maxlen=16))
+
+
+def encoded_of(features: Any) -> Encoded | None:
+    """What was put on encoded pictures, or None."""
+    return getattr(features, "vlmprune", None)
 
 
 def owner_of(cache: Cache | None) -> Owner | None:
@@ -66,6 +90,7 @@ class Marks:
         anchor: `[batch, dim]` fp32 residual of the conversation's first token, where a method compares with it, or None.
         groups: `codes` as 0 or 1 for each group, made by `grouped` and kept for decoding.
         present: `[batch, 1 or head, 1, 1 + groups]` bool, which groups have an entry, made with it.
+        weight: `[batch, marked]` what scores are raised by, made by `weighted` from `groups`, or None.
         idle: no entry is marked, which is known on the host.
     """
 
@@ -75,6 +100,7 @@ class Marks:
     anchor: Tensor | None = None
     groups: Tensor | None = None
     present: Tensor | None = None
+    weight: Tensor | None = None
     idle: bool = False
 
     def grouped(self, groups: int, dtype: torch.dtype) -> Tensor:
@@ -84,7 +110,15 @@ class Marks:
             numbers = torch.arange(groups + 1, device=self.codes.device)
             member = self.codes[..., None] == numbers
             self.groups, self.present = member.to(dtype), member.any(dim=2, keepdim=True)
+            self.weight = None
         return self.groups
+
+    def weighted(self, strengths: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """`[batch, marked]` of `dtype`: the strength of the group that each entry is in, and 0 for ordinary ones."""
+        groups = self.grouped(len(strengths), dtype)
+        if self.weight is None:
+            self.weight = groups[:, 0] @ on_device(np.array((0.0, *strengths)), groups.device).to(dtype)
+        return self.weight
 
     def padded(self, stored: int) -> Tensor:
         """The codes of exactly `stored` entries."""
@@ -375,9 +409,9 @@ def marked_layer(cache: Cache, index: int) -> MarkedLayer:
     Raises:
         UsageError: the cache is of another kind.
     """
-    layer = _plain_layer(cache, index, "attention redistribution")
-    if isinstance(layer, MarkedLayer):
+    if index < len(cache.layers) and isinstance(layer := cache.layers[index], MarkedLayer):  # as in every decoding step
         return layer
+    layer = _plain_layer(cache, index, "attention redistribution")
     adopted = cache.layers[index] = MarkedLayer.adopt_marks(layer)
     return adopted
 

@@ -2,9 +2,10 @@
 
 The rule. A setting belongs to the context that made it: a thread, or an asyncio task. It reaches the threads that are started
 from there by `threading.Thread` afterwards, because that is how answers are streamed: `generate` runs in a thread of its own,
-which its caller starts. It does not reach threads that were there before, nor the workers of an executor, which serve many
-callers; hand the context over with `contextvars.copy_context().run` (`asyncio.to_thread` does so by itself). A record belongs
-to the thread that ran the prefill, and to the blocks (`run.override(…)`) that it ran in.
+which its caller starts, and which keeps what it was started with. It does not reach threads that were there before, nor
+workers of a pool (`concurrent.futures`, `multiprocessing.pool`, anyio), which serve many callers; hand the context over with
+`contextvars.copy_context().run` (`asyncio.to_thread` and anyio do so by themselves). Blocks may be closed in any order. A
+record belongs to the thread that ran the prefill, and to the blocks (`run.override(…)`) that it ran in.
 
 Python hands a context to new threads from 3.14 on, and only if it is asked to (`sys.flags.thread_inherit_context`). Before
 that, nothing tells a thread who started it. Therefore `Thread.start` is replaced while a block is open anywhere, or a handle
@@ -24,12 +25,27 @@ from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
 
 from vlmprune.schedule import Budget
 
+POOLS = ("concurrent.futures", "multiprocessing.pool", "anyio", "trio")
+"""Modules whose threads serve many callers."""
+
 
 @dataclass(eq=False)
 class Block:
-    """One open block: whose it is, and the record of the last prefill that ran in it."""
+    """One block.
 
-    owner: threading.Thread
+    Attributes:
+        number: rises with every block that is opened anywhere.
+        thread: the thread that opened it.
+        owner: what conversations that begin in it belong to. It is held: it lives as long as a thread has these settings.
+        enabled, budget: what the block says, or None.
+        last: the record of the last prefill that ran in it.
+    """
+
+    number: int
+    thread: threading.Thread
+    owner: Any
+    enabled: bool | None = None
+    budget: Budget | None = None
     last: Any = None
 
 
@@ -38,21 +54,34 @@ class Settings:
     """What one context has said about one handle.
 
     Attributes:
-        enabled: False runs prompts un-pruned.
-        budget: in the place of the recipe's, or None.
-        blocks: the open blocks, the innermost last. Calls made in one are served by its handle, also when the model was wrapped
-            again meanwhile.
+        switched: False if it was switched off outside of any block.
+        blocks: the open blocks, the innermost last.
     """
 
-    enabled: bool = True
-    budget: Budget | None = None
+    switched: bool = True
     blocks: tuple[Block, ...] = ()
+
+    @property
+    def enabled(self) -> bool:
+        """False runs prompts un-pruned."""
+        return next((block.enabled for block in reversed(self.blocks) if block.enabled is not None), self.switched)
+
+    @property
+    def budget(self) -> Budget | None:
+        """In the place of the recipe's, or None."""
+        return next((block.budget for block in reversed(self.blocks) if block.budget is not None), None)
 
 
 DEFAULT = Settings()
 _mine: ContextVar[Mapping[int, Settings] | None] = ContextVar("vlmprune", default=None)
 _started_with: WeakKeyDictionary[threading.Thread, Mapping[int, Settings]] = WeakKeyDictionary()
 _numbers = count()
+
+
+def open_blocks() -> list[Block]:
+    """The blocks of the calling context, of all handles, the innermost first."""
+    blocks = [block for settings in _settings().values() for block in settings.blocks]
+    return sorted(blocks, key=lambda block: -block.number)
 
 
 class Contexts:
@@ -71,42 +100,44 @@ class Contexts:
         """What the calling context has said."""
         return _settings().get(self._number, DEFAULT)
 
-    def say(self, **changes: Any) -> Mapping[int, Settings] | None:
-        """Change the calling context's settings; returns what `_mine` held before."""
-        before = _mine.get()
-        alive = {number: settings for number, settings in _settings().items() if number in self._all}
-        _mine.set({**alive, self._number: replace(self.settings, **changes)})
-        return before
-
     def switch(self, enabled: bool) -> None:
-        """Switch the calling context on or off, and the threads that it starts from now on."""
+        """Switch the calling context on or off, and the threads that it starts from now on; inside a block that says so itself,
+        until that block ends."""
+        for block in reversed(self.settings.blocks):
+            if block.enabled is not None:
+                block.enabled = enabled
+                return
         if not enabled and self._handed_on is None:
             _inheriting.begin()
             self._handed_on = finalize(self, _inheriting.end)
-        self.say(enabled=enabled)
+        self._change(switched=enabled)
 
     def close(self) -> None:
         """The handle is removed: nobody needs to take anything over any more."""
         if self._handed_on is not None:
             self._handed_on()  # once, however often it is called
 
+    def _change(self, **changes: Any) -> None:
+        alive = {number: settings for number, settings in _settings().items() if number in self._all}
+        _mine.set({**alive, self._number: replace(self.settings, **changes)})
+
     @contextmanager
-    def block(self, **changes: Any) -> Iterator[None]:
+    def block(self, owner: Any, enabled: bool | None = None, budget: Budget | None = None) -> Iterator[None]:
         """Settings of the calling context, and of the threads that it starts, inside a `with`."""
-        opened = Block(threading.current_thread())
-        before = self.say(**changes, blocks=(*self.settings.blocks, opened))
+        opened = Block(next(_numbers), threading.current_thread(), owner, enabled, budget)
+        self._change(blocks=(*self.settings.blocks, opened))
         _inheriting.begin()
         try:
             yield
         finally:
             _inheriting.end()
-            _mine.set(before)
+            self._change(blocks=tuple(block for block in self.settings.blocks if block is not opened))
 
     @property
     def last(self) -> Any:
         """The record of the last prefill that is the caller's, or None."""
         me, blocks = threading.current_thread(), self.settings.blocks
-        if blocks and blocks[-1].owner is me:
+        if blocks and blocks[-1].thread is me:
             return blocks[-1].last
         mine = self._records.get(me)
         return blocks[-1].last if mine is None and blocks else mine
@@ -123,8 +154,13 @@ def _settings() -> Mapping[int, Settings]:
     return _started_with.get(threading.current_thread(), {}) if mine is None else mine
 
 
+def _serves_many(thread: threading.Thread) -> bool:
+    modules = (type(thread).__module__, getattr(getattr(thread, "_target", None), "__module__", None) or "")
+    return any(module == pool or module.startswith(f"{pool}.") for module in modules for pool in POOLS)
+
+
 class _Inheriting:
-    """`Thread.start`, replaced while a block is open anywhere."""
+    """`Thread.start`, replaced while somebody has something to hand on."""
 
     def __init__(self) -> None:
         self._lock, self._open, self._original = threading.RLock(), 0, threading.Thread.start
@@ -136,8 +172,7 @@ class _Inheriting:
                 self._original = original = threading.Thread.start
 
                 def start(thread: threading.Thread) -> None:
-                    worker = getattr(getattr(thread, "_target", None), "__module__", "") == "concurrent.futures.thread"
-                    if (settings := _mine.get() or _settings()) and not worker:
+                    if (settings := _settings()) and not _serves_many(thread):
                         _started_with[thread] = settings
                     original(thread)
 

@@ -46,8 +46,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     that is not wrapped."""
     inside = model_inside(model)
     found = attachment_of(getattr(inside, "base_model", inside))
-    if found is not None and found.current is not None:
-        found.drop(found.current)
+    if found is not None:
+        found.clear()
     return model
 
 
@@ -70,9 +70,8 @@ class Run:
         self._owner: ReferenceType[Owner] = ref(self._attachment.follow(plan))
 
     def __repr__(self) -> str:
-        owner = self._owner()
-        state = "removed" if owner is None or owner.plan is None else "attached"
-        state = "replaced" if state == "attached" and owner is not self._attachment.current else state
+        current = self._attachment.current
+        state = "removed" if self._plan is None or current is None else "attached" if current is self._owner() else "replaced"
         switched = "" if self.enabled or state != "attached" else ", switched off for this caller"
         return f"<vlmprune.Run {str(self.recipe)!r} on {type(self.model).__name__}, {state}{switched}>"
 
@@ -86,12 +85,17 @@ class Run:
         self.remove()
 
     def remove(self) -> None:
-        """Restore the model. It waits for forward passes of other threads; the next step of a conversation that was pruned is
-        refused. A second call does nothing, nor does one after the model was wrapped again."""
+        """Restore the model. The next step of a conversation that was pruned is refused. A second call does nothing, nor does
+        one after the model was wrapped again: conversations that began under this handle then go on.
+
+        Raises:
+            UsageError: another thread is inside a forward pass, and does not come to its end within a minute. New prompts run
+                un-pruned from then on; call it again.
+        """
         self._plan = None
         self._contexts.close()
-        if (owner := self._owner()) is not None:
-            self._attachment.drop(owner)
+        if self._attachment.current in (None, self._owner()):
+            self._attachment.clear()
 
     @property
     def enabled(self) -> bool:
@@ -125,16 +129,13 @@ class Run:
                 f"this handle of {self.recipe} was removed from the model and overrides nothing: wrap the model again, and use "
                 "the handle that wrap(…) returns."
             )
-        changes: dict[str, Any] = {} if enabled is None else {"enabled": enabled}
-        if tokens is not None or fraction is not None:
-            changes["budget"] = self._budget(plan, tokens, fraction)
+        budget = None if tokens is None and fraction is None else self._budget(plan, tokens, fraction)
         owner = self._owner()
         if owner is None or owner.plan is None:  # replaced meanwhile, and no conversation is left
             owner = self._attachment.join(plan)
             self._owner = ref(owner)
-        with self._attachment.awake(), self._contexts.block(**changes):
+        with self._attachment.awake(), self._contexts.block(owner, enabled, budget):
             yield self
-        del owner  # held until here, so that a replaced recipe lives as long as the block
 
     def _budget(self, plan: Plan, tokens: int | None, fraction: float | None) -> Budget:
         cutting = [cut for cut in plan.cutting.cuts if plan.cutting.may_override(cut)]

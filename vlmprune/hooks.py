@@ -7,6 +7,7 @@ follows the new plan, and what only the old plan needed goes when nobody follows
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,33 +19,41 @@ from weakref import ReferenceType, WeakSet, finalize, ref
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
-from vlmprune.attach import Plan, untraced
+from vlmprune.attach import Plan, told_by, untraced
 from vlmprune.attention import TUNNEL, route_attention
-from vlmprune.cache import Owner, check_same_cuts, hand_over, owner_of
+from vlmprune.cache import Encoded, Owner, check_same_cuts, encoded_of, hand_over, owner_of
+from vlmprune.context import open_blocks
 from vlmprune.decoder import take
 from vlmprune.errors import UsageError
 from vlmprune.prompt import by_name, look_at_mask, strange_embeddings
 from vlmprune.run import Call
 from vlmprune.tower import TowerPass
 
-PATIENCE = 10.0
-"""Seconds that removing waits for forward passes of other threads."""
+PATIENCE = 60.0
+"""Seconds that removing waits for forward passes of other threads, which cannot go on without their hooks."""
+ON_THE_WAY = 2.0
+"""Seconds that it waits for pictures which another thread has encoded, and has not used yet."""
+
+
+GONE = (
+    "these pictures were encoded while a recipe dropped patches of them inside the vision tower, and that recipe was removed "
+    "from the model: encode them again."
+)
 
 
 class _PerThread(threading.local):
     """What one thread is doing with the model.
 
     Attributes:
-        call: the call that is inside the base model.
+        call: finds the call that is inside the base model, if it is there still.
         tower: the pass that is inside the vision tower, or between it and the projector.
-        encoded: the owner of the pictures that the thread encoded for its next prompt.
+        encoding: the owner of the pictures that are inside the tower, where they are encoded for a later prompt.
     """
 
-    call: Call | None = None
+    call: Callable[[], Call | None] = staticmethod(lambda: None)
     tower: TowerPass | None = None
-    encoded: Owner | None = None
+    encoding: Owner | None = None
 
 
 class Attachment:
@@ -62,7 +71,9 @@ class Attachment:
         self._owners: list[ReferenceType[Owner]] = []
         self._places: dict[Any, Callable[[], None]] = {}
         self._thread, self._lock = _PerThread(), RLock()
-        self._inside: set[int] = set()
+        self._inside: dict[int, ReferenceType[Call]] = {}
+        self._on_the_way: dict[int, ReferenceType[Any]] = {}
+        self._cut: list[ReferenceType[Any]] = []
         self.sleeps, self._awake = False, 0
         self._graphs: WeakSet[Any] = WeakSet()
 
@@ -88,15 +99,23 @@ class Attachment:
                     self._places[name] = put()
         return owner
 
-    def drop(self, owner: Owner) -> None:
-        """Nobody follows a plan any more. With the current plan everything goes, and the model is as it was; where gradient
-        checkpointing will run layers again, the hooks wait for that, and go with the graph."""
-        if owner is self.current:
-            self.current = None
-            self._wait()
-            for other in self._alive():
-                other.plan = None
-        owner.plan = None
+    def clear(self) -> None:
+        """Nobody follows a plan any more, and the model is as it was; where gradient checkpointing will run layers again, the
+        hooks wait for that, and go with the graph.
+
+        Raises:
+            UsageError: another thread does not leave the model.
+        """
+        current, self.current = self.current, None  # held until its callers are told
+        self._wait()
+        for other in self._alive():
+            other.plan.contexts.close()
+            other.plan = None
+        del current
+        for find in self._cut:
+            if (output := find()) is not None:
+                _spoil(output)
+        self._cut = []
         self.tidy()
 
     def _alive(self) -> list[Owner]:
@@ -135,9 +154,16 @@ class Attachment:
 
     def _wait(self) -> None:
         """Let the forward passes of other threads come to their end: half of one cannot go on without its hooks."""
-        until = time.monotonic() + PATIENCE
-        while self._inside - {threading.get_ident()} and time.monotonic() < until:
+        begun = time.monotonic()
+        while (waited := time.monotonic() - begun) < PATIENCE:
+            on_the_way = self._on_the_way if waited < ON_THE_WAY else {}
+            if not _of_others(self._inside) and not _of_others(on_the_way):
+                return
             time.sleep(0.001)
+        raise UsageError(
+            f"the hooks cannot be taken away: another thread is inside the model, for {PATIENCE:g} s already; new prompts run "
+            "un-pruned from now on; call run.remove() again when that thread has come to its end."
+        )
 
     # -- hooks -----------------------------------------------------------------------------------------------------------
 
@@ -148,9 +174,10 @@ class Attachment:
         yield "base", partial(self._before, self.base, self._enter_base)
         yield "base left", partial(self._after, self.base, self._leave_base, always_call=True)
         yield "text", partial(self._before, plan.text, self._enter_text)
-        yield "text left", partial(self._after, plan.text, _leave_text)
+        yield "text left", partial(_after_text, plan.text)
         if plan.family.tower is not None:  # whose pictures they are is decided when they are encoded, also where nobody looks
             yield ("tower", 0), partial(self._put, plan, "tower", 0)
+            yield ("tower left", 0), partial(self._put, plan, "tower left", 0)
         for kind, index in plan.places():
             yield (kind, index), partial(self._put, plan, kind, index)
         for module in {**plan.observers, **plan.editors}:
@@ -158,9 +185,9 @@ class Attachment:
 
     def _put(self, plan: Plan, kind: str, index: int) -> Callable[[], None]:
         if kind == "layer":
-            return self._before(plan.layers[index], partial(_enter_layer, index))
+            return _before_layer(plan.layers[index], partial(_enter_layer, index))
         if kind == "carried":
-            return self._before(plan.layers[index].get_submodule(plan.family.attention), take)
+            return _before_layer(plan.layers[index].get_submodule(plan.family.attention), take)
         tower = plan.family.tower
         assert tower is not None
         part = self.base.get_submodule
@@ -203,30 +230,47 @@ class Attachment:
         cache = kwargs.get("past_key_values")
         call.past = cache.get_seq_length() if cache is not None else 0
         look_at_mask(call, kwargs)
+        me = threading.get_ident()
+        self._on_the_way.pop(me, None)
         owner = self._owner_of(call, cache, kwargs)
         if owner is None:
             return (), _without_ours(kwargs)
-        self._inside.add(threading.get_ident())
-        self._thread.call = call
+        self._thread.call = self._inside[me] = ref(call)
         owner.plan.begin(call, owner, kwargs)
         self._watch_graph(call)
         return (), {**kwargs, TUNNEL: call}
 
-    def _owner_of(self, call: Call, cache: Cache | None, kwargs: dict[str, Any]) -> Owner | None:
-        """Whose plan a call follows: the one its conversation began with, or else the one that is in force."""
+    def _owner_of(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> Owner | None:
+        """Whose plan a call follows: that of the conversation in its cache; that under which its pictures were encoded, for the
+        first prompt that takes them, for one that is run again, and where only that plan can use them; else the one in force.
+
+        Raises:
+            UsageError: the pictures were shortened by a plan that is gone.
+        """
         if call.past:
             return self._owner_of_conversation(cache)
-        encoded, ids = kwargs.get("mm_encoder_outputs"), kwargs.get("input_ids")
-        if encoded and cache is None and ids is not None:  # the prompt is run again for every token
-            for owner in self._alive():
-                if (known := owner.plan.now.uncached) is not None and known.goes_on(encoded, ids):
-                    return owner
-        before, self._thread.encoded = self._thread.encoded, None
-        return before if encoded and before is not None and before.plan is not None else self._in_force()
+        features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if (made := encoded_of(features)) is None:
+            return self._in_force()
+        first, made.used = not made.used, True
+        if cache is None:  # the prompt is run again for every token
+            ids = told_by(kwargs)
+            for prompt in made.prompts:
+                if ids is not None and self._has(prompt.owner) and prompt.goes_on(ids):
+                    return prompt.owner
+        if (first or made.cut) and self._has(made.owner):
+            return made.owner
+        if made.cut:
+            raise UsageError(GONE)
+        return self._in_force()
+
+    def _has(self, owner: Owner | None) -> bool:
+        """Whether an owner's plan is one of this model, and was not removed."""
+        return owner is not None and owner.plan is not None and owner.plan.base is self.base
 
     def _owner_of_conversation(self, cache: Any) -> Owner | None:
         owner = owner_of(cache)
-        if owner is not None and owner.plan is not None and owner.plan.base is self.base:
+        if self._has(owner):
             return owner
         if self.current is not None:
             check_same_cuts(cache, self.current.plan.cutting.at)
@@ -234,23 +278,37 @@ class Attachment:
         return self.current
 
     def _in_force(self) -> Owner | None:
-        """Whose plan is for what begins now: of an open block, if the caller has one, or the current one."""
-        current = self.current
-        if current is None or current.plan.contexts.settings.blocks:
-            return current
-        return next((owner for owner in self._alive() if owner.plan.contexts.settings.blocks), current)
+        """Whose plan is for what begins now: of the innermost block that the caller has open, or the current one."""
+        if self.current is not None:
+            for block in open_blocks():
+                if self._has(block.owner):
+                    return block.owner
+        return self.current
 
     @untraced
     def _leave_base(self, *_: Any) -> None:
-        self._thread.call = None
-        self._inside.discard(threading.get_ident())
+        self._thread.call = _PerThread.call
+        self._inside.pop(threading.get_ident(), None)
+
+    def _call_inside(self) -> Call | None:
+        """The call that this thread is in, inside the base model. torch runs no hook when Ctrl-C ends a forward pass, so that
+        what was noted may be over: then the base model is not on the stack."""
+        if (call := self._thread.call()) is None:
+            return None
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_locals.get("self") is self.base:
+                return call
+            frame = frame.f_back  # type: ignore[assignment]
+        self._leave_base()
+        return None
 
     @untraced
     def _enter_text(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: Call | None = kwargs.get(TUNNEL)
         if call is not None:
             return None if call.plan is None else call.plan.enter_text(call, args, kwargs)
-        if self._thread.call is not None:  # the model itself runs it, without what it was given: nothing is pruned
+        if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
         return self._enter_text_alone(args, kwargs)
 
@@ -280,12 +338,14 @@ class Attachment:
 
     @untraced
     def _enter_tower(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self._thread.call
+        call = self._call_inside()
         owner = self._in_force() if call is None else call.owner
+        self._thread.tower = self._thread.encoding = None
+        if owner is None:
+            return args, _without_ours(kwargs)
         if call is None:
-            self._thread.encoded = owner
-        if owner is None or not owner.plan.looks_into_tower:
-            self._thread.tower = None
+            self._thread.encoding = owner
+        if not owner.plan.looks_into_tower:
             return args, _without_ours(kwargs)
         self._thread.tower = tower = owner.plan.begin_tower(call)
         self._watch_graph(tower)
@@ -293,7 +353,14 @@ class Attachment:
 
     @untraced
     def _leave_tower(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if (tower := self._thread.tower) is not None:
+        tower, owner = self._thread.tower, self._thread.encoding
+        self._thread.encoding = None
+        if owner is not None and hasattr(output, "__dict__"):
+            output.vlmprune = made = Encoded(owner, cut=tower is not None and tower.cuts and tower.pruner is not None)
+            self._on_the_way[threading.get_ident()] = ref(output)
+            if made.cut:
+                self._cut = [found for found in self._cut if found() is not None] + [ref(output)]
+        if tower is not None:
             tower.plan.leave_tower(tower, output)
             self._thread.tower = None if tower.over else tower
 
@@ -351,10 +418,36 @@ def _after_prompt(call: Call, output: Any) -> Any:
     return call.plan.leave_text(call, call.record, output)
 
 
+def _of_others(doing: dict[int, ReferenceType[Any]]) -> bool:
+    """Whether a thread that is alive, and is not this one, is noted with something that is there still."""
+    alive = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+    return any(ident in alive and what() is not None for ident, what in list(doing.items()))
+
+
+def _spoil(output: Any) -> None:
+    """Encoded pictures with rows of NaN in the places of dropped patches, which nobody will remove any more, say so when they
+    are used: the plain model would answer NaN."""
+    kind = type(output)
+    output.__class__ = type(kind.__name__, (kind,), {"pooler_output": property(_gone)})
+
+
+def _gone(_: Any) -> None:
+    raise UsageError(GONE)
+
+
 def _graph_gone(find: ReferenceType[Attachment]) -> None:
     attachment = find()
     if attachment is not None and attachment.current is None:  # what waited for this graph goes, too
         attachment.tidy()
+
+
+def _before_layer(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
+    """Hooks of layers run in every layer for every token: nothing stands between. Without a call they do nothing."""
+    return module.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+
+def _after_text(module: nn.Module) -> Callable[[], None]:
+    return module.register_forward_hook(_leave_text, with_kwargs=True).remove
 
 
 class _Hook:

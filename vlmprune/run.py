@@ -247,6 +247,7 @@ class Call:
         replayed: the choices are those of an earlier run of the same prompt.
         every_row: all rows of a turn that cuts nothing.
         steps: what redistribution carries.
+        again: without a cache, the prompt that this call runs again; an `attach.Uncached`.
         uncached: per layer, what redistribution marked, where there is no cache to keep it.
         resumed: `uncached` is that of an earlier run of the same prompt.
     """
@@ -292,6 +293,7 @@ class Call:
     replayed: bool = False
     every_row: Reduction | None = None
     steps: Steps = field(default_factory=Steps)
+    again: Any = None
     uncached: dict[int, Any] = field(default_factory=dict)
     resumed: bool = False
     record: Prefill | None = None

@@ -12,6 +12,7 @@ cache they live with the prompt that generation runs again and again (`attach._U
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +26,6 @@ from vlmprune.apart import Apart
 from vlmprune.attention import TUNNEL, pruned_mask
 from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, holds_words_only, marked_layer
 from vlmprune.errors import UsageError
-from vlmprune.kernels.dispatch import wide
 from vlmprune.kernels.grouped_attention import column_means, grouped_attention, scored_attention
 from vlmprune.layout import on_device, real_tokens
 from vlmprune.links import check_routes
@@ -246,13 +246,15 @@ class Steering:
             return self._attend_apart(index, call, own(), query, key, value, scaling, kwargs)
         entered = call.steps.entered.get(index)
         if entered is None:
-            self._advance_blind(index, call)
+            if call.steps.blind is not None:
+                self._advance_blind(index, call)
             return own()
         method = self.by_layer[index]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         if isinstance(method, HeadScaler):
             return self._scaled(entered, own())
-        self._advance_blind(index, call)
+        if call.steps.blind is not None:
+            self._advance_blind(index, call)
         # Inside `torch.autocast`, rotated queries and keys are fp32, and values have the dtype of what the model returns.
         returned, key, value = value.dtype, key.to(query.dtype), value.to(query.dtype)
         first = not entered.over
@@ -265,15 +267,16 @@ class Steering:
             return own()
         if rows is not None and rows.rows.shape[1] == 0:
             return own()
-        asked = kwargs.get("output_attentions", getattr(self._text.config, "output_attentions", False))
-        result = None if rows is None and not asked else own()
+        whole = rows is None and not kwargs.get("output_attentions", getattr(self._text.config, "output_attentions", False))
+        result = None if whole else own()
         past, chosen, position = key.shape[2] - query.shape[2], query, None
         if rows is not None:
             chosen = query.gather(2, rows.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
             position = rows.rows + past
         elif query.shape[2] > 1:
             position = torch.arange(past, key.shape[2], device=key.device)[None]
-        with torch.autocast(query.device.type, enabled=False):
+        device = query.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             edited, changed = self._edited(entered, method, marks, chosen, key, value, scaling, position, first)
         edited = edited.to(returned if result is None else result[0].dtype)
         if result is None:
@@ -299,7 +302,11 @@ class Steering:
                 self._mark(method, call, entered, query, key, scaling, entered.valid)
             marks = entered.holder.marks
         assert marks is not None
-        entered.rows = None if marks.idle else _rows(call, method, query)
+        if not marks.idle:
+            name = method.rows, query.shape[2]
+            if name not in call.steps.rows:
+                call.steps.rows[name] = _find_rows(call, method, query.shape[0], query.shape[2], query.device)
+            entered.rows = call.steps.rows[name]
         entered.hidden, entered.over = None, True
 
     def _edited(
@@ -315,10 +322,9 @@ class Steering:
         first: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """`[batch, row, head, dim]` of some rows, and which heads of them differ from the model's own `[batch, row, head]`."""
-        dtype, valid, rows = wide(query), entered.valid, entered.rows
+        dtype, valid, rows = torch.promote_types(query.dtype, torch.float32), entered.valid, entered.rows
         if isinstance(method, ScoreEditor):
-            groups = marks.grouped(len(method.strengths), dtype)[:, 0]
-            weight = groups @ on_device(np.array((0.0, *method.strengths)), groups.device).to(dtype)
+            weight = marks.weighted(method.strengths, dtype)
             self._record(entered, method, marks, first)
             return scored_attention(query, key, value, scaling, position, valid, weight), None
         assert isinstance(method, GroupEditor)
@@ -452,15 +458,8 @@ def _computed(call: Call, x: Tensor) -> Tensor:
     return x if call.reduction is None else x.gather(1, call.reduction.rows) & call.reduction.valid
 
 
-def _rows(call: Call, method: Redistributor, query: Tensor) -> Reduction | None:
-    """The rows a method edits among those of `[batch, head, query, dim]`; None for all of them."""
-    name = method.rows, query.shape[2]
-    if name not in call.steps.rows:
-        call.steps.rows[name] = _find_rows(call, method, query.shape[0], query.shape[2], query.device)
-    return call.steps.rows[name]
-
-
 def _find_rows(call: Call, method: Redistributor, batch: int, tokens: int, device: torch.device) -> Reduction | None:
+    """The rows a method edits among `tokens` query rows; None for all of them."""
     if call.layout is None:  # decoding, candidates of assisted decoding, or a turn without a picture: all behind the picture
         wanted = max(call.asked, 1)
         if method.rows != "last" or wanted >= tokens:

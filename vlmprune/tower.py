@@ -303,6 +303,7 @@ class RowMemory:
         wanted, there = [row_names(features) for features in pictures], [~features[:, 0].isnan() for features in pictures]
         found: dict[int, dict[str, Tensor]] = {}
         passes = dict.fromkeys((*self._mine.passes, *self._all))  # a pass may be in both
+        used: set[Known] = set()
         for one in passes:
             left = [number for number in range(len(pictures)) if number not in found]
             if not left:
@@ -312,6 +313,7 @@ class RowMemory:
             hits = [((names[place] == wanted[number]) | ~there[number]).all() for number, place in places.items()]
             for number, hit in zip(left, on_host(torch.stack(hits)), strict=True):
                 if hit:
+                    used.add(one)
                     # Of views that look alike, each its own.
                     twin = (places[number] + _repetition(wanted[number])).clamp_(max=len(names) - 1)
                     place = torch.where(names[twin] == wanted[number], twin, places[number])
@@ -325,7 +327,7 @@ class RowMemory:
                 "wrapped with this recipe, or they were changed, or copied long ago; pass pixel_values instead of encoded "
                 "features."
             )
-        for one in passes:
+        for one in used:
             one.graph.clear()
         return [found[number] for number in range(len(pictures))]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.kernels.attention_mass import reference
-from vlmprune.kernels.dispatch import Cost, Impl, bytes_of, check, check_heads, use_triton
+from vlmprune.kernels.dispatch import Checked, Cost, Impl, bytes_of, check, check_heads, use_triton
 
 __all__ = ["attention_mass", "attention_rows", "cost", "rows_cost"]
 
@@ -27,8 +27,7 @@ def attention_rows(query: Tensor, key: Tensor, scaling: float, visible: Tensor |
     Raises:
         UsageError: shapes or dtypes that do not fit; an implementation that cannot run.
     """
-    _check("attention_rows", query, key, visible)
-    if not use_triton("attention_rows", impl, query=query, key=key, visible=visible):
+    if not _attention_rows(impl, False, query, key, visible):
         return reference.attention_rows(query, key, scaling, visible)
     from vlmprune.kernels.attention_mass import kernel
 
@@ -43,8 +42,7 @@ def attention_mass(query: Tensor, key: Tensor, scaling: float, visible: Tensor |
     Raises:
         UsageError: shapes or dtypes that do not fit; an implementation that cannot run.
     """
-    _check("attention_mass", query, key, visible)
-    if not use_triton("attention_mass", impl, query=query, key=key, visible=visible):
+    if not _attention_mass(impl, False, query, key, visible):
         return reference.attention_mass(query, key, scaling, visible)
     from vlmprune.kernels.attention_mass import kernel
 
@@ -65,9 +63,13 @@ def rows_cost(query: Tensor, key: Tensor, scaling: float, visible: Tensor | None
     return Cost(bytes_of(query, key, visible) + 4 * batch * heads * rows * keys, batch * heads * rows * keys * (2 * dim + 3))
 
 
-def _check(op: str, query: Tensor, key: Tensor, visible: Tensor | None) -> None:
+def _choose(op: str, impl: Impl, _: bool, query: Tensor, key: Tensor, visible: Tensor | None) -> bool:
     check(op, "query", query, (None, None, None, None))
     check(op, "key", key, (query.shape[0], None, None, query.shape[3]))
     check_heads(op, query, key)
     if visible is not None:
         check(op, "visible", visible, (query.shape[0], query.shape[2], key.shape[2]), torch.bool)
+    return use_triton(op, impl, query=query, key=key, visible=visible)
+
+
+_attention_rows, _attention_mass = Checked("attention_rows", _choose), Checked("attention_mass", _choose)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError
-from vlmprune.kernels.dispatch import Cost, Impl, bytes_of, check, check_heads, use_triton
+from vlmprune.kernels.dispatch import Checked, Cost, Impl, bytes_of, check, check_heads, use_triton
 from vlmprune.kernels.flow_score import reference
 from vlmprune.kernels.flow_score.reference import entropy_ratio, share
 
@@ -37,17 +37,7 @@ def flow_score(
     Raises:
         UsageError: shapes or dtypes that do not fit; an implementation that cannot run.
     """
-    check("flow_score", "query", query, (None, None, None))
-    check("flow_score", "key", key, (query.shape[0], None, None, query.shape[2]))
-    check("flow_score", "value", value, tuple(key.shape))
-    check("flow_score", "anchor", anchor, (key.shape[0], key.shape[1], key.shape[3]))
-    check_heads("flow_score", query, key)
-    for name, x in (("value", value), ("anchor", anchor)):
-        if x.dtype != key.dtype:
-            raise UsageError(f"flow_score: {name} is {x.dtype} but key {key.dtype}: convert one of them.")
-    if valid is not None:
-        check("flow_score", "valid", valid, (key.shape[0], key.shape[2]), torch.bool)
-    if not use_triton("flow_score", impl, query=query, key=key, value=value, anchor=anchor, valid=valid):
+    if not _flow_score(impl, False, query, key, value, anchor, valid):
         return reference.flow_score(query, key, value, anchor, scaling, semantic_scaling, valid)
     from vlmprune.kernels.flow_score import kernel
 
@@ -68,3 +58,22 @@ def cost(
     scores = views * (query.shape[1] + kv_heads) * tokens
     flops = scores * (2 * dim + 4) + views * kv_heads * tokens * dim + 2 * views * tokens * dim
     return Cost(bytes_of(query, key, value, anchor, valid) + 12 * views * tokens, flops)
+
+
+def _choose(
+    op: str, impl: Impl, _: bool, query: Tensor, key: Tensor, value: Tensor, anchor: Tensor, valid: Tensor | None
+) -> bool:
+    check(op, "query", query, (None, None, None))
+    check(op, "key", key, (query.shape[0], None, None, query.shape[2]))
+    check(op, "value", value, tuple(key.shape))
+    check(op, "anchor", anchor, (key.shape[0], key.shape[1], key.shape[3]))
+    check_heads(op, query, key)
+    for name, x in (("value", value), ("anchor", anchor)):
+        if x.dtype != key.dtype:
+            raise UsageError(f"{op}: {name} is {x.dtype} but key {key.dtype}: convert one of them.")
+    if valid is not None:
+        check(op, "valid", valid, (key.shape[0], key.shape[2]), torch.bool)
+    return use_triton(op, impl, query=query, key=key, value=value, anchor=anchor, valid=valid)
+
+
+_flow_score = Checked("flow_score", _choose)

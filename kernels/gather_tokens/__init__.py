@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError
-from vlmprune.kernels.dispatch import Cost, Impl, bytes_of, check, use_triton
+from vlmprune.kernels.dispatch import Checked, Cost, Impl, bytes_of, check, use_triton
 from vlmprune.kernels.gather_tokens import reference
 
 __all__ = ["cost", "cost_of_all", "gather_all", "gather_tokens"]
@@ -27,8 +27,7 @@ def gather_tokens(x: Tensor, rows: Tensor, valid: Tensor | None = None, impl: Im
     Raises:
         UsageError: shapes or dtypes that do not fit; an implementation that cannot run.
     """
-    _check("gather_tokens", "x", x, rows, valid)
-    if not use_triton("gather_tokens", impl, any_dtype=True, x=x, rows=rows, valid=valid):
+    if not _gather_tokens(impl, False, rows, valid, x):
         return reference.gather_tokens(x, rows, valid)
     from vlmprune.kernels.gather_tokens import kernel
 
@@ -45,10 +44,7 @@ def gather_all(tensors: Sequence[Tensor], rows: Tensor, valid: Tensor | None = N
     Raises:
         UsageError: shapes or dtypes that do not fit; an implementation that cannot run.
     """
-    named = {f"tensors[{place}]": x for place, x in enumerate(tensors)}
-    for name, x in named.items():
-        _check("gather_all", name, x, rows, valid)
-    if not use_triton("gather_all", impl, any_dtype=True, rows=rows, valid=valid, **named):
+    if not _gather_all(impl, False, rows, valid, *tensors):
         return reference.gather_all(tensors, rows, valid)
     from vlmprune.kernels.gather_tokens import kernel
 
@@ -69,11 +65,27 @@ def cost_of_all(tensors: Sequence[Tensor], rows: Tensor, valid: Tensor | None = 
     return Cost(moved, 0)
 
 
-def _check(op: str, name: str, x: Tensor, rows: Tensor, valid: Tensor | None) -> None:
-    check(op, "rows", rows, (None, None), torch.int64)
-    if x.ndim < 3 or x.shape[0] not in (1, rows.shape[0]):
-        raise UsageError(
-            f"{op}: {name} must have shape [{rows.shape[0]} or 1, …, token, dim] as rows has, found {list(x.shape)}."
-        )
-    if valid is not None:
-        check(op, "valid", valid, tuple(rows.shape), torch.bool)
+def _choose_one(op: str, impl: Impl, _: bool, rows: Tensor, valid: Tensor | None, x: Tensor) -> bool:
+    _check(op, rows, valid, x=x)
+    return use_triton(op, impl, any_dtype=True, x=x, rows=rows, valid=valid)
+
+
+def _choose_all(op: str, impl: Impl, _: bool, rows: Tensor, valid: Tensor | None, *tensors: Tensor) -> bool:
+    named = {f"tensors[{place}]": x for place, x in enumerate(tensors)}
+    _check(op, rows, valid, **named)
+    return use_triton(op, impl, any_dtype=True, rows=rows, valid=valid, **named)
+
+
+def _check(op: str, rows: Tensor, valid: Tensor | None, **named: Tensor) -> None:
+    for place, (name, x) in enumerate(named.items()):
+        if not place:
+            check(op, "rows", rows, (None, None), torch.int64)
+        if x.ndim < 3 or x.shape[0] not in (1, rows.shape[0]):
+            raise UsageError(
+                f"{op}: {name} must have shape [{rows.shape[0]} or 1, …, token, dim] as rows has, found {list(x.shape)}."
+            )
+        if valid is not None and not place:
+            check(op, "valid", valid, tuple(rows.shape), torch.bool)
+
+
+_gather_tokens, _gather_all = Checked("gather_tokens", _choose_one), Checked("gather_all", _choose_all)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError
-from vlmprune.kernels.dispatch import Cost, Impl, bytes_of, check, check_dim, check_heads, use_triton
+from vlmprune.kernels.dispatch import Checked, Cost, Impl, bytes_of, check, check_dim, check_heads, use_triton
 from vlmprune.kernels.grouped_attention import reference
 from vlmprune.kernels.grouped_attention.reference import Coefficients
 
@@ -46,16 +46,9 @@ def grouped_attention(
     Raises:
         UsageError: shapes or dtypes that do not fit, more marked keys than keys, or an implementation that cannot run.
     """
-    op = "grouped_attention"
-    _check(op, query, key, value, position, valid)
-    check(op, "groups", groups, (query.shape[0], None, None, None))
-    if groups.shape[1] not in (1, query.shape[1]):
-        raise UsageError(f"{op}: groups must be of 1 or {query.shape[1]} heads as query has, found {groups.shape[1]}.")
-    _check_marked(op, "groups", groups.shape[2], key)
-    impl = _with_gradients(op, impl, query, key, value)
-    if not use_triton(op, impl, query=query, key=key, value=value, position=position, valid=valid, groups=groups):
+    gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not _grouped_attention(impl, gradients, query, key, value, position, valid, groups):
         return reference.grouped_attention(query, key, value, scaling, position, valid, groups, coefficients)
-    _check_dims(op, query, value)
     from vlmprune.kernels.grouped_attention import kernel
 
     return kernel.grouped_attention(query, key, value, scaling, position, valid, groups, coefficients)
@@ -76,14 +69,9 @@ def scored_attention(
     Raises:
         UsageError: shapes or dtypes that do not fit, more weights than keys, or an implementation that cannot run.
     """
-    op = "scored_attention"
-    _check(op, query, key, value, position, valid)
-    check(op, "weight", weight, (query.shape[0], None))
-    _check_marked(op, "weight", weight.shape[1], key)
-    impl = _with_gradients(op, impl, query, key, value)
-    if not use_triton(op, impl, query=query, key=key, value=value, position=position, valid=valid, weight=weight):
+    gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not _scored_attention(impl, gradients, query, key, value, position, valid, weight):
         return reference.scored_attention(query, key, value, scaling, position, valid, weight)
-    _check_dims(op, query, value)
     from vlmprune.kernels.grouped_attention import kernel
 
     return kernel.scored_attention(query, key, value, scaling, position, valid, weight)
@@ -103,12 +91,8 @@ def column_means(
     Raises:
         UsageError: shapes or dtypes that do not fit, or an implementation that cannot run.
     """
-    op = "column_means"
-    _check(op, query, key, None, position, valid)
-    check(op, "counted", counted, (query.shape[0], query.shape[2]), torch.bool)
-    if not use_triton(op, impl, query=query, key=key, position=position, valid=valid, counted=counted):
+    if not _column_means(impl, False, query, key, position, valid, counted):
         return reference.column_means(query, key, scaling, position, valid, counted)
-    _check_dims(op, query, None)
     from vlmprune.kernels.grouped_attention import kernel
 
     return kernel.column_means(query, key, scaling, position, valid, counted)
@@ -120,6 +104,76 @@ def cost(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, marks:
     width = value.shape[3]
     written = 4 * batch * heads * rows * width
     return Cost(bytes_of(query, key, value, valid, marks) + written, 2 * batch * heads * rows * key.shape[2] * (dim + width))
+
+
+def _choose_grouped(
+    op: str,
+    impl: Impl,
+    gradients: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor | None,
+    valid: Tensor | None,
+    groups: Tensor,
+) -> bool:
+    _check(op, query, key, value, position, valid)
+    check(op, "groups", groups, (query.shape[0], None, None, None))
+    if groups.shape[1] not in (1, query.shape[1]):
+        raise UsageError(f"{op}: groups must be of 1 or {query.shape[1]} heads as query has, found {groups.shape[1]}.")
+    return _choose_marked(op, impl, gradients, query, key, value, position, valid, groups=groups)
+
+
+def _choose_scored(
+    op: str,
+    impl: Impl,
+    gradients: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor | None,
+    valid: Tensor | None,
+    weight: Tensor,
+) -> bool:
+    _check(op, query, key, value, position, valid)
+    check(op, "weight", weight, (query.shape[0], None))
+    return _choose_marked(op, impl, gradients, query, key, value, position, valid, weight=weight)
+
+
+def _choose_marked(
+    op: str,
+    impl: Impl,
+    gradients: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor | None,
+    valid: Tensor | None,
+    **marks: Tensor,
+) -> bool:
+    ((name, x),) = marks.items()
+    marked = x.shape[-2] if name == "groups" else x.shape[-1]
+    if marked > key.shape[2]:
+        raise UsageError(f"{op}: {name} is about {marked} keys, but there are {key.shape[2]}.")
+    if gradients and impl == "triton":
+        raise UsageError(f"{op}: kernels have no gradients, but query, key or value needs one: pass impl='reference'.")
+    impl = "reference" if gradients and impl == "auto" else impl
+    kernel = use_triton(op, impl, False, query=query, key=key, value=value, position=position, valid=valid, **marks)
+    if kernel:
+        check_dim(op, "query", query.shape[3])
+        check_dim(op, "value", value.shape[3])
+    return kernel
+
+
+def _choose_means(
+    op: str, impl: Impl, _: bool, query: Tensor, key: Tensor, position: Tensor, valid: Tensor | None, counted: Tensor
+) -> bool:
+    _check(op, query, key, None, position, valid)
+    check(op, "counted", counted, (query.shape[0], query.shape[2]), torch.bool)
+    kernel = use_triton(op, impl, query=query, key=key, position=position, valid=valid, counted=counted)
+    if kernel:
+        check_dim(op, "query", query.shape[3])
+    return kernel
 
 
 def _check(op: str, query: Tensor, key: Tensor, value: Tensor | None, position: Tensor | None, valid: Tensor | None) -> None:
@@ -137,21 +191,6 @@ def _check(op: str, query: Tensor, key: Tensor, value: Tensor | None, position: 
         check(op, "valid", valid, (batch, key.shape[2]), torch.bool)
 
 
-def _check_marked(op: str, name: str, marked: int, key: Tensor) -> None:
-    if marked > key.shape[2]:
-        raise UsageError(f"{op}: {name} is about {marked} keys, but there are {key.shape[2]}.")
-
-
-def _check_dims(op: str, query: Tensor, value: Tensor | None) -> None:
-    check_dim(op, "query", query.shape[3])
-    if value is not None:
-        check_dim(op, "value", value.shape[3])
-
-
-def _with_gradients(op: str, impl: Impl, *tensors: Tensor) -> Impl:
-    """The implementation to ask for: kernels have no gradients."""
-    if impl == "reference" or not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-        return impl
-    if impl == "triton":
-        raise UsageError(f"{op}: kernels have no gradients, but query, key or value needs one: pass impl='reference'.")
-    return "reference" if impl == "auto" else impl
+_grouped_attention = Checked("grouped_attention", _choose_grouped)
+_scored_attention = Checked("scored_attention", _choose_scored)
+_column_means = Checked("column_means", _choose_means)

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from vlmprune.kernels.dispatch import wide
-
 CHUNK = 1 << 20
 """Numbers of an attention map `[batch, head, row, key]` that exist at one time: 4 MiB of fp32, which stays in a CPU's cache."""
 
@@ -48,22 +46,40 @@ def grouped_attention(
     Returns:
         `[batch, row, head, dim]` fp32, factors and masses `[batch, head, row, group]`.
     """
-    marked = groups.shape[2]
-    groups = groups.to(wide(query))
-    out, factors, masses = [], [], []
-    for _, scores in _scores(query, key, scaling, position, valid):
-        attention = scores.softmax(dim=-1)
-        early, late = attention[..., :marked], attention[..., marked:]
-        mass = early @ groups
-        if late.shape[-1]:
-            mass[..., 0] += late.sum(dim=-1)
-        factor = coefficients(mass)
-        edited = early * (factor @ groups.transpose(-1, -2))
-        attention = torch.cat((edited, late * factor[..., :1]), dim=-1) if late.shape[-1] else edited
-        out.append(_weighted(attention, value))
-        factors.append(factor)
-        masses.append(mass)
-    return _joined(out, 1), _joined(factors, 2), _joined(masses, 2)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    key, value, groups = key.to(dtype), value.to(dtype), groups.to(dtype)
+    batch, heads, rows, dim = query.shape
+    if (step := max(CHUNK // (batch * heads * key.shape[2]), 1)) < rows:
+        pieces = [
+            grouped_attention(some, key, value, scaling, places, valid, groups, coefficients)
+            for some, places in _pieces(query, position, step)
+        ]
+        outs, factors, masses = zip(*pieces, strict=True)
+        return torch.cat(outs, dim=1), torch.cat(factors, dim=2), torch.cat(masses, dim=2)
+    # Query heads that share a key head stand behind each other: grouped, no key is ever repeated.
+    grouped = query.to(dtype).reshape(batch, key.shape[1], -1, dim) * scaling
+    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
+    if position is not None or valid is not None:
+        scores = _seen(scores, position, valid)
+    attention = scores.softmax(dim=-1)
+    marked, kinds = groups.shape[2:]
+    early, late = attention[..., :marked], attention[..., marked:]
+    # Heads that share their groups are rows of one product: groups are never repeated.
+    lead = batch * groups.shape[1]
+    groups = groups.reshape(lead, marked, kinds)
+    mass = (early.reshape(lead, -1, marked) @ groups).view(batch, heads, rows, kinds)
+    if later := late.shape[-1]:
+        mass[..., 0] += late.sum(dim=-1)
+    factor = coefficients(mass)
+    change = (factor.reshape(lead, -1, kinds) @ groups.transpose(1, 2)).view(batch, heads, rows, marked)
+    if attention.requires_grad:
+        attention = torch.cat((early * change, late * factor[..., :1]), dim=-1)
+    else:
+        early *= change
+        if later:
+            late *= factor[..., :1]
+    out = attention.reshape(batch, value.shape[1], -1, value.shape[2]) @ value
+    return out.view(batch, heads, rows, -1).transpose(1, 2), factor, mass
 
 
 def scored_attention(
@@ -77,9 +93,28 @@ def scored_attention(
     Returns:
         `[batch, row, head, dim]` fp32.
     """
-    full = torch.nn.functional.pad(weight.to(wide(query)), (0, key.shape[2] - weight.shape[1]))[:, None, None]
-    edited = _scores(query, key, scaling, position, valid, lambda scores: torch.addcmul(scores, full, scores.abs()))
-    return _joined([_weighted(scores.softmax(dim=-1), value) for _, scores in edited], 1)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    key, value, weight = key.to(dtype), value.to(dtype), weight.to(dtype)
+    batch, heads, rows, dim = query.shape
+    if (step := max(CHUNK // (batch * heads * key.shape[2]), 1)) < rows:
+        pieces = [
+            scored_attention(some, key, value, scaling, places, valid, weight)
+            for some, places in _pieces(query, position, step)
+        ]
+        return torch.cat(pieces, dim=1)
+    grouped = query.to(dtype).reshape(batch, key.shape[1], -1, dim) * scaling
+    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
+    early = scores[..., : weight.shape[1]]
+    weight = weight[:, None, None]
+    if scores.requires_grad:
+        raised = torch.addcmul(early, weight, early.abs())
+        scores = torch.cat((raised, scores[..., weight.shape[-1] :]), dim=-1)
+    else:
+        early.addcmul_(weight, early.abs())
+    if position is not None or valid is not None:
+        scores = _seen(scores, position, valid)
+    out = scores.softmax(dim=-1).reshape(batch, value.shape[1], -1, value.shape[2]) @ value
+    return out.view(batch, heads, rows, -1).transpose(1, 2)
 
 
 def column_means(query: Tensor, key: Tensor, scaling: float, position: Tensor, valid: Tensor | None, counted: Tensor) -> Tensor:
@@ -88,50 +123,33 @@ def column_means(query: Tensor, key: Tensor, scaling: float, position: Tensor, v
     Args:
         counted: `[batch, row]` bool. The others as in `grouped_attention`.
     """
-    keys = torch.arange(key.shape[2], device=key.device)
-    total = torch.zeros(*query.shape[:2], key.shape[2], dtype=wide(query), device=key.device)
-    seen = torch.zeros(total.shape[0], total.shape[2], dtype=total.dtype, device=key.device)
-    for rows, scores in _scores(query, key, scaling, position, valid):
-        counts = counted[:, rows].to(scores)
-        total = total + torch.einsum("bhrk,br->bhk", scores.softmax(dim=-1), counts)
-        seen = seen + ((keys <= position[:, rows, None]) * counts[..., None]).sum(dim=1)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    keys, key = torch.arange(key.shape[2], device=key.device), key.to(dtype)
+    batch, heads, _, dim = query.shape
+    total = torch.zeros(batch, heads, len(keys), dtype=dtype, device=key.device)
+    seen = torch.zeros(batch, len(keys), dtype=dtype, device=key.device)
+    step = max(CHUNK // (batch * heads * len(keys)), 1)
+    for some, places, counts in zip(
+        query.split(step, 2), position.split(step, 1), counted.to(dtype).split(step, 1), strict=True
+    ):
+        grouped = some.to(dtype).reshape(batch, key.shape[1], -1, dim) * scaling
+        scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, -1, len(keys))
+        attention = _seen(scores, places, valid).softmax(dim=-1)
+        total = total + torch.einsum("bhrk,br->bhk", attention, counts)
+        seen = seen + ((keys <= places[..., None]) * counts[..., None]).sum(dim=1)
     return total / seen.clamp_min(1)[:, None]
 
 
-def _scores(
-    query: Tensor,
-    key: Tensor,
-    scaling: float,
-    position: Tensor | None,
-    valid: Tensor | None,
-    edit: Callable[[Tensor], Tensor] = lambda scores: scores,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows with their masked scores `[batch, head, row, key]`."""
-    batch, heads, rows, dim = query.shape
-    kv_heads, keys = key.shape[1:3]
-    columns = key.to(wide(query)).transpose(-1, -2)
-    step = max(CHUNK // (batch * heads * keys), 1)
-    places = torch.arange(keys, device=key.device)
-    for start in range(0, rows, step):
-        here = slice(start, min(start + step, rows))
-        # Query heads that share a key head stand behind each other: grouped, no key is ever repeated.
-        grouped = query[:, :, here].to(wide(query)).reshape(batch, kv_heads, -1, dim) * scaling
-        scores = edit((grouped @ columns).view(batch, heads, -1, keys))
-        visible = None if valid is None else valid[:, None, None]
-        if position is not None:
-            causal = (places <= position[:, here, None])[:, None]
-            visible = causal if visible is None else visible & causal
-        if visible is not None:
-            scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-        yield here, scores
+def _pieces(query: Tensor, position: Tensor | None, step: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """So many rows at a time, and where they are."""
+    for start in range(0, query.shape[2], step):
+        yield query[:, :, start : start + step], None if position is None else position[:, start : start + step]
 
 
-def _weighted(attention: Tensor, value: Tensor) -> Tensor:
-    """`[batch, row, head, dim]` values under `[batch, head, row, key]` weights."""
-    batch, heads, rows, keys = attention.shape
-    grouped = attention.reshape(batch, value.shape[1], -1, keys) @ value.to(attention.dtype)
-    return grouped.view(batch, heads, rows, -1).transpose(1, 2)
-
-
-def _joined(pieces: list[Tensor], dim: int) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
+def _seen(scores: Tensor, position: Tensor | None, valid: Tensor | None) -> Tensor:
+    """Lowest where a row does not look."""
+    visible = None if valid is None else valid[:, None, None]
+    if position is not None:
+        causal = (torch.arange(scores.shape[3], device=scores.device) <= position[..., None])[:, None]
+        visible = causal if visible is None else visible & causal
+    return scores if visible is None else scores.masked_fill(~visible, torch.finfo(scores.dtype).min)

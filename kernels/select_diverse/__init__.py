@@ -1,15 +1,16 @@
 """Diverse subsets of the tokens of each picture: greedy max-min distance, and greedy determinants.
 
-Both read the features once a pick: `(keep + 1) · visual · dim` numbers and `2 · (keep + 1) · visual · dim` FLOPs; max-min
-needs `2 · visual² · dim` FLOPs more for its first pick, determinants `keep² · visual` for what picks have in common. Roofline
-on an H200 for 320 of 2880 tokens in bf16: at width 4096 the first pick is 68 GFLOP, 0.07 ms at 989 TFLOP/s; a pick reads 24
-MB, 5 µs and for all 1.6 ms at 4.8 TB/s from memory. The goal of 1 ms needs those reads to come from the caches of the
+On a GPU both read the features once a pick: `(keep + 1) · visual · dim` numbers and `2 · (keep + 1) · visual · dim` FLOPs;
+max-min needs `2 · visual² · dim` FLOPs more for its first pick, determinants `keep² · visual` for what picks have in common.
+Roofline on an H200 for 320 of 2880 tokens in bf16: at width 4096 the first pick is 68 GFLOP, 0.07 ms at 989 TFLOP/s; a pick
+reads 24 MB, 5 µs and for all 1.6 ms at 4.8 TB/s from memory. The goal of 1 ms needs those reads to come from the caches of the
 multiprocessors (22 tokens, 0.18 MB each) instead. At width 1024 it is 17 GFLOP, 0.02 ms, and 5.9 MB, 1.2 µs a pick, 0.4 ms. On
 top of either comes one exchange of words among all programs for each pick, 1 to 2 µs. Nobody has measured this yet: 0.5 to 1
 ms is expected at width 1024, 1 to 2 ms at width 4096. Determinants are one launch a pick, 5 to 10 µs on the host unless
 captured in a CUDA graph.
 
-On a CPU 320 of 2880 tokens take less than three products of the features with themselves (benchmarks/select_diverse.py).
+On a CPU, "auto" is `cpu.py`: at most as long as one product of all pairs and a plain greedy loop on it, and most often half as
+long (benchmarks/select_diverse.py); "reference" is the equation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from vlmprune.errors import UsageError
 from vlmprune.kernels.dispatch import Cost, Impl, bytes_of, check, use_triton
-from vlmprune.kernels.select_diverse import reference
+from vlmprune.kernels.select_diverse import cpu, reference
 
 __all__ = ["cost", "determinant_order", "greedy_order", "select_diverse"]
 
@@ -46,7 +47,7 @@ def determinant_order(features: Tensor, weight: Tensor, keep: int, impl: Impl = 
     _check("determinant_order", features, keep)
     check("determinant_order", "weight", weight, tuple(features.shape[:2]))
     if not use_triton("determinant_order", impl, features=features, weight=weight):
-        return reference.determinant_order(features, weight, keep)
+        return (cpu if impl == "auto" and features.is_cpu else reference).determinant_order(features, weight, keep)
     from vlmprune.kernels.select_diverse import kernel
 
     return kernel.determinant_order(features, weight, keep)
@@ -61,7 +62,7 @@ def cost(features: Tensor, keep: int) -> Cost:
 def _greedy_order(op: str, features: Tensor, keep: int, impl: Impl) -> Tensor:
     _check(op, features, keep)
     if not use_triton(op, impl, features=features):
-        return reference.greedy_order(features, keep)
+        return (cpu if impl == "auto" and features.is_cpu else reference).greedy_order(features, keep)
     from vlmprune.kernels.select_diverse import kernel
 
     return kernel.greedy_order(features, keep)

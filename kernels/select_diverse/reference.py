@@ -1,7 +1,9 @@
-"""Greedy selection over cosine similarity, in fp32. Similarities are computed a row at a time: nothing is n×n.
+"""Greedy selection over cosine similarity, in fp32 (fp64 for fp64 inputs): the equations. On a CPU `cpu.py` is faster.
 
 max-min        first = argmax_j min_{i≠j} d(i, j);   next = argmax_{j∉S} min_{i∈S} d(i, j),   d = 1 − cosine
 determinant    next = argmax_{j∉S} det L_{S∪{j}},   L_ij = w_i · cosine(i, j) · w_j
+
+Similarities are computed a row at a time, and for the first pick of max-min a block of rows: nothing is n×n.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmprune.kernels.dispatch import in_fp32
+from vlmprune.kernels.dispatch import in_fp32, wide
 
 RANK = 1e-6
 """Share of a token's length below which what is new in it counts as rounding."""
@@ -24,18 +26,16 @@ def greedy_order(features: Tensor, keep: int) -> Tensor:
     """Max-min selection, in the order of picking, `[image, keep]`.
 
     Args:
-        features: `[image, visual, dim]`, any float dtype; computed in fp32.
+        features: `[image, visual, dim]`, any float dtype; computed in fp32, or fp64 if they are.
         keep: tokens to pick of each picture, at most `visual`. Ties go to the lower index; no index is picked twice, also
             where tokens are exact duplicates.
     """
-    unit = normalize(features.detach().float(), dim=-1)
+    unit = normalize(features.detach().to(wide(features)), dim=-1)
     images, visual, _ = unit.shape
     rows = torch.arange(images, device=features.device)
     order = torch.empty(images, keep, dtype=torch.long, device=features.device)
     if keep == 0:
         return order
-    if visual <= CHUNK:
-        return _order_of_few(unit, keep)
     pick = _nearest_other(unit).argmax(dim=-1)
     apart = unit.new_full((images, visual), torch.inf)  # distance to the nearest selected token; −inf once taken
     for step in range(keep):
@@ -46,45 +46,20 @@ def greedy_order(features: Tensor, keep: int) -> Tensor:
     return order
 
 
-def _order_of_few(unit: Tensor, keep: int) -> Tensor:
-    """The same where all distances together are no larger than a block: three small operations a pick."""
-    distance = 1.0 - unit @ unit.transpose(-1, -2)
-    own = distance.diagonal(dim1=-2, dim2=-1)
-    own.fill_(torch.inf)
-    picks = [distance.amin(dim=-1).argmax(dim=-1)]
-    own.fill_(-torch.inf)  # from its own row on, a token is taken
-    rows = torch.arange(len(unit), device=unit.device)
-    apart = torch.full_like(distance[:, 0], torch.inf)
-    for _ in range(keep - 1):
-        torch.minimum(apart, distance[rows, picks[-1]], out=apart)
-        picks.append(apart.argmax(dim=-1))
-    return torch.stack(picks, dim=1)
-
-
 def _similarity(unit: Tensor, pick: Tensor) -> Tensor:
-    """`[image, visual]` of every token to its picture's pick, `[image]`.
-
-    One matrix-vector product a picture: a batched product reads the features at half the speed on a CPU.
-    """
-    found = unit.new_empty(unit.shape[:2])
-    for tokens, own, similarity in zip(unit, pick[:, None], found, strict=True):
-        torch.mv(tokens, tokens.index_select(0, own)[0], out=similarity)
-    return found
+    """`[image, visual]` of every token to its picture's pick, `[image]`."""
+    rows = torch.arange(len(unit), device=unit.device)
+    return (unit @ unit[rows, pick][..., None])[..., 0]
 
 
 def _nearest_other(unit: Tensor) -> Tensor:
-    """`[image, visual]` distance of every token to the nearest other one.
-
-    Similarity is symmetric: each pair is computed once, and counts for both of its tokens.
-    """
-    images, visual, _ = unit.shape
-    likeness = unit.new_full((images, visual), -torch.inf)  # the greatest
-    for start in range(0, visual, CHUNK):
-        block = unit[:, start : start + CHUNK] @ unit[:, start:].transpose(-1, -2)  # [image, chunk, visual − start]
-        block.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
-        for rows, greatest in ((slice(start, start + CHUNK), block.amax(dim=-1)), (slice(start, None), block.amax(dim=-2))):
-            torch.maximum(likeness[:, rows], greatest, out=likeness[:, rows])
-    return 1.0 - likeness
+    """`[image, visual]` distance of every token to the nearest other one."""
+    nearest = unit.new_empty(unit.shape[:2])
+    for start in range(0, unit.shape[1], CHUNK):
+        block = unit[:, start : start + CHUNK] @ unit.transpose(-1, -2)  # [image, chunk, visual]
+        block.diagonal(start, dim1=-2, dim2=-1).fill_(-torch.inf)
+        nearest[:, start : start + CHUNK] = 1.0 - block.amax(dim=-1)
+    return nearest
 
 
 @in_fp32
@@ -94,12 +69,12 @@ def determinant_order(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     Incremental Cholesky factorisation (Chen et al., NeurIPS 2018, arXiv:1709.05135, algorithm 1): O(keep² · visual).
 
     Args:
-        features: `[image, visual, dim]`, any float dtype; computed in fp32.
+        features: `[image, visual, dim]`, any float dtype; computed in fp32, or fp64 if they are.
         weight: `[image, visual]` w, at least 0.
         keep: tokens to pick of each picture, at most `visual`. Where the determinant is zero for all further tokens, picks go
             on by index, so that the count is exact.
     """
-    unit = normalize(features.detach().float(), dim=-1) * weight.detach().float()[..., None]
+    unit = normalize(features.detach().to(wide(features)), dim=-1) * weight.detach().to(wide(features))[..., None]
     images, visual, _ = unit.shape
     rows = torch.arange(images, device=features.device)
     order = torch.empty(images, keep, dtype=torch.long, device=features.device)

@@ -6,6 +6,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,10 @@ import torch
 from vlmprune.errors import UsageError
 from vlmprune.kernels import dispatch
 from vlmprune.kernels.attention_mass import attention_mass, attention_rows
-from vlmprune.kernels.dispatch import bytes_of, use_triton
+from vlmprune.kernels.dispatch import Checked, bytes_of, in_fp32, use_triton
 from vlmprune.kernels.flow_score import flow_score
 from vlmprune.kernels.gather_tokens import gather_all, gather_tokens
+from vlmprune.kernels.grouped_attention import column_means, grouped_attention, scored_attention
 from vlmprune.kernels.launching import on_its_device
 
 X = torch.randn(1, 2, 5, 16)
@@ -146,3 +148,151 @@ def test_every_public_launcher_does():
                 first = ast.unparse(function.decorator_list[0]) if function.decorator_list else None
                 assert first == "on_its_device", f"{path}: {function.name}"
     assert set(found) == {*OPS, "greedy_order", "determinant_order", "grouped_attention", "scored_attention", "column_means"}
+
+
+# -- checks are made once for each kind of arguments ---------------------------------------------------------------------------
+
+MARKS, HEADS = torch.ones(1, 1, 4, 2), torch.ones(1, 2, 5, 16)
+COUNTED, PLACES = torch.ones(1, 5, dtype=torch.bool), torch.arange(5)[None]
+GIVEN = {  # an op, and arguments that it takes
+    "attention_rows": (attention_rows, (X, X, 1.0, torch.ones(1, 5, 5, dtype=torch.bool))),
+    "attention_mass": (attention_mass, (X, X, 1.0, None)),
+    "flow_score": (flow_score, (X[:, :, 0], X, X, X[:, :, 0], 1.0, 1.0, COUNTED)),
+    "gather_tokens": (gather_tokens, (X, ROWS, torch.ones(1, 2, dtype=torch.bool))),
+    "gather_all": (lambda *tensors, impl="auto": gather_all(tensors[:2], *tensors[2:], impl=impl), (X, HEADS, ROWS, None)),
+    "grouped_attention": (grouped_attention, (X, X, X, 1.0, PLACES, COUNTED, MARKS, lambda mass: mass)),
+    "scored_attention": (scored_attention, (X, X, X, 1.0, PLACES, COUNTED, MARKS[:, 0, :, 0])),
+    "column_means": (column_means, (X, X, 1.0, PLACES, COUNTED, COUNTED)),
+}
+
+
+def memos() -> list[Checked]:
+    """Of all ops."""
+    packages = ("attention_mass", "flow_score", "gather_tokens", "grouped_attention")
+    modules = (importlib.import_module(f"vlmprune.kernels.{name}") for name in packages)
+    return [x for module in modules for x in vars(module).values() if isinstance(x, Checked)]
+
+
+def outcome(op, arguments, **more) -> str:
+    try:
+        op(*arguments, **more)
+    except (UsageError, RuntimeError, IndexError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "taken"
+
+
+def spoiled(arguments) -> list[tuple]:
+    """Arguments of which one is of another rank, size, dtype or device, one at a time; and with one given that was None."""
+    found = []
+    for place, x in enumerate(arguments):
+        if not isinstance(x, torch.Tensor):
+            continue
+        others = [x[None], x[0], x[..., :-1], torch.cat((x, x)), x.to("meta")]
+        others += [x.double(), x.half(), x.long(), x.bool()]
+        others += [x[:, :1], x[:0], torch.cat((x, x), dim=-1)]
+        found += [(*arguments[:place], other, *arguments[place + 1 :]) for other in others]
+    return found
+
+
+def forget(monkeypatch) -> None:
+    for memo in memos():
+        monkeypatch.setattr(memo, "_passed", {})
+
+
+@pytest.mark.parametrize("op", GIVEN)
+def test_bad_input_is_refused_alike_before_and_after_good_input(op, monkeypatch):
+    """What passed once vouches for equal kinds only: one sentence for one fault, whatever ran before."""
+    call, arguments = GIVEN[op]
+    bad = spoiled(arguments)
+    fresh = []
+    for given in bad:
+        forget(monkeypatch)
+        fresh.append(outcome(call, given))
+    assert sum(found.startswith("UsageError") for found in fresh) >= len(bad) // 3
+    forget(monkeypatch)
+    for _ in range(2):  # the second time with all that passed in mind
+        assert outcome(call, arguments) == "taken"
+        assert [outcome(call, given) for given in bad] == fresh
+    assert outcome(call, arguments, impl="tritn").startswith("UsageError: unknown impl 'tritn'")
+    assert outcome(call, arguments, impl=["auto"]).startswith("UsageError: unknown impl \"['auto']\"")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "impl='triton' needs CUDA tensors" in outcome(call, arguments, impl="triton")
+
+
+@pytest.mark.parametrize("op", GIVEN)
+def test_equal_kinds_are_checked_once(op, monkeypatch):
+    """Also for other tensors of the same kind; other sizes, and other implementations, are checked."""
+    forget(monkeypatch)
+    call, arguments = GIVEN[op]
+    asked = []
+    for memo in memos():
+        monkeypatch.setattr(memo, "_choose", lambda *given, own=memo._choose: asked.append(given[1]) or own(*given))
+    for _ in range(3):
+        call(*arguments)
+    call(*(x.clone() if isinstance(x, torch.Tensor) else x for x in arguments))
+    assert asked == ["auto"]
+    call(*arguments, impl="reference")
+    assert asked == ["auto", "reference"]
+
+
+def test_a_kernel_that_passed_is_refused_where_its_environment_changed(monkeypatch):
+    """And a kind that passed without gradients is refused with them."""
+    call, arguments = GIVEN["scored_attention"]
+    call(*arguments, impl="triton")
+    needing = (arguments[0].clone().requires_grad_(), *arguments[1:])
+    with pytest.raises(UsageError, match="scored_attention: kernels have no gradients, but query, key or value needs one"):
+        call(*needing, impl="triton")
+    with torch.no_grad():
+        call(*needing, impl="triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    for _ in range(2):
+        with pytest.raises(UsageError, match="impl='triton' needs CUDA tensors, but query is on cpu"):
+            call(*arguments, impl="triton")
+
+
+def test_what_is_remembered_is_bounded_and_shared_by_threads():
+    """As many kinds as decoding makes: one for each length."""
+    asked = []
+    memo = Checked("op", lambda op, impl, gradients, x: asked.append(x.shape[0]) or x.shape[0] % 2 == 1)
+    sizes = [torch.empty(size) for size in range(3 * Checked.MOST)]
+
+    def ask(_) -> bool:
+        return all(memo("auto", False, x) == (x.shape[0] % 2 == 1) for x in sizes)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(16)))
+    assert len(memo._passed) <= Checked.MOST + 8, "each of the threads may add one that another made room for"
+    assert len(set(asked)) == 3 * Checked.MOST
+
+
+def test_symbolic_sizes_are_checked_every_time():
+    """A graph that is traced for any size has sizes without a hash."""
+    asked = []
+    memo = Checked("op", lambda op, impl, gradients, x: asked.append(1) or False)
+    unhashable = SimpleNamespace(shape=[2], dtype=torch.float32, device=torch.device("cpu"))
+    assert [memo("auto", False, unhashable) for _ in range(3)] == [False] * 3
+    assert len(asked) == 3
+
+
+def test_a_decoding_step_asks_one_python_call_of_the_checks():
+    """Red: ranks, dtypes and devices are looked at anew for every token and layer."""
+    call, arguments = GIVEN["grouped_attention"]
+    call(*arguments)
+    seen = []
+    root = str(Path(dispatch.__file__).parent)
+    sys.setprofile(lambda frame, event, _: event == "call" and seen.append((frame.f_code.co_filename, frame.f_code.co_name)))
+    try:
+        call(*arguments)
+    finally:
+        sys.setprofile(None)
+    own = [name for file, name in seen if file.startswith(root)]
+    assert own == ["grouped_attention", "__call__", "grouped_attention", "_seen"]
+
+
+def test_in_fp32_is_free_where_no_autocast_runs(monkeypatch):
+    """And computes in fp32 where one does."""
+    product = in_fp32(lambda x: (x @ x).dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert product(torch.ones(2, 2)) == torch.float32
+    monkeypatch.setattr(torch, "autocast", None)
+    assert product(torch.ones(2, 2)) == torch.float32

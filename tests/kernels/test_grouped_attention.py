@@ -362,6 +362,8 @@ def test_needing_a_gradient_takes_the_reference_on_a_gpu_too(monkeypatch):
     """What "auto" asks for, before it is known on which device."""
     asked = []
     monkeypatch.setattr(op, "use_triton", lambda name, impl, **_: asked.append((name, impl)) or False)
+    for checked in (op._grouped_attention, op._scored_attention):
+        monkeypatch.setattr(checked, "_passed", {})
     arguments = inputs((1, 2, 1, 1, 20, 16, 2, 1), torch.float32, False)
     grouped_attention(*arguments)
     arguments[0].requires_grad_()
@@ -426,3 +428,39 @@ def test_costs():
     read = 2 * (2 * 4 * 3 * 16 + 2 * 2 * 2 * 9 * 16) + 2 * 9 + 4 * 2 * 6 * 2
     assert cost(query, key, value, valid, groups).bytes_moved == read + 4 * 2 * 4 * 3 * 16
     assert cost(query, key, value, valid, groups).flops == 4 * 2 * 4 * 3 * 9 * 16
+
+
+@pytest.mark.parametrize("chunk", [reference.CHUNK, 1], ids=["at once", "a row at a time"])
+@pytest.mark.parametrize("marked", [7, 4], ids=["all keys marked", "some keys marked"])
+def test_gradients_of_the_reference_are_those_of_its_equation(marked, chunk, monkeypatch):
+    """Numbers that are computed in place without a gradient are not where one is needed; and pieces are joined again."""
+    monkeypatch.setattr(reference, "CHUNK", chunk)
+    random = torch.Generator().manual_seed(5)
+    query, key, value = (torch.randn(2, heads, rows, 3, generator=random).double() for heads, rows in ((4, 5), (2, 7), (2, 7)))
+    groups = torch.randint(0, 2, (2, 1, marked), generator=random)
+    position, valid = torch.arange(2, 7)[None], torch.arange(7)[None] >= torch.tensor([[0], [1]])
+    one_hot = torch.nn.functional.one_hot(groups, 2).double()
+
+    def grouped(*tensors):
+        return grouped_attention(*tensors, 0.7, position, valid, one_hot, lambda mass: 1 + mass.flip(-1))[0]
+
+    def scored(*tensors):
+        return scored_attention(*tensors, 0.7, position, valid, 0.5 * groups[:, 0].double())
+
+    for edited in (grouped, scored):
+        plain = edited(query, key, value)
+        needing = [x.clone().requires_grad_() for x in (query, key, value)]
+        torch.testing.assert_close(edited(*needing).detach(), plain, atol=1e-14, rtol=0)
+        torch.testing.assert_close(edited(query, key, needing[2]).detach(), plain, atol=1e-14, rtol=0)
+        assert torch.autograd.gradcheck(edited, needing)
+
+
+def test_arguments_are_left_as_they_were():
+    """What is computed in place belongs to the op."""
+    arguments = inputs((1, 2, 1, 1, 20, 16, 20, 1), torch.float32, False)
+    before = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+    grouped_attention(*arguments)
+    scored_attention(*for_scores(arguments))
+    column_means(*for_columns(arguments))
+    for x, y in zip(arguments, before, strict=True):
+        assert not isinstance(x, torch.Tensor) or x.equal(y)

@@ -10,7 +10,7 @@ from kernels.rule import among_nan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmprune.errors import UsageError
-from vlmprune.kernels.select_diverse import cost, determinant_order, greedy_order, reference, select_diverse
+from vlmprune.kernels.select_diverse import cost, cpu, determinant_order, greedy_order, reference, select_diverse
 
 SHAPES = {  # images, visual, dim, keep
     "one token": (1, 1, 4, 1),
@@ -90,7 +90,7 @@ def test_strides():
     assert greedy_order(shared, 5, impl="triton").equal(greedy_order(shared, 5))
     assert greedy_order(features, 0, impl="triton").shape == (2, 0)
     assert determinant_order(features, torch.ones(2, 21), 0, impl="triton").shape == (2, 0)
-    for impl in ("reference", "triton"):
+    for impl in ("auto", "reference", "triton"):
         assert greedy_order(features[:0], 3, impl=impl).shape == (0, 3)
         assert determinant_order(features[:0], torch.ones(0, 21), 3, impl=impl).shape == (0, 3)
 
@@ -138,52 +138,145 @@ def test_offsets_pass_two_to_the_31():
     assert determinant_order(features, weight, 3, impl="triton").equal(determinant_order(near, weight, 3))
 
 
+class Largest(TorchDispatchMode):
+    """The most numbers that any result of an operation has, and those of all products of matrices, with vectors or matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = self.flops = self.read = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            self.numbers = max(self.numbers, x.numel() if isinstance(x, torch.Tensor) else 0)
+        if func.overloadpacket.__name__ in ("mv", "mm", "bmm"):
+            self.flops += 2 * result.numel() * args[0].shape[-1]
+            self.read += args[1].numel()
+        return result
+
+
 def test_nothing_is_square(monkeypatch):
-    """No buffer has as many numbers as there are pairs of tokens, in the reference or for the kernel."""
-    features, largest = drawn(1, 600, 8), 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            for x in result if isinstance(result, tuple | list) else (result,):
-                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
-            return result
-
-    for impl, keep in (("reference", 20), ("triton", 1)):
-        largest = 0
-        with Watch():
+    """No buffer has as many numbers as there are pairs: in the reference, for the kernel, and on a CPU beyond a limit."""
+    features, weight = drawn(1, 600, 8), torch.ones(1, 600)
+    monkeypatch.setattr(cpu, "MOST_BYTES", 4 * 600**2 - 1)
+    for impl, keep in (("reference", 20), ("auto", 200), ("triton", 1)):
+        with Largest() as seen:
             greedy_order(features, keep, impl=impl)
-        assert 600 <= largest <= reference.CHUNK * 600 < 600 * 600
+        assert 600 <= seen.numbers <= reference.CHUNK * 600 < 600 * 600
+        with Largest() as seen:
+            determinant_order(features, weight, keep, impl=impl)
+        assert 600 <= seen.numbers <= reference.CHUNK * 600
 
 
-def test_the_reference_computes_every_pair_once():
-    """Work on a CPU: half of all pairs for the first pick, one pass over the features for each other, no more.
+def test_all_pairs_are_kept_where_they_fit_into_64_mb():
+    """4096 tokens in fp32, and no more: the limit is of bytes, so that fp64 has half of the pairs."""
+    for visual, dtype, fits in ((4096, torch.float32, True), (4097, torch.float32, False), (2897, torch.float64, False)):
+        with Largest() as seen:
+            greedy_order(drawn(1, visual, 2, dtype=dtype), 1)
+        assert (seen.numbers == visual**2) == fits
+        assert fits or seen.numbers <= visual * max(cpu.CHUNK, cpu.AHEAD)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["all pairs kept", "in pieces"])
+def test_on_a_cpu_every_pair_is_computed_once(kept, monkeypatch):
+    """Half of all pairs for the first pick, and for the others nothing, or few rows more; never a product with one vector.
 
     Time is measured by benchmarks/select_diverse.py; FLOPs of products and numbers read by them do not flake.
     """
-    visual, dim, keep = 1024, 32, 50
-    flops = 0
+    visual, dim, keep = 1024, 32, 100
+    if not kept:
+        monkeypatch.setattr(cpu, "MOST_BYTES", 4 * 1000**2)
+    with Largest() as seen:
+        greedy_order(drawn(1, visual, dim), keep)
+    half = visual * visual // 2 + visual * cpu.CHUNK // 2
+    pieces = -(-visual // cpu.CHUNK)
+    if kept:
+        assert seen.flops == 2 * dim * half
+        assert seen.read <= pieces * visual * dim
+    else:
+        assert 2 * dim * half < seen.flops <= 2 * dim * (half + 4 * keep * visual)
+        assert seen.read <= (pieces + keep // 4) * visual * dim, "the features are read for less than every fourth pick"
+    with Largest() as seen:
+        determinant_order(drawn(1, visual, dim), drawn(1, visual).abs(), keep)
+    assert seen.read <= keep // 4 * visual * dim
 
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal flops
-            result = func(*args, **(kwargs or {}))
-            name = func.overloadpacket.__name__
-            if name in ("mv", "mm", "bmm", "addmv"):
-                flops += 2 * result.numel() * args[0].shape[-1]
-            return result
 
-    with Count():
-        greedy_order(drawn(1, visual, dim), keep, impl="reference")
-    pairs = visual * visual // 2 + visual * reference.CHUNK // 2
-    assert flops == 2 * dim * (pairs + keep * visual)
+CPU_SHAPES = {  # images, visual, dim, keep
+    **SHAPES,
+    "more than a block": (2, 300, 24, 60),
+    "a block and one": (1, cpu.CHUNK + 1, 48, cpu.CHUNK + 1),
+    "two blocks": (1, 2 * cpu.CHUNK, 16, 90),
+    "no tokens": (2, 0, 8, 0),
+    "no pictures": (0, 9, 8, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", CPU_SHAPES.values(), ids=CPU_SHAPES)
+@pytest.mark.parametrize("most", [64 << 20, 100_000, 0], ids=["kept", "pieces, some kept", "pieces"])
+def test_the_cpus_picks_are_the_references(shape, dtype, most, monkeypatch):
+    """Where all pairs are kept, and where rows are computed ahead, kept and dropped again, of any size of block."""
+    images, visual, dim, keep = shape
+    monkeypatch.setattr(cpu, "MOST_BYTES", most)
+    features, weight = drawn(images, visual, dim, dtype=dtype), drawn(images, visual, seed=2).abs() + 0.1
+    for chunk, ahead in ((256, 64), (7, 3), (1, 1)):
+        monkeypatch.setattr(cpu, "CHUNK", chunk)
+        monkeypatch.setattr(cpu, "AHEAD", ahead)
+        assert greedy_order(features, keep).equal(greedy_order(features, keep, impl="reference"))
+        found = determinant_order(features, weight, keep)
+        expected = determinant_order(features, weight, keep, impl="reference")
+        new = min(keep, dim - 4)  # up to here: near the rank of the features, what is left of tokens is rounding
+        assert found[:, :new].equal(expected[:, :new])
+        assert all(len(set(picks)) == keep for picks in found.tolist())
+
+
+def test_double_is_computed_in_double(monkeypatch):
+    """Differences that fp32 cannot show decide, in the reference and on a CPU."""
+    near = torch.tensor([0.1, 0.1 - 1e-10], dtype=torch.float64)
+    points = torch.eye(3, dtype=torch.float64)
+    points[1:, 0], points[1, 1], points[2, 2] = near, *(1 - near.square()).sqrt()
+    weight = torch.tensor([[1.0, 1.0 + 1e-12, 1.0, 1.0 + 2e-12]], dtype=torch.float64)
+    for impl, most in (("reference", 0), ("auto", 64 << 20), ("auto", 0)):
+        monkeypatch.setattr(cpu, "MOST_BYTES", most)
+        assert greedy_order(points[None], 1, impl=impl).tolist() == [[2]]
+        assert greedy_order(points[None].float(), 1, impl=impl).tolist() == [[0]]
+        assert determinant_order(torch.eye(4, dtype=torch.float64)[None], weight, 4, impl=impl).tolist() == [[3, 1, 0, 2]]
+
+
+@pytest.mark.parametrize("most", [64 << 20, 0], ids=["kept", "pieces"])
+def test_a_token_of_nan_on_a_cpu(most, monkeypatch):
+    """Means nothing, but the same as in the reference."""
+    monkeypatch.setattr(cpu, "MOST_BYTES", most)
+    features, weight = drawn(1, 40, 8), torch.ones(1, 40)
+    features[0, 7, 3] = torch.nan
+    assert greedy_order(features, 9).equal(greedy_order(features, 9, impl="reference"))
+    found = determinant_order(features, weight, 9)
+    assert found.equal(determinant_order(features, weight, 9, impl="reference"))
+    assert found.tolist() == [[7, 0, 1, 2, 3, 4, 5, 6, 8]]
+
+
+@pytest.mark.parametrize("most", [64 << 20, 0], ids=["kept", "pieces"])
+def test_ties_and_duplicates_on_a_cpu(most, monkeypatch):
+    """The rules of ties hold for the CPU's path, too, with blocks of any size."""
+    monkeypatch.setattr(cpu, "MOST_BYTES", most)
+    for chunk, ahead in ((256, 64), (4, 3)):
+        monkeypatch.setattr(cpu, "CHUNK", chunk)
+        monkeypatch.setattr(cpu, "AHEAD", ahead)
+        test_ties_and_duplicates("auto")
+        assert greedy_order(torch.eye(40)[None], 40).tolist() == [list(range(40))]
+        features = torch.eye(3).repeat(3, 1)[None] + 0.0
+        weight = torch.tensor([[1.0, 2.0, 3.0, 1.0, 2.0, 3.0, 0.0, 0.0, 0.0]])
+        assert determinant_order(features, weight, 9).tolist() == [[2, 1, 0, 3, 4, 5, 6, 7, 8]]
+        assert determinant_order(features, torch.zeros(1, 9), 9).tolist() == [list(range(9))]
+        flat = drawn(1, 12, 3) @ drawn(1, 3, 16, seed=2)  # rank 3, but for rounding
+        found = determinant_order(flat, torch.ones(1, 12), 12)[0].tolist()
+        assert found[3:] == sorted(set(range(12)) - set(found[:3]))
 
 
 def test_autocast_and_gradients():
     """Computed in fp32 under autocast; features that need a gradient are looked at, indices have none."""
     features, weight = drawn(1, 30, 16), drawn(1, 30).abs()
-    for impl in ("reference", "triton"):
+    for impl in ("auto", "reference", "triton"):
         plain = greedy_order(features, 5, impl=impl), determinant_order(features, weight, 5, impl=impl)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert greedy_order(features.requires_grad_(), 5, impl=impl).equal(plain[0])

@@ -741,9 +741,10 @@ def test_greedy_order_in_pieces(monkeypatch):
     """The first pick is found a piece of the similarity matrix at a time: any size of piece, the same order."""
     x = random_view(visual=30).features
     whole = diverse_kernel.greedy_order(x, 9)
-    for chunk in (1, 7, 30, 64):
-        monkeypatch.setattr(diverse_kernel.reference, "CHUNK", chunk)
-        assert torch.equal(diverse_kernel.greedy_order(x, 9), whole)
+    for module, impl in ((diverse_kernel.reference, "reference"), (diverse_kernel.cpu, "auto")):
+        for chunk in (1, 7, 30, 64):
+            monkeypatch.setattr(module, "CHUNK", chunk)
+            assert torch.equal(diverse_kernel.greedy_order(x, 9, impl=impl), whole)
 
 
 @sizes
