@@ -263,7 +263,8 @@ class PrunedLayer(MarkedLayer):
         """Store the coming tokens.
 
         Raises:
-            UsageError: nobody is there any more who knows which tokens are missing, or several tokens come that nobody announced.
+            UsageError: nobody is there any more who knows which tokens are missing, or several
+                tokens come that nobody announced.
         """
         coming = key_states.shape[-2]
         if coming > 1 and self.slots is not None and self._stored() and self.slots.shape[1] != self._stored() + coming:

@@ -348,10 +348,8 @@ class Attachment:
     @untraced
     def _enter_tower(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._call_inside()
-        if call is None:
-            owner = None if self._of_another() else self._in_force()
-        else:
-            owner = call.owner
+        beginning = None if call is not None or self._of_another() else self._in_force()
+        owner = beginning if call is None else call.owner
         self._thread.tower = self._thread.encoding = None
         if owner is None:
             return args, _without_ours(kwargs)
