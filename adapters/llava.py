@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -17,8 +18,14 @@ from vlmprune.view import Facts
 
 
 def _grid(pixel_values: Any, config: Any) -> tuple[int, int]:
-    patch = config.vision_config.patch_size
-    return pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+    return _patches(pixel_values.shape[-2], pixel_values.shape[-1], config)
+
+
+def _patches(height: int, width: int, config: Any) -> tuple[int, int]:
+    """Rows and columns of patches of a picture; towers write the size of a patch as one number, or as its height and width."""
+    size = config.vision_config.patch_size
+    rows, columns = size if isinstance(size, list | tuple) else (size, size)
+    return height // rows, width // columns
 
 
 def _before_patches(tower: nn.Module) -> int:
@@ -34,8 +41,7 @@ def _tokens_per_image(before: int, call: Mapping[str, Any], config: Any) -> list
     if (pixels := call.get("pixel_values")) is None:
         return None
     if (sizes := call.get("image_sizes")) is not None:  # cut up by the pictures' own sizes
-        patch = config.vision_config.patch_size
-        return [height // patch * (width // patch) for height, width in _as_lists(sizes)]
+        return [prod(_patches(height, width, config)) for height, width in _as_lists(sizes)]
     rows, columns = _grid(pixels, config)
     strategy = call.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
     first = strategy == "default"
@@ -51,8 +57,7 @@ def _as_lists(sizes: Any) -> Any:
 def _image_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]:
     pixels = inputs["pixel_values"]
     if (sizes := inputs.get("image_sizes")) is not None:
-        patch = config.vision_config.patch_size
-        return [(height // patch, width // patch) for height, width in _as_lists(sizes)]
+        return [_patches(height, width, config) for height, width in _as_lists(sizes)]
     return [_grid(pixels, config)] * pixels.shape[0]
 
 

@@ -14,7 +14,14 @@ import vlmprune
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
 LEVELS = [
     {"vlmprune.errors", "vlmprune.cost", "vlmprune.draw", "vlmprune.units", "vlmprune.methods.parameters"},
-    {"vlmprune.names", "vlmprune.pictures", "vlmprune.hub", "vlmprune.evals.stats", "vlmprune.unhooked"},
+    {
+        "vlmprune.names",
+        "vlmprune.pictures",
+        "vlmprune.hub",
+        "vlmprune.evals.stats",
+        "vlmprune.unhooked",
+        "vlmprune.methods.checks",
+    },
     {"vlmprune.schedule", "vlmprune.layout", "vlmprune.view", "vlmprune.kernels", "vlmprune.sink_dims"},
     {"vlmprune.reduction", "vlmprune.context"},
     {"vlmprune.cache", "vlmprune.methods.base", "vlmprune.methods.redistributing", "vlmprune.adapters", "vlmprune.attention"},
@@ -30,7 +37,7 @@ LEVELS = [
     {"vlmprune.methods"},
     {"vlmprune.recipe", "vlmprune.run"},
     {"vlmprune.decoder"},
-    {"vlmprune.probes", "vlmprune.prompt", "vlmprune.apart"},
+    {"vlmprune.probes", "vlmprune.prompt", "vlmprune.apart", "vlmprune.links"},
     {"vlmprune.steering", "vlmprune.cutting"},
     {"vlmprune.refusals"},
     {"vlmprune.attach"},

@@ -36,6 +36,7 @@ from vlmprune.cutting import Cutting, timed
 from vlmprune.decoder import Decoder, carried, carry, look_at
 from vlmprune.errors import UsageError
 from vlmprune.layout import on_host
+from vlmprune.links import Links
 from vlmprune.methods.base import TowerPruner
 from vlmprune.probes import recall_tower, see_attention
 from vlmprune.prompt import check_mask_goes_on, find_layout, look_at_mask, read_prompt, refuse_merged, visible_pictures
@@ -112,6 +113,7 @@ class Plan:
             self.editors[layers[index].get_submodule(family.attention)] = partial(self._steering.attend, index)
         looking = [cut.stage.layer - 1 for cut in self.cutting.cuts if cut.needs & BEFORE_THE_CUT]
         self.carried = carried(decoder, (*looking, *self._steering.routed))
+        self.links = Links(base, text, self._hooked(), {**self.observers, **self.editors}, self.recipe)
 
     def places(self) -> Iterator[Place]:
         """Where hooks are needed, beside those that every plan has."""
@@ -129,6 +131,13 @@ class Plan:
             yield from (("block", index) for index in range(1, len(self._blocks())))
             if not self._facts.cls:
                 yield "merger", 0
+
+    def _hooked(self) -> Iterator[nn.Module]:
+        """What carries hooks or attention that is looked at; of the tower, its root, projector and blocks."""
+        yield from (self.layers[index] for kind, index in self.places() if kind == "layer")
+        if self._uses_tower and (tower := self.family.tower) is not None:
+            yield from (self.base.get_submodule(name) for name in (tower.root, tower.projector))
+            yield from self._blocks()
 
     def _plan(self) -> None:
         """What the recipe's methods look at in this model, and where."""
@@ -251,7 +260,7 @@ class Plan:
             return (hidden, *args[1:]), tower.packed_arguments(kwargs)
 
     def enter_merger(self, tower: TowerPass, args: tuple[Any, ...]) -> Any:
-        return None if tower.pruner is None else (tower.shorten_packed(len(self._blocks()), args[0]), *args[1:])
+        return args if tower.pruner is None else (tower.shorten_packed(len(self._blocks()), args[0]), *args[1:])
 
     def leave_projector(self, tower: TowerPass, args: tuple[Any, ...], features: Tensor) -> Tensor:
         with self._in_tower(features.device):
@@ -358,6 +367,7 @@ class Plan:
                 "`with run.override(enabled=False):`."
             )
         counts = call.pictures = _encoded_counts(kwargs) or self.family.tokens_per_image(kwargs, self._config)
+        self.links.check(whole=counts is not None)
         if counts is None:
             refuse_merged(kwargs, self.text)
             return  # a prompt without a picture, a later step, or a turn without a new picture
@@ -429,6 +439,7 @@ class Plan:
             visual=visual,
             shape=self._shape,
             itemsize=embeddings.element_size(),
+            neutral=self._steering.neutral,
             newlines=0 if call.newlines is None else int(call.newlines.sum()),
             hidden=hidden,
         )

@@ -263,8 +263,15 @@ class PrunedLayer(MarkedLayer):
         """Store the coming tokens.
 
         Raises:
-            UsageError: nobody is there any more who knows which tokens are missing.
+            UsageError: nobody is there any more who knows which tokens are missing, or several
+                tokens come that nobody announced.
         """
+        coming = key_states.shape[-2]
+        if coming > 1 and self.slots is not None and self._stored() and self.slots.shape[1] != self._stored() + coming:
+            raise UsageError(
+                "this conversation was pruned by a wrapped model, and goes on in one that is not: go on in the model it began "
+                "in, or start with an empty cache."
+            )
         if self.owner is not None and self.owner.plan is None and self._stored():
             raise UsageError(
                 "this conversation was pruned, and the recipe it began with has been removed from the model: go on inside the "
@@ -414,6 +421,23 @@ def marked_layer(cache: Cache, index: int) -> MarkedLayer:
     layer = _plain_layer(cache, index, "attention redistribution")
     adopted = cache.layers[index] = MarkedLayer.adopt_marks(layer)
     return adopted
+
+
+def holds_words_only(cache: Cache | None, index: int, begins: bool) -> bool:
+    """Whether a cache that cannot keep marks needs none, because its conversation has no picture. It is left as it is.
+
+    Args:
+        cache, index: of a decoder layer.
+        begins: a conversation without a picture begins with this call, which is noted on the cache.
+    """
+    if cache is None or cache.layer_class_to_replicate is DynamicLayer:
+        return False
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if isinstance(layer, MarkedLayer) or (type(layer) is DynamicLayer and not cache.offloading):
+        return False
+    if begins:
+        cache.vlmprune_words_only = True  # type: ignore[attr-defined]
+    return getattr(cache, "vlmprune_words_only", False)
 
 
 def check_growing(cache: Cache | None, what: str) -> None:

@@ -14,7 +14,7 @@ from vlmprune.attach import Plan
 from vlmprune.cache import Owner
 from vlmprune.context import Contexts
 from vlmprune.errors import UsageError
-from vlmprune.hooks import Attachment, attachment_of
+from vlmprune.hooks import Attachment, attachment_of, check_unshared
 from vlmprune.methods import Pruner, Redistributor
 from vlmprune.recipe import Recipe
 from vlmprune.run import Prefill, Report, no_prefill
@@ -64,7 +64,8 @@ class Run:
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model, self.recipe = model_inside(model), recipe
         self._contexts = Contexts()
-        plan = Plan(self.model, recipe, self._contexts)  # refuses what cannot work; from here on the model changes
+        plan = Plan(self.model, recipe, self._contexts)  # refuses what cannot work
+        check_unshared(plan)  # from here on the model changes
         self._plan: Plan | None = plan
         self._attachment: Attachment = attachment_of(plan.base, make=True)  # type: ignore[assignment]
         self._owner: ReferenceType[Owner] = ref(self._attachment.follow(plan))

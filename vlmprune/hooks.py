@@ -310,7 +310,16 @@ class Attachment:
             return None if call.plan is None else call.plan.enter_text(call, args, kwargs)
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
-        return self._enter_text_alone(args, kwargs)
+        return None if self._of_another() else self._enter_text_alone(args, kwargs)
+
+    def _of_another(self) -> bool:
+        """Whether it is another model of this kind, with parts of this one, that runs them: then it is on the stack."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            if type(found := frame.f_locals.get("self")) is type(self.base):
+                return found is not self.base
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
 
     def _enter_text_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The language model was called by itself, past the model around it."""
@@ -339,7 +348,8 @@ class Attachment:
     @untraced
     def _enter_tower(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._call_inside()
-        owner = self._in_force() if call is None else call.owner
+        beginning = None if call is not None or self._of_another() else self._in_force()
+        owner = beginning if call is None else call.owner
         self._thread.tower = self._thread.encoding = None
         if owner is None:
             return args, _without_ours(kwargs)
@@ -464,6 +474,24 @@ class _Hook:
 
 def _without_ours(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != TUNNEL}
+
+
+def check_unshared(plan: Plan) -> None:
+    """Refuse to put hooks on parts that carry those of another model: they would act in each other's calls.
+
+    Raises:
+        UsageError: the language model or the vision tower is a part of another model, which is wrapped.
+    """
+    parts = {"language model": plan.text}
+    if (tower := plan.family.tower) is not None:
+        parts["vision tower"] = plan.base.get_submodule(tower.root)
+    for name, part in parts.items():
+        hooks = [hook.attachment for hook in part._forward_pre_hooks.values() if isinstance(hook, _Hook)]
+        if any(found.base is not plan.base and found.current is not None for found in hooks):
+            raise UsageError(
+                f"the {name} of this model is a part of another model, too, which is wrapped already: call "
+                "vlmprune.unwrap on that one first, or give each model parts of its own."
+            )
 
 
 _attaching = RLock()

@@ -226,6 +226,8 @@ def see_attention(
     scaling: float,
 ) -> None:
     """Note what a method wants to know of the attention in the layer before a cut."""
+    # Inside `torch.autocast`, rotated queries and keys are fp32, and values have the dtype of what the model returns.
+    key, value = key.to(query.dtype), value.to(query.dtype)
     here = query.shape[2]  # what an earlier turn left in the cache stands before these keys, and is no candidate
     last = prompt_ends(call, here).to(query.device)
     if "attention_from_last" in needs:

@@ -168,7 +168,8 @@ def refuse_merged(kwargs: Mapping[str, Any], text: Any) -> None:
         raise UsageError(
             f"inputs_embeds holds {count} embeddings that are no word's: if pictures were merged into them, where "
             "they stand cannot be known; pass pixel_values with them and the placeholder's embedding in the places of the "
-            "pictures, or input_ids."
+            "pictures, or input_ids. If they are a soft prompt, and no picture is among them, run this call inside "
+            "`with run.override(enabled=False):`."
         )
 
 

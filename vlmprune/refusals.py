@@ -13,11 +13,12 @@ from vlmprune.cutting import Cut
 from vlmprune.decoder import KNOWN, Decoder
 from vlmprune.errors import UsageError
 from vlmprune.methods import Pruner
+from vlmprune.methods.checks import check_needs
 from vlmprune.methods.redistributing import HeadScaler
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Schedule, scaled_layer
 from vlmprune.steering import Steering
-from vlmprune.view import BEFORE_THE_CUT, Facts
+from vlmprune.view import BEFORE_THE_CUT, PROBES, Facts
 
 
 def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[Cut]) -> None:
@@ -28,6 +29,7 @@ def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[Cut]) -> None:
     """
     text_config, layers = decoder.text.config, len(decoder.layers)
     for cut in cuts:
+        check_needs(cut.method.name, cut.needs, PROBES)
         if cut.stage.layer >= layers:
             raise UsageError(
                 f"{cut.method.name} cuts at layer {cut.stage.layer}, but the model has layers 0 to {layers - 1}: "
@@ -148,6 +150,15 @@ def _check_attention(decoder: Decoder, index: int, method: str, told: bool, weig
 def _fitting(recipe: Recipe, cut: Cut, depth: int) -> str:
     """What to do about a stage behind the last layer: the same method with its layers scaled to the model's depth."""
     method = cut.method
+    stages = [stage for stage in method.cuts if stage.site == "llm"]
+    room = range(method.first_layer, depth)
+    if len(stages) > max(len(room), 1):
+        fewer = [replace(stage, layer=layer) for stage, layer in zip(stages, room, strict=False)]
+        example = Recipe((replace(method, schedule=Schedule(tuple(fewer))),))
+        return (
+            f"{method.name} has {len(stages)} stages in the language model, and may cut at {len(room)} of its {depth} layers, "
+            f"{room[0]} to {room[-1]}: give it fewer stages, for example {example}."
+        )
     try:
         fitted = _scaled(method, cut, depth)
         methods = tuple(fitted if other is method else other for other in recipe.methods)

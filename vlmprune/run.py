@@ -125,6 +125,7 @@ class Prefill:
         resident: the same when prefill is over; smaller where a cache stage forgot some.
         peak: the most entries per row that all layers together ever stored.
         steered: what redistribution did, per layer.
+        neutral: redistribution methods whose parameters are such that they change nothing.
         itemsize: bytes per number.
         prefill, selection: time in the language model, and in deciding and shortening within it.
         tower: time in looking and shortening inside the vision tower, before the language model.
@@ -136,6 +137,7 @@ class Prefill:
     visual: int
     shape: DecoderShape
     itemsize: int
+    neutral: tuple[str, ...] = ()
     kept: list[Kept] = field(default_factory=list)
     keep: dict[int, Tensor] = field(default_factory=dict)
     keep_cache: dict[int, Tensor] = field(default_factory=dict)
@@ -377,6 +379,7 @@ class Report:
         kv_bytes, kv_bytes_peak: what the KV cache holds after prefill, and the most it held; more where a stage shortens it,
             whose old and new entries exist side by side for a moment.
         hidden: visual tokens that the call's own attention mask hid.
+        neutral: redistribution methods that change nothing with the parameters they have.
         selection_ms: choosing and shortening, a part of `prefill_ms`.
         overhead: the same by place, in milliseconds; and looking and shortening inside the vision tower, which is no part of
             `prefill_ms`.
@@ -402,6 +405,7 @@ class Report:
     edits: tuple[EditReport, ...] = ()
     overhead: tuple[tuple[str, float], ...] = ()
     hidden: int = 0
+    neutral: tuple[str, ...] = ()
 
     @staticmethod
     def of(record: Prefill, recipe: str) -> Report:
@@ -444,6 +448,7 @@ class Report:
             ),
             overhead=_by_place([*record.tower, *record.selection]),
             hidden=record.hidden,
+            neutral=record.neutral,
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -461,6 +466,7 @@ class Report:
             *newlines,
             *hidden,
             *((f"redistributed ({edit.method})", str(edit)) for edit in self.edits),
+            *((f"redistributed ({name})", "changes nothing with these parameters") for name in self.neutral),
             (
                 "visual tokens per layer",
                 f"{self.visual_compute_average:.1f} entering on average, {self.visual_nominal_average:.1f} leaving",

@@ -24,10 +24,11 @@ from torch import Tensor
 from vlmprune.adapters.family import Family, has_mrope
 from vlmprune.apart import Apart
 from vlmprune.attention import TUNNEL, pruned_mask
-from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, marked_layer
+from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, holds_words_only, marked_layer
 from vlmprune.errors import UsageError
 from vlmprune.kernels.grouped_attention import column_means, grouped_attention, scored_attention
 from vlmprune.layout import on_device, real_tokens
+from vlmprune.links import check_routes
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, Picture, Redistributor, Scene, ScoreEditor
 from vlmprune.methods.redistribution import VAR
 from vlmprune.probes import prompt_end, rows_now
@@ -116,9 +117,12 @@ class Steering:
                         f"{other.name} and {method.name} both edit layer {index}: give one of them other layers=…."
                     )
                 self.by_layer[index] = method
+        self.neutral = tuple(method.name for method in methods if method.neutral)
         self.by_layer = {index: method for index, method in self.by_layer.items() if not method.neutral}
         self.needs: frozenset[str] = frozenset().union(*(m.needs for m in self.by_layer.values()))
         scalers = [index for index, method in self.by_layer.items() if isinstance(method, HeadScaler)]
+        attention = {index: self._layers[index].get_submodule(family.attention) for index in self.by_layer}
+        self._routes = {index: {module: f"{family.layers}.{index}"} for index, module in attention.items()}
         # The text-only stream runs through all layers up to the last that needs it.
         self.routed = sorted({*self.by_layer, *range(max(scalers, default=-1) + 1)})
         self._last_blind = max(scalers, default=-1)
@@ -159,11 +163,15 @@ class Steering:
         assert call.layout is not None
         assert call.prompt is not None
         text = call.prompt.asked & ~call.prompt.visual
-        counts = text.sum(axis=1).tolist()
-        if not all(counts):
+        if (lone := call.prompt.visual.any(axis=1) & ~text.any(axis=1)).any():
+            row = int(lone.argmax())
+            hides = " that the mask does not hide" if (~call.prompt.real & ~call.prompt.placeholders)[row].any() else ""
             raise UsageError(
-                "vhr compares with the prompt without its picture, but a prompt is only a picture: add a question."
+                f"vhr compares with the prompt without its picture, but a prompt is only a picture: row {row} has no "
+                f"text{hides}; add a question."
             )
+        # A row that is hidden as a whole has no text either, and no picture: whatever stands for it scales nothing.
+        counts = np.maximum(text.sum(axis=1), 1).tolist()
         words = Reduction.keeping(on_device(text, call.layout.real.device), counts)
         hidden = words.gather(embeddings)
         slots = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
@@ -192,6 +200,8 @@ class Steering:
         """
         if (apart := call.steps.apart) is not None:
             return self.enter_layer(index, apart.now(call), apart.take(hidden, 1), cache)
+        if call.layout is None and holds_words_only(cache, index, begins=not call.past):
+            return None
         layer = None if cache is None else marked_layer(cache, index)
         holder = call.uncached.setdefault(index, _Holder()) if layer is None else layer
         name = self._names[self.by_layer[index].name]
@@ -204,6 +214,8 @@ class Steering:
                 f"the conversation in this cache began {began}, this recipe has {name}: go on as it began, start with an empty "
                 "cache, or run it inside `with run.override(enabled=False):`."
             )
+        if call.past and holder.marks is not None and not holder.marks.idle:
+            check_routes(self._routes[index], name)
         before = call.steps.entered.get(index)
         if before is None or not call.recomputes:  # else the layer is run again, and has found everything
             call.steps.entered[index] = Entered(index, call, hidden.detach(), holder, layer)  # type: ignore[arg-type]

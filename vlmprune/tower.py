@@ -116,6 +116,7 @@ class TowerPass:
 
     def see(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
         """Attention of block `index`, `[view, head, token, dim]` each; in a packed tower one view at a time, in their order."""
+        key, value = key.to(query.dtype), value.to(query.dtype)  # `torch.autocast` leaves them in different ones
         state = self.states[0]
         if self.packed:
             view = self._segment[1] + 1 if self._segment[0] == index else 0

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.methods.checks import check_class, check_needs, check_numbers
 from vlmprune.methods.parameters import Range, choice, limited, number
 from vlmprune.schedule import Budget, Schedule, Stage, plain
-from vlmprune.view import WITH_CLS, Facts, View
+from vlmprune.view import PROBES, WITH_CLS, Facts, View
 
 Positions = Literal["original", "compact"]
 
@@ -101,6 +102,8 @@ class Pruner:
             DEFINED[name] = cls
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
+        check_class(type(self), ("name", str, "'mine'"), ("default", Schedule, "vlmprune.at(layer=2, fraction=0.5)"))
+        check_needs(self.name, getattr(self, "needs", None), PROBES)
         for parameter in fields(self):
             object.__setattr__(self, parameter.name, plain(getattr(self, parameter.name)))
         single = any(value is not None for value in (layer, tokens, fraction))
@@ -235,14 +238,21 @@ class Pruner:
 
 
 class ScorePruner(Pruner):
-    """A method that gives every token one number and keeps the highest."""
+    """A method that gives every token one number and keeps the highest.
+
+    Raises:
+        UsageError: scores of another shape, or NaN among them. On a GPU, NaN fails as an assertion of the device, because
+            looking would wait for it.
+    """
 
     def score(self, see: View) -> Tensor:
         """`[image, visual]`, higher = keep."""
         raise NotImplementedError
 
     def select(self, see: View, keep: int) -> Tensor | Choice:
-        return top(self.score(see), keep)
+        score = self.score(see)
+        check_numbers(f"{self.name}: score(see)", score, (see.images, see.visual))
+        return top(score, keep)
 
 
 def top(score: Tensor, keep: int) -> Tensor:

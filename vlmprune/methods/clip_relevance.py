@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from vlmprune.errors import UsageError
 FIRST, ANSWER, LAST = "FIRSTQUESTION", "ANSWERTOIT", "LASTQUESTION"
 """What a template is tried with."""
 
+FOREIGN = re.compile(r"\[/?[A-Z]+\]|</?[a-z]+>|<\|[^<>|]+\|>|\b[\w ]+:\s*$")
+"""Words that templates write: where none of a template's own closes a question, these say that another one wrote it."""
+
 
 class ClipRelevance:
     """A relevance for `CDPruner`.
@@ -37,7 +41,8 @@ class ClipRelevance:
         tokenizer: the VLM's tokenizer, or its processor: whichever holds the chat template.
         question: the bare question of every prompt; or a function that makes it from the text behind the prompt's last picture.
             If None, it is the user's last one in that text, which the chat template tells from its own words ("ASSISTANT:");
-            where there is no template it is all of that text.
+            where there is no template it is all of that text. A prompt that another template wrote is refused, as far as
+            that shows: its text lacks this template's words, or ends in those of another ("[/INST]", "</s>", "Assistant:").
 
     Raises:
         UsageError: `question` is neither, or the chat template cannot be tried; and at a prompt in which no question is found.
@@ -51,6 +56,16 @@ class ClipRelevance:
                 "ClipRelevance: question must be a text, or a function that makes it from the text behind the picture; found "
                 f"{question!r}."
             )
+        if callable(question):
+            try:
+                signature(question).bind("")
+            except TypeError as error:
+                raise UsageError(
+                    "ClipRelevance: question is called as question(text behind the picture), but the one given cannot be "
+                    f"({error})."
+                ) from error
+            except ValueError:  # built in: it has no signature
+                pass
         self.clip, self.clip_tokenizer, self.question = clip, clip_tokenizer, question
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self.template = None
@@ -122,7 +137,7 @@ class Template:
         end = max((closing.start() for closing in closings if closing.start() >= start), default=None)
         if end is None:  # nothing asks for an answer
             ending = self.ending.search(text, start)
-            end = None if ending is None else ending.start()
+            end = None if ending is None or FOREIGN.search(text[start : ending.start()]) else ending.start()
         return None if end is None else text[start:end].strip()
 
 

@@ -14,12 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.methods.checks import check_class, check_needs
 from vlmprune.methods.parameters import Range, limited
 from vlmprune.schedule import plain, scaled_layer
+from vlmprune.view import FROM_TOWER
 
 M = TypeVar("M", bound="Redistributor")
 Rows = Literal["behind", "last", "all"]
@@ -80,7 +83,8 @@ class Redistributor:
     """Edits the attention of some rows in some decoder layers.
 
     Args:
-        layers: which, as indices and slices of Python: "2:-1", "1|18:"; the paper's if empty.
+        layers: which, as indices and slices of Python: "2:-1", "1|18:", or numbers one after the other: [1, 18], range(2, 6);
+            the paper's if empty.
         preset: name of settings its paper or code publishes; a parameter that is given wins.
 
     A subclass with a `name` of its own can be used by that name in recipe strings and files, wherever it is defined.
@@ -123,6 +127,8 @@ class Redistributor:
         return method
 
     def __post_init__(self, preset: str | None) -> None:
+        check_class(type(self), ("name", str, "'mine'"), ("rows", str, "'all'"), ("default_layers", str, "':'"))
+        check_needs(self.name, self.needs, FROM_TOWER)
         for parameter in fields(self):
             object.__setattr__(self, parameter.name, plain(getattr(self, parameter.name)))
         if preset is not None:
@@ -132,9 +138,8 @@ class Redistributor:
                 if key not in self._given:
                     object.__setattr__(self, key, value)
         self._check_parameters()
-        object.__setattr__(
-            self, "layers", "|".join(map(str, self.layers)) if isinstance(self.layers, list) else str(self.layers)
-        )
+        several = isinstance(self.layers, list | tuple | range | np.ndarray)
+        object.__setattr__(self, "layers", "|".join(map(str, self.layers)) if several else str(self.layers))
         _pieces(self.name, self.layers)
 
     @property

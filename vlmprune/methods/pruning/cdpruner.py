@@ -28,6 +28,7 @@ from torch.nn.functional import normalize
 from vlmprune.errors import UsageError
 from vlmprune.kernels.select_diverse import determinant_order
 from vlmprune.methods.base import Pruner
+from vlmprune.methods.checks import check_numbers
 from vlmprune.methods.relevance import check_relevance, check_width
 from vlmprune.schedule import Schedule, Stage, at
 from vlmprune.view import Facts, View
@@ -77,7 +78,9 @@ class CDPruner(Pruner):
 
     def over_picture(self, see: View) -> Tensor:
         if self.relevance is not None:
-            return scaled(self.relevance(see.tower_features, see.text_ids, see.text_valid).float())
+            relevance = self.relevance(see.tower_features, see.text_ids, see.text_valid)
+            check_numbers("cdpruner: relevance", relevance, (see.images, see.visual), infinite=False)
+            return scaled(relevance.float())
         words = normalize(see.text_features.float(), dim=-1)  # zero where padded
         likeness = normalize(see.features.float(), dim=-1) @ words.transpose(1, 2)
         return scaled(likeness.sum(dim=-1) / see.text_valid.sum(dim=-1, keepdim=True))
@@ -88,7 +91,8 @@ class CDPruner(Pruner):
 
 
 def scaled(relevance: Tensor) -> Tensor:
-    """`[image, visual]` on [10⁻⁶, 1], each picture for itself; 1 where all are equal."""
+    """`[image, visual]` on [10⁻⁶ / span, 1 + 10⁻⁶ / span], each picture for itself, where span is its highest less its lowest;
+    1 where all are equal."""
     low, high = relevance.amin(dim=-1, keepdim=True), relevance.amax(dim=-1, keepdim=True)
     span = high - low
     return torch.where(span > 0, (relevance - low + 1e-6) / span.masked_fill(span == 0, 1), 1.0)

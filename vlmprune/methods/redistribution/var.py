@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from dataclasses import InitVar, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,7 +98,11 @@ class VAR(GroupEditor):
             object.__setattr__(self, ours, 1 - value)
         if self.sink_energy == 1:
             raise UsageError("var: sink_energy=1 is never reached, for no token has all of its energy in one dimension.")
-        dims = "|".join(map(str, self.sink_dims)) if isinstance(self.sink_dims, list | tuple) else str(self.sink_dims)
+        dims = (
+            "|".join(map(str, self.sink_dims))
+            if isinstance(self.sink_dims, list | tuple | range | np.ndarray)
+            else str(self.sink_dims)
+        )
         object.__setattr__(self, "sink_dims", dims)
         if dims not in ("auto", "cosine") and not all(piece.isdecimal() for piece in dims.split("|")):
             raise UsageError(f"var: sink_dims must be 'auto', 'cosine' or dimensions as 1415|2533, found {dims!r}.")

@@ -24,7 +24,7 @@ class ZeroTuning(GroupEditor):
     """Scale the attention to the first token, and share what changes among all others.
 
     Args:
-        gain: g; 1 changes nothing, which is the paper's starting point.
+        gain: g; 1, the default, changes nothing, which is the paper's starting point: give one. Reports say so.
     """
 
     name = "zerotuning"

@@ -1,0 +1,65 @@
+"""What somebody else wrote is looked at: the class of a method when one is made, its numbers when it has made them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import UsageError, shown, unknown
+
+
+def check_class(method: type, *wanted: tuple[str, type, str]) -> None:
+    """Refuse a method whose class lacks something. `wanted`: names of class attributes, their kinds, and examples.
+
+    Raises:
+        UsageError: says what to write.
+    """
+    for attribute, kind, example in wanted:
+        if not isinstance(found := getattr(method, attribute, None), kind):
+            said = f"found {shown(found)}" if hasattr(method, attribute) else "it has none"
+            raise UsageError(
+                f"the method {method.__name__} needs a class attribute {attribute} ({kind.__name__}), {said}: write "
+                f"{attribute} = {example}."
+            )
+
+
+def check_needs(method: str, needs: Any, known: Iterable[str]) -> None:
+    """Refuse probes that do not exist.
+
+    Raises:
+        UsageError: names the nearest.
+    """
+    if not isinstance(needs, set | frozenset):
+        raise UsageError(
+            f"{method}: needs must be a set of probes, for example frozenset({{'features'}}), found {shown(needs)}."
+        )
+    for probe in sorted(needs - set(known), key=str):
+        raise unknown(f"probe among the needs of {method}", probe, known)
+
+
+def check_numbers(what: str, found: Any, shape: tuple[int, ...], infinite: bool = True) -> None:
+    """Refuse what was given instead of numbers, without waiting for a GPU: there, NaN fails as an assertion of the device.
+
+    Args:
+        what: for the sentence.
+        found: what a function returned.
+        shape: the wanted one, `[image, visual]`.
+        infinite: ±∞ are numbers.
+
+    Raises:
+        UsageError: no tensor, another shape, or NaN.
+    """
+    wanted = f"a tensor [image, visual] of shape {list(shape)}"
+    if not isinstance(found, Tensor):
+        raise UsageError(f"{what} must return {wanted}, found {shown(found)}.")
+    if tuple(found.shape) != shape:
+        raise UsageError(f"{what} must return {wanted}, found shape {list(found.shape)}.")
+    good = ~found.isnan().any() if infinite else found.isfinite().all()
+    bad = f"{what} returned {'NaN' if infinite else 'NaN or infinity'} for a token, which has no place in an order"
+    if found.device.type == "cuda":
+        torch._assert_async(good, bad)
+    elif found.device.type == "cpu" and not bool(good):
+        raise UsageError(f"{bad}: look at its numbers, and at those of the model (float16 overflows; bfloat16 does not).")
