@@ -979,3 +979,16 @@ def test_unwrapping_lets_threads_start_as_ever(model):
     assert threading.Thread.start is not original
     vp.unwrap(model)
     assert threading.Thread.start is original
+
+
+def test_wrapping_inside_ones_own_block(model):
+    """A block holds against what other threads wrap, and not against what its own thread wraps in it."""
+    with vp.wrap(model, HALF) as run, run.override(tokens=3), vp.wrap(model, "uniform:fraction=0.25") as inner:
+        ask(model)
+        assert (kept(inner), inner.report().stages[0].method) == ([4], "uniform")
+    run = vp.wrap(model, HALF)
+    with run.override(tokens=3):
+        other = in_a_thread(vp.wrap, model, "uniform:fraction=0.25")
+        ask(model)
+        assert (kept(run), run.report().stages[0].method) == ([3], "divprune")
+    other.remove()

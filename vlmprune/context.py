@@ -78,9 +78,14 @@ _started_with: WeakKeyDictionary[threading.Thread, Mapping[int, Settings]] = Wea
 _numbers = count()
 
 
-def open_blocks() -> list[Block]:
-    """The blocks of the calling context, of all handles, the innermost first."""
-    blocks = [block for settings in _settings().values() for block in settings.blocks]
+def now() -> int:
+    """A number that rises: whether a block was opened before or after something else happened."""
+    return next(_numbers)
+
+
+def open_blocks(since: int = -1) -> list[Block]:
+    """The blocks of the calling context, of all handles, that were opened after `since`, the innermost first."""
+    blocks = [block for settings in _settings().values() for block in settings.blocks if block.number > since]
     return sorted(blocks, key=lambda block: -block.number)
 
 

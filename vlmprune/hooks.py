@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vlmprune.attach import Plan, told_by, untraced
 from vlmprune.attention import TUNNEL, route_attention
 from vlmprune.cache import Encoded, Owner, check_same_cuts, encoded_of, hand_over, owner_of
-from vlmprune.context import open_blocks
+from vlmprune.context import now, open_blocks
 from vlmprune.decoder import take
 from vlmprune.errors import UsageError
 from vlmprune.prompt import by_name, look_at_mask, strange_embeddings
@@ -75,6 +75,7 @@ class Attachment:
         self._on_the_way: dict[int, ReferenceType[Any]] = {}
         self._cut: list[ReferenceType[Any]] = []
         self.sleeps, self._awake = False, 0
+        self._wrapped = -1, -1  # which thread wrapped the model last, and when
         self._graphs: WeakSet[Any] = WeakSet()
 
     def __reduce_ex__(self, protocol: object) -> Any:
@@ -86,6 +87,7 @@ class Attachment:
         """New conversations follow `plan` from now on."""
         with self._lock:
             self.current = owner = self.join(plan)
+            self._wrapped = threading.get_ident(), now()
         self.tidy()
         return owner
 
@@ -278,9 +280,11 @@ class Attachment:
         return self.current
 
     def _in_force(self) -> Owner | None:
-        """Whose plan is for what begins now: of the innermost block that the caller has open, or the current one."""
+        """Whose plan is for what begins now: of the innermost block that the caller has open, or the current one. A thread that
+        wraps the model inside its own block wants the new plan; what others wrap does not reach into the block."""
+        wrapped, number = self._wrapped
         if self.current is not None:
-            for block in open_blocks():
+            for block in open_blocks(since=number if wrapped == threading.get_ident() else -1):
                 if self._has(block.owner):
                     return block.owner
         return self.current

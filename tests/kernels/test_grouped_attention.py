@@ -361,7 +361,7 @@ def test_gradients():
 def test_needing_a_gradient_takes_the_reference_on_a_gpu_too(monkeypatch):
     """What "auto" asks for, before it is known on which device."""
     asked = []
-    monkeypatch.setattr(op, "use_triton", lambda name, impl, **_: asked.append((name, impl)) or False)
+    monkeypatch.setattr(op, "use_triton", lambda name, impl, *_, **__: asked.append((name, impl)) or False)
     for checked in (op._grouped_attention, op._scored_attention):
         monkeypatch.setattr(checked, "_passed", {})
     arguments = inputs((1, 2, 1, 1, 20, 16, 2, 1), torch.float32, False)
