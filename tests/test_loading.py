@@ -23,6 +23,7 @@ from vlmprune import demo, loading
 from vlmprune import hub as the_hub
 from vlmprune.cli import app
 from vlmprune.loading import load_decoder, load_model, make_inputs, prompt_text
+from vlmprune.tiny.scenes import held_out
 
 
 @pytest.fixture(scope="module")
@@ -638,3 +639,13 @@ def test_a_recipe_without_network(hub):
         with pytest.raises(vp.UsageError, match="the hub cannot be asked"):
             vp.Recipe.from_pretrained("some/name")
         assert time.perf_counter() - start < 3
+
+
+def test_ask_once_gives_both_answers_and_writes_the_picture(tmp_path):
+    """The same from Python as `vlmprune run`: fault scripts of users call it so."""
+    scene = next(held_out(1, "test"))
+    scene.image.save(tmp_path / "a.png")
+    target = tmp_path / "kept.png"
+    result = demo.ask_once("tiny", tmp_path / "a.png", scene.questions[0].text, "divprune:fraction=0.5", 2, "cpu", target)
+    assert (result["pruned"]["visual_tokens"], result["unpruned"]["visual_tokens"]) == (72, 144)
+    assert target.exists()

@@ -188,7 +188,7 @@ def run(
 ) -> None:
     """Ask a model about one picture, un-pruned and pruned: one answer each. (`vlmprune bench` measures time.)"""
     _check_question(image, prompt, recipe)
-    from vlmprune.demo import ask_once
+    from vlmprune.demo import ask_and_draw
 
     _quiet()
     with _progress() as progress:
@@ -199,7 +199,7 @@ def run(
             if done and not progress.console.is_terminal:  # no bar there
                 print(f"vlmprune: {what}: {tokens} tokens", file=sys.stderr)
 
-        result, drawn = ask_once(model, image, prompt, recipe, max_new_tokens, device, draw, tell)
+        result, drawn = ask_and_draw(model, image, prompt, recipe, max_new_tokens, device, draw, tell)
     _note(result["picture"]["notes"])
     if as_json:
         _print_json(result)

@@ -79,6 +79,16 @@ def run_demo(recipe: str, images: int, out: Path) -> dict[str, Any]:
 
 
 def ask_once(
+    model_name: str, image: Path, prompt: str, recipe: str, max_new_tokens: int, device: str, target: Path | None
+) -> dict[str, Any]:
+    """`ask_and_draw`, with the picture written to `target`."""
+    result, drawn = ask_and_draw(model_name, image, prompt, recipe, max_new_tokens, device, target)
+    if drawn is not None and target is not None:
+        drawn.save(target)
+    return result
+
+
+def ask_and_draw(
     model_name: str,
     image: Path,
     prompt: str,
