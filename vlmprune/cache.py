@@ -266,16 +266,16 @@ class PrunedLayer(MarkedLayer):
             UsageError: nobody is there any more who knows which tokens are missing, or several
                 tokens come that nobody announced.
         """
+        if self.owner is not None and self.owner.plan is None and self._stored():
+            raise UsageError(
+                "this conversation was pruned, and the recipe it began with has been removed from the model: go on inside the "
+                "`with` block (before run.remove()), wrap the model with that recipe again, or start with an empty cache."
+            )
         coming = key_states.shape[-2]
         if coming > 1 and self.slots is not None and self._stored() and self.slots.shape[1] != self._stored() + coming:
             raise UsageError(
                 "this conversation was pruned by a wrapped model, and goes on in one that is not: go on in the model it began "
                 "in, or start with an empty cache."
-            )
-        if self.owner is not None and self.owner.plan is None and self._stored():
-            raise UsageError(
-                "this conversation was pruned, and the recipe it began with has been removed from the model: go on inside the "
-                "`with` block (before run.remove()), wrap the model with that recipe again, or start with an empty cache."
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
