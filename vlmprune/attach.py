@@ -344,8 +344,7 @@ class Plan:
             return
         if (made := encoded_of(features)) is None:  # encoded before the model was wrapped, or put together by the caller
             made = features.vlmprune = Encoded(None, used=True)
-        call.again = next((prompt for prompt in made.prompts if prompt.goes_on(ids)), None)
-        if call.again is None:
+        if call.again is None:  # else it was found with its owner
             call.again = Uncached(ids, owner, call.enabled, call.budget)
             made.prompts.append(call.again)
         call.enabled, call.budget = call.again.enabled, call.again.budget

@@ -259,6 +259,7 @@ class Attachment:
             ids = told_by(kwargs)
             for prompt in made.prompts:
                 if ids is not None and self._has(prompt.owner) and prompt.goes_on(ids):
+                    call.again = prompt
                     return prompt.owner
         if (first or made.cut) and self._has(made.owner):
             return made.owner
@@ -299,11 +300,8 @@ class Attachment:
         what was noted may be over: then the base model is not on the stack."""
         if (call := self._thread.call()) is None:
             return None
-        frame = sys._getframe(1)
-        while frame is not None:
-            if frame.f_locals.get("self") is self.base:
-                return call
-            frame = frame.f_back  # type: ignore[assignment]
+        if any(caller is self.base for caller in _callers()):
+            return call
         self._leave_base()
         return None
 
@@ -318,12 +316,8 @@ class Attachment:
 
     def _of_another(self) -> bool:
         """Whether it is another model of this kind, with parts of this one, that runs them: then it is on the stack."""
-        frame = sys._getframe(1)
-        while frame is not None:
-            if type(found := frame.f_locals.get("self")) is type(self.base):
-                return found is not self.base
-            frame = frame.f_back  # type: ignore[assignment]
-        return False
+        found = next((caller for caller in _callers() if type(caller) is type(self.base)), self.base)
+        return found is not self.base
 
     def _enter_text_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The language model was called by itself, past the model around it."""
@@ -430,6 +424,14 @@ def _leave_text(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 @untraced
 def _after_prompt(call: Call, output: Any) -> Any:
     return call.plan.leave_text(call, call.record, output)
+
+
+def _callers() -> Iterator[Any]:
+    """The objects whose methods are on the stack, the innermost first."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_locals.get("self")
+        frame = frame.f_back
 
 
 def _of_others(doing: dict[int, ReferenceType[Any]]) -> bool:
