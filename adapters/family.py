@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.view import Facts
+from vlmprune.view import TowerFacts
 
-NO_TOWER = Facts()
+NO_TOWER = TowerFacts()
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Family:
     attention: str = "self_attn"
     rotary: str = "rotary_emb"
     final_norm: str = "norm"
-    facts: Facts = NO_TOWER
+    facts: TowerFacts = NO_TOWER
     tower: Tower | None = None
     newline: str | None = None
     as_built: Callable[[Family, nn.Module], Family] = lambda family, base: family

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.adapters.family import Family, Tower
-from vlmprune.view import Facts
+from vlmprune.view import TowerFacts
 
 
 def _grid(pixel_values: Any, config: Any) -> tuple[int, int]:
@@ -108,7 +108,7 @@ LLAVA = Family(
     tokens_per_image=partial(_tokens_per_image, 1),
     image_grid=_image_grid,
     views=_views,
-    facts=Facts(cls=True),
+    facts=TowerFacts(cls=True),
     tower=CLIP,
     as_built=_as_built,
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.llava import CLIP
 from vlmprune.errors import UsageError
-from vlmprune.view import Facts
+from vlmprune.view import TowerFacts
 
 
 def best_resolution(size: Sequence[int], resolutions: Sequence[Sequence[int]]) -> tuple[int, int]:
@@ -80,7 +80,7 @@ LLAVA_NEXT = Family(
     tokens_per_image=_tokens_per_image,
     image_grid=_image_grid,
     views=_views,
-    facts=Facts(cls=True, crops=True),
+    facts=TowerFacts(cls=True, crops=True),
     tower=CLIP,
     newline="image_newline",
 )

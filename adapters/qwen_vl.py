@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlmprune.adapters.family import Family, Tower
-from vlmprune.view import Facts
+from vlmprune.view import TowerFacts
 
 
 def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
@@ -37,7 +37,7 @@ QWEN2_VL = Family(
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_tokens_per_image,
     image_grid=_image_grid,
-    facts=Facts(unit=4),
+    facts=TowerFacts(unit=4),
     tower=_tower(lambda config: range(config.vision_config.depth)),
 )
 
@@ -46,6 +46,6 @@ QWEN2_5_VL = Family(
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_tokens_per_image,
     image_grid=_image_grid,
-    facts=Facts(unit=4, windows=True),
+    facts=TowerFacts(unit=4, windows=True),
     tower=_tower(lambda config: config.vision_config.fullatt_block_indexes),
 )

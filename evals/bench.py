@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vlmprune
 from vlmprune.evals.offline import UNPRUNED
-from vlmprune.evals.stats import drawn, interval
+from vlmprune.show.stats import drawn, interval
 
 LEAST_ROUNDS = 3
 """Fewer say nothing about their spread."""

@@ -43,8 +43,8 @@ from torch import Tensor
 import vlmprune
 from vlmprune.adapters.registry import family_of
 from vlmprune.evals.calibration import Sample, next_logits, run_whole
-from vlmprune.evals.stats import bounds, times_drawn
 from vlmprune.evals.sweep import average
+from vlmprune.show.stats import bounds, times_drawn
 from vlmprune.view import View
 
 QUIET = 0.05

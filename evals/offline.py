@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import vlmprune
-from vlmprune.evals.stats import interval, mean_of_present, shares
+from vlmprune.show.stats import interval, mean_of_present, shares
 from vlmprune.tiny.answers import Accuracy, Record, accuracy_by_skill, mean_over_skills
 from vlmprune.tiny.evaluate import records
 from vlmprune.tiny.questions import SKILLS

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vlmprune
 from vlmprune.errors import UsageError
-from vlmprune.sink_dims import known_or_none
+from vlmprune.methods.sink_dims import known_or_none
 
 VISUAL, VISUAL_SINK, TEXT_SINK = 1, 2, 3
 """Groups of `var`."""

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.attention import route_attention, rows_attention
 from vlmprune.errors import UsageError
+from vlmprune.live.attention import route_attention, rows_attention
 from vlmprune.methods.redistributing import spans
-from vlmprune.sink_dims import entries_of
+from vlmprune.methods.sink_dims import entries_of
 
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog. It runs into the forest.",

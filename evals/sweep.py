@@ -20,9 +20,9 @@ import vlmprune
 from vlmprune.errors import UsageError, unknown
 from vlmprune.evals.asking import Questions, scenes_of_seed
 from vlmprune.evals.offline import UNPRUNED, draws_by_skill, loyalty, percent
-from vlmprune.evals.stats import interval, mean_of_present
 from vlmprune.methods import METHODS
 from vlmprune.schedule import Budget, Schedule, Stage
+from vlmprune.show.stats import interval, mean_of_present
 from vlmprune.tiny.answers import Accuracy, Record, accuracy_by_skill, mean_over_skills
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)

@@ -36,9 +36,9 @@ from torch import Tensor
 import vlmprune
 from vlmprune.evals.calibration import Sample, next_logits, run_whole
 from vlmprune.evals.horizon import compute_average, nominal_average
-from vlmprune.evals.stats import bounds, times_drawn
 from vlmprune.evals.sweep import Cuts, solve
 from vlmprune.schedule import Budget, Schedule, Stage
+from vlmprune.show.stats import bounds, times_drawn
 from vlmprune.view import View
 
 TOP = 0.1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Container
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,59 +14,35 @@ import pytest
 import vlmprune
 
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
-LEVELS = [
-    {"vlmprune.errors", "vlmprune.cost", "vlmprune.draw", "vlmprune.units", "vlmprune.methods.parameters"},
-    {
-        "vlmprune.names",
-        "vlmprune.pictures",
-        "vlmprune.hub",
-        "vlmprune.evals.stats",
-        "vlmprune.unhooked",
-        "vlmprune.methods.checks",
-    },
-    {"vlmprune.schedule", "vlmprune.layout", "vlmprune.view", "vlmprune.kernels", "vlmprune.sink_dims"},
-    {"vlmprune.reduction", "vlmprune.context"},
-    {"vlmprune.cache", "vlmprune.methods.base", "vlmprune.methods.redistributing", "vlmprune.adapters", "vlmprune.attention"},
-    {
-        "vlmprune.tower",
-        "vlmprune.methods.merging",
-        "vlmprune.methods.relevance",
-        "vlmprune.methods.clip_relevance",
-        "vlmprune.shells",
-    },
-    {"vlmprune.methods.relevance", "vlmprune.methods.clip_relevance"},
-    {"vlmprune.methods.pruning", "vlmprune.methods.redistribution"},
-    {"vlmprune.methods"},
-    {"vlmprune.recipe", "vlmprune.run"},
-    {"vlmprune.decoder"},
-    {"vlmprune.probes", "vlmprune.prompt", "vlmprune.apart", "vlmprune.links"},
-    {"vlmprune.steering", "vlmprune.cutting"},
-    {"vlmprune.refusals"},
-    {"vlmprune.attach"},
-    {"vlmprune.hooks"},
-    {"vlmprune.handle"},
-    # The public names; the embedded model, and models of published shapes, know nothing of the library.
-    {"vlmprune", "vlmprune.tiny", "vlmprune.evals.shapes"},
-    {"vlmprune.loading", "vlmprune.catalogue"},
-    {"vlmprune.evals", "vlmprune.demo"},
-    {"vlmprune.cli"},
-    {"vlmprune.__main__"},
+ROOMS = [  # from the ground up: a room imports from those before it only
+    "errors",
+    "device",
+    "show",
+    "schedule",
+    "view",
+    "cost",
+    "kernels",
+    "adapters",
+    "methods",
+    "names",
+    "recipe",
+    "live",
+    "",  # the public names
+    "tiny",
+    "loading",
+    "evals",
+    "cli",
+    "__main__",
 ]
-MAY_IMPORT_TRANSFORMERS = {"vlmprune.cache", "vlmprune.attention", "vlmprune.decoder", "vlmprune.probes", "vlmprune.prompt"}
-MAY_IMPORT_TRANSFORMERS |= {"vlmprune.hooks", "vlmprune.recipe", "vlmprune.demo", "vlmprune.loading", "vlmprune.cli"}
-MAY_IMPORT_TRANSFORMERS |= {"vlmprune.tiny", "vlmprune.evals.shapes"}
+MAY_IMPORT_TRANSFORMERS = {"live", "adapters"}
+"""The engine, and the descriptions of families."""
+MUST_IMPORT_TRANSFORMERS = {"tiny", "loading", "vlmprune.evals.shapes"}
+"""What makes or loads models."""
 
 
 def room(module: str) -> str:
-    """The entry of LEVELS a module belongs to: itself, or the package it stands in."""
-    known = set().union(*LEVELS)
-    while module not in known:
-        module = module.rpartition(".")[0]
-    return module
-
-
-def level(module: str) -> int:
-    return next(number for number, rooms in enumerate(LEVELS) if room(module) in rooms)
+    """The room at the top that a module stands in; "" is the package itself."""
+    return [*module.split("."), ""][1]
 
 
 def sources() -> dict[str, Path]:
@@ -104,27 +82,70 @@ def imported(path: Path) -> list[str]:
     return names
 
 
-def test_every_module_has_a_level():
-    assert len(sources()) > 30
-    for module in sources():
-        assert room(module) in set().union(*LEVELS)
-        assert module == room(module) or room(module) != "vlmprune", f"{module} stands in no room of LEVELS"
+def module_of(name: str, modules: Container[str]) -> str:
+    """The module that an imported name comes from: `vlmprune.schedule.Budget` -> `vlmprune.schedule`."""
+    while name not in modules:
+        name = name.rpartition(".")[0]
+    return name
 
 
-@pytest.mark.parametrize("module", sorted(sources()))
-def test_imports_go_one_way(module):
-    for name in imported(sources()[module]):
-        if name.split(".")[0] != "vlmprune":
+def arrows() -> dict[str, set[str]]:
+    """Per module, the modules of the package that it imports."""
+    modules = sources()
+    ours = {m: [n for n in imported(path) if n.split(".")[0] == "vlmprune"] for m, path in modules.items()}
+    return {module: {module_of(name, modules) for name in names} - {module} for module, names in ours.items()}
+
+
+def test_rooms():
+    """At most 16 rooms at the top, beside the package's own files; every module stands in one of them."""
+    assert {room(module) for module in sources()} == set(ROOMS)
+    assert len(set(ROOMS) - {"", "__main__"}) <= 16
+
+
+def test_no_arrow_back_up():
+    """Between rooms, imports go one way."""
+    rank = {name: number for number, name in enumerate(ROOMS)}
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in arrows().items()
+        for other in others
+        if room(module) != room(other) and rank[room(other)] > rank[room(module)]
+    ]
+    assert not wrong, wrong
+
+
+def test_no_circle():
+    """Nor do modules import each other in a circle, in whatever room."""
+    try:
+        tuple(TopologicalSorter(arrows()).static_order())
+    except CycleError as found:
+        raise AssertionError(f"a circle of imports: {found.args[1]}") from None
+
+
+def test_who_may_know_transformers():
+    """Live models are touched in one room, and nothing outside it imports transformers, but what makes models."""
+    may = MAY_IMPORT_TRANSFORMERS | MUST_IMPORT_TRANSFORMERS
+    wrong = [
+        module
+        for module, path in sources().items()
+        if not may & {room(module), module} and any(name.split(".")[0] == "transformers" for name in imported(path))
+    ]
+    assert not wrong, wrong
+
+
+def test_no_large_room():
+    """No file has over 400 lines, and no class over 250; kernels aside."""
+    wrong = []
+    for module, path in sources().items():
+        if room(module) == "kernels":
             continue
-        same_room = room(name) == room(module)
-        assert same_room or level(name) < level(module), f"{module} imports {name}, which stands above or beside it"
-
-
-@pytest.mark.parametrize("module", sorted(sources()))
-def test_who_may_know_transformers(module):
-    if room(module) in MAY_IMPORT_TRANSFORMERS:
-        return
-    assert not [name for name in imported(sources()[module]) if name.split(".")[0] == "transformers"]
+        text = path.read_text()
+        if (lines := len(text.splitlines())) > 400:
+            wrong.append(f"{module}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and (lines := node.end_lineno - node.lineno + 1) > 250:
+                wrong.append(f"{module}.{node.name}: {lines} lines")
+    assert not wrong, wrong
 
 
 def test_methods_and_families_do_not_know_each_other():
@@ -163,7 +184,7 @@ def test_public_names_exist():
 
 
 def test_wrap_is_a_function_whatever_is_imported_first():
-    code = "import vlmprune.attach, vlmprune; assert callable(vlmprune.wrap)"
+    code = "import vlmprune.live.hooks, vlmprune; assert callable(vlmprune.wrap)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -7,8 +7,9 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlmprune.attention import BLOCK, block_mask, pruned_mask, rows_attention
 from vlmprune.kernels.attention_mass import attention_mass
+from vlmprune.live.attention import rows_attention
+from vlmprune.live.masks import BLOCK, block_mask, pruned_mask
 
 SLOTS = torch.tensor([[0, 2, 5, 6], [9, 1, 3, 6]])  # row 1 begins with padding
 VALID = torch.tensor([[True, True, True, True], [False, True, True, True]])

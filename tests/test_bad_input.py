@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, DynamicCache, StaticCache
 
 import vlmprune as vp
-from vlmprune.layout import Layout, Prompt
+from vlmprune.live.layout import Layout, Prompt
 from vlmprune.view import View
 
 RECIPE = "random:layer=1,fraction=0.5"

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantoQuantizedLayer
 
 import vlmprune as vp
-from vlmprune.cache import PrunedLayer
+from vlmprune.live.cache import PrunedLayer
 
 KEEP_ALL = "random:layer=0,fraction=1.0"
 PRUNING = ["divprune:tokens=4", "fastv:layer=2,tokens=4", "tome:layer=0,tokens=4", "divprune:tokens=4 + zerotuning:gain=2"]
@@ -83,7 +83,7 @@ def test_merged_embeddings_run_where_nothing_is_dropped(recipe):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embeddings_of_words_are_known_as_such(dtype):
-    from vlmprune.prompt import refuse_merged
+    from vlmprune.live.prompt import refuse_merged
 
     model = build("llava").to(dtype)
     words = model.get_input_embeddings()(make_inputs("llava", model, [["text9"]])["input_ids"])

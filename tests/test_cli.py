@@ -16,8 +16,8 @@ from PIL import Image
 
 import vlmprune as vp
 from vlmprune import names
-from vlmprune.catalogue import describe
 from vlmprune.cli import app
+from vlmprune.cli.catalogue import describe
 from vlmprune.methods.parameters import ALLOWED, Range
 
 
@@ -232,7 +232,7 @@ def test_answered_without_torch(arguments, code, printed, tmp_path):
         assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("module", ["vlmprune.cli", "typer", "rich.console", "vlmprune.errors", "vlmprune.demo"])
+@pytest.mark.parametrize("module", ["vlmprune.cli", "typer", "rich.console", "vlmprune.errors", "vlmprune.cli.demo"])
 def test_interrupted_while_importing(module, tmp_path, picture):
     """Ctrl-C in the first tenth of a second, or while torch is loaded. Red: a traceback."""
     program = (
@@ -389,7 +389,7 @@ def test_view_takes_known_sink_dimensions(monkeypatch):
     from transformers import LlamaConfig
 
     from vlmprune.evals.sink_view import default_recipe
-    from vlmprune.sink_dims import KNOWN
+    from vlmprune.methods.sink_dims import KNOWN
 
     known = next(known for known in KNOWN if known.trusted and known.shape[0] == "llama")
     _, size, layers, heads, mlp = known.shape

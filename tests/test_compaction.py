@@ -11,8 +11,8 @@ from tiny_models import build, make_inputs
 from transformers import DynamicCache
 
 import vlmprune as vp
-import vlmprune.cutting
-import vlmprune.reduction
+import vlmprune.live.pruning
+import vlmprune.live.rows
 
 SAMPLES = [["text3", "image", "text4"], ["text5", "image", "text2"]]
 FORGETS = [
@@ -71,7 +71,7 @@ def test_memory_of_the_cache_is_given_back_and_reported(recipe, groups, monkeypa
     model, cache = build("llava"), DynamicCache()
     before: list[weakref.ref[torch.Tensor]] = []
     held: list[int] = []
-    keep_only = vlmprune.cutting.keep_only
+    keep_only = vlmprune.live.pruning.keep_only
 
     def bytes_of(layers) -> int:
         return sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
@@ -82,7 +82,7 @@ def test_memory_of_the_cache_is_given_back_and_reported(recipe, groups, monkeypa
         keep_only(layers, *rest)
         held.append(whole + bytes_of(layers))
 
-    monkeypatch.setattr(vlmprune.cutting, "keep_only", watched)
+    monkeypatch.setattr(vlmprune.live.pruning, "keep_only", watched)
     with vp.wrap(model, recipe) as run:
         model(**make_inputs("llava", model, SAMPLES), past_key_values=cache)
     report = run.report()

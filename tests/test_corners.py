@@ -24,13 +24,13 @@ from tiny_models import FIRST_WORD, VOCAB, build, make_inputs, shared
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import vlmprune as vp
-from vlmprune import tower
 from vlmprune.adapters.llava import LLAVA
 from vlmprune.adapters.qwen_vl import QWEN2_5_VL
-from vlmprune.cache import PrunedLayer, pruned_layer
 from vlmprune.kernels.select_diverse import select_diverse
-from vlmprune.reduction import Reduction
-from vlmprune.run import Call
+from vlmprune.live import feature_index
+from vlmprune.live.cache import PrunedLayer, pruned_layer
+from vlmprune.live.call import Call
+from vlmprune.live.rows import Reduction
 from vlmprune.view import View
 
 FAMILIES = ("llava", "qwen2_5_vl")
@@ -251,13 +251,13 @@ def test_cls_block_counts_like_hidden_states():
 
 def test_names_of_rows_tell_contents_apart():
     rows = torch.randn(64, 200)
-    names = tower.row_names(torch.cat((rows, rows.flip(1), -rows)))
+    names = feature_index.row_names(torch.cat((rows, rows.flip(1), -rows)))
     assert len(names.unique()) == 3 * 64
-    assert torch.equal(tower.row_names(rows), names[:64])
+    assert torch.equal(feature_index.row_names(rows), names[:64])
 
 
 def test_tower_memory_forgets_the_oldest(monkeypatch):
-    monkeypatch.setattr(tower, "MEMORY_ROWS", 64)
+    monkeypatch.setattr(feature_index, "MEMORY_ROWS", 64)
     model = shared("llava")
     with vp.wrap(model, "cls:fraction=0.5") as run:
         for seed in range(4):

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import vlmprune as vp
-from vlmprune import demo, loading
-from vlmprune import hub as the_hub
-from vlmprune.cli import app
-from vlmprune.loading import load_decoder, load_model, make_inputs, prompt_text
+from vlmprune.cli import app, demo
+from vlmprune.loading import models as loading
+from vlmprune.loading.models import load_decoder, load_model, make_inputs, prompt_text
+from vlmprune.recipe import hub as the_hub
 from vlmprune.tiny.scenes import held_out
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, SiglipVisionConfig
 
 import vlmprune as vp
-from vlmprune.decoder import attention_of
-from vlmprune.unhooked import unhooked
+from vlmprune.live.decoder import attention_of
+from vlmprune.live.unhooked import unhooked
 
 RAGGED = [["text2", "image", "text5"], ["image", "text9"]]
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import vlmprune as vp
 from vlmprune.cli import app
 from vlmprune.evals import calibration
-from vlmprune.pictures import _bits_in_head, open_picture, summary
+from vlmprune.loading.pictures import _bits_in_head, open_picture, summary
 from vlmprune.tiny.scenes import make_scene
 
 ORIENTATION = 0x0112
@@ -366,7 +366,7 @@ def test_calibration_sees_the_upright_picture(sideways, command):
 def test_calibration_refuses_a_broken_picture_before_the_model_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"no picture")
     (tmp_path / "questions.jsonl").write_text('{"image": "a.png", "question": "what ?", "answer": "1"}')
-    monkeypatch.setattr("vlmprune.loading.load_model", lambda *arguments: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("vlmprune.loading.models.load_model", lambda *arguments: pytest.fail("the model was loaded"))
     result = CliRunner().invoke(app, ["horizon", "--data", str(tmp_path)])
     assert isinstance(result.exception, vp.UsageError)
     assert "a.png is not a picture" in str(result.exception)

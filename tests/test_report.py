@@ -9,9 +9,10 @@ import torch
 from tiny_models import make_inputs, shared
 
 import vlmprune as vp
-from vlmprune import units
 from vlmprune.cost import DecoderShape
-from vlmprune.run import Clock, Prefill, Report
+from vlmprune.live.record import Clock, Prefill
+from vlmprune.live.report import Report
+from vlmprune.show import units
 
 
 def test_llava_7b_by_hand():

@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from vlmprune.evals import stats
 from vlmprune.evals.bench import Ratio
 from vlmprune.evals.offline import draws_by_skill
 from vlmprune.evals.sweep import differences
+from vlmprune.show import stats
 from vlmprune.tiny.answers import Record, accuracy, accuracy_by_skill, mean_over_skills
 
 SKILLS = ("colour", "counting", "reading")

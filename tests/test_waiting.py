@@ -16,7 +16,7 @@ from tiny_models import ALL_FAMILIES, build, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmprune as vp
-import vlmprune.attach  # all that knows on_host, before it is replaced
+import vlmprune.live.plan  # all that knows on_host, before it is replaced
 from vlmprune.methods import METHODS, REDISTRIBUTORS
 
 SAMPLES = [["text3", "image", "text4"], ["text5", "image", "text2"]]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmprune.errors import UsageError
-    from vlmprune.handle import Run, unwrap, wrap
+    from vlmprune.live.handle import Run, unwrap, wrap
+    from vlmprune.live.report import Report
     from vlmprune.methods import METHODS, REDISTRIBUTORS, Choice, Pruner, Redistributor, ScorePruner
     from vlmprune.methods.clip_relevance import ClipRelevance
     from vlmprune.methods.pruning import (
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     )
     from vlmprune.methods.redistribution import ACT, PAI, PAINT, VAR, VHR, ZeroTuning
     from vlmprune.recipe import Recipe
-    from vlmprune.run import Report
     from vlmprune.schedule import Budget, Schedule, Stage, at, stages
 
 __version__ = "0.1.0"
@@ -68,9 +68,9 @@ _HOME = {
     **dict.fromkeys(("ACT", "PAI", "PAINT", "VAR", "VHR", "ZeroTuning"), "vlmprune.methods.redistribution"),
     **dict.fromkeys(("METHODS", "REDISTRIBUTORS", "Choice", "Pruner", "Redistributor", "ScorePruner"), "vlmprune.methods"),
     **dict.fromkeys(("Budget", "Schedule", "Stage", "at", "stages"), "vlmprune.schedule"),
-    **dict.fromkeys(("Run", "unwrap", "wrap"), "vlmprune.handle"),
+    **dict.fromkeys(("Run", "unwrap", "wrap"), "vlmprune.live.handle"),
     "Recipe": "vlmprune.recipe",
-    "Report": "vlmprune.run",
+    "Report": "vlmprune.live.report",
     "UsageError": "vlmprune.errors",
 }
 

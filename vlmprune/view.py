@@ -72,7 +72,7 @@ WITH_CLS = FROM_TOWER - {"flow"}
 
 
 @dataclass(frozen=True)
-class Facts:
+class TowerFacts:
     """What a method may know about a model before it runs.
 
     Attributes:

@@ -17,14 +17,15 @@ from vlmprune.cli import method_rows
 from vlmprune.cost import DecoderShape
 from vlmprune.kernels.flow_score import entropy_ratio
 from vlmprune.kernels.select_diverse import greedy_order
+from vlmprune.live.record import Clock, Kept, Prefill
+from vlmprune.live.report import Report
+from vlmprune.live.tower import TowerPass
 from vlmprune.methods.base import TowerState
 from vlmprune.methods.pruning import flowcut
-from vlmprune.run import Clock, Kept, Prefill, Report
 from vlmprune.schedule import Budget
-from vlmprune.tower import TowerPass
-from vlmprune.view import Facts, View
+from vlmprune.view import TowerFacts, View
 
-CLIP = Facts(cls=True)
+CLIP = TowerFacts(cls=True)
 
 
 # --- G1, G2: DivPrune -------------------------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ def test_published_defaults():
     assert vp.DivPrune().cuts.stages[0].budget.resolve(576) == 56
 
     def plan(method, **facts):
-        return [(s.site, s.layer, s.budget.tokens, s.budget.fraction) for s in method.plan(Facts(**facts))]
+        return [(s.site, s.layer, s.budget.tokens, s.budget.fraction) for s in method.plan(TowerFacts(**facts))]
 
     assert plan(vp.FlowCut(tokens=64), cls=True) == [("vision", 0, 64, None)]
     assert plan(vp.FlowCut(tokens=321), cls=True, crops=True) == [("vision", 0, 160, None), ("llm", 2, 321, None)]

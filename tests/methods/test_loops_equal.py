@@ -17,13 +17,13 @@ from vlmprune.kernels import attention_mass as mass_kernel
 from vlmprune.kernels import flow_score as flow_kernel
 from vlmprune.kernels import gather_tokens as gather_kernel
 from vlmprune.kernels import select_diverse as diverse_kernel
+from vlmprune.live.rows import Reduction
 from vlmprune.methods import merging
 from vlmprune.methods.base import Block, TowerState, alive_top
 from vlmprune.methods.base import top as best
 from vlmprune.methods.pruning.cdpruner import scaled
 from vlmprune.methods.pruning.sparsevlm import recycled
-from vlmprune.reduction import Reduction
-from vlmprune.view import Facts, View
+from vlmprune.view import TowerFacts, View
 
 SIZES = [(0, 20, 7, (5, 3, 1)), (1, 37, 12, (9, 2, 4)), (2, 49, 30, (3, 3, 3)), (3, 16, 1, (1, 6, 2)), (4, 25, 24, (2, 1, 12))]
 sizes = pytest.mark.parametrize(("seed", "visual", "keep", "text"), SIZES, ids=[f"{v}-{k}" for _, v, k, _ in SIZES])
@@ -491,7 +491,7 @@ def expected_merge(patches: torch.Tensor, side: int, threshold: float, windows: 
 def test_mustdrop_merge(side, threshold, windows):
     """Behind the first block: each view merges its own windows, at their middles, and nothing else moves."""
     hidden = grids(side)
-    state = TowerState(Facts(cls=True), side**2, torch.arange(side**2).expand(3, -1), side)
+    state = TowerState(TowerFacts(cls=True), side**2, torch.arange(side**2).expand(3, -1), side)
     stays, patches = vp.MustDrop(merge=threshold, windows=windows).cut(0, 10, hidden, state)
     numbers = set()
     for view in range(3):
@@ -505,10 +505,10 @@ def test_mustdrop_merge(side, threshold, windows):
 
 def test_mustdrop_merges_behind_the_first_block_only():
     hidden = grids(6)
-    state = TowerState(Facts(cls=True), 36, torch.arange(36).expand(3, -1), 6)
+    state = TowerState(TowerFacts(cls=True), 36, torch.arange(36).expand(3, -1), 6)
     for index in range(1, 4):
         assert vp.MustDrop(merge=-1).cut(index, 3, hidden, state) is None
-    small = TowerState(Facts(cls=True), 4, torch.arange(4).expand(3, -1), 2)
+    small = TowerState(TowerFacts(cls=True), 4, torch.arange(4).expand(3, -1), 2)
     assert vp.MustDrop(merge=-1).cut(0, 3, hidden[:, :4], small) is None
 
 
@@ -539,7 +539,7 @@ def blocks(count: int, views: int, tokens: int, heads: int = 3, dim: int = 4, se
 def test_flowcut_watches_cls(scale, patches):
     """The score of every patch over three blocks, and the relation of the last: CLS is inside both softmaxes."""
     method = vp.FlowCut(semantic_scale=scale)
-    state = TowerState(Facts(cls=True), 4, torch.arange(patches).expand(2, -1), 4)
+    state = TowerState(TowerFacts(cls=True), 4, torch.arange(patches).expand(2, -1), 4)
     smooth: list = [None, None]
     for index, (q, k, v) in enumerate(blocks(3, 2, 1 + patches)):
         method.watch(Block(index, 9, q, k, v, 0.5, True, None), state)
@@ -557,7 +557,7 @@ def test_flowcut_watches_around_padding():
     ((q, k, v),) = blocks(1, 2, 10)
     valid = torch.ones(2, 10, dtype=torch.bool)
     valid[1, 1:4] = False  # CLS first, then three of padding, as they stand in a live call
-    state = TowerState(Facts(cls=True), 2, torch.arange(9).expand(2, -1), 3, valid[:, 1:])
+    state = TowerState(TowerFacts(cls=True), 2, torch.arange(9).expand(2, -1), 3, valid[:, 1:])
     vp.FlowCut().watch(Block(0, 9, q, k, v, 0.5, True, valid), state)
     for view in range(2):
         real = valid[view]
@@ -574,7 +574,7 @@ def test_flowcut_watches_around_padding():
 def test_flowcut_watches_units(variant):
     """Towers without CLS: the mean token stands in for it. The official score lacks the semantic term and the sums."""
     method = vp.FlowCut(variant_on_units=variant)
-    state = TowerState(Facts(unit=4), 8, torch.arange(16)[None], 4)
+    state = TowerState(TowerFacts(unit=4), 8, torch.arange(16)[None], 4)
     seen = blocks(3, 1, 16, seed=3)
     smooth = None
     for index, (q, k, v) in enumerate(seen):
@@ -601,7 +601,7 @@ def test_flowcut_cuts(target, padded):
         valid = torch.arange(patches) >= torch.tensor([0, 4, 8, 29 - target])[:, None]
         relation = relation * valid
         flow = flow * valid
-    state = TowerState(Facts(cls=True), target, torch.arange(patches).expand(views, -1), 6, valid)
+    state = TowerState(TowerFacts(cls=True), target, torch.arange(patches).expand(views, -1), 6, valid)
     state.carried = {"flow": flow, "relation": relation}
     hidden = torch.randn(views, patches, 3, generator=draw)
     for index in range(last + 2):
@@ -621,7 +621,7 @@ def test_flowcut_cuts(target, padded):
 
 
 def test_flowcut_leaves_short_views_alone():
-    state = TowerState(Facts(cls=True), 9, torch.arange(9).expand(2, -1), 3)
+    state = TowerState(TowerFacts(cls=True), 9, torch.arange(9).expand(2, -1), 3)
     assert vp.FlowCut().cut(6, 7, torch.zeros(2, 9, 3), state) is None
 
 

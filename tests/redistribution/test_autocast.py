@@ -9,7 +9,7 @@ from redistribution.test_exact import RECIPES, SAMPLES
 from tiny_models import attentions_of, make_inputs, shared
 
 import vlmprune as vp
-from vlmprune import steering
+from vlmprune.live import redistribution as steering
 
 
 @pytest.fixture(autouse=True)

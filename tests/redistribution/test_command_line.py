@@ -14,7 +14,7 @@ import vlmprune as vp
 from vlmprune import tiny
 from vlmprune.cli import app
 from vlmprune.evals import sink_view
-from vlmprune.loading import load_decoder
+from vlmprune.loading.models import load_decoder
 from vlmprune.tiny.scenes import make_scene
 
 VAR = "var:sink_dims=5|40,tau=2,keep=0.2,max_sink_share=0.6,min_image_mass=0.1"

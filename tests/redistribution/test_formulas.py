@@ -51,7 +51,7 @@ def test_that_sink_in_a_model():
     from redistribution.test_exact import VAR
     from tiny_models import make_inputs, shared
 
-    from vlmprune import steering
+    from vlmprune.live import redistribution as steering
 
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text5", "image", "text4"]])

@@ -14,7 +14,8 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vlmprune as vp
-from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, keep_only
+from vlmprune.live.cache import MarkedLayer, PrunedLayer, keep_only
+from vlmprune.live.marks import Marks
 
 STRATEGIES = {
     "greedy": {},
@@ -446,8 +447,8 @@ def test_gradients_flow():
 
 
 def test_nothing_global():
-    assert "vlmprune.steering" in sys.modules
-    module = sys.modules["vlmprune.steering"]
+    assert "vlmprune.live.redistribution" in sys.modules
+    module = sys.modules["vlmprune.live.redistribution"]
     assert not [name for name, value in vars(module).items() if isinstance(value, dict | list) and not name.startswith("__")]
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 import vlmprune as vp
 from vlmprune.evals.sinks import PROMPTS, find_sinks
-from vlmprune.sink_dims import KNOWN, known_sinks, shape_of
+from vlmprune.methods.sink_dims import KNOWN, known_sinks, shape_of
 
 MARK = 70
 """A word that behaves like a delimiter: it becomes a sink wherever it stands."""
@@ -215,7 +215,7 @@ def test_var_on_planted_sinks():
 
 
 def test_auto_takes_the_known_dimensions(monkeypatch):
-    from vlmprune import sink_dims
+    from vlmprune.methods import sink_dims
 
     model = planted({33: 8.0})
     inputs = make_inputs("llava", model, [["text5", "image", "text6"]])
@@ -265,7 +265,7 @@ def test_known_by_more_than_the_shape():
 
 def test_finder_and_table_disagree(monkeypatch):
     """A model of the config of a known one that has other weights: the config cannot tell, the finder does."""
-    from vlmprune import sink_dims
+    from vlmprune.methods import sink_dims
 
     model = planted({33: 8.0})
     known = sink_dims.Known("ours", shape_of(model.get_decoder().config), (33,), 0.5, "planted")

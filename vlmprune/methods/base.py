@@ -2,7 +2,7 @@
 
 A method knows no model. It is a frozen dataclass whose fields are its paper's parameters; the class attributes say which
 paper, and `vlmprune methods` and the README print them. Where a paper does different things with different vision towers, the
-method asks for `Facts`, never for a family's name.
+method asks for `TowerFacts`, never for a family's name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vlmprune.errors import UsageError, shown, unknown
 from vlmprune.methods.checks import check_class, check_needs, check_numbers
 from vlmprune.methods.parameters import Range, choice, limited, number
 from vlmprune.schedule import Budget, Schedule, Stage, plain
-from vlmprune.view import PROBES, WITH_CLS, Facts, View
+from vlmprune.view import PROBES, WITH_CLS, TowerFacts, View
 
 Positions = Literal["original", "compact"]
 
@@ -150,7 +150,7 @@ class Pruner:
         """Whether the row separators of LLaVA-NeXT stay."""
         return self.newlines == "keep"
 
-    def plan(self, facts: Facts) -> Schedule:
+    def plan(self, facts: TowerFacts) -> Schedule:
         """The stages for one model.
 
         Raises:
@@ -163,7 +163,7 @@ class Pruner:
             )
         return self.cuts
 
-    def variant(self, facts: Facts) -> str:
+    def variant(self, facts: TowerFacts) -> str:
         """Which form of the method runs on such a model, for the report; empty where there is one only."""
         return ""
 
@@ -298,7 +298,7 @@ class TowerState:
         carried: what was noted of each patch, `[view, patch, …]`: probes, and a method's own; shortened with the patches.
     """
 
-    facts: Facts
+    facts: TowerFacts
     target: int
     cells: Tensor
     side: int

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmprune.evals.stats import interval, shares
+from vlmprune.show.stats import interval, shares
 from vlmprune.tiny import prompt
 from vlmprune.tiny.questions import SKILLS
 

@@ -31,7 +31,7 @@ from vlmprune.methods.base import Pruner
 from vlmprune.methods.checks import check_numbers
 from vlmprune.methods.relevance import check_relevance, check_width
 from vlmprune.schedule import Schedule, Stage, at
-from vlmprune.view import Facts, View
+from vlmprune.view import TowerFacts, View
 
 Relevance = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From `tower_features` `[image, visual, dim]`, `text_ids` `[image, text]` and `text_valid` to `[image, visual]`; of whole
@@ -62,7 +62,7 @@ class CDPruner(Pruner):
         if self.relevance is not None:
             check_relevance(self.name, self.relevance)
 
-    def plan(self, facts: Facts) -> Schedule:
+    def plan(self, facts: TowerFacts) -> Schedule:
         if self.relevance is not None and not facts.cls:
             raise UsageError(
                 f"cdpruner: relevance compares what a CLIP tower made of each patch, but {facts.refusal}: leave relevance out."
@@ -70,7 +70,7 @@ class CDPruner(Pruner):
         check_width(self.name, self.relevance, facts.width)
         return super().plan(facts)
 
-    def variant(self, facts: Facts) -> str:
+    def variant(self, facts: TowerFacts) -> str:
         return "embedding" if self.relevance is None else type(self.relevance).__name__
 
     def needs_at(self, stage: Stage) -> frozenset[str]:

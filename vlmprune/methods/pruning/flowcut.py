@@ -38,7 +38,7 @@ from vlmprune.kernels.flow_score import entropy_ratio, flow_score, share
 from vlmprune.methods.base import Block, TowerPruner, TowerState, alive_top, top
 from vlmprune.methods.parameters import choice, number
 from vlmprune.schedule import Budget, Schedule, Stage
-from vlmprune.view import Facts, View
+from vlmprune.view import TowerFacts, View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +72,14 @@ class FlowCut(TowerPruner):
         if any(stage.site == "vision" and not (stage.budget.tokens or stage.budget.fraction) for stage in self.cuts):
             raise UsageError("flowcut cannot drop every patch inside the vision tower: keep at least tokens=1.")
 
-    def variant(self, facts: Facts) -> str:
+    def variant(self, facts: TowerFacts) -> str:
         if all(stage.site == "llm" for stage in self.cuts):
             return "decoder only"
         if facts.cls:
             return "per view" if facts.crops else ""
         return ("unit" if facts.windows else "official") if self.variant_on_units == "auto" else self.variant_on_units
 
-    def plan(self, facts: Facts) -> Schedule:
+    def plan(self, facts: TowerFacts) -> Schedule:
         first = self.cuts.stages[0]
         if first.site != "vision":
             return self.cuts

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmprune.layout import on_device
+from vlmprune.device import on_device
 from vlmprune.methods.base import Pruner, alive_top, top
 from vlmprune.schedule import at
 from vlmprune.view import View

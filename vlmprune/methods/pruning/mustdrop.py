@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
-from vlmprune.layout import on_device, on_host
 from vlmprune.methods.base import Choice, TowerPruner, TowerState, alive_top, top
 from vlmprune.methods.parameters import number
 from vlmprune.schedule import Budget, Schedule, Stage, stages
-from vlmprune.view import Facts, View
+from vlmprune.view import TowerFacts, View
 
 WINDOW = 3
 FILTERED = stages(dict.fromkeys((3, 7, 11, 15), 1.0))
@@ -92,10 +92,10 @@ class MustDrop(TowerPruner):
     def adaptive(self) -> bool:
         return self.thresholds
 
-    def variant(self, facts: Facts) -> str:
+    def variant(self, facts: TowerFacts) -> str:
         return "thresholds" if self.thresholds else "target counts"
 
-    def plan(self, facts: Facts) -> Schedule:
+    def plan(self, facts: TowerFacts) -> Schedule:
         super().plan(facts)
         everything = Budget(fraction=1.0)
         tower = (Stage(0, everything, "vision"),) if self.windows != 0 and (self.windows or self.merge <= 1) else ()

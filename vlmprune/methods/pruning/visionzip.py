@@ -24,7 +24,7 @@ from vlmprune.methods.base import Choice, Pruner, top
 from vlmprune.methods.merging import gathered, nearest, others, rows
 from vlmprune.methods.parameters import number
 from vlmprune.schedule import Schedule, Stage, at
-from vlmprune.view import Facts, View
+from vlmprune.view import TowerFacts, View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class VisionZip(Pruner):
 
     contextual: int | None = number(None, low=0, whole=True)
 
-    def plan(self, facts: Facts) -> Schedule:
+    def plan(self, facts: TowerFacts) -> Schedule:
         if any(stage.layer for stage in self.cuts):
             raise UsageError(
                 f"visionzip merges before the projector: its only place is layer=0, found {self.cuts.stages[-1].layer}."

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmprune.layout import on_device
+from vlmprune.device import on_device
 from vlmprune.methods.parameters import number
 from vlmprune.methods.redistributing import Scene, ScoreEditor
 

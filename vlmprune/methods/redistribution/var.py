@@ -18,7 +18,7 @@ share of the others; the released code has the same names for the opposite. `p=`
 
 τ = 20 at dim 4096 is a share τ²/dim = 9.8 % of a token's energy in one dimension; φ is at most √dim. Neither transfers:
 in SmolLM2 (dim 576) 9.8 % makes nine of ten tokens sinks and 69 % (τ = 20) the right ones, so that the threshold belongs to the
-model (`vlmprune/sink_dims.py`, `vlmprune sinks`).
+model (`vlmprune/methods/sink_dims.py`, `vlmprune sinks`).
 
 Differs from the released code in: fp32 probabilities; no ε in the share; any batch;
 several pictures; sinks are this conversation's (there those of the process's first picture); the prompt's first token is

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmprune.device import on_host
 from vlmprune.kernels.gather_tokens import gather_all, gather_tokens
-from vlmprune.layout import on_host
 
 
 @dataclass(frozen=True, eq=False)

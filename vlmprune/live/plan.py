@@ -10,7 +10,7 @@ the model to every attention function; a `TowerPass` travels through the vision 
     decoder layers    from the first stage on: cut at a stage; shorten masks and rotary embeddings; tell the KV cache
     language model    put the rows back in their places, so that logits have the length of the prompt; shorten the cache
 
-No hook is made here: `hooks.py` makes them, and asks every call which plan it follows.
+No hook is made here: `live/hooks.py` makes them, and asks every call which plan it follows.
 """
 
 from __future__ import annotations
@@ -28,25 +28,28 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.adapters.registry import family_of
-from vlmprune.attention import TUNNEL
-from vlmprune.cache import Encoded, Owner, PrunedLayer, check_growing, encoded_of, hand_over
-from vlmprune.context import Contexts
 from vlmprune.cost import DecoderShape
-from vlmprune.cutting import Cutting, timed
-from vlmprune.decoder import Decoder, carried, carry, look_at
+from vlmprune.device import on_host
 from vlmprune.errors import UsageError
-from vlmprune.layout import on_host
-from vlmprune.links import Links
+from vlmprune.live.attention import CALL_ARGUMENT
+from vlmprune.live.cache import PrunedLayer, check_growing, hand_over
+from vlmprune.live.call import Call, Chosen
+from vlmprune.live.context import Contexts
+from vlmprune.live.decoder import Decoder, carried, carry, look_at
+from vlmprune.live.feature_index import FeatureIndex
+from vlmprune.live.links import Links
+from vlmprune.live.owner import Encoded, Owner, encoded_of
+from vlmprune.live.probes import recall_tower, see_attention
+from vlmprune.live.prompt import check_mask_goes_on, find_layout, look_at_mask, read_prompt, refuse_merged, visible_pictures
+from vlmprune.live.pruning import Cutting, timed
+from vlmprune.live.record import Clock, Prefill
+from vlmprune.live.redistribution import Steering
+from vlmprune.live.refusals import check_cuts, check_edits, check_tower
+from vlmprune.live.tower import TowerPass
 from vlmprune.methods.base import TowerPruner
-from vlmprune.probes import recall_tower, see_attention
-from vlmprune.prompt import check_mask_goes_on, find_layout, look_at_mask, read_prompt, refuse_merged, visible_pictures
 from vlmprune.recipe import Recipe
-from vlmprune.refusals import check_cuts, check_edits, check_tower
-from vlmprune.run import Call, Chosen, Clock, Prefill
 from vlmprune.schedule import Budget
-from vlmprune.steering import Steering
-from vlmprune.tower import RowMemory, TowerPass
-from vlmprune.view import BEFORE_THE_CUT, FROM_TOWER, Facts
+from vlmprune.view import BEFORE_THE_CUT, FROM_TOWER, TowerFacts
 
 untraced = torch.compiler.disable
 """What hooks do depends on the prompt: `torch.compile` runs them as they are, and compiles what is between them."""
@@ -79,7 +82,7 @@ class Plan:
 
     def __init__(self, model: nn.Module, recipe: Recipe, contexts: Contexts) -> None:
         self.model, self.recipe, self.contexts = model, recipe, contexts
-        self.memory = RowMemory()
+        self.memory = FeatureIndex()
         self.observers: dict[nn.Module, list[Callable[..., None]]] = {}
         self.editors: dict[nn.Module, Callable[..., Any]] = {}
         self.now: PerThread = PerThread()
@@ -232,7 +235,7 @@ class Plan:
         **kwargs: Any,
     ) -> None:
         """Observer of a block of the tower. A block that gradient checkpointing runs again was seen before."""
-        tower: TowerPass = kwargs[TUNNEL]
+        tower: TowerPass = kwargs[CALL_ARGUMENT]
         if tower.over:
             return
         with self._in_tower(query.device), torch.no_grad():
@@ -312,7 +315,7 @@ class Plan:
         **kwargs: Any,
     ) -> None:
         """Observer of the attention before a cut; prefills only, and not where the choice is made already."""
-        call: Call | None = kwargs.get(TUNNEL)
+        call: Call | None = kwargs.get(CALL_ARGUMENT)
         if call is not None and call.layout is not None and self.cutting.chooses_at(layer + 1, call):
             with timed(call, query.device, f"attention in layer {layer}"), torch.no_grad():
                 see_attention(call, layer, needs, query, key, value, attention_mask, scaling)
@@ -585,7 +588,7 @@ def _encoded_counts(kwargs: dict[str, Any]) -> list[int] | None:
     return [features.shape[0] for features in encoded.pooler_output]
 
 
-def _facts(family: Any, base: nn.Module) -> Facts:
+def _facts(family: Any, base: nn.Module) -> TowerFacts:
     """What methods may know of this very model: its checkpoint may lack what its family usually has."""
     refusal = None if family.tower is None else family.tower.refusal(base)
     return family.facts if refusal is None else replace(family.facts, cls=False, refusal=refusal)

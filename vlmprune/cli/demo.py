@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
-from vlmprune import draw, names, tiny
+from vlmprune import names, tiny
 from vlmprune.adapters.registry import family_of
 from vlmprune.errors import UsageError
-from vlmprune.handle import Run, wrap
-from vlmprune.loading import check_target, make_folder, make_inputs, open_model, prompt_text
-from vlmprune.pictures import open_picture
+from vlmprune.live.handle import Run, wrap
+from vlmprune.live.report import Report
+from vlmprune.loading.models import check_target, make_folder, make_inputs, open_model, prompt_text
+from vlmprune.loading.pictures import open_picture
 from vlmprune.recipe import Recipe
-from vlmprune.run import Report
+from vlmprune.show import draw
 
 KEEP_ALL = "random:layer=0,fraction=1"
 """Runs exactly as the un-pruned model does, but is measured by the same clock as the pruned one."""

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
-from vlmprune import hub
 from vlmprune.errors import UsageError, first_line, shown, unknown
+from vlmprune.recipe import hub
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,16 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from vlmprune.adapters.family import has_mrope
-from vlmprune.cutting import Cut
-from vlmprune.decoder import KNOWN, Decoder
 from vlmprune.errors import UsageError
+from vlmprune.live.decoder import KNOWN, Decoder
+from vlmprune.live.pruning import Cut
+from vlmprune.live.redistribution import Steering
 from vlmprune.methods import Pruner
 from vlmprune.methods.checks import check_needs
 from vlmprune.methods.redistributing import HeadScaler
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Schedule, scaled_layer
-from vlmprune.steering import Steering
-from vlmprune.view import BEFORE_THE_CUT, PROBES, Facts
+from vlmprune.view import BEFORE_THE_CUT, PROBES, TowerFacts
 
 
 def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[Cut]) -> None:
@@ -96,7 +96,7 @@ def check_edits(decoder: Decoder, steering: Steering) -> None:
         )
 
 
-def check_tower(recipe: Recipe, decoder: Decoder, facts: Facts, inside: Cut | None, last_block: Callable[[], int]) -> None:
+def check_tower(recipe: Recipe, decoder: Decoder, facts: TowerFacts, inside: Cut | None, last_block: Callable[[], int]) -> None:
     """What a recipe does in the vision tower, or looks at there.
 
     Args:

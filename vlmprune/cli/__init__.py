@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from vlmprune import __version__, names, units
+from vlmprune import __version__, names
 from vlmprune.errors import UsageError, first_line, unknown
+from vlmprune.show import units
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -155,7 +156,7 @@ def demo(
 ) -> None:
     """Ask the embedded VLM about a few held-out pictures, un-pruned and pruned, and draw what was kept."""
     names.check_recipe(recipe)
-    from vlmprune.demo import run_demo
+    from vlmprune.cli.demo import run_demo
 
     _quiet()
     result = run_demo(recipe, images, out)
@@ -188,7 +189,7 @@ def run(
 ) -> None:
     """Ask a model about one picture, un-pruned and pruned: one answer each. (`vlmprune bench` measures time.)"""
     _check_question(image, prompt, recipe)
-    from vlmprune.demo import ask_and_draw
+    from vlmprune.cli.demo import ask_and_draw
 
     _quiet()
     with _progress() as progress:
@@ -343,7 +344,7 @@ def bench(
 
     from vlmprune.evals import bench as evals
     from vlmprune.evals.shapes import shape_named
-    from vlmprune.loading import check_device
+    from vlmprune.loading.models import check_device
 
     found, device = shape_named(shape), device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
@@ -467,7 +468,7 @@ def _calibration(
     """The model, its calibration samples, a progress bar to tick, and what the pictures lost when they were read; everything is
     checked before anything is computed."""
     from vlmprune.evals import calibration
-    from vlmprune.loading import open_model
+    from vlmprune.loading.models import open_model
 
     if data is None and model != "tiny":
         raise UsageError("the built-in scenes are for the embedded model: give --data with questions for yours.")
@@ -486,7 +487,7 @@ def _calibration(
 
 def _prepare_folder(out: Path | None) -> None:
     """A folder for results and their figures, and what draws them, before anything is computed."""
-    from vlmprune.loading import check_packages, make_folder
+    from vlmprune.loading.models import check_packages, make_folder
 
     if out:
         check_packages(["matplotlib"])
@@ -512,7 +513,7 @@ def methods(
 
 def _print_method(name: str, as_json: bool) -> None:
     names.check_method(name)
-    from vlmprune.catalogue import describe
+    from vlmprune.cli.catalogue import describe
 
     found = describe(name)
     if as_json:
@@ -553,7 +554,7 @@ def sinks(
     if gguf is not None and model == "tiny":
         raise UsageError(f"--gguf {gguf} is a file in the folder of a model: give that folder as --model.")
     from vlmprune.evals.sinks import PROMPTS, TINY_PROMPTS, find_sinks
-    from vlmprune.loading import load_decoder
+    from vlmprune.loading.models import load_decoder
 
     _quiet()
     decoder, tokenize = load_decoder(model, gguf, device)
@@ -589,9 +590,9 @@ def view(
 ) -> None:
     """Draw what redistribution does to one picture and question. (`vlmprune run --draw` draws kept patches.)"""
     _check_question(image, prompt, recipe or "var")
-    from vlmprune.demo import prepare
+    from vlmprune.cli.demo import prepare
     from vlmprune.evals import sink_view
-    from vlmprune.loading import check_packages
+    from vlmprune.loading.models import check_packages
 
     check_packages(["matplotlib"])
     if recipe is not None:
@@ -618,7 +619,7 @@ def view(
 
 def _check_question(image: Path, prompt: str, recipe: str) -> None:
     """What can be refused before torch is imported, is."""
-    from vlmprune.pictures import open_picture
+    from vlmprune.loading.pictures import open_picture
 
     names.check_recipe(recipe)
     if not prompt.strip():

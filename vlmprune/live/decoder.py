@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vlmprune.adapters.family import Family
-from vlmprune.attention import TUNNEL, route_attention
 from vlmprune.errors import UsageError
-from vlmprune.unhooked import unhooked
+from vlmprune.live.attention import CALL_ARGUMENT, route_attention
+from vlmprune.live.unhooked import unhooked
 
 KNOWN = {"hidden_states", "attention_mask", "position_ids", "position_embeddings", "past_key_values", "use_cache"}
-KNOWN |= {"cache_position", TUNNEL}
+KNOWN |= {"cache_position", CALL_ARGUMENT}
 """Arguments of a decoder layer that pruning knows how to shorten, or may leave as they are."""
 
 
@@ -160,7 +160,7 @@ def _run_to_attention(copied: Any, attention: Any, args: tuple[Any, ...], kwargs
     (query, key, value, mask), rest = reached
     scaling = rest.pop("scaling", None)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return Attention(query, key, value, mask, scaling, rest, "by the layer" if TUNNEL in rest else "not")
+    return Attention(query, key, value, mask, scaling, rest, "by the layer" if CALL_ARGUMENT in rest else "not")
 
 
 def _reached(copied: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -196,14 +196,14 @@ def carried(decoder: Decoder, indices: Iterable[int]) -> frozenset[int]:
 def carry(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a layer, its call put with the rotary embeddings."""
     told = _Told(kwargs[CARRIER])
-    told.call = kwargs[TUNNEL]
+    told.call = kwargs[CALL_ARGUMENT]
     return {**kwargs, CARRIER: told}
 
 
 def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A hook of an attention module that takes out what `carry` put in."""
     told = kwargs.get(CARRIER)
-    return (args, {**kwargs, TUNNEL: told.call}) if isinstance(told, _Told) else None
+    return (args, {**kwargs, CALL_ARGUMENT: told.call}) if isinstance(told, _Told) else None
 
 
 def _would_take(layer: Any, attention: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -215,7 +215,7 @@ def _would_take(layer: Any, attention: str, args: tuple[Any, ...], kwargs: dict[
     if given is None or not isinstance(given[1].get(CARRIER), tuple):
         return False
     alone = unhooked(own)
-    return TUNNEL in _run_to_attention(alone, alone, given[0], {**given[1], TUNNEL: None}).kwargs
+    return CALL_ARGUMENT in _run_to_attention(alone, alone, given[0], {**given[1], CALL_ARGUMENT: None}).kwargs
 
 
 def look_at(model: Any, family: Family) -> Decoder:
@@ -336,7 +336,7 @@ def _first_layer_call(text: Any, layers: Any) -> tuple[Tensor, tuple[tuple[Any, 
     # Offloaded weights are nowhere; what runs them moves its inputs there.
     device = getattr(getattr(words, "_hf_hook", None), "execution_device", None)
     one = torch.ones(1, 1, text.config.hidden_size, dtype=text.dtype, device=words.weight.device if device is None else device)
-    kwargs = {"inputs_embeds": one, "past_key_values": DynamicCache(config=text.config), "use_cache": True, TUNNEL: None}
+    kwargs = {"inputs_embeds": one, "past_key_values": DynamicCache(config=text.config), "use_cache": True, CALL_ARGUMENT: None}
     try:
         call = _reached(copied, (), kwargs)
     except Exception as error:  # whatever a foreign model may raise: the reason is passed on
@@ -353,12 +353,12 @@ def _check_call(name: str, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> N
     args, kwargs = call
     hidden = args[0] if args else kwargs.get("hidden_states")
     rotary = kwargs.get("position_embeddings")
-    missing = [wanted for wanted in ("attention_mask", "past_key_values", TUNNEL) if wanted not in kwargs]
+    missing = [wanted for wanted in ("attention_mask", "past_key_values", CALL_ARGUMENT) if wanted not in kwargs]
     turns = isinstance(rotary, tuple) and len(rotary) == 2 and all(isinstance(x, Tensor) and x.ndim == 3 for x in rotary)
     if not isinstance(hidden, Tensor) or hidden.ndim != 3:
         problem = "hidden states [batch, token, dim] as the first argument"
     elif missing:
-        problem = f"{'its keyword arguments' if missing == [TUNNEL] else missing[0]} by name"
+        problem = f"{'its keyword arguments' if missing == [CALL_ARGUMENT] else missing[0]} by name"
     elif not turns:
         problem = "position_embeddings, cosines and sines [batch, token, dim]"
     else:
@@ -366,7 +366,7 @@ def _check_call(name: str, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> N
     if problem:
         raise UsageError(
             f"{name} does not call its decoder layers as pruning needs: looked for {problem}, found "
-            f"{', '.join(sorted(set(kwargs) - {TUNNEL})) or 'none'}; such text models are not supported."
+            f"{', '.join(sorted(set(kwargs) - {CALL_ARGUMENT})) or 'none'}; such text models are not supported."
         )
     more = [f"positional argument {number}" for number, x in enumerate(args) if number and isinstance(x, Tensor)]
     more += [other for other, x in kwargs.items() if other not in KNOWN and x is not None and not isinstance(x, int | str)]

@@ -22,21 +22,25 @@ import torch
 from torch import Tensor
 
 from vlmprune.adapters.family import Family, has_mrope
-from vlmprune.apart import Apart
-from vlmprune.attention import TUNNEL, pruned_mask
-from vlmprune.cache import MarkedLayer, Marks, PrunedLayer, holds_words_only, marked_layer
+from vlmprune.device import on_device
 from vlmprune.errors import UsageError
 from vlmprune.kernels.grouped_attention import column_means, grouped_attention, scored_attention
-from vlmprune.layout import on_device, real_tokens
-from vlmprune.links import check_routes
+from vlmprune.live.apart import Apart
+from vlmprune.live.attention import CALL_ARGUMENT
+from vlmprune.live.cache import MarkedLayer, PrunedLayer, holds_words_only, marked_layer
+from vlmprune.live.call import Call, Steps
+from vlmprune.live.layout import real_tokens
+from vlmprune.live.links import check_routes
+from vlmprune.live.marks import Marks
+from vlmprune.live.masks import pruned_mask
+from vlmprune.live.probes import prompt_end, rows_now
+from vlmprune.live.record import Steered
+from vlmprune.live.rows import Reduction
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, Picture, Redistributor, Scene, ScoreEditor
 from vlmprune.methods.redistribution import VAR
-from vlmprune.probes import prompt_end, rows_now
+from vlmprune.methods.sink_dims import known_or_none, known_sinks
 from vlmprune.recipe import Recipe
-from vlmprune.reduction import Reduction
-from vlmprune.run import Call, Steered, Steps
-from vlmprune.sink_dims import known_or_none, known_sinks
-from vlmprune.view import Facts
+from vlmprune.view import TowerFacts
 
 
 @dataclass(eq=False)
@@ -102,7 +106,7 @@ class Steering:
         UsageError: a layer the model lacks, two methods in one layer, unknown sink dimensions, or a probe it cannot give.
     """
 
-    def __init__(self, methods: Sequence[Redistributor], family: Family, facts: Facts, text: Any) -> None:
+    def __init__(self, methods: Sequence[Redistributor], family: Family, facts: TowerFacts, text: Any) -> None:
         self._family, self._text = family, text
         self._layers: Any = text.get_submodule(family.layers)
         self.by_layer: dict[int, Redistributor] = {}
@@ -127,7 +131,7 @@ class Steering:
         self.routed = sorted({*self.by_layer, *range(max(scalers, default=-1) + 1)})
         self._last_blind = max(scalers, default=-1)
 
-    def _check(self, method: Redistributor, facts: Facts) -> None:
+    def _check(self, method: Redistributor, facts: TowerFacts) -> None:
         if method.needs and not facts.cls:
             raise UsageError(
                 f"{method.name} needs the attention of the vision tower's CLS token, but {facts.refusal}; choose a method that "
@@ -187,7 +191,7 @@ class Steering:
             "position_embeddings": rotary(hidden, positions.expand(3, -1, -1) if mrope else positions),
             "past_key_values": None,
             "use_cache": False,
-            TUNNEL: (alone := Call(owner=call.owner, plan=call.plan, steps=Steps(of_blind=True))),
+            CALL_ARGUMENT: (alone := Call(owner=call.owner, plan=call.plan, steps=Steps(of_blind=True))),
         }
         pictured = on_device(np.asarray(call.prompt.visual.any(axis=1)), hidden.device)
         call.steps.blind = alone.steps.blind = Blind(hidden, kwargs, pictured)
@@ -237,7 +241,7 @@ class Steering:
         **kwargs: Any,
     ) -> Any:
         """One layer's attention: output `[batch, query, head, dim]` and what the model's own returns beside it."""
-        call: Call | None = kwargs.get(TUNNEL)
+        call: Call | None = kwargs.get(CALL_ARGUMENT)
         if call is None:
             return own()
         if call.steps.of_blind:
@@ -289,7 +293,7 @@ class Steering:
         """The same of samples that are packed into one row: each is shown alone, and put back in its place."""
         apart = call.steps.apart.in_layer(index, call)
         query, key, value = (apart.take(x, 2) for x in (query, key, value))
-        mine = {**kwargs, TUNNEL: apart.call}
+        mine = {**kwargs, CALL_ARGUMENT: apart.call}
         edited = self.attend(index, lambda: (apart.take(result[0], 1), None), query, key, value, scaling, **mine)
         return (apart.put_back(result[0], edited[0]), *result[1:])
 

@@ -1,7 +1,7 @@
 """The stages of a recipe at work in one model: what they keep, and how the layers behind them are told.
 
 Methods decide; what they decide is applied to hidden states and rotary embeddings in one launch, and put down in the call and
-on the cache. No hook is made here (that is `attach.py`), and nothing is known of redistribution (`steering.py`).
+on the cache. No hook is made here (that is `live/plan.py`), and nothing is known of redistribution (`live/redistribution.py`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.adapters.family import Family, has_mrope
-from vlmprune.attention import part_of_mask, pruned_mask
-from vlmprune.cache import PrunedLayer, keep_only, pruned_layer
+from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
-from vlmprune.layout import group_by_size, on_device, on_host, real_tokens
+from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layer
+from vlmprune.live.call import Call, Chosen
+from vlmprune.live.layout import group_by_size, real_tokens
+from vlmprune.live.masks import part_of_mask, pruned_mask
+from vlmprune.live.probes import Part, Tools, attention_ahead, build_view, rows_now
+from vlmprune.live.record import Clock, Kept
+from vlmprune.live.rows import Reduction
 from vlmprune.methods import Choice, Pruner
-from vlmprune.probes import Part, Tools, attention_ahead, build_view, rows_now
 from vlmprune.recipe import Recipe
-from vlmprune.reduction import Reduction
-from vlmprune.run import Call, Chosen, Clock, Kept
 from vlmprune.schedule import Budget, Stage, share
-from vlmprune.view import Facts
+from vlmprune.view import TowerFacts
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,7 @@ class Cutting:
         self,
         recipe: Recipe,
         family: Family,
-        facts: Facts,
+        facts: TowerFacts,
         base: Any,
         text: Any,
         layers: int,

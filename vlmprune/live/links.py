@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vlmprune.attention import KEY
 from vlmprune.errors import UsageError
+from vlmprune.live.attention import KEY
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,15 +20,16 @@ from weakref import ReferenceType, WeakSet, finalize, ref
 import torch
 from torch import Tensor, nn
 
-from vlmprune.attach import Plan, told_by, untraced
-from vlmprune.attention import TUNNEL, route_attention
-from vlmprune.cache import Encoded, Owner, check_same_cuts, encoded_of, hand_over, owner_of
-from vlmprune.context import now, open_blocks
-from vlmprune.decoder import take
 from vlmprune.errors import UsageError
-from vlmprune.prompt import by_name, look_at_mask, strange_embeddings
-from vlmprune.run import Call
-from vlmprune.tower import TowerPass
+from vlmprune.live.attention import CALL_ARGUMENT, route_attention
+from vlmprune.live.cache import check_same_cuts, hand_over
+from vlmprune.live.call import Call
+from vlmprune.live.context import now, open_blocks
+from vlmprune.live.decoder import take
+from vlmprune.live.owner import Encoded, Owner, encoded_of, owner_of
+from vlmprune.live.plan import Plan, told_by, untraced
+from vlmprune.live.prompt import by_name, look_at_mask, strange_embeddings
+from vlmprune.live.tower import TowerPass
 
 PATIENCE = 60.0
 """Seconds that removing waits for forward passes of other threads, which cannot go on without their hooks."""
@@ -223,12 +224,12 @@ class Attachment:
             if isinstance(labels := kwargs.get(name), Tensor):
                 kwargs = {**kwargs, name: labels.clone()}
                 call.labels = (*call.labels, (kwargs[name], offset))
-        return args, {**kwargs, TUNNEL: call}
+        return args, {**kwargs, CALL_ARGUMENT: call}
 
     @untraced
     def _enter_base(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         kwargs = by_name(self.base, args, kwargs)
-        call: Call = kwargs.get(TUNNEL) or Call()
+        call: Call = kwargs.get(CALL_ARGUMENT) or Call()
         cache = kwargs.get("past_key_values")
         call.past = cache.get_seq_length() if cache is not None else 0
         look_at_mask(call, kwargs)
@@ -240,7 +241,7 @@ class Attachment:
         self._thread.call = self._inside[me] = ref(call)
         owner.plan.begin(call, owner, kwargs)
         self._watch_graph(call)
-        return (), {**kwargs, TUNNEL: call}
+        return (), {**kwargs, CALL_ARGUMENT: call}
 
     def _owner_of(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> Owner | None:
         """Whose plan a call follows: that of the conversation in its cache; that under which its pictures were encoded, for the
@@ -307,7 +308,7 @@ class Attachment:
 
     @untraced
     def _enter_text(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call: Call | None = kwargs.get(TUNNEL)
+        call: Call | None = kwargs.get(CALL_ARGUMENT)
         if call is not None:
             return None if call.plan is None else call.plan.enter_text(call, args, kwargs)
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
@@ -339,7 +340,7 @@ class Attachment:
         plan.begin(call, owner, kwargs)
         changed = None if kwargs.get("inputs_embeds") is None else plan.enter_text(call, args, kwargs)
         args, kwargs = (args, kwargs) if changed is None else changed
-        return args, {**kwargs, TUNNEL: call}
+        return args, {**kwargs, CALL_ARGUMENT: call}
 
     # -- the vision tower ------------------------------------------------------------------------------------------------
 
@@ -357,7 +358,7 @@ class Attachment:
             return args, _without_ours(kwargs)
         self._thread.tower = tower = owner.plan.begin_tower(call)
         self._watch_graph(tower)
-        return args, {**kwargs, TUNNEL: tower}
+        return args, {**kwargs, CALL_ARGUMENT: tower}
 
     @untraced
     def _leave_tower(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -394,18 +395,18 @@ class Attachment:
 
 @untraced
 def _enter_first_block(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if isinstance(tower := kwargs.get(TUNNEL), TowerPass):
+    if isinstance(tower := kwargs.get(CALL_ARGUMENT), TowerPass):
         tower.plan.enter_first_block(tower, args, kwargs)
 
 
 @untraced
 def _enter_block(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tower = kwargs.get(TUNNEL)
+    tower = kwargs.get(CALL_ARGUMENT)
     return tower.plan.enter_block(index, module, tower, args, kwargs) if isinstance(tower, TowerPass) else None
 
 
 def _enter_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    call: Call | None = kwargs.get(TUNNEL)
+    call: Call | None = kwargs.get(CALL_ARGUMENT)
     if call is None or call.plan is None or (call.idle and index not in call.plan.edited):
         return None
     return _in_layer(index, module, call, args, kwargs)
@@ -417,7 +418,7 @@ def _in_layer(index: int, module: nn.Module, call: Call, args: tuple[Any, ...], 
 
 
 def _leave_text(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    call: Call | None = kwargs.get(TUNNEL)
+    call: Call | None = kwargs.get(CALL_ARGUMENT)
     return None if call is None or call.record is None else _after_prompt(call, output)
 
 
@@ -479,7 +480,7 @@ class _Hook:
 
 
 def _without_ours(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name != TUNNEL}
+    return {name: value for name, value in kwargs.items() if name != CALL_ARGUMENT}
 
 
 def check_unshared(plan: Plan) -> None:

@@ -19,14 +19,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from vlmprune import hub
 from vlmprune.errors import UsageError, unknown
 from vlmprune.methods import METHODS, REDISTRIBUTORS, Pruner, Redistributor
 from vlmprune.methods.base import DEFINED
 from vlmprune.methods.redistributing import DEFINED as DEFINED_REDISTRIBUTORS
 from vlmprune.names import FILE, check_not_empty, check_number, read_part
+from vlmprune.recipe import hub
 from vlmprune.schedule import SITES, Budget, Schedule, Stage, check_shrinks
-from vlmprune.view import Facts
+from vlmprune.view import TowerFacts
 
 SCHEMA = 1
 CUT_KEYS = ("layer", "tokens", "fraction", "preset", "site")
@@ -60,7 +60,7 @@ class Recipe:
         """The methods that redistribute attention."""
         return tuple(method for method in self.methods if isinstance(method, Redistributor))
 
-    def cuts(self, facts: Facts | None = None) -> list[tuple[Stage, Pruner]]:
+    def cuts(self, facts: TowerFacts | None = None) -> list[tuple[Stage, Pruner]]:
         """All stages with their methods, in the order in which they run.
 
         Args:

@@ -26,12 +26,13 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from vlmprune.adapters.family import has_mrope
-from vlmprune.attention import not_hidden, shown
-from vlmprune.cache import PrunedLayer
+from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
-from vlmprune.layout import Bools, Layout, Prompt, on_device, on_host
-from vlmprune.run import Call
-from vlmprune.tower import row_names
+from vlmprune.live.cache import PrunedLayer
+from vlmprune.live.call import Call
+from vlmprune.live.feature_index import row_names
+from vlmprune.live.layout import Bools, Layout, Prompt
+from vlmprune.live.masks import not_hidden, shown
 from vlmprune.view import TEXT_ROWS
 
 ATTENTION = TEXT_ROWS | {"attention_from_last", "attention_of_layer"}

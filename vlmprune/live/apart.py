@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vlmprune.layout import Layout, Prompt, on_device, on_host
-from vlmprune.reduction import Reduction
-from vlmprune.run import Call
+from vlmprune.device import on_device, on_host
+from vlmprune.live.call import Call
+from vlmprune.live.layout import Layout, Prompt
+from vlmprune.live.rows import Reduction
 
 Numbers = np.ndarray[Any, Any]
 

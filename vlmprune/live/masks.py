@@ -1,35 +1,16 @@
-"""Attention of pruned layers: their masks, and our attention function, under which a probe looks at queries and keys and an
-editor computes some rows anew. Everything else goes on to the implementation the model was loaded with."""
+"""Attention masks of shortened sequences, and what a given mask shows."""
 
 from __future__ import annotations
 
-import copy
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmprune.errors import UsageError
-from vlmprune.kernels.attention_mass import attention_rows
-
-KEY = "vlmprune"
-"""Our key in transformers' registry of attention functions, which is made for additions; it must not contain "flash"."""
-
-TUNNEL = "vlmprune"
-"""Name of the keyword argument that carries the `Call`, in a vision tower the `TowerPass`."""
-
-Observer = Callable[..., None]
-"""Called as observer(query, key, value, attention_mask, scaling=…, **kwargs), shapes as in `rows_attention`."""
 
 BLOCK = 128
 """Rows and columns of a block of flex attention's masks, as in transformers'."""
+
 
 HIDDEN = -1e4
 """What is added to a score to hide it: this or less, by custom. Its share of a softmax is zero in every dtype."""
@@ -194,94 +175,3 @@ def visible_in_rows(mask: BlockMask, rows: Tensor, keys: int) -> Tensor:
     see = torch.vmap(mask.mask_mod, in_dims=(None, None, None, 0))
     see = torch.vmap(torch.vmap(see, in_dims=(None, None, 0, None)), in_dims=(0, None, 0, None))
     return see(torch.arange(len(rows), device=device), rows.new_zeros(()), rows, torch.arange(keys, device=device))
-
-
-def rows_attention(
-    query: Tensor, key: Tensor, attention_mask: Tensor | BlockMask | None, scaling: float, rows: Tensor
-) -> Tensor:
-    """`[batch, head, row, key]` fp32 attention of chosen query rows, under the mask the layer itself uses.
-
-    Args:
-        query, key: `[batch, head, query, dim]`, `[batch, kv_head, key, dim]`.
-        attention_mask: None (causal), bool or additive `[batch or 1, 1, query, key]`, or a block mask.
-        rows: `[batch, row]` indices of query rows.
-    """
-    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-    chosen = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-    if attention_mask is None:
-        visible = torch.arange(keys, device=key.device) <= (rows + keys - queries)[:, :, None]
-    elif isinstance(attention_mask, BlockMask):
-        visible = visible_in_rows(attention_mask, rows, keys)
-    else:
-        mask = attention_mask.expand(batch, -1, -1, -1)[:, 0]
-        visible = mask.gather(1, rows[:, :, None].expand(-1, -1, keys))
-        visible = not_hidden(visible)
-    return attention_rows(chosen, key, scaling, visible)
-
-
-@dataclass(frozen=True, eq=False)
-class Route:
-    """What happens around one module's attention.
-
-    Attributes:
-        original: the module's own config.
-        stock: the module as the model's own implementation shall see it, with that config.
-        observers: look at queries and keys of every call, with or without a plan.
-    """
-
-    original: Any
-    stock: _Stock
-    observers: tuple[Observer, ...]
-
-    def own(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The model's own attention: output `[batch, query, head, dim]` and weights, or None."""
-        # "eager" is not in the registry: every modelling file brings its own.
-        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        own = ALL_ATTENTION_FUNCTIONS.get_interface(self.original._attn_implementation, eager)
-        return own(self.stock, *args, **kwargs)
-
-
-class _Stock:
-    """A module with its own config: flash attention looks up which of its kernels to run there."""
-
-    def __init__(self, module: nn.Module, config: Any) -> None:
-        self._module, self.config = module, config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def routed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """The model's own attention, seen by observers and overwritten by an editor: those that the running call's plan has for
-    this module (registered under `KEY`)."""
-    config: Any = module.config
-    route: Route = config.vlmprune_route
-    own = partial(route.own, module, query, key, value, attention_mask, **kwargs)
-    for observer in route.observers:
-        observer(query, key, value, attention_mask, **kwargs)
-    plan = getattr(kwargs.get(TUNNEL), "plan", None)
-    if plan is None:
-        return own()
-    for observer in plan.observers.get(module, ()):
-        observer(plan, query, key, value, attention_mask, **kwargs)
-    editor = plan.editors.get(module)
-    return own() if editor is None else editor(own, query, key, value, **kwargs)
-
-
-def route_attention(module: nn.Module, observers: Sequence[Observer] = ()) -> Callable[[], None]:
-    """Lead one attention module through `routed_attention`; the returned function undoes it.
-
-    Only this module's reference to its config is replaced, by a copy: masks are still made for the model's own
-    implementation (which may be switched meanwhile), and no other layer notices.
-    """
-    AttentionInterface.register(KEY, routed_attention)
-    original: Any = module.config
-    config = copy.copy(original)
-    config.vlmprune_route = Route(original, _Stock(module, original), tuple(observers))
-    config._attn_implementation_internal = KEY
-    module.config = config
-
-    def undo() -> None:
-        module.config = original
-
-    return undo

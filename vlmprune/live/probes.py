@@ -15,15 +15,17 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 
 from vlmprune.adapters.family import Family
-from vlmprune.attention import rows_attention, shown_cells
-from vlmprune.cache import PrunedLayer
-from vlmprune.decoder import attention_of
+from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
 from vlmprune.kernels.attention_mass import attention_rows
-from vlmprune.layout import Image, on_device, on_host
-from vlmprune.reduction import Reduction
-from vlmprune.run import Call, Projections
-from vlmprune.tower import RowMemory
+from vlmprune.live.attention import rows_attention
+from vlmprune.live.cache import PrunedLayer
+from vlmprune.live.call import Call, Projections
+from vlmprune.live.decoder import attention_of
+from vlmprune.live.feature_index import FeatureIndex
+from vlmprune.live.layout import Image
+from vlmprune.live.masks import shown_cells
+from vlmprune.live.rows import Reduction
 from vlmprune.view import FROM_TOWER, PROJECTIONS, TEXT_ROWS, View
 
 
@@ -241,7 +243,7 @@ def see_attention(
         call.projections[layer] = Projections(query[samples, :, last], value[samples, :, last], key, value)
 
 
-def recall_tower(call: Call, memory: RowMemory, embeddings: Tensor) -> None:
+def recall_tower(call: Call, memory: FeatureIndex, embeddings: Tensor) -> None:
     """Fetch what the vision tower knew of every picture of a call, by what enters the language model."""
     assert call.layout is not None
     images = call.layout.images

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
 
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
@@ -199,16 +200,6 @@ class Layout:
     def behind(self) -> dict[tuple[int, int], int]:
         """Of every sample with a picture (row, and which of several in it), the first place behind its last picture."""
         return {(image.sample, image.segment): int(image.places[-1]) + 1 for image in self.images}
-
-
-def on_host(x: Tensor) -> np.ndarray[Any, Any]:
-    """A tensor's values. Waits for the device: the only such place on the way of a prompt through a model."""
-    return np.asarray(x.detach().cpu())
-
-
-def on_device(x: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """A copy on the device, without waiting for it."""
-    return torch.from_numpy(x.copy()).to(device, non_blocking=True)
 
 
 def group_by_size(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:

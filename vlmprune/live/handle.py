@@ -10,16 +10,17 @@ from weakref import ReferenceType, ref
 
 from torch import nn
 
-from vlmprune.attach import Plan
-from vlmprune.cache import Owner
-from vlmprune.context import Contexts
 from vlmprune.errors import UsageError
-from vlmprune.hooks import Attachment, attachment_of, check_unshared
+from vlmprune.live.context import Contexts
+from vlmprune.live.hooks import Attachment, attachment_of, check_unshared
+from vlmprune.live.owner import Owner
+from vlmprune.live.plan import Plan
+from vlmprune.live.record import Prefill
+from vlmprune.live.report import Report, no_prefill
+from vlmprune.live.shells import model_inside
 from vlmprune.methods import Pruner, Redistributor
 from vlmprune.recipe import Recipe
-from vlmprune.run import Prefill, Report, no_prefill
 from vlmprune.schedule import Budget
-from vlmprune.shells import model_inside
 
 
 def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str) -> Run:

@@ -1,0 +1,1 @@
+"""What a user names, found and read: models, processors, prompts, pictures."""
