@@ -56,7 +56,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], text_col
 
 def cells(table: Table) -> list[list[Text]]:
     """The cells of a table that `table` made, row by row."""
-    return [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]  # type: ignore[arg-type]
+    return [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
 
 
 def markdown(table: Table) -> str:
