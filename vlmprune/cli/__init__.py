@@ -20,7 +20,6 @@ from rich.text import Text
 
 from vlmprune import __version__, names
 from vlmprune.errors import UsageError, first_line, unknown
-from vlmprune.evals.environment import environment
 from vlmprune.show import units
 
 if TYPE_CHECKING:
@@ -762,6 +761,27 @@ def _markdown(columns: dict[str, str], rows: list[dict[str, str]]) -> str:
         cells = {**row, "method": f"`{row['method']}`", "default": f"`{row['default']}`".replace("|", "\\|")}
         lines.append("| " + " | ".join(cells[key] for key in columns) + " |")
     return "\n".join(lines)
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on."""
+    import platform
+
+    import torch
+    import transformers
+
+    import vlmprune
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "vlmprune": vlmprune.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "gpu": ", ".join(gpus) or "none",
+    }
 
 
 def _print_json(data: Any) -> None:
