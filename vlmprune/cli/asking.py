@@ -102,9 +102,7 @@ def ask(
     """
     model, inputs = question.model, question.inputs
     with wrap(model, recipe) as run, torch.inference_mode():
-        tokens = model.generate(
-            **inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, streamer=_Counter(tick)
-        )
+        tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, streamer=_Counter(tick))
         report, record = run.report(), run.last
     assert record is not None
     new = tokens[0, inputs["input_ids"].shape[1] :]
@@ -119,7 +117,8 @@ def _by_crop(question: Question, kept: set[int]) -> list[KeptCrop]:
         KeptCrop(
             crop.name,
             crop.row,
-            *crop.cells.shape,
+            crop.cells.shape[0],
+            crop.cells.shape[1],
             crop.tokens,
             tuple(cell for cell, token in enumerate(crop.cells.flatten().tolist()) if token in kept),
         )

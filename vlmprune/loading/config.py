@@ -56,8 +56,8 @@ def check_torchvision() -> None:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:
         raise UsageError(
-            f"torchvision is installed but does not fit this torch ({first_line(error)}): uninstall it (images do not need it), "
-            "or install the version that belongs to this torch."
+            f"torchvision is installed but does not fit this torch ({first_line(error)}): uninstall it (images need none), or "
+            "install the version that belongs to this torch."
         ) from error
 
 

@@ -43,8 +43,8 @@ def _check_fits(source: Source, processor: Any, config: Any) -> None:
     token, wanted_id = processor.image_token, family_of(config).image_token(config)
     if (found_id := processor.tokenizer.convert_tokens_to_ids(token)) != wanted_id:
         raise UsageError(
-            f"the processor and the model of {source.name!r} do not belong together: the processor writes a picture's {token} as "
-            f"token {found_id}, and config.json says {wanted_id}; save the base model's processor into the same folder."
+            f"the processor and the model of {source.name!r} do not belong together: {token} is token {found_id} in the "
+            f"processor, and {wanted_id} in config.json; save the base model's processor into the same folder."
         )
     if getattr(processor, "patch_size", 0) is None:
         raise UsageError(

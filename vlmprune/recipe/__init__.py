@@ -12,8 +12,8 @@ Further strings:
     with redistribution      flowcut:tokens=64 + var:keep=0.5
     several stages           random:layer=8|16,fraction=0.5|0.25
 
-The object is here; `entries` turns a method into its JSON object and back, `text` reads and writes strings, `document` reads and
-writes files, and `hub` asks the Hugging Face hub.
+The object is here. `entries` turns a method into its JSON object and back, `text` reads and writes strings, `document` reads
+and writes files, and `hub` asks the Hugging Face hub.
 """
 
 from __future__ import annotations

@@ -35,9 +35,7 @@ def class_named(name: Any) -> type[Pruner] | type[Redistributor]:
         if str(name) in registry:
             return registry[str(name)]
     known = dict.fromkeys(name for registry in registries for name in registry)
-    raise UsageError(
-        f"{unknown('method', str(name), known)} A method of your own must be imported before its recipe is read."
-    )
+    raise UsageError(f"{unknown('method', str(name), known)} A method of your own must be imported before its recipe is read.")
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------------
