@@ -165,7 +165,7 @@ def _save(write: Callable[[], object], path: Path, printed: str) -> None:
     try:
         write()
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot draw to {path} ({first_line(error)}); the {printed} stand above.") from error
+        raise UsageError(f"cannot draw to {path} ({first_line(error)}); the {printed} are printed above.") from error
 
 
 def _judged(row: dict[str, str], side: str) -> Text:
