@@ -452,7 +452,7 @@ def main(
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 asks for it; it is the default
     import torch
 
-    from vlmprune.cli import environment
+    from vlmprune.loading.environment import environment
 
     if not rehearse and not torch.cuda.is_available():
         raise SystemExit("gpu.py: there is no GPU here: pass --rehearse to run the same path on the CPU.")

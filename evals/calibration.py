@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import vlmprune
-from vlmprune.loading.models import make_inputs, prompt_text
 from vlmprune.loading.pictures import open_picture, summary
+from vlmprune.loading.prompts import make_inputs, prompt_text
 
 FILE = "questions.jsonl"
 KEEP_ALL = "random:layer=0,fraction=1"

@@ -13,7 +13,7 @@ from tiny_models import make_inputs, shared
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlmprune as vp
-from vlmprune import cli
+from vlmprune.cli import terminal
 from vlmprune.evals import bench
 from vlmprune.evals.shapes import SHAPES
 
@@ -159,10 +159,10 @@ def test_command(monkeypatch, capsys, tmp_path):
 
 def test_table_on_a_narrow_terminal(monkeypatch, capsys):
     """Every figure whole, on a line of its own, inside a box of whole lines."""
-    monkeypatch.setattr(cli, "console", Console(width=80))
+    monkeypatch.setattr(terminal, "console", Console(width=80))
     recipe = "random:layer=2,tokens=300 + random:layer=4,tokens=64 + var:sink_dims=cosine,p=0.6"
     assert command(monkeypatch, "bench", "--recipe", recipe, "--rounds", 3, "--new-tokens", 2, "--device", "cpu") == 0
-    table = capsys.readouterr().out.partition("Our own work")[0].splitlines()
+    table = capsys.readouterr().out.partition("Share of vlmprune")[0].splitlines()
     box = [line for line in table if line[:1] in "┏┃┡│├└"]
     assert len({len(line) for line in box}) == 1
     assert len(box[0]) <= 80

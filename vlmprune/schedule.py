@@ -125,7 +125,7 @@ class Schedule:
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if after.order <= before.order:
                 raise UsageError(f"stages must have different layers in rising order: found {before.place} then {after.place}.")
-            check_shrinks(before, after, views=True)  # whether a picture has several is not known here
+            check_shrinks(before, after, crops=True)  # whether a picture has several is not known here
 
     def __iter__(self) -> Iterator[Stage]:
         return iter(self.stages)
@@ -134,11 +134,11 @@ class Schedule:
         return len(self.stages)
 
 
-def check_shrinks(before: Stage, after: Stage, views: bool = False) -> None:
+def check_shrinks(before: Stage, after: Stage, crops: bool = False) -> None:
     """Refuse a later stage that is known to keep more than an earlier one (like budgets only: tokens against fraction
     depends on the image, and the smaller count then wins at run time). With `views`, a picture has several, and budgets inside
     the tower are those of one."""
-    if after.site == "cache" or (views and before.site == "vision"):  # a cache stage keeps what is left, and decides nothing
+    if after.site == "cache" or (crops and before.site == "vision"):  # a cache stage keeps what is left, and decides nothing
         return
     for unit in ("tokens", "fraction"):
         first, second = getattr(before.budget, unit), getattr(after.budget, unit)
