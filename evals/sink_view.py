@@ -17,7 +17,7 @@ VISUAL, VISUAL_SINK, TEXT_SINK = 1, 2, 3
 """Groups of tokens in the record of `var`."""
 CAPTION = (
     "Layers that var edits, in one run with the recipe. Before: attention of a layer without its own edit, after edited "
-    "layers; not that of the plain model."
+    "layers; this is not the plain model."
 )
 
 

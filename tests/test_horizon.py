@@ -423,7 +423,7 @@ def test_bad_questions(monkeypatch, capsys, data, questions, sentence):
         (("horizon", "--model", "nowhere"), "the built-in scenes are for the embedded model: give --data"),
         (("horizon", "--images", 2, "--layer", 8), "--layer 8: the model has layers 0 to 7"),
         (("horizon", "--device", "zzz"), "cannot use device 'zzz'"),
-        (("tune", "--method", "fastv", "--fraction", 0.5), "tune knows: adaptinfer; found 'fastv'"),
+        (("tune", "--method", "fastv", "--fraction", 0.5), "the methods that can be tuned are: adaptinfer; found 'fastv'"),
         (("tune", "--method", "adaptinfer", "--fraction", 0.5, "--tokens", 9), "found both"),
         (("tune", "--method", "adaptinfer", "--fraction", 1.5), "fraction must lie in [0, 1]"),
         (("tune", "--method", "adaptinfer", "--images", 2, "--tokens", 3), "an average of 3 visual tokens cannot be reached"),

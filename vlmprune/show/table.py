@@ -77,7 +77,7 @@ def _escaped(cell: Text) -> str:
 
 
 def show(table: Table, console: Console, *narrower: Table) -> None:
-    """Print the first of some tables that fits into the terminal; if none does, the last with each row as a list of named cells.
+    """Print the first of some tables that fits into the terminal; if none does, the last with each row as named cells.
 
     Args:
         narrower: tables that say the most important part of `table` in fewer columns.
