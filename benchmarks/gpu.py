@@ -287,7 +287,7 @@ class Loaded:
     def get(self, name: str) -> Any:
         import torch
 
-        from vlmprune.evals.shapes import shape_named
+        from vlmprune.evals.random_models import shape_named
 
         if self.name != name:
             self.release()
@@ -309,7 +309,7 @@ class Loaded:
 def run_models(session: Session) -> None:
     import gpu_models as models
 
-    from vlmprune.evals.shapes import shape_named
+    from vlmprune.evals.random_models import shape_named
 
     loaded = Loaded(session.device, session.rehearsal)
     last: str | None = None
@@ -358,7 +358,7 @@ def count_waits(session: Session, loaded: Loaded) -> None:
     """Once, while LLaVA-1.5 is in memory."""
     import gpu_models as models
 
-    from vlmprune.evals.shapes import shape_named
+    from vlmprune.evals.random_models import shape_named
 
     if any(step.name == WAITS for step in session.steps):
         return

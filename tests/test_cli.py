@@ -125,7 +125,7 @@ def test_methods_and_env(monkeypatch, capsys):
         (("run", "extra"), "unexpected extra argument"),
         (("tune",), "Missing option '--method'"),
         (("tune", "--method", "adaptinfr"), "unknown method 'adaptinfr': did you mean 'adaptinfer'?"),
-        (("tune", "--method", "fastv"), "tune knows: adaptinfer; found 'fastv'"),
+        (("tune", "--method", "fastv"), "the methods that can be tuned are: adaptinfer; found 'fastv'"),
         (("sweep", "--method", "divprun"), "unknown method 'divprun': did you mean 'divprune'"),
         (("bench", "--recipe", "zzz"), "unknown method 'zzz'"),
         (("bench", "--shape", "llava-1.5-7"), "unknown shape 'llava-1.5-7': did you mean 'llava-1.5-7b'"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +12,9 @@ import typer
 
 from vlmprune import names
 from vlmprune.cli import options, terminal
-from vlmprune.cli.results import Found, prepare, publish
+from vlmprune.cli.results import prepare, publish
 from vlmprune.errors import UsageError
-from vlmprune.loading.environment import environment, quiet
-from vlmprune.show.table import table
-
-EVIDENCE = ("layer", "dim", "energy", "φ", "norm of the first", "of others", "× median", "attention to the first")
-"""Columns of the table of `sinks`; "the first" is the prompt's first token."""
+from vlmprune.loading.environment import quiet
 
 
 def horizon(
@@ -40,19 +35,11 @@ def horizon(
 ) -> None:
     """Find the decoder layer from which visual tokens no longer affect the answer, and recipes that drop them there."""
     from vlmprune.evals import horizon as evals
+    from vlmprune.evals import horizon_report
 
     with _calibration(model, data, images, device, out, answers=True) as ready:
-        result = evals.find_horizon(ready.model, ready.samples, layer, window, chunk, answer_tokens, ready.tick)
-    recipes = [f"{made.recipe}  ({made.compute_average:.1f} visual tokens enter a layer)" for made in result.compositions()]
-    found = Found(
-        name="horizon",
-        numbers=ready.numbers | result.to_dict(),
-        table=table(evals.COLUMNS, evals.rows(result)),
-        sentences=[*evals.sentences(result), *recipes],
-        markdown=evals.markdown(result),
-        plot=partial(evals.plot, result),
-    )
-    publish(found, out, as_json)
+        measured = evals.find_horizon(ready.model, ready.samples, layer, window, chunk, answer_tokens, ready.tick)
+    publish(horizon_report.result({**ready.numbers, **measured.to_dict()}), "horizon", out, as_json)
 
 
 def tune(
@@ -79,18 +66,12 @@ def tune(
     evals.check_method(method)
     budget = Budget(fraction=0.3) if (tokens, fraction) == (None, None) else Budget(tokens, fraction)
     with _calibration(model, data, images, device, out, answers=False) as ready:
-        result = evals.tune(ready.model, ready.samples, budget, method, ready.tick)
+        tuned = evals.tune(ready.model, ready.samples, budget, method, ready.tick)
     if out is not None:
-        result.recipe.save_pretrained(out)
-    found = Found(
-        name="tune",
-        numbers=ready.numbers | result.to_dict(),
-        table=table(evals.COLUMNS, evals.rows(result)),
-        sentences=[*evals.sentences(result), *([f"The recipe is saved in {out}"] if out else [])],
-        markdown=evals.markdown(result),
-        plot=partial(evals.plot, result),
-    )
-    publish(found, out, as_json)
+        tuned.recipe.save_pretrained(out)
+    publish(evals.result({**ready.numbers, **tuned.to_dict()}), "tune", out, as_json)
+    if out is not None and not as_json:
+        terminal.say(f"The recipe is saved in {out}")
 
 
 def sinks(
@@ -109,24 +90,15 @@ def sinks(
     """Find the dimensions of the residual that mark a decoder's attention sinks (for the method var), with the evidence."""
     if gguf is not None and model == "tiny":
         raise UsageError(f"--gguf {gguf} is a file in the folder of a model: give that folder as --model.")
+    from vlmprune.evals import sinks_report
+    from vlmprune.evals.results import stamp
     from vlmprune.evals.sinks import PROMPTS, TINY_PROMPTS, find_sinks
     from vlmprune.loading.models import load_decoder
 
     quiet()
     decoder, tokenize = load_decoder(model, gguf, device)
     found = find_sinks(decoder, [tokenize(text) for text in prompt or (TINY_PROMPTS if model == "tiny" else PROMPTS)])
-    if as_json:
-        terminal.print_json(found.to_dict())
-        return
-    cells = [
-        (
-            *(str(row.layer), str(row.dim), f"{row.energy:.1%}", f"{row.phi:.1f}", f"{row.first_norm:.0f}"),
-            *(f"{row.other_norm:.0f}", f"{row.ratio:.0f}", f"{row.attention:.1%}"),
-        )
-        for row in found.evidence
-    ]
-    terminal.print_table(table(EVIDENCE, cells))
-    terminal.say(*(f"{label:<28}{value}" for label, value in found.rows()), found.advice, *found.cautions)
+    publish(sinks_report.result(found, stamp()), "sinks", None, as_json)
 
 
 @dataclass(frozen=True)
@@ -156,6 +128,7 @@ def _calibration(
         UsageError: one of them cannot be used; says why, before anything is computed.
     """
     from vlmprune.evals import calibration
+    from vlmprune.evals.results import stamp
     from vlmprune.loading.models import open_model
 
     if data is None and model != "tiny":
@@ -168,7 +141,7 @@ def _calibration(
     samples = calibration.samples(processor, questions, device)
     loaded = read_weights()
     terminal.note(notes)
-    numbers = {"model": model, "data": str(data or "scenes"), "notes": notes, "environment": environment()}
+    numbers = {"model": model, "data": str(data or "scenes"), "notes": notes, **stamp()}
     with terminal.progress() as progress:
         task = progress.add_task("samples", total=len(questions))
         yield Ready(loaded, samples, lambda share: progress.advance(task, share), numbers)

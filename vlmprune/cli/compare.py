@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from vlmprune import names
 from vlmprune.cli import options, terminal
-from vlmprune.cli.results import Found, prepare, publish
+from vlmprune.cli.results import prepare, publish
 from vlmprune.errors import unknown
-from vlmprune.loading.environment import environment, quiet
-from vlmprune.show.table import code, table
+from vlmprune.loading.environment import quiet
 
 SHAPES = "llava-1.5-7b, llava-next-7b or qwen2.5-vl-7b"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -32,34 +29,16 @@ def evaluate(
     prepare(out)
     quiet()
     from vlmprune import tiny
-    from vlmprune.evals import offline
+    from vlmprune.evals import accuracy as evals
+    from vlmprune.evals.results import stamp
 
     model, processor = tiny.load()
-    recipes = recipe or list(offline.DEFAULT)
+    recipes = recipe or list(evals.DEFAULT)
     with terminal.progress() as progress:
         task = progress.add_task("recipes", total=len(recipes) + 1)
-        rows = offline.evaluate(model, processor, recipes, images, split, lambda: progress.advance(task))
-    skills = list(rows[0].by_skill)
-    cells: list[tuple[str | Text, ...]] = [
-        (
-            code(row.recipe),
-            *(f"{100 * row.by_skill[skill].value:.1f}" for skill in skills),
-            f"{100 * row.mean:.1f}",
-            "" if row is rows[0] else f"{100 * row.lost:.1f} {offline.percent(row.lost_interval)}",
-            f"{100 * row.loyalty:.1f}",
-        )
-        for row in rows
-    ]
-    title = f"accuracy in %, {images} held-out scenes ({split})"
-    found = Found(
-        name="accuracy",
-        numbers={"images": images, "split": split, "environment": environment(), "rows": [row.to_dict() for row in rows]},
-        table=table(("recipe", *skills, "mean", "lost", "same answer"), cells, title=title),
-        sentences=(),
-        markdown=offline.markdown(rows),
-        plot=partial(offline.plot, rows),
-    )
-    publish(found, out, as_json)
+        rows = evals.evaluate(model, processor, recipes, images, split, lambda: progress.advance(task))
+    numbers = {"images": images, "split": split, **stamp(), "rows": [row.to_dict() for row in rows]}
+    publish(evals.result(numbers), "accuracy", out, as_json)
 
 
 def sweep(
@@ -98,31 +77,25 @@ def sweep(
     import torch
 
     from vlmprune import tiny
-    from vlmprune.evals import sweep as evals
+    from vlmprune.evals import sweep_report
+    from vlmprune.evals.budgets import SHARES
+    from vlmprune.evals.results import stamp
+    from vlmprune.evals.sweep import sweep as run_sweep
+    from vlmprune.evals.sweep_plan import make_plan
 
     if threads:
         torch.set_num_threads(threads)
     model, processor = tiny.load()
-    plan = evals.make_plan(model, method, budget or evals.BUDGETS)
+    plan = make_plan(model, method, budget or SHARES)
     with terminal.progress() as progress:
-        task = progress.add_task("", total=None)
-        tell = evals.Tell(
-            lambda total: progress.update(task, total=total),
-            lambda recipe: progress.update(task, description=recipe),
-            lambda: progress.advance(task),
-        )
-        result = evals.sweep(model, processor, plan, seeds, images, split, out, tell)
-    columns = ("method", "budget", "accuracy", "over random", "")
-    title = f"accuracy in %, {seeds} × {images} held-out scenes ({split})"
-    found = Found(
-        name="sweep",
-        numbers={"images": images, "seeds": seeds, "split": split, "environment": environment(), **result.to_dict()},
-        table=table(columns, [evals.cells(row) for row in result.methods], title=title),
-        sentences=evals.summary(result),
-        markdown=evals.markdown(result),
-        plot=partial(evals.plot, result),
-    )
-    publish(found, out, as_json)
+        task = progress.add_task("")
+
+        def tick(recipe: str, done: int, total: int) -> None:
+            progress.update(task, description=recipe, completed=done, total=total)
+
+        swept = run_sweep(model, processor, plan, seeds, images, split, out, tick)
+    numbers = {"images": images, "seeds": seeds, "split": split, **stamp(), **swept.to_dict()}
+    publish(sweep_report.result(numbers), "sweep", out, as_json)
 
 
 def bench(
@@ -155,7 +128,9 @@ def bench(
     import torch
 
     from vlmprune.evals import bench as evals
-    from vlmprune.evals.shapes import shape_named
+    from vlmprune.evals import bench_report
+    from vlmprune.evals.random_models import shape_named
+    from vlmprune.evals.results import stamp
     from vlmprune.loading.models import check_device
 
     chosen, device = shape_named(shape), device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -178,15 +153,8 @@ def bench(
     reduced = "" if reduce == 1 else f", widths / {reduce}, {layers} layers"
     title = f"{shape}{reduced}, {chosen.visual} visual tokens, {dtype}, {device}"
     settings = {"title": title, "shape": shape, "reduce": reduce, "dtype": dtype, "device": device}
-    found = Found(
-        name="bench",
-        numbers={**settings, "environment": environment(), "rows": [row.to_dict() for row in rows]},
-        table=table(evals.COLUMNS, [evals.cells(row) for row in rows], title=title),
-        sentences=[f"Share of vlmprune's own work in TTFT: {sentence}" for sentence in evals.overheads(rows)],
-        markdown=f"{title}\n\n{evals.markdown(rows)}",
-        plot=partial(evals.plot, rows, title),
-    )
-    publish(found, out, as_json)
+    numbers = {**settings, **stamp(), "rows": [row.to_dict() for row in rows]}
+    publish(bench_report.result(numbers), "bench", out, as_json)
 
 
 def _check(recipes: list[str] | None, split: str | None = None) -> None:

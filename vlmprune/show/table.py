@@ -76,10 +76,19 @@ def _escaped(cell: Text) -> str:
     return f"`{text}`" if cell.style == CODE else text
 
 
-def show(table: Table, console: Console) -> None:
-    """Print the table; where the terminal is too narrow for its columns, each row as a list of named cells."""
-    needed = 1 + sum((column.min_width or 0) + 3 for column in table.columns)  # with spaces and borders
-    console.print(table if needed <= console.width else stacked(table))
+def show(table: Table, console: Console, *narrower: Table) -> None:
+    """Print the first of some tables that fits into the terminal; if none does, the last with each row as named cells.
+
+    Args:
+        narrower: tables that say the most important part of `table` in fewer columns.
+    """
+    choices = (table, *narrower)
+    console.print(next((choice for choice in choices if _width(choice) <= console.width), stacked(choices[-1])))
+
+
+def _width(table: Table) -> int:
+    """Characters that the table needs, with spaces and borders."""
+    return 1 + sum((column.min_width or 0) + 3 for column in table.columns)
 
 
 def stacked(table: Table) -> Table:
