@@ -370,7 +370,7 @@ def test_flash_looks_at_the_modules_own_config(flash):
         ("var:sink_dims=1,sink_energy=1", "sink_energy=1 is never reached"),
         ("pai:layers=two", "layers are written as indices and slices"),
         ("pai + zerotuning:gain=2", "pai and zerotuning both edit layer"),
-        ("pai + pai:layers=0", "pai stands twice"),
+        ("pai + pai:layers=0", "pai is in the recipe twice"),
         ("vhr:distance=l1", "unknown value of distance in vhr 'l1'"),
         ("vra", "unknown method 'vra': did you mean .*'var'"),
     ],
