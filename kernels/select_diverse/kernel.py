@@ -1,15 +1,15 @@
-"""Greedy selection on a GPU: a program owns some tokens, and its word on which of them is farthest is a number in memory.
+"""Greedy selection on a GPU: each program owns some tokens, and publishes the farthest of them as one number in memory, a word.
 
     word = distance as an ordered integer · 2³² + (2³¹ − 1 − token)      the greatest word: farthest, then lowest index
 
-Max-min        `_nearest` finds each token's greatest similarity, tiles of rows × columns, and `_farthest` does the rest in one
-               launch. For every pick a program takes the greatest of all words of its picture, measures its own tokens against
-               that token, and writes its next word. Words of different picks are different places, and a place that is not yet
-               written holds EMPTY: a word is its own signal, so that programs need no barrier, no order of other memory, and
-               no atomics but one exchange. They wait for each other, and so must all run at once: a cooperative launch with at
-               most one program for each multiprocessor. Interpreted, programs run one after the other: a launch for each pick.
-Determinants   `_determinant`, one launch for each pick: what the picks so far explain of the new one was written by another
-               program, and between two launches everything written is seen.
+Max-min        `_nearest` finds each token's greatest similarity in tiles of rows × columns, and `_farthest` does the rest in
+               one launch. For every pick a program takes the greatest of all words of its picture, compares its own tokens with
+               that token, and writes its next word. Each pick has words of its own, and a word that is not yet written is
+               EMPTY. So a word is its own signal: programs need no barrier, no order of other memory, and no atomics but one
+               exchange. They wait for each other, and must all run at the same time: a cooperative launch with at most one
+               program for each multiprocessor. In the interpreter programs run one after the other: a launch for each pick.
+Determinants   `_determinant`, one launch for each pick: a program needs results of earlier picks that other programs wrote, and
+               a new launch reads everything that the last one wrote.
 
 Features are read as they are and divided by their lengths (`_lengths`) afterwards. Nothing is n×n.
 """
@@ -29,7 +29,7 @@ from vlmprune.kernels.select_diverse.reference import RANK
 from vlmprune.kernels.variants import Variant
 
 EMPTY = tl.constexpr(-(2**63))
-"""Not yet written; no distance is ordered so low."""
+"""Marks a word that is not yet written; no distance is as low."""
 
 SHORTEST = tl.constexpr(1e-12)
 """Lengths are at least this, as in torch's `normalize`."""
@@ -40,7 +40,7 @@ COLUMN_SHARES = 8
 
 @triton.jit
 def _word(distance, token):
-    """Distances in the order of integers, with the index behind; ties go to the lower one."""
+    """A distance as an ordered integer, followed by the index; ties go to the lower index."""
     bits = (distance + 0.0).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     return (ordered << 32) | (0x7FFFFFFF - token).to(tl.int64)
