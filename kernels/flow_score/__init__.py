@@ -1,9 +1,9 @@
 """FlowCut's three criteria of one layer, in one read of its keys and values.
 
 `crop` counts pictures, or crops of a picture where the model cuts it up. The least work is: keys and values read once, three
-fp32 numbers written for each token, `2 · crop · (head + kv_head) · token · dim` FLOPs for the scores, and one FLOP for each value
-for the magnitude. The read is the bound to measure against. The kernel also writes and reads again `head + kv_head` fp32 scores
-of each token: each time 2 / dim of what it reads, in bf16 without grouped queries.
+fp32 numbers written for each token, `2 · crop · (head + kv_head) · token · dim` FLOPs for the scores, and one FLOP for each
+value for the magnitude. The read is the bound to measure against. The kernel also writes and reads again `head + kv_head` fp32
+scores of each token: each time 2 / dim of what it reads, in bf16 without grouped queries.
 
 On an H200 (4.8 TB/s, 67 TFLOP/s in fp32), five crops of 577 tokens of CLIP-L (16 heads of 64, bf16): 11.8 MB, 2.5 µs; 12 MFLOP
 of scores and 3 of magnitudes, 0.2 µs.

@@ -151,7 +151,8 @@ def _farthest(
 ):  # fmt: skip
     """Steps of the selection. Grid: programs of a picture, images; a program owns `tiles` tiles of tokens.
 
-    Step 0 says who is farthest from its nearest; step s > 0 takes pick s − 1 and says who is farthest from all picks so far.
+    Step 0 finds the token whose nearest other one is farthest. Step s > 0 stores pick s − 1, and finds the token that is
+    farthest from all picks so far.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     image = tl.program_id(1).to(tl.int64)
@@ -179,12 +180,12 @@ def _farthest(
                 before = tl.load(apart + token, mask=real, other=0.0)
                 cosine = _cosines(features, inverse, token, pick, visual, feature_token, DIM, TOKENS, DIMS)
                 distance = tl.where(token == pick, float("-inf"), tl.minimum(before, 1.0 - cosine))
-                tl.debug_barrier()  # several threads read a token's distance and one writes it: all have read
+                tl.debug_barrier()  # several threads read a token's distance and one writes it: all have read it here
                 tl.store(apart + token, distance, mask=real)
             best = tl.maximum(best, tl.max(tl.where(real, _word(distance, token), EMPTY + 1), 0))
         if step < keep:
             tl.atomic_xchg(words + step * programs + program, best, sem="relaxed")
-        tl.debug_barrier()  # what was written in `apart` is read by other threads in the next step
+        tl.debug_barrier()  # other threads read `apart` in the next step
 
 
 @triton.jit(do_not_specialize=["visual", "keep", "step", "tiles", "weight_image"])
@@ -196,8 +197,9 @@ def _determinant(
 ):  # fmt: skip
     """One step of the selection. Grid: programs of a picture, images; a program owns `tiles` tiles of tokens.
 
-    Step 0 makes `gain`, the squared length of every token, and `rounding`, SMALLEST of it; step s > 0 takes pick s − 1, and its
-    part of every token into `factor` `[image, keep, visual]` and out of `gain`. Each says who has the greatest gain.
+    Step 0 computes `gain`, the squared length of every token, and `rounding`, SMALLEST of it. Step s > 0 stores pick s − 1,
+    writes its part of every token to `factor` `[image, keep, visual]`, and subtracts it from `gain`. Each step finds the token
+    with the greatest gain.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     image = tl.program_id(1).to(tl.int64)
@@ -212,7 +214,7 @@ def _determinant(
     length = tl.full([], 0.0, tl.float32)
     pick_weight = tl.full([], 0.0, tl.float32)
     if step > 0:
-        # The gains are read by their owners only: that of the pick is in the word that named it.
+        # Only its owner reads a gain: that of the pick is in the pick's word.
         word = _greatest(words + (step - 1) * programs, programs, PROGRAMS)
         pick = _token(word)
         length = tl.sqrt_rn(tl.maximum((word >> 32).to(tl.int32).to(tl.float32, bitcast=True), 0.0))
@@ -254,7 +256,7 @@ def _determinant(
             left = tl.where(left > tl.load(rounding + token, mask=real, other=0.0), left, 0.0)
             left = tl.where(before < 0, before, left)
             left = tl.where(token == pick, -1.0, left)
-            tl.debug_barrier()  # several threads read a token's gain and one writes it: all have read
+            tl.debug_barrier()  # several threads read a token's gain and one writes it: all have read it here
         tl.store(gain + token, left, mask=real)
         best = tl.maximum(best, tl.max(tl.where(real, _word(left, token), EMPTY + 1), 0))
     if step < keep:
