@@ -64,6 +64,13 @@ def test_the_map_lists_every_room_and_every_file_of_the_engine():
     assert listed == {path.name for path in (ROOT / "vlmprune/live").glob("*.py")} - {"__init__.py"}
 
 
+def test_the_page_of_the_methods():
+    """Red: a method's docstring changed, and `python docs/methods.py` was not run."""
+    space: dict = {"__name__": "docs", "__file__": str(ROOT / "docs/methods.py")}
+    exec(compile((ROOT / "docs/methods.py").read_text(), "docs/methods.py", "exec"), space)
+    assert space["markdown"]() == (ROOT / "docs/methods.md").read_text(), "run: python docs/methods.py"
+
+
 def test_the_worked_method():
     """Red: the method file of CONTRIBUTING.md no longer works, by its class or by its name."""
     (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
