@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from vlmprune.live.layout import Bools, Layout, Prompt
-from vlmprune.live.record import Prefill
+from vlmprune.live.record import Judged, Prefill
 from vlmprune.live.rows import Reduction
 from vlmprune.schedule import Budget
 
@@ -29,15 +29,17 @@ class Projections(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Chosen:
     """What one stage left: per picture, the indices that remain, and the features merged into them (or None); `emptied` where
-    places of others are left without a token."""
+    places of others are left without a token; `judged` per picture what was decided together, for `run.explain`, or None."""
 
     remaining: list[Tensor]
     features: list[Tensor | None]
     emptied: bool = False
+    judged: Sequence[tuple[Judged, ...]] | None = None
 
     def detached(self) -> Chosen:
         """The same, to be kept: nothing that outlives a layer may hold the graph that a backward pass runs through."""
-        return Chosen(self.remaining, [None if features is None else features.detach() for features in self.features])
+        features = [None if features is None else features.detach() for features in self.features]
+        return Chosen(self.remaining, features, judged=self.judged)
 
 
 @dataclass(eq=False)

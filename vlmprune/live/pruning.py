@@ -22,10 +22,11 @@ from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layer
 from vlmprune.live.call import Call, Chosen
+from vlmprune.live.explain import by_picture, how_it_chooses, judged
 from vlmprune.live.layout import group_by_size, real_tokens
 from vlmprune.live.masks import part_of_mask, pruned_mask
 from vlmprune.live.probes import Part, Tools, attention_ahead, build_view, rows_now
-from vlmprune.live.record import Clock, Kept
+from vlmprune.live.record import Clock, Judged, Kept
 from vlmprune.live.rows import Reduction
 from vlmprune.methods import Choice, Pruner
 from vlmprune.recipe import Recipe
@@ -56,7 +57,10 @@ class Cutting:
         at: their layers.
         cache_cut: the stage after prefill, or None.
         needs: all probes that methods look at.
+        explains: what stages decide by is kept, for `run.explain`.
     """
+
+    explains = False
 
     def __init__(
         self,
@@ -207,10 +211,12 @@ class Cutting:
         ]
         scaled = cache(partial(_over_pictures, cut, call, hidden, tools))
         kept: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in call.layout.images]
+        found: dict[int, Judged] = {}
         for group in group_by_size([part.size for part in parts]):
             first = parts[group[0]].index
             visual, keep = len(first), min(parts[group[0]].keep, len(first))
             chosen: Choice | Tensor
+            see = None
             if keep == 0:
                 chosen = torch.empty(len(group), 0, dtype=torch.long, device=first.device)
             elif keep == visual and not method.adaptive:
@@ -223,6 +229,8 @@ class Cutting:
                 chosen = method.select(see, keep)
             choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
             _check_choice(method, choice, len(group), keep)
+            if self.explains:
+                found |= zip(group, judged(method, see, choice, [parts[i].index for i in group]), strict=True)
             for number, part in enumerate(parts[i] for i in group):
                 rows = choice.index[number].to(part.index.device)
                 kept[part.image].append((part.index[rows], None if choice.features is None else choice.features[number]))
@@ -234,7 +242,8 @@ class Cutting:
                     for index, features in pieces
                 ]
         joined = [_join(pieces) for pieces in kept]
-        return Chosen([index for index, _ in joined], [features for _, features in joined])
+        reasons = by_picture(found, [part.image for part in parts], len(kept)) if self.explains else None
+        return Chosen([index for index, _ in joined], [features for _, features in joined], judged=reasons)
 
     def _drop(
         self,
@@ -251,9 +260,13 @@ class Cutting:
         assert call.alive is not None
         images, layer = call.layout.images, cut.stage.layer
         hidden = _merged(call, chosen, hidden)
+        reasons = chosen.judged or [(Judged(left),) if self.explains else () for left in call.remaining]
+        how = how_it_chooses(cut.method, cut.stage.site) if self.explains else ""
         call.record.kept += [
-            Kept(layer, cut.label, cut.stage.site, image.sample, image.ordinal, len(image), remaining, features)
-            for image, remaining, features in zip(images, chosen.remaining, chosen.detached().features, strict=True)
+            Kept(layer, cut.label, cut.stage.site, image.sample, image.ordinal, len(image), remaining, features, judged, how)
+            for image, remaining, features, judged in zip(
+                images, chosen.remaining, chosen.detached().features, reasons, strict=True
+            )
         ]
         changed = chosen.emptied or any(
             len(now) != len(before) for now, before in zip(chosen.remaining, call.remaining, strict=True)
