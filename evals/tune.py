@@ -334,7 +334,7 @@ def plot(result: Tuned, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
     colours = ["C1" if layer in result.peaks else "0.75" for layer in layers]
     axes.bar(layers, share, color=colours, yerr=[np.maximum(below, 0), np.maximum(above, 0)], capsize=2)
-    for stage in result.recipe.pruners[0].cuts:
+    for stage in result.recipe.pruners[0].stages:
         axes.axvline(stage.layer - 0.5, color="0.2", linestyle="--")
     axes.set(xlabel="decoder layer (cuts dashed)", ylabel="share of change points", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -644,7 +644,7 @@ def method_rows() -> list[dict[str, str]]:
     """One row per method; the README's table is made from the same rows."""
     from vlmprune.adapters.registry import FAMILIES
     from vlmprune.methods import METHODS
-    from vlmprune.methods.base import TowerPruner
+    from vlmprune.methods.tower import TowerPruner
     from vlmprune.recipe import Recipe
 
     rows = []

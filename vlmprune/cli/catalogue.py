@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmprune import names
 from vlmprune.methods import METHODS, REDISTRIBUTORS, Pruner
-from vlmprune.methods.parameters import ALLOWED, Range
+from vlmprune.methods.parameters import limits_of
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Schedule, scaled_layer
 from vlmprune.tiny.architecture import TEXT_LAYERS
@@ -83,13 +83,12 @@ def _allowed(method: Any, parameter: str) -> str:
         return LAYERS
     if parameter == "layer":
         return f"≥ {method.first_layer}, several as 8|16"
-    limits = method.__dataclass_fields__[parameter].metadata.get(ALLOWED, "")
-    return str(limits) if isinstance(limits, Range) else ", ".join(map(str, limits))
+    return str(limits_of(method, parameter) or "")
 
 
 def _default(method: Any, parameter: str, given: Any) -> str:
     if isinstance(method, Pruner) and parameter in ("layer", "tokens", "fraction"):  # a schedule says all three
-        stages = method.cuts.stages
+        stages = method.stages
         if parameter == "layer":
             return "|".join("in the tower" if stage.site == "vision" else str(stage.layer) for stage in stages)
         budgets = [getattr(stage.budget, parameter) for stage in stages]
@@ -110,7 +109,7 @@ def _example(method: Any) -> str:
 
 def _on_embedded_model(method: Pruner) -> Pruner:
     """The method; if it cuts at layers that the embedded model lacks, at layers scaled to it."""
-    stages = method.cuts.stages
+    stages = method.stages
     if max(stage.layer for stage in stages) < TEXT_LAYERS:
         return method
     return type(method)(

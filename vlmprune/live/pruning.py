@@ -24,9 +24,12 @@ from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layer
 from vlmprune.live.call import Call, Chosen
 from vlmprune.live.layout import group_by_size, real_tokens
 from vlmprune.live.masks import part_of_mask, pruned_mask
-from vlmprune.live.probes import Part, Tools, attention_ahead, build_view, rows_now
+from vlmprune.live.observed import attention_ahead
+from vlmprune.live.probes import build_view
+from vlmprune.live.prompt_rows import rows_now
 from vlmprune.live.record import Clock, Kept
 from vlmprune.live.rows import Reduction
+from vlmprune.live.source import Part, Tools
 from vlmprune.methods import Choice, Pruner
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Budget, Stage, share
@@ -72,7 +75,7 @@ class Cutting:
         self.cuts: list[Cut] = []
         for stage, method in recipe.cuts(facts):
             needs = method.needs_at(stage) if stage.site == "llm" else frozenset()
-            if stage.site == "vision" or (method.per_view and facts.crops):
+            if stage.site == "vision" or (method.per_crop and facts.crops):
                 needs |= {"cell"}  # brings with it which view a token belongs to, and that this tower made it
             variant = method.variant(facts)
             self.cuts.append(Cut(stage, method, needs, f"{method.name} ({variant})" if variant else method.name))
@@ -199,7 +202,7 @@ class Cutting:
         """What remains of every picture after this stage; pictures of one size are decided together."""
         assert call.layout is not None
         index, method, budget = cut.stage.layer, cut.method, self.budget_of(cut, call.budget)
-        per_view = method.per_view and self._facts.crops and not index
+        per_view = method.per_crop and self._facts.crops and not index
         parts = [
             part
             for image, candidates in enumerate(call.candidates)

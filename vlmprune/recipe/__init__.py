@@ -69,7 +69,7 @@ class Recipe:
         Raises:
             UsageError: two methods cut at one place, a later cut keeps more than an earlier one, or a method cannot work.
         """
-        plans = [(method.cuts if facts is None else method.plan(facts), method) for method in self.pruners]
+        plans = [(method.stages if facts is None else method.plan(facts), method) for method in self.pruners]
         staged = ((stage, method) for plan, method in plans for stage in (*plan, *method.forgets))
         cuts = sorted(staged, key=lambda cut: cut[0].order)
         forgetful = [method.name for method in self.pruners if method.forgets]
@@ -279,7 +279,7 @@ def _schedule(name: str, cut: dict[str, Any]) -> Schedule:
 def _method_dict(method: Pruner | Redistributor) -> dict[str, Any]:
     if isinstance(method, Redistributor):
         return {"method": method.name} | _own(method)
-    stages = method.cuts.stages
+    stages = method.stages
     unit = "tokens" if stages[0].budget.tokens is not None else "fraction"
     layers, budgets = [stage.layer for stage in stages], [getattr(stage.budget, unit) for stage in stages]
     if None in budgets:
@@ -309,10 +309,10 @@ def _changed(method: Pruner | Redistributor) -> dict[str, Any]:
 
 
 def _method_string(method: Pruner | Redistributor) -> str:
-    budgets = [stage.budget for stage in method.cuts] if isinstance(method, Pruner) else []
+    budgets = [stage.budget for stage in method.stages] if isinstance(method, Pruner) else []
     if isinstance(method, Pruner) and len({budget.tokens is None for budget in budgets}) > 1:  # has no string form; for people
         kept = "|".join(f"{b.fraction:g}" if b.tokens is None else str(b.tokens) for b in budgets)
-        return f"{method.name}:layer={'|'.join(str(stage.layer) for stage in method.cuts)},kept={kept}"
+        return f"{method.name}:layer={'|'.join(str(stage.layer) for stage in method.stages)},kept={kept}"
     entry = _method_dict(method)
     values = {key: value for key, value in entry.items() if key in CUT_KEYS} | _changed(method)
     shown = {key: "|".join(map(str, value)) if isinstance(value, list) else value for key, value in values.items()}
