@@ -26,7 +26,7 @@ FORGETS = [
 def launches(monkeypatch):
     """Tensors moved in each launch."""
     moved: list[int] = []
-    gather_all, gather_tokens = vlmprune.live.rows.gather_all, vlmprune.reduction.gather_tokens
+    gather_all, gather_tokens = vlmprune.live.rows.gather_all, vlmprune.live.rows.gather_tokens
 
     def all_of_them(tensors, *rest):
         moved.append(len(tensors))

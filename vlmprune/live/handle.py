@@ -140,7 +140,7 @@ class Run:
             yield self
 
     def _budget(self, plan: Plan, tokens: int | None, fraction: float | None) -> Budget:
-        cutting = [cut for cut in plan.cutting.cuts if plan.cutting.may_override(cut)]
+        cutting = [bound for bound in plan.pruning.stages if plan.pruning.may_override(bound)]
         if len(cutting) != 1:
             raise UsageError(
                 f"override needs a recipe with one stage, found {len(cutting)} ({self.recipe}): wrap again instead."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.device import on_device
-from vlmprune.live.call import Call, Projections
+from vlmprune.live.call import Call, Projections, Prompt
 from vlmprune.live.layout import Image
 from vlmprune.live.prompt_rows import in_shortened, own_text, text_after_pictures
 
@@ -78,15 +78,17 @@ class Source:
     """
 
     def __init__(self, call: Call, layer: int, group: Sequence[Part], hidden: Tensor, tools: Tools) -> None:
-        assert call.layout is not None
-        self._call, self._layer, self.group, self.hidden, self.tools = call, layer, group, hidden, tools
-        self.images = [call.layout.images[part.image] for part in group]
+        assert call.prompt is not None
+        self._call, self._prompt, self._layer = call, call.prompt, layer
+        self.group, self.hidden, self.tools = group, hidden, tools
+        self.images = [self._prompt.layout.images[part.image] for part in group]
         self.position = torch.stack([part.index for part in group])
         device = self.position.device
         self.samples = on_device(np.array([image.sample for image in self.images]), device)
         self.segments = on_device(np.array([image.segment for image in self.images]), device)
         places = torch.stack([image.positions[part.index] for image, part in zip(self.images, group, strict=True)])
-        self.visual = places if call.reduction is None else call.reduction.places(self.samples, places)
+        shortened = call.section.rows
+        self.visual = places if shortened is None else shortened.places(self.samples, places)
 
     # -- where the text is ------------------------------------------------------------------------------------------------
 
@@ -145,27 +147,26 @@ class Source:
     @property
     def ids(self) -> Tensor:
         """`[batch, sequence]` token ids of the prompt."""
-        assert self._call.prompt is not None
-        return on_device(self._call.prompt.ids, self.position.device)
+        return on_device(self._prompt.tokens.ids, self.position.device)
 
     @property
     def embeddings(self) -> Tensor:
         """`[batch, sequence, dim]` what entered the language model; NaN for visual tokens that the call's mask hides."""
-        assert self._call.embeddings is not None
-        assert self._call.prompt is not None
-        if not (hidden := self._call.prompt.hidden).any():
-            return self._call.embeddings
-        return self._call.embeddings.masked_fill(on_device(hidden, self._call.embeddings.device)[..., None], torch.nan)
+        embeddings, hidden = self._prompt.embeddings, self._prompt.tokens.hidden
+        assert embeddings is not None
+        return (
+            embeddings.masked_fill(on_device(hidden, embeddings.device)[..., None], torch.nan) if hidden.any() else embeddings
+        )
 
     @property
     def attention_of_last(self) -> Tensor:
         """`[batch, head, segment, key]` attention of the last prompt token, in the layer before."""
-        return self._call.attention[self._layer - 1]
+        return self._prompt.attention[self._layer - 1]
 
     @property
     def attention_of_text(self) -> Tensor:
         """`[image, head, text, key]` attention of the text, in the layer before; zero where padded."""
-        attention = self._call.text_attention[self._layer - 1]
+        attention = self._prompt.text_attention[self._layer - 1]
         order, valid = self._own_text
         attention = attention[self.samples.to(attention.device)]
         if order is not None:
@@ -176,7 +177,7 @@ class Source:
     @property
     def projections(self) -> Projections:
         """Queries, keys and values of the layer before."""
-        return self._call.projections[self._layer - 1]
+        return self._prompt.projections[self._layer - 1]
 
     @property
     def rotary(self) -> Tensor:
@@ -185,17 +186,17 @@ class Source:
 
     def of_tower(self, name: str) -> Tensor:
         """`[image, visual, …]` a probe that was taken inside the vision tower."""
-        tower, device = self._call.tower, self.hidden.device
+        tower, device = self._prompt.tower, self.hidden.device
         return torch.stack([tower[part.image][name][part.index.to(device)] for part in self.group])
 
     def identities(self) -> tuple[int, ...]:
         """One number per picture."""
-        return tuple(identity_of(self._call, image) for image in self.images)
+        return tuple(identity_of(self._prompt, image) for image in self.images)
 
     @property
     def side(self) -> int:
         """Rows, and columns, of a crop; 0 if nobody asks, or the tower has none."""
-        crops = self._call.views
+        crops = self._prompt.crops
         return int(crops[self.group[0].image][:, 1].max()) if crops else 0
 
     def of_text(self) -> Tensor:
@@ -223,13 +224,11 @@ def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((back.to(x.dtype), rest), dim=-1)
 
 
-def identity_of(call: Call, image: Image) -> int:
+def identity_of(prompt: Prompt, image: Image) -> int:
     """Equal for equal prompts, whatever the batch, the padding, the row they are packed into, or candidates of assisted
     decoding."""
-    assert call.layout is not None
-    assert call.prompt is not None
-    mine = call.prompt.asked[image.sample] & (call.prompt.segment(image.sample) == image.segment)
-    ids = call.prompt.ids[image.sample][mine]
-    beside = [other for other in call.layout.images if (other.sample, other.segment) == (image.sample, image.segment)]
+    mine = prompt.tokens.own[image.sample] & (prompt.tokens.segment(image.sample) == image.segment)
+    ids = prompt.tokens.ids[image.sample][mine]
+    beside = [other for other in prompt.layout.images if (other.sample, other.segment) == (image.sample, image.segment)]
     ordinal = beside.index(image)
     return int.from_bytes(blake2b(f"{ordinal}/{ids.tolist()}".encode(), digest_size=8).digest(), "little")

@@ -120,12 +120,13 @@ def blocks_of_probes(needs: Iterable[str], feature: int, blocks: int) -> dict[in
 
 def look_up_tower(call: Call, index: FeatureIndex, embeddings: Tensor) -> None:
     """Fetch the tower's probes of every picture of a call, by what enters the language model."""
-    assert call.layout is not None
-    images = call.layout.images
-    call.tower = index.find([embeddings[image.sample, image.positions.to(embeddings.device)] for image in images])
-    if images and CROP in call.tower[0]:
-        crops = on_host(torch.cat([torch.stack((tower[CROP], tower[SIDE]), dim=1) for tower in call.tower]))
-        call.views = np.split(crops, np.cumsum(list(map(len, images)))[:-1])
+    prompt = call.prompt
+    assert prompt is not None
+    images = prompt.layout.images
+    prompt.tower = index.find([embeddings[image.sample, image.positions.to(embeddings.device)] for image in images])
+    if images and CROP in prompt.tower[0]:
+        crops = on_host(torch.cat([torch.stack((tower[CROP], tower[SIDE]), dim=1) for tower in prompt.tower]))
+        prompt.crops = np.split(crops, np.cumsum(list(map(len, images)))[:-1])
 
 
 # -- a pass ------------------------------------------------------------------------------------------------------------------
