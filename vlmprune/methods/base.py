@@ -148,6 +148,11 @@ class Pruner:
         return self.schedule.stages
 
     @property
+    def cuts(self) -> Schedule:
+        """The schedule: its former name, for methods that were written with it."""
+        return Schedule(self.stages)
+
+    @property
     def forgets(self) -> tuple[Stage, ...]:
         """The stage after prefill, if there is one."""
         return (Stage(self.cache_layer, Budget(fraction=1.0), "cache"),) if self.cache_layer >= 0 else ()
