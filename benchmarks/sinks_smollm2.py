@@ -19,9 +19,9 @@ import torch
 import typer
 
 import vlmprune as vp
-from vlmprune.cli import environment
 from vlmprune.evals.sinks import PROMPTS, find_sinks
 from vlmprune.kernels.grouped_attention import grouped_attention
+from vlmprune.loading.environment import environment
 from vlmprune.loading.models import load_decoder
 from vlmprune.methods.redistributing import Scene, spans
 from vlmprune.methods.redistribution.var import TEXT_SINK, VISUAL, VISUAL_SINK

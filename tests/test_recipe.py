@@ -65,7 +65,7 @@ def test_published_defaults():
         ("random:fraction=0.5|0.4", "as many layers as budgets"),
         ("random:layer=1|2,fraction=0.2|0.5", "a later stage cannot keep more"),
         ("random:layer=2,fraction=0.2 + divprune:layer=4,fraction=0.5", "a later stage cannot keep more"),
-        ("random:layer=2,fraction=0.2 + fastv:layer=2,fraction=0.1", "random and fastv both cut at layer 2"),
+        ("random:layer=2,fraction=0.2 + fastv:layer=2,fraction=0.1", "random and fastv both prune at layer 2"),
     ],
 )
 def test_bad_strings_get_one_sentence(text, sentence):

@@ -15,8 +15,8 @@ from tiny_models import LAYERS, make_single, shared
 import vlmprune as vp
 from vlmprune import cli, tiny
 from vlmprune.evals import tune
+from vlmprune.evals.budgets import nominal_average
 from vlmprune.evals.calibration import Sample, Whole, scenes
-from vlmprune.evals.horizon import nominal_average
 from vlmprune.schedule import Budget
 
 PUBLISHED = (2, 11, 21)
@@ -156,7 +156,7 @@ def test_disagreement_shows(monkeypatch):
 
 
 def test_refusals(monkeypatch):
-    with pytest.raises(vp.UsageError, match="tune knows: adaptinfer; found 'pdrop'"):
+    with pytest.raises(vp.UsageError, match="the methods that can be tuned are: adaptinfer; found 'pdrop'"):
         tune.tune(None, [], Budget(tokens=5), "pdrop")
     with pytest.raises(vp.UsageError, match="no sample to tune on"):
         tune.tune(None, [], Budget(tokens=5))

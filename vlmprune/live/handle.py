@@ -69,7 +69,7 @@ class Run:
         self.model, self.recipe, self._explains = model_inside(model), recipe, explain
         self._contexts = Contexts()
         plan = Plan(self.model, recipe, self._contexts)  # refuses what cannot work
-        plan.cutting.explains = explain
+        plan.pruning.explains = explain
         check_unshared(plan)  # from here on the model changes
         self._plan: Plan | None = plan
         self._attachment: Attachment = attachment_of(plan.base, make=True)  # type: ignore[assignment]
@@ -144,7 +144,7 @@ class Run:
             yield self
 
     def _budget(self, plan: Plan, tokens: int | None, fraction: float | None) -> Budget:
-        cutting = [cut for cut in plan.cutting.cuts if plan.cutting.may_override(cut)]
+        cutting = [bound for bound in plan.pruning.stages if plan.pruning.may_override(bound)]
         if len(cutting) != 1:
             raise UsageError(
                 f"override needs a recipe with one stage, found {len(cutting)} ({self.recipe}): wrap again instead."
