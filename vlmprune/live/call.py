@@ -29,13 +29,12 @@ class Projections(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Chosen:
     """What one stage left: per image, the indices that remain, and the features merged into them (or None); `emptied` where
-    places of others are left without a token; `judged` per image what was decided together, empty unless `run.explain` wants
-    it."""
+    places of others are left without a token; `judged` per image what was decided together, for `run.explain`, or None."""
 
     remaining: tuple[Tensor, ...]
     features: tuple[Tensor | None, ...]
     emptied: bool = False
-    judged: tuple[tuple[Judged, ...], ...] = ()
+    judged: Sequence[tuple[Judged, ...]] | None = None
 
     @property
     def merges(self) -> bool:

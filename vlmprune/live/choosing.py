@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmprune.device import on_device, on_host
 from vlmprune.live.call import Call, Chosen, Prompt
-from vlmprune.live.explain import by_image, judged
+from vlmprune.live.explain import by_picture, judged
 from vlmprune.live.layout import group_by_size
 from vlmprune.live.probes import Part, Tools, build_view, rows_now
 from vlmprune.live.record import Judged
@@ -41,14 +41,14 @@ class BoundStage:
 
 
 def choose(
-    bound: BoundStage, budget: Budget, call: Call, prompt: Prompt, hidden: Tensor, tools: Tools, explains: bool = False
+    bound: BoundStage, budget: Budget, call: Call, prompt: Prompt, hidden: Tensor, tools: Tools, explains: bool
 ) -> Chosen:
     """What remains of every image after a stage.
 
     Args:
         hidden: `[batch, token, dim]` entering the stage's layer.
         tools: pieces of the model.
-        explains: what the method decides by is kept, for `run.explain`.
+        explains: what is decided by is kept, for `run.explain`.
     """
     method, layer = bound.method, bound.stage.layer
     parts = [
@@ -58,10 +58,9 @@ def choose(
     kept: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in prompt.layout.images]
     reasons: dict[int, Judged] = {}
     for group in group_by_size([part.size for part in parts]):
-        members = [parts[number] for number in group]
+        members, see = [parts[number] for number in group], None
         first, keep = members[0].index, min(members[0].keep, len(members[0].index))
         chosen: Choice | Tensor
-        see = None
         if keep == 0:
             chosen = torch.empty(len(group), 0, dtype=torch.long, device=first.device)
         elif keep == len(first) and not method.adaptive:
@@ -79,7 +78,7 @@ def choose(
             index = part.index[choice.index[number].to(part.index.device)]
             kept[part.image].append((index, None if choice.features is None else choice.features[number]))
     joined = [_joined(call, prompt, hidden, image, pieces) for image, pieces in enumerate(kept)]
-    why = by_image(reasons, [part.image for part in parts], len(kept)) if explains else ()
+    why = by_picture(reasons, [part.image for part in parts], len(kept)) if explains else None
     return Chosen(tuple(index for index, _ in joined), tuple(features for _, features in joined), judged=why)
 
 

@@ -10,14 +10,13 @@ Scores are computed and kept only under `explain=True`. They stay on the device;
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError, shown
-from vlmprune.live.call import Chosen
 from vlmprune.live.record import Judged, Kept, Prefill
 from vlmprune.methods import Choice, Pruner
 from vlmprune.methods.base import TowerPruner
@@ -57,22 +56,14 @@ def _tokens(index: Tensor, joined: Tensor) -> Tensor:
     return torch.where(joined < 0, joined, index[joined.clamp_min(0)])
 
 
-def by_image(found: dict[int, Judged], images: Sequence[int], count: int) -> tuple[tuple[Judged, ...], ...]:
-    """What was decided about each of `count` images, its crops in their order. `images`: the image of every part."""
-    return tuple(tuple(found[part] for part in sorted(found) if images[part] == image) for image in range(count))
+def by_picture(found: dict[int, Judged], pictures: Sequence[int], count: int) -> list[tuple[Judged, ...]]:
+    """What was decided about each of `count` pictures, its crops in their order. `pictures`: the picture of every part."""
+    return [tuple(found[part] for part in sorted(found) if pictures[part] == picture) for picture in range(count)]
 
 
-def with_reasons(kept: Sequence[Kept], chosen: Chosen, before: Sequence[Tensor], method: Pruner) -> list[Kept]:
-    """What a stage kept of each image, with what it decided by. `before`: per image, the tokens that were there."""
-    reasons = chosen.judged or [(Judged(left),) for left in before]  # the tower keeps no scores
-    return [
-        replace(
-            one,
-            judged=judged,
-            how=method.chooses_in_tower if one.site == "vision" and isinstance(method, TowerPruner) else method.chooses,
-        )
-        for one, judged in zip(kept, reasons, strict=True)
-    ]
+def how_it_chooses(method: Pruner, site: Site) -> str:
+    """How a method decides at a site, in words that complete "the method …"."""
+    return method.chooses_in_tower if site == "vision" and isinstance(method, TowerPruner) else method.chooses
 
 
 # -- afterwards --------------------------------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from vlmprune.errors import UsageError
 from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layer
 from vlmprune.live.call import Call, Chosen, Prompt
 from vlmprune.live.choosing import BoundStage, choose, left_by_tower, merged
-from vlmprune.live.explain import with_reasons
+from vlmprune.live.explain import how_it_chooses
 from vlmprune.live.probes import Tools, attention_ahead
-from vlmprune.live.record import Clock, Kept
+from vlmprune.live.record import Clock, Judged, Kept
 from vlmprune.live.rows import Reduction
 from vlmprune.live.section import Decoder, Rotary, Section, complete_entries
 from vlmprune.recipe import Recipe
@@ -269,11 +269,14 @@ class Pruning:
             record.newlines_kept, changed = False, True
         if first:
             record.keep[layer] = alive
-            kept = [
-                Kept(layer, bound.label, bound.stage.site, image.sample, image.ordinal, len(image), remaining, features)
-                for image, remaining, features in zip(images, chosen.remaining, chosen.detached().features, strict=True)
+            reasons = chosen.judged or [(Judged(left),) if self.explains else () for left in section.remaining]
+            how = how_it_chooses(bound.method, bound.stage.site) if self.explains else ""
+            record.kept += [
+                Kept(layer, bound.label, bound.stage.site, image.sample, image.ordinal, len(image), left, features, why, how)
+                for image, left, features, why in zip(
+                    images, chosen.remaining, chosen.detached().features, reasons, strict=True
+                )
             ]
-            record.kept += with_reasons(kept, chosen, section.remaining, bound.method) if self.explains else kept
         if not changed:
             call.section = replace(section, remaining=chosen.remaining)
             return False
