@@ -205,6 +205,20 @@ def test_every_stage_says_what_it_did():
 
 
 @torch.no_grad()
+def test_a_cache_stage_decides_about_what_its_layers_computed():
+    """Red: a token that was dropped before the cache stage's layers is said to be forgotten there."""
+    model = shared("llava")
+    run = run_once(model, make_inputs("llava", model, CHATTY), "fastv:layer=2|4,tokens=4|2,cache_layer=2")
+    first, second = (next(kept.index.tolist() for kept in run.last.kept if kept.layer == layer) for layer in (2, 4))
+    for token in range(16):
+        sites = [(verdict.site, verdict.kept) for verdict in run.explain(token=token).verdicts]
+        if token not in first:
+            assert sites == [("llm", False)]
+        else:
+            assert sites == [("llm", True), ("llm", token in second), ("cache", token in second)]
+
+
+@torch.no_grad()
 def test_picks_are_in_the_order_of_selection():
     """Red: the rank of a pick is the token's place."""
     model = shared("llava")
@@ -248,25 +262,41 @@ def test_merged_tokens_say_into_which(recipe):
         assert len(merged) == 16 - len(kept)
 
 
+def means(see, token, parts):
+    return see.features[0, [token, *parts]].mean(dim=0)
+
+
+def zipped(see, token, parts):
+    tower = see.tower_features[0]
+    return see.project(tower[token] + tower[parts].mean(dim=0)) if parts else None
+
+
+@pytest.mark.parametrize(
+    ("method", "made_of"),
+    [
+        (vp.ToMe(tokens=3), means),  # several rounds
+        (vp.VScan(layer=0, tokens=5), means),
+        (vp.SparseVLM(layer=2, tokens=6, version=1.5), means),
+        (vp.VisionZip(tokens=8, contextual=3), zipped),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
 @torch.no_grad()
-def test_a_merged_tokens_features_are_the_mean_of_its_parts():
-    """By ToMe's own weights: a token is the mean of all that were merged into it, over several rounds."""
+def test_merged_features_are_those_of_the_parts(method, made_of):
+    """Red: a token is said to be a part of another one than its features went into."""
     model = shared("llava")
-    seen = {}
-
-    class Watched(vp.ToMe):
-        name = "watched-tome"
-
-        def select(self, see, keep):
-            seen["features"] = see.features
-            return super().select(see, keep)
-
-    run = run_once(model, make_inputs("llava", model, CHATTY), Watched(tokens=3))
-    (stage,) = run.last.kept
-    into = {t: v.verdicts[0].merged_into if not v.kept else t for t, v in ((t, run.explain(token=t)) for t in range(16))}
+    method, views = recording(method)
+    run = run_once(model, make_inputs("llava", model, CHATTY), method)
+    (stage,), (see,) = run.last.kept, views
+    found = {token: run.explain(token=token).verdicts[0] for token in range(16)}
+    merged = 0
     for token, features in zip(stage.index.tolist(), stage.features, strict=True):
-        parts = [t for t, home in into.items() if home == token]
-        torch.testing.assert_close(features, seen["features"][0, parts].mean(dim=0))
+        parts = [other for other, verdict in found.items() if verdict.merged_into == token]
+        assert found[token].merged_from == len(parts)
+        if (expected := made_of(see, token, parts)) is not None:
+            torch.testing.assert_close(features, expected)
+            merged += len(parts)
+    assert merged > 2
 
 
 @torch.no_grad()
