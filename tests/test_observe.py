@@ -286,7 +286,7 @@ def test_a_thread_in_the_midst_of_a_call_is_not_recorded():
 
     def meanwhile(layer, here):
         rows.append((layer, here.query.shape[2]))
-        if layer == 2:
+        if layer == 2 and len(rows) == 3:  # once
             with torch.no_grad():
                 thread = threading.Thread(target=lambda: model(**other))
                 thread.start()
