@@ -98,7 +98,7 @@ class Apart:
             index, valid = _padded(computed)
             self.index, self.valid = on_device(index, device), on_device(valid, device)
             mine.reduction = Reduction(on_device(_padded(places)[0], device), self.valid, bool(valid.all()))
-            mine.steps.rows.clear()
+            mine.edits.rows.clear()
         return mine
 
     def in_layer(self, index: int, call: Call) -> Apart:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from vlmprune.live.cache import MarkedLayer
+from vlmprune.live.edits import Edits
 from vlmprune.live.layout import Bools, Layout, Prompt
 from vlmprune.live.record import Prefill
 from vlmprune.live.rows import Reduction
@@ -38,26 +40,6 @@ class Chosen:
     def detached(self) -> Chosen:
         """The same, to be kept: nothing that outlives a layer may hold the graph that a backward pass runs through."""
         return Chosen(self.remaining, [None if features is None else features.detach() for features in self.features])
-
-
-@dataclass(eq=False)
-class Steps:
-    """What redistribution carries from hook to hook.
-
-    Attributes:
-        entered: per edited layer, what it was given and what it found. It stays until the call is over, so that gradient
-            checkpointing, which runs a layer again in the backward pass, finds what the first run found.
-        rows: which rows are edited, per kind of rows and number of tokens a layer computes.
-        blind: the prompt without its pictures, where a method compares with it.
-        of_blind: this is that prompt's own call.
-        apart: the samples that are packed into rows, each in a row of its own; None if they are not.
-    """
-
-    entered: dict[int, Any] = field(default_factory=dict)
-    rows: dict[tuple[str, int], Reduction | None] = field(default_factory=dict)
-    blind: Any = None
-    of_blind: bool = False
-    apart: Any = None
 
 
 @dataclass(eq=False)
@@ -108,9 +90,9 @@ class Call:
         autocast: whether the model was called inside `torch.autocast`, and its dtype.
         replayed: the choices are those of an earlier run of the same prompt.
         every_row: all rows of a turn that cuts nothing.
-        steps: what redistribution carries.
+        edits: what redistribution carries.
         again: without a cache, the prompt that this call runs again; an `attach.Uncached`.
-        uncached: per layer, what redistribution marked, where there is no cache to keep it.
+        uncached: per layer, the empty cache layer that keeps redistribution's marks, where there is no cache.
         resumed: `uncached` is that of an earlier run of the same prompt.
     """
 
@@ -154,9 +136,9 @@ class Call:
     autocast: tuple[bool, Any] = (False, None)
     replayed: bool = False
     every_row: Reduction | None = None
-    steps: Steps = field(default_factory=Steps)
+    edits: Edits = field(default_factory=Edits)
     again: Any = None
-    uncached: dict[int, Any] = field(default_factory=dict)
+    uncached: dict[int, MarkedLayer] = field(default_factory=dict)
     resumed: bool = False
     record: Prefill | None = None
     idle: bool = False
@@ -168,7 +150,7 @@ class Call:
         names = ("remaining", "entered", "counts", "attention", "projections", "text_attention", "masks", "rotary", "chosen")
         for name in names:
             setattr(copied, name, copy(getattr(self, name)))
-        copied.steps = replace(self.steps, rows=dict(self.steps.rows))
+        copied.edits = replace(self.edits, rows=dict(self.edits.rows))
         if (record := self.record) is not None:
             copied.record = replace(
                 record, kept=[*record.kept], keep=dict(record.keep), entering=[*record.entering], stored=[*record.stored],

@@ -287,7 +287,7 @@ class Cutting:
             hidden = stays.gather(hidden)
             call.rotary.clear()
         call.reduction, call.alive = shorter, alive
-        call.steps.rows.clear()  # they are places among what a layer computes
+        call.edits.rows.clear()  # they are places among what a layer computes
         return hidden
 
     def arguments(self, index: int, call: Call, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
