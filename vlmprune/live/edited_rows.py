@@ -16,24 +16,24 @@ from vlmprune.methods.redistributing import Rows
 
 def find_rows(call: Call, kind: Rows, batch: int, tokens: int, device: torch.device) -> Reduction | None:
     """The rows of a kind among the `tokens` query rows of the current layer; None for all of them."""
-    if call.layout is None:  # decoding, candidates of assisted decoding, or a turn without an image: all after the image
-        wanted = max(call.asked, 1)
+    if call.prompt is None:  # decoding, candidates of assisted decoding, or a turn without an image: all after the image
+        wanted = max(call.logits_wanted, 1)
         if kind != "last" or wanted >= tokens:
             return None
         rows = torch.arange(tokens - wanted, tokens, device=device).expand(batch, wanted)
         return Reduction(rows, torch.ones_like(rows, dtype=torch.bool), True)
     if kind == "all":
         return None
-    assert call.prompt is not None
-    begin, place = call.prompt.end, np.arange(call.sequence)
+    tokens_of = call.prompt.tokens
+    begin, place = tokens_of.end, np.arange(call.sequence)
     if kind == "behind":
         # The text begins after all placeholders of the last image; LLaVA-NeXT's end with a row separator, which is no text.
         # A prompt without an image has no such text; in a later turn, all of it comes after the images of earlier turns.
-        begin = np.where(call.prompt.visual, place + 1, 0).max(axis=1)
+        begin = np.where(tokens_of.visual, place + 1, 0).max(axis=1)
         begin[begin == 0] = 0 if call.past else call.sequence
-    wanted_rows = call.prompt.real & (place >= begin[:, None])
+    wanted_rows = tokens_of.real & (place >= begin[:, None])
     edited = Reduction.keeping(
-        computed(call, on_device(wanted_rows, call.layout.real.device)), wanted_rows.sum(axis=1).tolist()
+        computed(call, on_device(wanted_rows, call.prompt.layout.real.device)), wanted_rows.sum(axis=1).tolist()
     )
     return Reduction(edited.rows.to(device), edited.valid.to(device), edited.dense)
 
@@ -41,9 +41,10 @@ def find_rows(call: Call, kind: Rows, batch: int, tokens: int, device: torch.dev
 def keys_valid(call: Call, layer: MarkedLayer, key: Tensor) -> Tensor | None:
     """`[batch, key]` bool, False on padding; None if there is none."""
     if isinstance(layer, PrunedLayer):
-        return None if layer.dense else layer.entries(key.shape[0], key.device)[1]
-    if call.reduction is not None:
-        return None if call.reduction.dense else call.reduction.valid.to(key.device)
+        dense = layer.recorded is None or layer.recorded.dense
+        return None if dense else layer.entries.valid.to(key.device)
+    if (rows := call.section.rows) is not None:
+        return None if rows.dense else rows.valid.to(key.device)
     if call.mask is None:
         return None
     keys = key.shape[2]

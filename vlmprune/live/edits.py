@@ -45,7 +45,7 @@ class Edits:
     Attributes:
         inputs: per edited layer, what it is given and what it finds. Kept until the call ends, so that gradient checkpointing,
             which runs layers again in the backward pass, finds what the first run found.
-        rows: the rows that are edited, per kind of rows and number of tokens that a layer computes.
+        rows: the rows that are edited, per kind of rows, number of tokens that a layer computes, and start of its section.
         valid: per number of keys, which of them are real, where the call's own mask says it.
         ready: every edited layer is in `inputs`: the layers' hooks have nothing to prepare.
         text_only: the stream that runs the prompt without its images, if a method compares with it.
@@ -54,7 +54,7 @@ class Edits:
     """
 
     inputs: dict[int, LayerInput] = field(default_factory=dict)
-    rows: dict[tuple[str, int], Reduction | None] = field(default_factory=dict)
+    rows: dict[tuple[str, int, int], Reduction | None] = field(default_factory=dict)
     valid: dict[int, Tensor | None] = field(default_factory=dict)
     ready: bool = False
     text_only: TextOnly | None = None

@@ -12,7 +12,7 @@ from vlmprune.live.call import Call
 from vlmprune.live.edits import LayerInput
 from vlmprune.live.layout import real_tokens
 from vlmprune.live.marks import Marks
-from vlmprune.live.probes import rows_now
+from vlmprune.live.prompt_rows import rows_now
 from vlmprune.methods.redistributing import GroupEditor, Picture, Redistributor, Scene, ScoreEditor
 
 
@@ -55,7 +55,7 @@ def mark_prompt(
     groups = method.groups(see)
     # A sample without an image gets no marks, also beside samples that have one.
     assert call.prompt is not None
-    if not (pictured := call.prompt.visual.any(axis=1)).all():
+    if not (pictured := call.prompt.tokens.visual.any(axis=1)).all():
         groups = groups * on_device(np.asarray(pictured), groups.device)[:, None, None]
     if before is not None and before.groups is not None and past:
         heads = max(before.groups.shape[1], groups.shape[1])
@@ -69,7 +69,7 @@ def mark_prompt(
 def first_row(call: Call, hidden: Tensor) -> Tensor:
     """`[batch, dim]` fp32 residual of the first token of every conversation that begins with this call."""
     batch, tokens, _ = hidden.shape
-    own = call.layout is not None
+    own = call.prompt is not None
     real = _prompt(call, hidden.device)[0] if own else real_tokens(call.mask, batch, tokens, hidden.device)
     samples = torch.arange(batch, device=hidden.device)
     return hidden[samples, real.to(torch.int8).argmax(dim=1)].detach().float()
@@ -77,25 +77,27 @@ def first_row(call: Call, hidden: Tensor) -> Tensor:
 
 def _prompt(call: Call, device: torch.device) -> tuple[Tensor, Tensor]:
     """`[batch, token]` bool of what the current layer computes: the prompt's tokens, and the visual ones among them."""
-    assert call.layout is not None
-    assert call.prompt_end is not None
-    place = torch.arange(call.sequence, device=call.layout.real.device)
-    prompt = call.layout.real & (place <= call.prompt_end[:, None])
+    assert call.prompt is not None
+    layout = call.prompt.layout
+    place = torch.arange(call.sequence, device=layout.real.device)
+    prompt = layout.real & (place <= call.prompt.end[:, None])
     visual = torch.zeros_like(prompt)
-    for image in call.layout.images:
+    for image in layout.images:
         visual[image.sample, image.positions] = True
-    visual &= call.layout.real
+    visual &= layout.real
     return computed(call, prompt).to(device), computed(call, visual).to(device)
 
 
 def computed(call: Call, x: Tensor) -> Tensor:
     """`[batch, token]` of what the current layer computes, from `[batch, sequence]` bool; False on padding."""
-    return x if call.reduction is None else x.gather(1, call.reduction.rows) & call.reduction.valid
+    rows = call.section.rows
+    return x if rows is None else x.gather(1, rows.rows) & rows.valid
 
 
 def _pictures(call: Call, device: torch.device) -> list[Picture]:
-    assert call.layout is not None
+    assert call.prompt is not None
+    images = zip(call.prompt.layout.images, call.section.remaining, call.prompt.tower, strict=True)
     return [
         Picture(image.sample, rows_now(call, number, index).to(device), index, len(image), tower)
-        for number, (image, index, tower) in enumerate(zip(call.layout.images, call.remaining, call.tower, strict=True))
+        for number, (image, index, tower) in enumerate(images)
     ]

@@ -89,7 +89,7 @@ class Redistribution:
         Raises:
             UsageError: a method compares with the text alone, and a prompt has none.
         """
-        if self.by_layer and call.prompt is not None and call.prompt.segments is not None:
+        if self.by_layer and call.prompt is not None and call.prompt.tokens.segments is not None:
             call.edits.apart = apart = Apart.of_packed(call)
             return self.enter_text(apart.now(call), apart.take(embeddings, 1))
         if self._compared >= 0 and not call.past and not call.resumed:
@@ -123,11 +123,11 @@ class Redistribution:
             return None
         if (apart := call.edits.apart) is not None:
             return self.enter_layer(index, apart.now(call), apart.take(hidden, 1), cache)
-        if call.layout is None and holds_words_only(cache, index, begins=not call.past):
+        if call.prompt is None and holds_words_only(cache, index, begins=not call.past):
             return None
         layer = call.uncached.setdefault(index, MarkedLayer()) if cache is None else marked_layer(cache, index)
         name = self._names[index]
-        if not call.past and call.layout is None:
+        if not call.past and call.prompt is None:
             layer.marks = mark_words_only(name, self.by_layer[index], call, hidden)
         if call.past:
             self._check_goes_on(layer.marks, name)
@@ -197,7 +197,7 @@ class Redistribution:
         marks, rows = step.layer.marks, step.rows
         assert marks is not None
         if marks.idle:
-            self._record(step, method, marks, first)
+            _record(step, method, marks, first)
             return own()
         result = None
         if rows is not None or kwargs.get("output_attentions", getattr(self._text.config, "output_attentions", False)):
@@ -212,7 +212,7 @@ class Redistribution:
             position = torch.arange(past, key.shape[2], device=key.device)[None]
         device = query.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            edited, changed = self._edited(step, method, marks, chosen, key, value, scaling, position, first)
+            edited, changed = _edited(step, method, marks, chosen, key, value, scaling, position, first)
         if result is None:
             return edited.to(returned).contiguous(), None
         return (overwritten(result[0], edited.to(result[0].dtype), rows, changed), *result[1:])
@@ -232,47 +232,18 @@ class Redistribution:
         """In a layer's first run: which keys are padding, what is marked, and which rows are edited."""
         call, marks = step.call, step.layer.marks
         step.valid = keys_valid(call, step.layer, key)
-        if call.layout is not None and not (call.resumed and marks is not None):
+        if call.prompt is not None and not (call.resumed and marks is not None):
             assert isinstance(method, GroupEditor | ScoreEditor)
             with torch.autocast(query.device.type, enabled=False):
                 marks = mark_prompt(self._names[step.index], method, step, query, key, scaling)
             step.layer.marks = marks
         assert marks is not None
-        if not marks.idle and (call.layout is not None or query.shape[2] > 1):
-            kind = method.rows, query.shape[2]
+        if not marks.idle and (call.prompt is not None or query.shape[2] > 1):
+            kind = method.rows, query.shape[2], call.section.start
             if kind not in call.edits.rows:
                 call.edits.rows[kind] = find_rows(call, method.rows, query.shape[0], query.shape[2], query.device)
             step.rows = call.edits.rows[kind]
         step.hidden, step.ran = None, True
-
-    def _edited(
-        self,
-        step: LayerInput,
-        method: Redistributor,
-        marks: Marks,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        position: Tensor | None,
-        first: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """`[batch, row, head, dim]` of the edited rows, and which heads of them differ from the model's own `[batch, row,
-        head]`; None if all may."""
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        entries, valid, rows = key.shape[2], step.valid, step.rows
-        if isinstance(method, ScoreEditor):
-            weight = marks.weights(method.strengths, entries, dtype)
-            self._record(step, method, marks, first)
-            return scored_attention(query, key, value, scaling, position, valid, weight), None
-        assert isinstance(method, GroupEditor)
-        members = marks.members(method.group_count, entries, dtype)
-        coefficients = partial(method.coefficients, present=marks.present)
-        out, factors, masses = grouped_attention(query, key, value, scaling, position, valid, members, coefficients)
-        if step.call.record is None:
-            return out, None
-        self._record(step, method, marks, first, factors.detach(), masses.detach(), None if rows is None else rows.valid)
-        return out, (factors != 1).any(dim=-1).transpose(1, 2)
 
     def _scaled(self, step: LayerInput, method: HeadScaler, result: Any) -> Any:
         """The model's own result, its heads scaled by factors that are found at the prompt."""
@@ -287,7 +258,37 @@ class Redistribution:
             return result
         return (scaled(result[0], marks.heads), *result[1:])
 
-    def _record(self, step: LayerInput, method: Redistributor, marks: Marks, first: bool, *edit: Tensor | None) -> None:
-        record = step.call.record
-        if first and record is not None and marks.groups is not None and marks.groups.shape[-1]:  # otherwise words only
-            record.edits.append(Edit(step.index, method.name, marks.groups, *edit))
+
+def _edited(
+    step: LayerInput,
+    method: Redistributor,
+    marks: Marks,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    position: Tensor | None,
+    first: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`[batch, row, head, dim]` of the edited rows, and which heads of them differ from the model's own `[batch, row,
+    head]`; None if all may."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    entries, valid, rows = key.shape[2], step.valid, step.rows
+    if isinstance(method, ScoreEditor):
+        weight = marks.weights(method.strengths, entries, dtype)
+        _record(step, method, marks, first)
+        return scored_attention(query, key, value, scaling, position, valid, weight), None
+    assert isinstance(method, GroupEditor)
+    members = marks.members(method.group_count, entries, dtype)
+    coefficients = partial(method.coefficients, present=marks.present)
+    out, factors, masses = grouped_attention(query, key, value, scaling, position, valid, members, coefficients)
+    if step.call.record is None:
+        return out, None
+    _record(step, method, marks, first, factors.detach(), masses.detach(), None if rows is None else rows.valid)
+    return out, (factors != 1).any(dim=-1).transpose(1, 2)
+
+
+def _record(step: LayerInput, method: Redistributor, marks: Marks, first: bool, *edit: Tensor | None) -> None:
+    record = step.call.record
+    if first and record is not None and marks.groups is not None and marks.groups.shape[-1]:  # otherwise words only
+        record.edits.append(Edit(step.index, method.name, marks.groups, *edit))

@@ -22,7 +22,7 @@ from vlmprune.live.attention import CALL_ARGUMENT
 from vlmprune.live.call import Call
 from vlmprune.live.edits import Edits
 from vlmprune.live.masks import pruned_mask
-from vlmprune.live.probes import prompt_end
+from vlmprune.live.prompt_rows import prompt_end
 from vlmprune.live.rows import Reduction
 from vlmprune.methods.redistributing import HeadScaler
 
@@ -64,7 +64,6 @@ class TextOnly:
         Raises:
             UsageError: a prompt has an image and no text.
         """
-        assert call.layout is not None
         words = Reduction.keeping(*_words(call, name))
         hidden = words.gather(embeddings)
         slots = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
@@ -82,7 +81,7 @@ class TextOnly:
             CALL_ARGUMENT: own,
         }
         assert call.prompt is not None
-        pictured = on_device(np.asarray(call.prompt.visual.any(axis=1)), hidden.device)
+        pictured = on_device(np.asarray(call.prompt.tokens.visual.any(axis=1)), hidden.device)
         own.edits.text_only = stream = TextOnly(hidden, kwargs, layers, pictured)
         return stream
 
@@ -125,15 +124,15 @@ def scaled(output: Tensor, heads: Tensor) -> Tensor:
 
 def _words(call: Call, name: str) -> tuple[Tensor, list[int]]:
     """`[batch, token]` bool, the prompt's text, and how many tokens that is in each row."""
-    assert call.layout is not None
     assert call.prompt is not None
-    text = call.prompt.asked & ~call.prompt.visual
-    if (lone := call.prompt.visual.any(axis=1) & ~text.any(axis=1)).any():
+    tokens = call.prompt.tokens
+    text = tokens.own & ~tokens.visual
+    if (lone := tokens.visual.any(axis=1) & ~text.any(axis=1)).any():
         row = int(lone.argmax())
-        hides = " that the mask does not hide" if (~call.prompt.real & ~call.prompt.placeholders)[row].any() else ""
+        hides = " that the mask does not hide" if (~tokens.real & ~tokens.placeholders)[row].any() else ""
         raise UsageError(
             f"{name} compares with the prompt without its picture, but a prompt is only a picture: row {row} has no "
             f"text{hides}; add a question."
         )
     # A row that is completely hidden has neither text nor image. It gets one token, which scales nothing.
-    return on_device(text, call.layout.real.device), np.maximum(text.sum(axis=1), 1).tolist()
+    return on_device(text, call.prompt.layout.real.device), np.maximum(text.sum(axis=1), 1).tolist()

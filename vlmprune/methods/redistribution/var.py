@@ -32,8 +32,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.errors import UsageError, shown
-from vlmprune.methods.parameters import number
+from vlmprune.errors import UsageError
+from vlmprune.methods.parameters import check, number
 from vlmprune.methods.redistributing import GroupEditor, ModelFacts, Scene, written
 from vlmprune.methods.sink_dims import sinks_for
 from vlmprune.schedule import plain
@@ -76,7 +76,7 @@ class VAR(GroupEditor):
     keep: float = number(0.4, low=0, high=1)
     max_sink_share: float = number(0.2, low=0, high=1)
     min_image_mass: float = number(0.2, low=0, high=1)
-    sink_energy: float | None = number(None, low=0, high=1)
+    sink_energy: float | None = number(None, low=0, high=1, below=True)  # no token has all of its energy in one dimension
     tau: float | None = number(None, low=0, high=1e6)
     sink_dims: str = "auto"
     p: InitVar[float | None] = number(None, low=0, high=1)
@@ -86,16 +86,13 @@ class VAR(GroupEditor):
 
     def __post_init__(self, preset: str | None, p: float | None, rho: float | None) -> None:
         super().__post_init__(preset)
-        for ours, paper, value in (("keep", "p", plain(p)), ("max_sink_share", "rho", plain(rho))):
+        for ours, paper, value in (("keep", "p", p), ("max_sink_share", "rho", rho)):
             if value is None:
                 continue
             if preset is not None or ours in self._given:
                 raise UsageError(f"var: {paper} is 1 − {ours}: give {paper}, {ours} or a preset; only one of these.")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise UsageError(f"var: {paper} must be a number in [0, 1], found {shown(value)}.")
-            object.__setattr__(self, ours, 1 - value)
-        if self.sink_energy == 1:
-            raise UsageError("var: sink_energy=1 is never reached, for no token has all of its energy in one dimension.")
+            check(self, **{paper: value})
+            object.__setattr__(self, ours, 1 - plain(value))
         object.__setattr__(self, "sink_dims", dims := written(self.sink_dims))
         if dims not in ("auto", "cosine") and not all(piece.isdecimal() for piece in dims.split("|")):
             raise UsageError(f"var: sink_dims must be 'auto', 'cosine' or dimensions as 1415|2533, found {dims!r}.")
