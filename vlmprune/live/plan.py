@@ -391,7 +391,7 @@ class Plan:
             if call.past == 0 and call.enabled and kwargs.get("inputs_embeds") is not None:
                 self._without_picture(call, kwargs["inputs_embeds"])
             if call.enabled and self.edited and not self.carried:
-                self._redistribution.enter_step(call, kwargs.get("past_key_values"))
+                self._redistribution.enter_step(call, kwargs.get("inputs_embeds"), kwargs.get("past_key_values"))
                 call.idle = call.edits.ready and not self.pruning.at
             if not self.pruning.decodes_without_padding(call, kwargs):
                 return None
