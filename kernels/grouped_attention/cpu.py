@@ -40,7 +40,7 @@ def grouped_attention(
     # Query heads that share a key head are lines of one product. beta = 0: the first argument is not read.
     lines = query.reshape(lead, -1, dim)
     turned = key.reshape(lead, keys, dim).transpose(1, 2)
-    attention = torch.baddbmm(lines[..., :1], lines, turned, beta=0, alpha=scaling).softmax(dim=-1)
+    attention = torch.baddbmm(lines.narrow(2, 0, 1), lines, turned, beta=0, alpha=scaling).softmax(dim=-1)
     members = groups.reshape(batch * group_heads, keys, kinds)
     weights = attention.view(batch * group_heads, -1, keys)
     mass = torch.bmm(weights, members).view(batch, -1, 1, kinds)
@@ -57,7 +57,7 @@ def scored_attention(
     lead = batch * kv_heads
     lines = query.reshape(lead, -1, dim)
     turned = key.reshape(lead, keys, dim).transpose(1, 2)
-    scores = torch.baddbmm(lines[..., :1], lines, turned, beta=0, alpha=scaling)
+    scores = torch.baddbmm(lines.narrow(2, 0, 1), lines, turned, beta=0, alpha=scaling)
     if batch == 1:
         scores.addcmul_(weight, scores.abs())
     else:

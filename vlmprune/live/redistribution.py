@@ -82,6 +82,11 @@ class Redistribution:
         self._compared = max((index for index, m in self.by_layer.items() if isinstance(m, HeadScaler)), default=-1)
         self.routed = sorted({*self.by_layer, *range(self._compared + 1)})
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The methods that change something."""
+        return tuple(dict.fromkeys(method.name for method in self.by_layer.values()))
+
     # -- hooks -----------------------------------------------------------------------------------------------------------
 
     def enter_text(self, call: Call, embeddings: Tensor) -> None:
@@ -97,10 +102,11 @@ class Redistribution:
             layers, name = self._layers[: self._compared + 1], self.by_layer[self._compared].name
             call.edits.text_only = TextOnly.enter(call, embeddings, self._text, self._family, layers, name)
 
-    def enter_step(self, call: Call, embeddings: Tensor | None, cache: Any) -> None:
+    def enter_step(self, call: Call, kwargs: dict[str, Any]) -> None:
         """A later call without an image enters the language model: look up the marks of all layers at once. If a layer has none
         of this method, the hooks of the layers do it, and refuse or leave out what they find."""
-        if not call.past or cache is None:
+        embeddings, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        if not call.enabled or cache is None:
             return
         layers, steps, idle = cache.layers, call.edits.steps, True
         plain = embeddings is not None and self._sees_all(call, embeddings)
@@ -124,7 +130,7 @@ class Redistribution:
         """Whether a call decodes one token that sees every key, in the model's own dtype, with nothing to compute beside."""
         if embeddings.shape[1] != 1 or self._compared >= 0 or call.padded_step or torch.is_grad_enabled():
             return False
-        if self._text.config.output_attentions or torch.is_autocast_enabled(embeddings.device.type):
+        if getattr(self._text.config, "output_attentions", False) or torch.is_autocast_enabled(embeddings.device.type):
             return False
         mask = call.mask
         # Read on a CPU only, where nothing waits.
@@ -150,6 +156,13 @@ class Redistribution:
             self._check_goes_on(layer.marks, name)
         if call.edits.inputs.get(index) is None or not call.recomputes:  # otherwise the layer runs again, and all is found
             call.edits.inputs[index] = LayerInput(index, call, hidden.detach(), layer)
+
+    def leave(self, call: Call) -> None:
+        """A prompt is over. What recomputed layers need stays as long as the call."""
+        if not call.recomputes:
+            call.edits.inputs.clear()
+        if call.edits.text_only is not None:
+            call.edits.text_only.close()
 
     def _check_goes_on(self, marks: Marks | None, name: str) -> None:
         """Refuse to edit a conversation that began otherwise, or attention that is not led through `attend` any more."""
