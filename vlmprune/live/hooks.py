@@ -143,8 +143,14 @@ class Hooks:
                 return None
             if not call.past or call.prompt is not None:
                 return enter_prompt(call.plan, call, args, kwargs)
-            call.idle = call.plan.pruning.decodes_without_padding(call, kwargs)
-            return (args, {**kwargs, "attention_mask": None}) if call.idle else None
+            plan = call.plan
+            if plan.edited and not plan.carried:
+                plan.redistribution.enter_step(call, kwargs)
+            call.idle = plan.pruning.decodes_without_padding(call, kwargs)
+            if call.idle:
+                return args, {**kwargs, "attention_mask": None}
+            call.idle = call.edits.ready and not plan.pruning.at
+            return None
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
         return None if self._of_another() else self._enter_alone(args, kwargs)
@@ -244,7 +250,7 @@ def enter_block(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: di
 def enter_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a decoder layer is given. It runs in every layer for every token: nothing is between it and torch."""
     call: Call | None = kwargs.get(CALL_ARGUMENT)
-    if call is None or call.plan is None or (call.idle and index not in call.plan.edited):
+    if call is None or call.plan is None or (call.idle and (call.edits.ready or index not in call.plan.edited)):
         return None
     return call.plan.enter_layer(index, module, call, args, kwargs)
 

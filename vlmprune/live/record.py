@@ -99,12 +99,12 @@ class Kept:
 
 
 @dataclass(frozen=True, eq=False)
-class Steered:
+class Edit:
     """What a redistribution method edited in one decoder layer of a prompt.
 
     Attributes:
         layer, method: number of the layer, and name of the method.
-        codes: `[batch, 1 or head, key]` the group in which the method put each cached token, 0 for ordinary ones; None if it
+        groups: `[batch, 1 or head, key]` the group in which the method put each cached token, 0 for ordinary ones; None if it
             marks no tokens.
         factors, masses: `[batch, head, row, 1 + group]` factor on the attention of a row to a group, and that attention before
             the edit; None if the method edits no attention.
@@ -114,7 +114,7 @@ class Steered:
 
     layer: int
     method: str
-    codes: Tensor | None = None
+    groups: Tensor | None = None
     factors: Tensor | None = None
     masses: Tensor | None = None
     valid: Tensor | None = None
@@ -167,7 +167,7 @@ class Prefill:
     Redistribution and times:
 
     Attributes:
-        steered: what was edited, by layer.
+        edits: what was edited, by layer.
         neutral: redistribution methods that edit nothing with the parameters they have.
         prefill: time in the language model.
         selection: parts of it, spent on choosing and dropping tokens.
@@ -191,7 +191,7 @@ class Prefill:
     stored: list[int] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
     peak: int = 0
-    steered: list[Steered] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
     prefill: Clock = field(default_factory=Clock)
     selection: list[Clock] = field(default_factory=list)
     tower: list[Clock] = field(default_factory=list)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError
-from vlmprune.live.record import Clock, Kept, Prefill, Steered, place_of
+from vlmprune.live.record import Clock, Edit, Kept, Prefill, place_of
 from vlmprune.methods.redistributing import spans
 from vlmprune.schedule import Site
 from vlmprune.show import units
@@ -46,9 +46,9 @@ class EditReport:
     scaled: float | None = None
 
     @staticmethod
-    def of(method: str, edits: list[Steered]) -> EditReport:
+    def of(method: str, edits: list[Edit]) -> EditReport:
         """The record of all layers in one."""
-        codes = [edit.codes for edit in edits if edit.codes is not None]
+        codes = [edit.groups for edit in edits if edit.groups is not None]
         heads = [edit.heads for edit in edits if edit.heads is not None]
         groups = max((int(c.max()) for c in codes), default=0)
         marked = tuple(_mean([(c == group).sum(dim=-1).float().mean() for c in codes]) for group in range(1, groups + 1))
@@ -157,8 +157,8 @@ class Report:
             prefill_ms=record.prefill.ms,
             selection_ms=sum(clock.ms for clock in record.selection),
             edits=tuple(
-                EditReport.of(name, [edit for edit in record.steered if edit.method == name])
-                for name in dict.fromkeys(edit.method for edit in record.steered)
+                EditReport.of(name, [edit for edit in record.edits if edit.method == name])
+                for name in dict.fromkeys(edit.method for edit in record.edits)
             ),
             overhead=_by_place([*record.tower, *record.selection]),
             hidden=record.hidden,
