@@ -31,10 +31,13 @@ class Choice:
         index: `[image, keep]` indices into the `visual` axis, rising; or one tensor per picture if the method itself decides
             how many (`adaptive`).
         features: `[image, keep, dim]` hidden states that replace those of the kept tokens (merging), or None.
+        joined: `[image, visual]` which kept token each token was merged into, as an index into the `visual` axis: its own for
+            a kept one, −1 for one that was dropped; None where nothing is merged. Only `run.explain` reads it.
     """
 
     index: Tensor | Sequence[Tensor]
     features: Tensor | None = None
+    joined: Tensor | None = None
 
 
 DEFINED: dict[str, type[Pruner]] = {}
@@ -68,6 +71,7 @@ class Pruner:
         first_layer: earliest decoder layer it can prune at.
         presets: schedules its paper publishes.
         official_positions: what the paper's code does about positions, in a word.
+        chooses: how it decides, for `run.explain`: it completes "it …".
         per_crop: before the language model, each crop of a picture (LLaVA-NeXT) is decided separately, with its share of the
             budget.
         scales_over_picture: a `per_crop` method that has numbers which are scaled over all crops of a picture; it computes
@@ -85,6 +89,7 @@ class Pruner:
     first_layer: ClassVar[int] = 0
     presets: ClassVar[Mapping[str, Schedule]] = {}
     official_positions: ClassVar[str] = "original"
+    chooses: ClassVar[str] = "decides about all tokens together"
     per_crop: ClassVar[bool] = False
     scales_over_picture: ClassVar[bool] = False
     in_tower: ClassVar[bool] = False
@@ -219,6 +224,16 @@ class Pruner:
         """
         raise NotImplementedError
 
+    def scores(self, see: View) -> Tensor | None:
+        """`[image, visual]` the numbers by which `select` ranks tokens, higher = kept; None if it does not rank them. Computed
+        only for `run.explain`."""
+        return None
+
+    def order(self, see: View, keep: int) -> Tensor | None:
+        """`[image, keep]` what `select` keeps, in the order in which it picks; None if it does not pick one token after the
+        other. Computed only for `run.explain`."""
+        return None
+
 
 class ScorePruner(Pruner):
     """A method that gives every token one number and keeps the highest.
@@ -228,9 +243,14 @@ class ScorePruner(Pruner):
             reading it would make the host wait.
     """
 
+    chooses = "keeps the highest scores"
+
     def score(self, see: View) -> Tensor:
         """`[image, visual]`, higher = keep."""
         raise NotImplementedError
+
+    def scores(self, see: View) -> Tensor:
+        return self.score(see)
 
     def select(self, see: View, keep: int) -> Tensor | Choice:
         score = self.score(see)

@@ -60,6 +60,7 @@ class TowerPruner(Pruner):
     """A method that watches blocks of the vision tower, and may drop patches between them.
 
     Class attributes:
+        chooses_in_tower: how it decides there, as `chooses`.
         watches: what it looks at in the tower, in the words of the README's table.
         provides: the probe that it makes there, or None: `watch` records it for every patch under the probe's name in
             `TowerState.carried`. Where a stage lists that probe in its `needs`, blocks are watched even if none drops patches.
@@ -68,6 +69,7 @@ class TowerPruner(Pruner):
     in_tower = True
     _renamed = {**Pruner._renamed, "cut": "drop"}  # noqa: RUF012
     watches: ClassVar[str]
+    chooses_in_tower: ClassVar[str] = "decides between blocks"
     provides: ClassVar[Probe | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
