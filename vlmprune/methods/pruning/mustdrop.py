@@ -76,15 +76,16 @@ class MustDrop(TowerPruner):
     cache_layer: int = number(2, low=-1, whole=True)
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
-        if preset is not None and (self.global_threshold, self.individual_threshold) == (None, None) and preset in THRESHOLDS:
-            object.__setattr__(self, "global_threshold", THRESHOLDS[preset][0])
-            object.__setattr__(self, "individual_threshold", THRESHOLDS[preset][1])
-        thresholds = [self.global_threshold, self.individual_threshold]
-        if None in thresholds and thresholds != [None, None]:
-            raise UsageError("mustdrop: global_threshold and individual_threshold go together: give both or neither.")
-        if self.thresholds and self.schedule is None and (layer, tokens, fraction, preset) == (None, None, None, None):
+        if str(preset) in THRESHOLDS and self.global_threshold is None and self.individual_threshold is None:
+            object.__setattr__(self, "global_threshold", THRESHOLDS[str(preset)][0])
+            object.__setattr__(self, "individual_threshold", THRESHOLDS[str(preset)][1])
+        if self.thresholds and all(given is None for given in (self.schedule, layer, tokens, fraction, preset)):
             object.__setattr__(self, "schedule", FILTERED)
         super().__post_init__(layer, tokens, fraction, preset)
+
+    def validate(self) -> None:
+        if (self.global_threshold is None) != (self.individual_threshold is None):
+            raise UsageError("mustdrop: global_threshold and individual_threshold go together: give both or neither.")
 
     @property
     def thresholds(self) -> bool:
