@@ -28,24 +28,27 @@ class Projections(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """What one stage left: per image, the indices that remain, and the features merged into them (or None); `emptied` where
-    places of others are left without a token; `judged` per image what was decided together, for `run.explain`, or None."""
+    """What one stage left.
+
+    Attributes:
+        remaining: per image, `[kept]` indices of its tokens that are still there.
+        features: per image, `[kept, dim]` what took the places of these, or None.
+        merges: tokens of some image were merged.
+        emptied: places of others are left without a token.
+        judged: per image, what was decided together, for `run.explain`; or None.
+    """
 
     remaining: tuple[Tensor, ...]
     features: tuple[Tensor | None, ...]
+    merges: bool = False
     emptied: bool = False
     judged: Sequence[tuple[Judged, ...]] | None = None
-
-    @property
-    def merges(self) -> bool:
-        """Tokens of some image were merged."""
-        return any(features is not None for features in self.features)
 
     def detached(self) -> Chosen:
         """The same, to be kept: nothing that outlives a layer may hold the graph that a backward pass runs through."""
         if not self.merges:
             return self
-        return replace(self, features=tuple(None if x is None else x.detach() for x in self.features))
+        return replace(self, features=tuple([None if x is None else x.detach() for x in self.features]))
 
 
 @dataclass(eq=False)
@@ -135,7 +138,7 @@ class Call:
         padded_step: a decoding step whose token some samples hide.
         every_row, complete: made by sections once for all.
         steps: what redistribution carries.
-        again: without a cache, the prompt that this call runs again; a `plan.Uncached`.
+        again: without a cache, the prompt that this call runs again; a `prefill.Uncached`.
         uncached: per layer, what redistribution marked, where there is no cache to keep it.
         resumed: `uncached` is that of an earlier run of the same prompt.
     """
@@ -169,9 +172,17 @@ class Call:
     uncached: dict[int, Any] = field(default_factory=dict)
     resumed: bool = False
 
-    def __post_init__(self) -> None:
-        self.sections = [self.section]
-
     def section_of(self, layer: int) -> Section:
         """The section that a layer belongs to."""
-        return next(section for section in reversed(self.sections) if section.start <= layer)
+        if not self.sections:
+            self.sections.append(self.section)
+        for section in reversed(self.sections):
+            if section.start <= layer:
+                return section
+        raise IndexError(layer)
+
+    def layers_by_section(self, layers: int) -> list[tuple[Section, int]]:
+        """The sections in order, each with its number of layers, of `layers` in all."""
+        sections = self.sections or [self.section]
+        ends = [*(section.start for section in sections[1:]), layers]
+        return [(section, end - max(section.start, 0)) for section, end in zip(sections, ends, strict=True)]
