@@ -18,22 +18,26 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the only list of the public names: type checkers and editors read it, and so does `exports`
     from vlmprune.errors import UsageError as UsageError
-    from vlmprune.live.handle import Run as Run, unwrap as unwrap, wrap as wrap
+    from vlmprune.live.handle import Run as Run
+    from vlmprune.live.handle import unwrap as unwrap
+    from vlmprune.live.handle import wrap as wrap
     from vlmprune.live.observe import observe as observe
     from vlmprune.live.report import Report as Report
-    from vlmprune.methods import (
-        METHODS as METHODS,
-        REDISTRIBUTORS as REDISTRIBUTORS,
-        Choice as Choice,
-        Pruner as Pruner,
-        Redistributor as Redistributor,
-        ScorePruner as ScorePruner,
-    )
+    from vlmprune.methods import METHODS as METHODS
+    from vlmprune.methods import REDISTRIBUTORS as REDISTRIBUTORS
+    from vlmprune.methods import Choice as Choice
+    from vlmprune.methods import Pruner as Pruner
+    from vlmprune.methods import Redistributor as Redistributor
+    from vlmprune.methods import ScorePruner as ScorePruner
     from vlmprune.methods.clip_relevance import ClipRelevance as ClipRelevance
     from vlmprune.methods.pruning import *  # noqa: F403
     from vlmprune.methods.redistribution import *  # noqa: F403
     from vlmprune.recipe import Recipe as Recipe
-    from vlmprune.schedule import Budget as Budget, Schedule as Schedule, Stage as Stage, at as at, stages as stages
+    from vlmprune.schedule import Budget as Budget
+    from vlmprune.schedule import Schedule as Schedule
+    from vlmprune.schedule import Stage as Stage
+    from vlmprune.schedule import at as at
+    from vlmprune.schedule import stages as stages
 else:
     _HOME = exports("vlmprune")  # the module of each public name
     __all__ = sorted(_HOME)

@@ -34,7 +34,8 @@ def horizon(
     as_json: options.AsJson = False,
 ) -> None:
     """Find the decoder layer from which visual tokens no longer affect the answer, and recipes that drop them there."""
-    from vlmprune.evals import horizon as evals, horizon_report
+    from vlmprune.evals import horizon as evals
+    from vlmprune.evals import horizon_report
 
     with _calibration(model, data, images, device, out, answers=True) as ready:
         measured = evals.find_horizon(ready.model, ready.samples, layer, window, chunk, answer_tokens, ready.tick)

@@ -127,7 +127,8 @@ def bench(
     _check(recipe)
     import torch
 
-    from vlmprune.evals import bench as evals, bench_report
+    from vlmprune.evals import bench as evals
+    from vlmprune.evals import bench_report
     from vlmprune.evals.random_models import shape_named
     from vlmprune.evals.results import stamp
     from vlmprune.loading.models import check_device
