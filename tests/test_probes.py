@@ -13,7 +13,7 @@ from vlmprune.live.probes import TAKE
 from vlmprune.live.tower import FROM_BLOCK, blocks_of_probes
 from vlmprune.methods.tower import TowerPruner
 from vlmprune.schedule import Budget, Schedule, Stage
-from vlmprune.view import FROM_TOWER, PROBES, PROVIDED, Probe, View, known_probes
+from vlmprune.view import BEFORE_THE_STAGE, FROM_TOWER, PROBES, PROVIDED, Probe, View, known_probes
 
 SAMPLES = [["text3", "image", "text4"], ["text2", "image", "image", "text5"]]
 
@@ -24,6 +24,7 @@ def test_every_probe_is_taken_by_one_function():
     assert set(TAKE) | set(FROM_BLOCK) | tower_end == set(PROBES)
     assert set(FROM_BLOCK) | tower_end == FROM_TOWER
     assert set(FROM_BLOCK) == {name for name, probe in PROBES.items() if probe.taken == "tower block"}
+    assert {name for name, probe in PROBES.items() if probe.taken == "layer before"} == BEFORE_THE_STAGE
 
 
 def test_blocks_of_a_tower():
