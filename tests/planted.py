@@ -226,7 +226,7 @@ BUGS = (
     Bug(
         "assisted decoding",
         "guesses are taken for the prompt",
-        f"{LIVE}/probes.py",
+        f"{LIVE}/prompt_rows.py",
         "tokens - 1 - call.tail)",
         "tokens - 1)",
         ("test_prompt_lookup_after_a_cut", "test_prompt_lookup_equals_greedy"),
@@ -268,7 +268,7 @@ BUGS = (
     Bug(
         "a new picture",
         "FastV looks at columns of the earlier turn",
-        f"{LIVE}/probes.py",
+        f"{LIVE}/observed.py",
         "attention_mask, scaling, last)[..., -here:]",
         "attention_mask, scaling, last)[..., :here]",
         ("test_fastv_of_a_new_image_looks_at_the_new_image",),
@@ -348,7 +348,7 @@ BUGS = (
         "batch equals samples alone",
         "what the tower knew is found by order, not by content",
         f"{LIVE}/feature_index.py",
-        "                    rows = one.order.to(place.device)[place]\n",
+        "                    rows = entry.order.to(place.device)[place]\n",
         "                    rows = torch.arange(len(place), device=place.device)\n",
         ("test_cls_keeps_what_the_towers_eager_attention_says",),
     ),
@@ -364,9 +364,9 @@ BUGS = (
     Bug(
         "FastV",
         "attention of the layer of the stage's successor",
-        f"{LIVE}/probes.py",
-        '"attention_from_last": lambda: of_last(call.attention[layer - 1])',
-        '"attention_from_last": lambda: of_last(call.attention[max(call.attention)].roll(1, -1))',
+        f"{LIVE}/source.py",
+        "return self._prompt.attention[self._layer - 1]",
+        "return self._prompt.attention[max(self._prompt.attention)].roll(1, -1)",
         ("test_fastv_keeps_what_eager_attention_says",),
     ),
     Bug(
@@ -389,9 +389,9 @@ BUGS = (
     Bug(
         "FastV",
         "a second stage is not addressed in what the first left",
-        f"{LIVE}/probes.py",
-        "here = places if call.reduction is None else call.reduction.places(samples, places)",
-        "here = places.clamp(max=hidden.shape[1] - 1)",
+        f"{LIVE}/source.py",
+        "self.visual = places if shortened is None else shortened.places(self.samples, places)",
+        "self.visual = places.clamp(max=hidden.shape[1] - 1)",
         ("test_fastv_second_stage_sees_the_pruned_attention", "test_divprune_after_a_cut"),
     ),
     Bug(
@@ -431,8 +431,8 @@ BUGS = (
         "CLS",
         "patches of the tower are one block too deep",
         f"{LIVE}/tower.py",
-        "        self.states[0].carried[probe] = attention.transpose(1, 2)  # [view, patch, head]\n",
-        "        self.states[0].carried[probe] = attention.transpose(1, 2).roll(1, 1)\n",
+        "    return attention.transpose(1, 2)  # [crop, patch, head]\n",
+        "    return attention.transpose(1, 2).roll(1, 1)\n",
         ("test_cls_keeps_what_the_towers_eager_attention_says",),
     ),
     Bug(

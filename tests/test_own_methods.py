@@ -241,7 +241,7 @@ def of_clip(*parts):
         ),
         (of_clip(clip(), "clip", Tokenizer()), "clip_tokenizer must be the CLIP model's tokenizer, found 'clip'"),
         (of_clip(clip(), Processor(), Tokenizer()), "found the processor Processor: pass its .tokenizer"),
-        (of_clip(clip(), Endless(), Tokenizer()), "texts may have 1000000000000000000000000000000 tokens"),
+        (of_clip(clip(), Endless(), Tokenizer()), "allows texts of 1000000000000000000000000000000 tokens"),
         (of_clip(clip(), Tokenizer(), None), "tokenizer must be the vision-language model's own, found None"),
     ],
 )

@@ -130,7 +130,7 @@ def test_nan_in_the_model_is_not_an_order():
 
 @pytest.mark.parametrize("question", [lambda: "a", lambda text, more: "a"])
 def test_a_question_that_takes_no_text_is_refused_at_once(question):
-    with pytest.raises(vp.UsageError, match=r"question is called as question\(text behind the picture\), but the one given"):
+    with pytest.raises(vp.UsageError, match=r"question is called as question\(text after the picture\), but the one given"):
         relevance(question=question)
 
 
