@@ -483,7 +483,7 @@ def test_answers_are_printed_before_the_picture_is_written(monkeypatch, capsys, 
     assert vlmprune(monkeypatch, *arguments, "--draw", tmp_path / "kept.png") == 2
     said = capsys.readouterr()
     assert "un-pruned" in said.out
-    assert "No space left on device); the answers stand above" in said.err
+    assert "No space left on device); the answers are printed above" in said.err
 
 
 def test_numbers_of_view_are_printed_before_its_figure_is_written(monkeypatch, capsys, picture, tmp_path):
@@ -497,7 +497,7 @@ def test_numbers_of_view_are_printed_before_its_figure_is_written(monkeypatch, c
     assert vlmprune(monkeypatch, *arguments) == 2
     said = capsys.readouterr()
     assert "sinks per layer" in said.out
-    assert "No space left on device); the numbers stand above" in said.err
+    assert "No space left on device); the numbers are printed above" in said.err
 
 
 # -- the hub ---------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
 HELP = """Make vision-language models (VLMs) cheaper and more truthful without training: drop visual tokens, or redistribute
 attention. Start with `vlmprune demo`."""
 RECIPES = """A RECIPE names methods with their parameters: "divprune:fraction=0.25" keeps a quarter of the visual tokens;
-"fastv:layer=2,fraction=0.5 + var" has two methods. `vlmprune methods` lists all, `vlmprune methods fastv` describes one."""
+"fastv:layer=2,fraction=0.5 + pai" combines two methods. `vlmprune methods` lists all, `vlmprune methods fastv` describes one.
+The embedded model ('tiny') is a small VLM that comes with vlmprune; nothing is downloaded for it."""
 
 app = typer.Typer(
     add_completion=False,

@@ -12,10 +12,12 @@ from vlmprune.show.table import table
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method; all if not given.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A method to describe. If not given: all are listed.")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """List the methods with their papers and defaults; or describe one, with its parameters and their ranges."""
+    """List all methods with their papers and defaults; or describe one, with its parameters and their ranges."""
     if name is not None:
         names.check_method(name)
         _method(name, as_json)
@@ -55,4 +57,4 @@ def env(as_json: options.AsJson = False) -> None:
     if as_json:
         terminal.print_json(found)
         return
-    terminal.print_table(table(("", ""), [(key, str(value)) for key, value in found.items()], text_columns=2))
+    terminal.print_table(table(("what", "found"), [(key, str(value)) for key, value in found.items()], text_columns=2))

@@ -55,7 +55,9 @@ def run(
     recipe: options.Recipe = options.DEMO_RECIPE,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer, in tokens.")] = 64,
     device: options.Device = "cpu",
-    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the kept patches on the picture, here.")] = None,
+    draw: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the kept patches on the picture, into this file.")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Ask a model about one picture: the answers without and with a recipe, and their costs (`bench` measures time)."""
@@ -82,7 +84,7 @@ def view(
     prompt: options.Prompt,
     model: options.Model = "tiny",
     sinks: Annotated[
-        bool, typer.Option("--sinks", help="Draw sinks, and attention to the picture before and after: the only figure so far.")
+        bool, typer.Option("--sinks", help="Which figure: there is only this one so far, and it is the default.")
     ] = True,
     recipe: Annotated[
         str | None,
@@ -165,7 +167,7 @@ def _save(write: Callable[[], object], path: Path, printed: str) -> None:
     try:
         write()
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot draw to {path} ({first_line(error)}); the {printed} stand above.") from error
+        raise UsageError(f"cannot draw to {path} ({first_line(error)}); the {printed} are printed above.") from error
 
 
 def _judged(row: dict[str, str], side: str) -> Text:

@@ -43,7 +43,7 @@ LOOKS_AT = {
 COLUMNS = {
     "method": "method",
     "paper": "paper",
-    "cuts": "cuts",
+    "cuts": "prunes",
     "families": "families",
     "looks_at": "scored by",
     "default": "default",

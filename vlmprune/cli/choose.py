@@ -109,7 +109,7 @@ class Ready:
         model: as loaded.
         samples: the questions, as inputs of the model.
         tick: to be called with the share of a sample that was just computed.
-        numbers: the settings, as they stand in the result's JSON.
+        numbers: the settings, for the JSON of the result.
     """
 
     model: Any

@@ -1,4 +1,4 @@
-"""One method in detail, as data: what `vlmprune methods NAME` prints."""
+"""One method in detail, as data for `vlmprune methods NAME`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from vlmprune import names
 from vlmprune.methods import METHODS, REDISTRIBUTORS, Pruner
 from vlmprune.methods.parameters import ALLOWED, Range
 from vlmprune.recipe import Recipe
+from vlmprune.recipe.entries import entry_of
 from vlmprune.schedule import Schedule, scaled_layer
 from vlmprune.tiny.architecture import TEXT_LAYERS
 
 LAYERS = "as 2:-1 or 1|18:"
 KINDS = (("Literal", "text"), ("Positions", "text"), ("str", "text"), ("int", "whole number"), ("float", "number"))
-"""Types by what their annotations hold; the first that fits."""
+"""Types in words: the first whose key is in the annotation."""
 PYTHON = "object, in Python only"
+"""The type of parameters that no recipe string or file can hold."""
 EXAMPLES: dict[str, tuple[str, Any]] = {"var": ("sink_dims", "cosine"), "zerotuning": ("gain", 2)}
-"""Where the defaults need a known model, or change nothing."""
+"""A parameter for the example of methods whose defaults need a model with known sinks, or change nothing."""
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A method's paper, sentence, parameters (type, limits, default, meaning), presets, and an example of a recipe.
+    """A method's paper, its parameters with type, range, default and meaning, its presets, and an example of a recipe.
 
     Raises:
         UsageError: there is no such method; names the nearest.
@@ -43,7 +45,7 @@ def describe(name: str) -> dict[str, Any]:
         for parameter, given in signature(method.__init__).parameters.items()
         if parameter != "self"
     ]
-    own.sort(key=lambda row: row["type"] == PYTHON)  # the others can be written in a recipe string
+    own.sort(key=lambda row: row["type"] == PYTHON)  # last, because a recipe string cannot hold them
     return {
         "method": name,
         "paper": method.paper,
@@ -56,7 +58,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _arguments(doc: str) -> dict[str, str]:
-    """The entries of a docstring's `Args:`, by name."""
+    """The entries in the section `Args:` of a docstring, by the parameter's name."""
     _, _, section = cleandoc(doc).partition("Args:\n")
     entries: dict[str, str] = {}
     keys: list[str] = []
@@ -88,7 +90,7 @@ def _allowed(method: Any, parameter: str) -> str:
 
 
 def _default(method: Any, parameter: str, given: Any) -> str:
-    if isinstance(method, Pruner) and parameter in ("layer", "tokens", "fraction"):  # a schedule says all three
+    if isinstance(method, Pruner) and parameter in ("layer", "tokens", "fraction"):  # a schedule has all three
         stages = method.cuts.stages
         if parameter == "layer":
             return "|".join("in the tower" if stage.site == "vision" else str(stage.layer) for stage in stages)
@@ -100,16 +102,16 @@ def _default(method: Any, parameter: str, given: Any) -> str:
 
 
 def _example(method: Any) -> str:
-    """A recipe with the method's defaults that runs on the embedded model, as the printed command says."""
+    """A recipe with the method's defaults that runs on the embedded model, as in the printed command."""
     if isinstance(method, Pruner):
         return str(Recipe((_on_embedded_model(method),)))
-    own = {key: value for key, value in Recipe((method,)).to_dict()["methods"][0].items() if key not in ("method", "layers")}
+    own = {key: value for key, value in entry_of(method).items() if key not in ("method", "layers")}
     key, value = EXAMPLES.get(method.name) or next(iter(own.items()))
     return f"{method.name}:{key}={value}"
 
 
 def _on_embedded_model(method: Pruner) -> Pruner:
-    """The method; if it cuts at layers that the embedded model lacks, at layers scaled to it."""
+    """The method; with its layers scaled to the embedded model, if that has fewer layers."""
     stages = method.cuts.stages
     if max(stage.layer for stage in stages) < TEXT_LAYERS:
         return method

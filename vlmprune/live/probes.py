@@ -83,12 +83,13 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
         hidden: `[batch, token, dim]` entering the layer.
         tools: pieces of the model.
     """
-    assert call.layout is not None
-    images = [call.layout.images[part.image] for part in group]
+    prompt = call.prompt
+    assert prompt is not None
+    images = [prompt.layout.images[part.image] for part in group]
     position = torch.stack([part.index for part in group])  # [image, visual]
     samples = on_device(np.array([image.sample for image in images]), position.device)
     places = torch.stack([image.positions[part.index] for image, part in zip(images, group, strict=True)])
-    here = places if call.reduction is None else call.reduction.places(samples, places)  # rows of `hidden`
+    here = places if call.section.rows is None else call.section.rows.places(samples, places)  # rows of `hidden`
     segments = on_device(np.array([image.segment for image in images]), position.device)
 
     def rows(x: Tensor, index: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
 
     def of_text() -> Tensor:
         """`[image, head, text, key]`."""
-        attention = call.text_attention[layer - 1]
+        attention = prompt.text_attention[layer - 1]
         order, valid = mine()
         attention = attention[samples.to(attention.device)]
         if order is not None:
@@ -140,18 +141,17 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
         return in_shortened(call, text_after_pictures(call).rows)
 
     def seen() -> Projections:
-        return call.projections[layer - 1]
+        return prompt.projections[layer - 1]
 
     def ids() -> Tensor:
-        assert call.prompt is not None
-        return on_device(call.prompt.ids, position.device)
+        return on_device(prompt.tokens.ids, position.device)
 
     def embeddings() -> Tensor:
-        assert call.embeddings is not None
-        assert call.prompt is not None
-        if not (hidden_tokens := call.prompt.hidden).any():
-            return call.embeddings
-        return call.embeddings.masked_fill(on_device(hidden_tokens, call.embeddings.device)[..., None], torch.nan)
+        assert prompt is not None
+        assert prompt.embeddings is not None
+        if not (hidden_tokens := prompt.tokens.hidden).any():
+            return prompt.embeddings
+        return prompt.embeddings.masked_fill(on_device(hidden_tokens, prompt.embeddings.device)[..., None], torch.nan)
 
     def turned_back(x: Tensor) -> Tensor:
         """Queries or keys `[image, head, …, dim]` as they would be if their sample began at position 0."""
@@ -172,7 +172,7 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
         "normed_text_features": lambda: tools.norm(words(hidden, text())),
         "embeddings": lambda: rows(embeddings(), torch.stack([image.positions for image in images])),
         "text_embeddings": lambda: words(embeddings(), text_after_pictures(call).rows),
-        "attention_from_last": lambda: of_last(call.attention[layer - 1]),
+        "attention_from_last": lambda: of_last(prompt.attention[layer - 1]),
         "attention_of_layer": lambda: of_last(tools.ahead()),
         "attention_from_text": lambda: columns(of_text(), here),
         "attention_among_text": among_text,
@@ -188,9 +188,9 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
     }
     probes = {name: take[name]() for name in needs - FROM_TOWER}
     for name in needs & FROM_TOWER:
-        known = torch.stack([call.tower[part.image][name][part.index.to(hidden.device)] for part in group])
+        known = torch.stack([prompt.tower[part.image][name][part.index.to(hidden.device)] for part in group])
         probes[name] = known.transpose(1, 2) if name.startswith("attention") else known  # [image, head, visual]
-    side = int(call.views[group[0].image][:, 1].max()) if call.views else 0
+    side = int(prompt.crops[group[0].image][:, 1].max()) if prompt.crops else 0
     return View(layer, group[0].original, position, probes, group[0].entered, side)
 
 
@@ -209,11 +209,12 @@ def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rows_now(call: Call, image: int, index: Tensor) -> Tensor:
     """Rows of what the current layer computes, of tokens `index` of a picture; all of them still there."""
-    assert call.layout is not None
-    picture = call.layout.images[image]
+    prompt = call.prompt
+    assert prompt is not None
+    picture = prompt.layout.images[image]
     places = picture.positions[index][None]
-    if call.reduction is not None:
-        places = call.reduction.places(on_device(np.array([picture.sample]), places.device), places)
+    if call.section.rows is not None:
+        places = call.section.rows.places(on_device(np.array([picture.sample]), places.device), places)
     return places[0]
 
 
@@ -228,29 +229,32 @@ def see_attention(
     scaling: float,
 ) -> None:
     """Note what a method wants to know of the attention in the layer before a cut."""
+    prompt = call.prompt
+    assert prompt is not None
     # Inside `torch.autocast`, rotated queries and keys are fp32, and values have the dtype of what the model returns.
     key, value = key.to(query.dtype), value.to(query.dtype)
     here = query.shape[2]  # what an earlier turn left in the cache stands before these keys, and is no candidate
     last = prompt_ends(call, here).to(query.device)
     if "attention_from_last" in needs:
-        call.attention[layer] = rows_attention(query, key, attention_mask, scaling, last)[..., -here:]
+        prompt.attention[layer] = rows_attention(query, key, attention_mask, scaling, last)[..., -here:]
     if needs & TEXT_ROWS:
         rows = in_shortened(call, text_after_pictures(call).rows).to(query.device)
-        call.text_attention[layer] = rows_attention(query, key, attention_mask, scaling, rows)[..., -here:]
+        prompt.text_attention[layer] = rows_attention(query, key, attention_mask, scaling, rows)[..., -here:]
     if needs & PROJECTIONS:
         key, value = key[:, :, -here:], value[:, :, -here:]
         samples = torch.arange(len(last), device=last.device)[:, None]
-        call.projections[layer] = Projections(query[samples, :, last], value[samples, :, last], key, value)
+        prompt.projections[layer] = Projections(query[samples, :, last], value[samples, :, last], key, value)
 
 
 def recall_tower(call: Call, memory: FeatureIndex, embeddings: Tensor) -> None:
     """Fetch what the vision tower knew of every picture of a call, by what enters the language model."""
-    assert call.layout is not None
-    images = call.layout.images
-    call.tower = memory.recall([embeddings[image.sample, image.positions.to(embeddings.device)] for image in images])
-    if images and "view" in call.tower[0]:
-        known = on_host(torch.cat([torch.stack((tower["view"], tower["side"]), dim=1) for tower in call.tower]))
-        call.views = np.split(known, np.cumsum(list(map(len, images)))[:-1])
+    prompt = call.prompt
+    assert prompt is not None
+    images = prompt.layout.images
+    prompt.tower = memory.recall([embeddings[image.sample, image.positions.to(embeddings.device)] for image in images])
+    if images and "view" in prompt.tower[0]:
+        known = on_host(torch.cat([torch.stack((tower["view"], tower["side"]), dim=1) for tower in prompt.tower]))
+        prompt.crops = np.split(known, np.cumsum(list(map(len, images)))[:-1])
 
 
 def attention_ahead(
@@ -274,30 +278,33 @@ def attention_ahead(
         cache: what earlier turns left; it takes its share of the attention.
         mask: the layer's own, where every cell of it counts.
     """
+    prompt = call.prompt
+    assert prompt is not None
     batch, tokens, _ = hidden.shape
     row = prompt_ends(call, tokens).to(hidden.device)
     given = {"attention_mask": None, "position_ids": None, "past_key_values": None, "use_cache": False}
     own = attention_of(layer, family.attention, hidden, position_embeddings=rotary, **given)
     key, row = own.key, row.to(own.key.device)
     query = own.query.gather(2, row[:, None, :, None].expand(-1, own.query.shape[1], -1, own.query.shape[3]))
-    assert call.layout is not None
-    valid = call.layout.real if call.reduction is None else call.reduction.valid
+    valid = prompt.layout.real if call.section.rows is None else call.section.rows.valid
     valid = valid.to(key.device)
     visible = valid[:, None] & (torch.arange(tokens, device=key.device) <= row[..., None])
     if call.past and cache is not None:
         stored: Any = cache.layers[index]
         if isinstance(stored, PrunedLayer):
-            before = stored.entries(batch, key.device)[1]
+            before = stored.entries.valid.to(key.device)
         elif call.mask is not None:
             before = call.mask[:, : call.past].to(key.device, torch.bool)
         else:
             before = torch.ones(batch, call.past, dtype=torch.bool, device=key.device)
         key, visible = torch.cat((stored.keys, key), dim=2), torch.cat((before[:, None], visible), dim=2)
     if mask is not None:
-        here = torch.arange(tokens, device=row.device).expand(batch, -1) if call.reduction is None else call.reduction.rows
+        here = (
+            torch.arange(tokens, device=row.device).expand(batch, -1) if call.section.rows is None else call.section.rows.rows
+        )
         there = here.to(row.device) + call.past
         if call.past and cache is not None:
-            slots = stored.entries(batch, row.device)[0] if isinstance(stored, PrunedLayer) else torch.arange(call.past)[None]
+            slots = stored.entries.slots if isinstance(stored, PrunedLayer) else torch.arange(call.past)[None]
             there = torch.cat((slots.to(row.device).expand(batch, -1), there), dim=1)
         visible &= shown_cells(mask, (there - call.past).gather(1, row + there.shape[1] - tokens), there)
     return attention_rows(query, key, own.scaling, visible)[..., -tokens:]
@@ -305,21 +312,23 @@ def attention_ahead(
 
 def prompt_end(call: Call, tokens: int) -> Tensor:
     """`[batch]` row of the last prompt token among the `tokens` rows that the current layer computes."""
-    assert call.prompt_end is not None
-    if call.reduction is None:
-        return call.prompt_end
-    return torch.full_like(call.prompt_end, tokens - 1 - call.tail)  # left-padded, so the end is the same row everywhere
+    prompt = call.prompt
+    assert prompt is not None
+    if call.section.rows is None:
+        return prompt.end
+    return torch.full_like(prompt.end, tokens - 1 - call.tail)  # left-padded, so the end is the same row everywhere
 
 
 def prompt_ends(call: Call, tokens: int) -> Tensor:
     """`[batch, segment]` the same of every sample that is packed into a row: its last token that is still there."""
-    assert call.prompt is not None
-    if call.prompt.segments is None:
+    prompt = call.prompt
+    assert prompt is not None
+    if prompt.tokens.segments is None:
         return prompt_end(call, tokens)[:, None]
-    assert call.alive is not None
-    segments = on_device(call.prompt.segments, call.alive.device)
-    numbers = torch.arange(call.prompt.ends.shape[1], device=segments.device)[:, None]
-    mine = (segments[:, None] == numbers) & call.alive[:, None]
+    assert call.section.alive is not None
+    segments = on_device(prompt.tokens.segments, call.section.alive.device)
+    numbers = torch.arange(prompt.tokens.ends.shape[1], device=segments.device)[:, None]
+    mine = (segments[:, None] == numbers) & call.section.alive[:, None]
     return in_shortened(call, torch.where(mine, torch.arange(call.sequence, device=segments.device), 0).amax(dim=2))
 
 
@@ -329,31 +338,31 @@ def text_after_pictures(call: Call) -> Reduction:
     Raises:
         UsageError: a prompt ends with its picture.
     """
-    if call.text is None:
-        assert call.layout is not None
-        assert call.prompt is not None
-        text, place = np.zeros_like(call.prompt.real), np.arange(call.sequence)
-        asked = call.prompt.asked & ~call.prompt.placeholders  # row separators stand behind the last visual token
-        for (sample, segment), begin in call.layout.behind.items():
-            mine = asked[sample] & (place >= begin) & (call.prompt.segment(sample) == segment)
-            if not mine.any() and call.prompt.visual[sample][call.prompt.segment(sample) == segment].any():
-                hides = " that the mask does not hide" if not call.prompt.real[sample].all() else ""
+    prompt = call.prompt
+    assert prompt is not None
+    if prompt.text is None:
+        text, place = np.zeros_like(prompt.tokens.real), np.arange(call.sequence)
+        asked = prompt.tokens.own & ~prompt.tokens.placeholders  # row separators stand behind the last visual token
+        for (sample, segment), begin in prompt.layout.behind.items():
+            mine = asked[sample] & (place >= begin) & (prompt.tokens.segment(sample) == segment)
+            if not mine.any() and prompt.tokens.visual[sample][prompt.tokens.segment(sample) == segment].any():
+                hides = " that the mask does not hide" if not prompt.tokens.real[sample].all() else ""
                 raise UsageError(
                     f"the method weighs the text after the picture, but in row {sample} none stands there{hides}: put the "
                     "question behind the picture."
                 )
             text[sample] |= mine
         counts = text.sum(axis=1).tolist()
-        call.text = Reduction.keeping(on_device(text, call.layout.real.device), counts)
-    return call.text
+        prompt.text = Reduction.keeping(on_device(text, prompt.layout.real.device), counts)
+    return prompt.text
 
 
 def in_shortened(call: Call, rows: Tensor) -> Tensor:
     """`[batch, row]` positions of the call's sequence, addressed in what the current layer computes."""
-    if call.reduction is None:
+    if call.section.rows is None:
         return rows
     samples = torch.arange(rows.shape[0], device=rows.device)
-    return call.reduction.places(samples, rows).clamp_(max=call.reduction.rows.shape[1] - 1)
+    return call.section.rows.places(samples, rows).clamp_(max=call.section.rows.rows.shape[1] - 1)
 
 
 def own_text(call: Call, images: Sequence[Image]) -> tuple[Tensor | None, Tensor]:
@@ -362,13 +371,14 @@ def own_text(call: Call, images: Sequence[Image]) -> tuple[Tensor | None, Tensor
     Returns:
         `[image, text]` places among these rows, or None for all of them; and `[image, text]` bool, False on padding.
     """
-    assert call.prompt is not None
+    prompt = call.prompt
+    assert prompt is not None
     text = text_after_pictures(call)
-    if call.prompt.segments is None:
+    if prompt.tokens.segments is None:
         return None, text.valid[on_device(np.array([image.sample for image in images]), text.valid.device)]
     rows, valid = on_host(text.rows), on_host(text.valid)
     chosen = [
-        (valid[image.sample] & (call.prompt.segment(image.sample)[rows[image.sample]] == image.segment)).nonzero()[0]
+        (valid[image.sample] & (prompt.tokens.segment(image.sample)[rows[image.sample]] == image.segment)).nonzero()[0]
         for image in images
     ]
     order = np.zeros((len(images), max(map(len, chosen))), dtype=int)
@@ -381,10 +391,10 @@ def own_text(call: Call, images: Sequence[Image]) -> tuple[Tensor | None, Tensor
 def identity(call: Call, image: Image) -> int:
     """Equal for equal prompts, whatever the batch, the padding, the row they are packed into, or candidates of assisted
     decoding."""
-    assert call.layout is not None
-    assert call.prompt is not None
-    mine = call.prompt.asked[image.sample] & (call.prompt.segment(image.sample) == image.segment)
-    ids = call.prompt.ids[image.sample][mine]
-    beside = [other for other in call.layout.images if (other.sample, other.segment) == (image.sample, image.segment)]
+    prompt = call.prompt
+    assert prompt is not None
+    mine = prompt.tokens.own[image.sample] & (prompt.tokens.segment(image.sample) == image.segment)
+    ids = prompt.tokens.ids[image.sample][mine]
+    beside = [other for other in prompt.layout.images if (other.sample, other.segment) == (image.sample, image.segment)]
     ordinal = beside.index(image)
     return int.from_bytes(blake2b(f"{ordinal}/{ids.tolist()}".encode(), digest_size=8).digest(), "little")

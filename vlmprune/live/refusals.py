@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vlmprune.adapters.family import has_mrope
 from vlmprune.errors import UsageError
+from vlmprune.live.choosing import BoundStage
 from vlmprune.live.decoder import KNOWN, Decoder
-from vlmprune.live.pruning import Cut
 from vlmprune.live.redistribution import Steering
 from vlmprune.methods import Pruner
 from vlmprune.methods.checks import check_needs
@@ -21,7 +21,7 @@ from vlmprune.schedule import Schedule, scaled_layer
 from vlmprune.view import BEFORE_THE_CUT, PROBES, TowerFacts
 
 
-def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[Cut]) -> None:
+def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[BoundStage]) -> None:
     """The stages of a recipe, in the language model.
 
     Raises:
@@ -96,7 +96,9 @@ def check_edits(decoder: Decoder, steering: Steering) -> None:
         )
 
 
-def check_tower(recipe: Recipe, decoder: Decoder, facts: TowerFacts, inside: Cut | None, last_block: Callable[[], int]) -> None:
+def check_tower(
+    recipe: Recipe, decoder: Decoder, facts: TowerFacts, inside: BoundStage | None, last_block: Callable[[], int]
+) -> None:
     """What a recipe does in the vision tower, or looks at there.
 
     Args:
@@ -147,7 +149,7 @@ def _check_attention(decoder: Decoder, index: int, method: str, told: bool, weig
         )
 
 
-def _fitting(recipe: Recipe, cut: Cut, depth: int) -> str:
+def _fitting(recipe: Recipe, cut: BoundStage, depth: int) -> str:
     """What to do about a stage behind the last layer: the same method with its layers scaled to the model's depth."""
     method = cut.method
     stages = [stage for stage in method.cuts if stage.site == "llm"]
@@ -171,7 +173,7 @@ def _fitting(recipe: Recipe, cut: Cut, depth: int) -> str:
     return f"choose among them, for example {text}." if fits and readable else "choose among them."
 
 
-def _scaled(method: Pruner, cut: Cut, depth: int) -> Pruner:
+def _scaled(method: Pruner, cut: BoundStage, depth: int) -> Pruner:
     layers = [stage.layer for stage in method.cuts]
     if cut.stage.layer not in layers or cut.stage.site == "cache":  # a stage that a parameter names
         names = [field.name for field in fields(method) if getattr(method, field.name) == cut.stage.layer]

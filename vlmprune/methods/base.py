@@ -31,10 +31,13 @@ class Choice:
         index: `[image, keep]` indices into the `visual` axis, rising; or one tensor per picture where the method itself decides
             how many (`adaptive`).
         features: `[image, keep, dim]` hidden states that take the place of the kept ones (merging), or None.
+        joined: `[image, visual]` which kept token each token was merged into, as an index into the `visual` axis: its own for
+            a kept one, −1 for one that was dropped; None where nothing is merged. Only `run.explain` reads it.
     """
 
     index: Tensor | Sequence[Tensor]
     features: Tensor | None = None
+    joined: Tensor | None = None
 
 
 DEFINED: dict[str, type[Pruner]] = {}
@@ -66,6 +69,7 @@ class Pruner:
         first_layer: earliest decoder layer it can cut at.
         presets: schedules its paper publishes.
         official_positions: what the paper's code does, in a word.
+        chooses: how it decides, for `run.explain`: it completes "it …".
         adaptive: the method decides how many tokens it keeps; the budget is an upper limit.
         per_view: before the language model, the views of a picture (LLaVA-NeXT: its crops) are decided apart, each with its
             share of the budget.
@@ -84,6 +88,7 @@ class Pruner:
     first_layer: ClassVar[int] = 0
     presets: ClassVar[Mapping[str, Schedule]] = {}
     official_positions: ClassVar[str] = "original"
+    chooses: ClassVar[str] = "decides about all tokens together"
     per_view: ClassVar[bool] = False
     scales_over_picture: ClassVar[bool] = False
 
@@ -236,6 +241,16 @@ class Pruner:
         """
         raise NotImplementedError
 
+    def scores(self, see: View) -> Tensor | None:
+        """`[image, visual]` the numbers by which `select` ranks tokens, higher = kept; None if it does not rank them. Computed
+        only for `run.explain`."""
+        return None
+
+    def order(self, see: View, keep: int) -> Tensor | None:
+        """`[image, keep]` what `select` keeps, in the order in which it picks; None if it does not pick one token after the
+        other. Computed only for `run.explain`."""
+        return None
+
 
 class ScorePruner(Pruner):
     """A method that gives every token one number and keeps the highest.
@@ -245,9 +260,14 @@ class ScorePruner(Pruner):
             looking would wait for it.
     """
 
+    chooses = "keeps the highest scores"
+
     def score(self, see: View) -> Tensor:
         """`[image, visual]`, higher = keep."""
         raise NotImplementedError
+
+    def scores(self, see: View) -> Tensor:
+        return self.score(see)
 
     def select(self, see: View, keep: int) -> Tensor | Choice:
         score = self.score(see)
@@ -307,9 +327,14 @@ class TowerState:
 
 
 class TowerPruner(Pruner):
-    """A method that shortens the sequence inside the vision tower; `watches` says by what, in a reader's words."""
+    """A method that shortens the sequence inside the vision tower; `watches` says by what, in a reader's words.
+
+    Class attributes:
+        chooses_in_tower: how it decides there, as `chooses`.
+    """
 
     watches: ClassVar[str]
+    chooses_in_tower: ClassVar[str] = "decides between blocks"
 
     def watch(self, block: Block, state: TowerState) -> None:
         """Look at a block's attention."""

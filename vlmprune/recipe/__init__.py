@@ -49,7 +49,7 @@ class Recipe:
         names = [method.name for method in self.redistributors]
         if len(set(names)) < len(names):
             twice = max(names, key=names.count)
-            raise UsageError(f"{twice} stands twice in the recipe: write it once, with all its layers in layers=….")
+            raise UsageError(f"{twice} is in the recipe twice: write it once, with all its layers in layers=….")
         self.stages()
 
     @property

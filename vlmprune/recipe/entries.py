@@ -1,4 +1,4 @@
-"""A method as the JSON object that stands for it in a recipe file, and back.
+"""A method as its JSON object in a recipe file, and back.
 
     FastV(layer=2, fraction=0.25)  <->  {"method": "fastv", "layer": 2, "fraction": 0.25, "positions": "original", …}
 

@@ -12,7 +12,7 @@ from vlmprune.recipe.entries import entry_of
 
 
 def read(recipe: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects that a string stands for, one for each method.
+    """The JSON objects of a string, one for each method.
 
     Raises:
         UsageError: it is empty, or cannot be read.

@@ -59,6 +59,8 @@ class FlowCut(TowerPruner):
     needs = frozenset({"query_of_last", "value_of_last", "keys", "values"})
     watches = "attention and values in the tower"
     official_positions = "compact (LLaVA), original (Qwen)"
+    chooses = "keeps the highest flow"
+    chooses_in_tower = "drops the lowest flow behind every second block"
     default = Schedule((Stage(0, Budget(tokens=128), "vision"),))
 
     semantic_scale: Literal["code", "paper"] = choice("code", "paper")
@@ -129,8 +131,11 @@ class FlowCut(TowerPruner):
     # -- before and in the decoder ---------------------------------------------------------------------------------------
 
     def select(self, see: View, keep: int) -> Tensor:
+        return top(self.scores(see), keep)
+
+    def scores(self, see: View) -> Tensor:
         if see.layer == 0:
-            return top(see.flow, keep)
+            return see.flow
         scale = see.query_of_last.shape[-1] ** -0.5
         relation, semantic, magnitude = flow_score(see.query_of_last, see.keys, see.values, see.value_of_last, scale, scale)
-        return top((share(relation) + share(semantic)) * magnitude, keep)
+        return (share(relation) + share(semantic)) * magnitude
