@@ -249,21 +249,21 @@ def test_cls_block_counts_like_hidden_states():
 
 def test_names_of_rows_tell_contents_apart():
     rows = torch.randn(64, 200)
-    names = feature_index.row_names(torch.cat((rows, rows.flip(1), -rows)))
+    names = feature_index.hash_rows(torch.cat((rows, rows.flip(1), -rows)))
     assert len(names.unique()) == 3 * 64
-    assert torch.equal(feature_index.row_names(rows), names[:64])
+    assert torch.equal(feature_index.hash_rows(rows), names[:64])
 
 
 def test_tower_memory_forgets_the_oldest(monkeypatch):
-    monkeypatch.setattr(feature_index, "MEMORY_ROWS", 64)
+    monkeypatch.setattr(feature_index, "INDEX_ROWS", 64)
     model = shared("llava")
     with vp.wrap(model, "cls:fraction=0.5") as run:
         for seed in range(4):
             model(**make_inputs("llava", model, [["image", "image", "text3"]], seed))
         memory = run._owner().plan.memory
-        assert len(memory._all) == len(memory._mine.passes) == 2
+        assert len(memory._all) == len(memory._own.entries) == 2
         model(**make_inputs("llava", model, [["image"] * 5 + ["text3"]]))  # more than is remembered: its own pass always is
-        assert len(memory._all) == len(memory._mine.passes) == 1
+        assert len(memory._all) == len(memory._own.entries) == 1
 
 
 def test_cls_after_a_cut():

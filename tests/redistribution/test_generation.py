@@ -367,7 +367,7 @@ def test_flash_looks_at_the_modules_own_config(flash):
         ("var:sink_dims=1,layers=2:9", "is to edit layers '2:9', but the model has layers 0 to 5"),
         ("var:sink_dims=1,layers=6", "is to edit layers '6', but the model has layers 0 to 5"),
         ("var:sink_dims=1,tau=8", r"tau=8 is never reached: in a residual of 64 numbers φ stays below √64 = 8.0"),
-        ("var:sink_dims=1,sink_energy=1", "sink_energy=1 is never reached"),
+        ("var:sink_dims=1,sink_energy=1", r"sink_energy must be a number in \[0, 1\), found 1"),
         ("pai:layers=two", "layers are written as indices and slices"),
         ("pai + zerotuning:gain=2", "pai and zerotuning both edit layer"),
         ("pai + pai:layers=0", "pai is in the recipe twice"),

@@ -10,36 +10,17 @@ from rich.table import Table
 from vlmprune.adapters.registry import FAMILIES
 from vlmprune.errors import UsageError
 from vlmprune.methods import METHODS, REDISTRIBUTORS
-from vlmprune.methods.base import TowerPruner
 from vlmprune.methods.redistributing import spans
+from vlmprune.methods.tower import TowerPruner
 from vlmprune.recipe import Recipe
 from vlmprune.recipe.entries import entry_of
 from vlmprune.show.table import code, markdown, table
+from vlmprune.view import PROBES
 
 if TYPE_CHECKING:
     from vlmprune.methods import Pruner, Redistributor
     from vlmprune.schedule import Stage
 
-LOOKS_AT = {
-    "features": "token features",
-    "normed_features": "token features",
-    "embeddings": "embeddings of tokens and words",
-    "text_embeddings": "embeddings of tokens and words",
-    "text_features": "embeddings of words",
-    "attention_from_last": "attention of the last prompt token",
-    "attention_from_text": "attention of the text",
-    "attention_among_text": "attention within the text",
-    "attention_of_layer": "attention of the last prompt token, one layer on",
-    "keys": "keys",
-    "values": "values",
-    "query_of_last": "attention of the last prompt token",
-    "attention_from_cls": "attention of the tower's CLS token",
-    "attention_from_cls_early": "attention of the tower's CLS token",
-    "attention_from_cls_final": "attention of the tower's CLS token",
-    "tower_keys": "keys of the tower",
-    "flow": "attention and values in the tower",
-}
-"""Probes in a reader's words. Those that only help to read another probe are left out."""
 COLUMNS = {
     "method": "method",
     "paper": "paper",
@@ -120,7 +101,7 @@ def _method_row(name: str, method: Pruner) -> dict[str, str]:
 def _looks_at(method: Pruner, stages: Sequence[Stage]) -> set[str]:
     needs = {need for stage in stages if stage.site == "llm" for need in method.needs_at(stage)}
     watched = {method.watches} if isinstance(method, TowerPruner) else set()
-    return watched | {LOOKS_AT[need] for need in needs if need in LOOKS_AT}
+    return watched | {PROBES[need].looks_at for need in needs if need in PROBES and PROBES[need].looks_at}
 
 
 def _places(stages: Sequence[Stage]) -> str:

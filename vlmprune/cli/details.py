@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmprune import names
 from vlmprune.methods import METHODS, REDISTRIBUTORS, Pruner
-from vlmprune.methods.parameters import ALLOWED, Range
+from vlmprune.methods.parameters import limits_of
 from vlmprune.recipe import Recipe
 from vlmprune.recipe.entries import entry_of
 from vlmprune.schedule import Schedule, scaled_layer
@@ -85,13 +85,12 @@ def _allowed(method: Any, parameter: str) -> str:
         return LAYERS
     if parameter == "layer":
         return f"≥ {method.first_layer}, several as 8|16"
-    limits = method.__dataclass_fields__[parameter].metadata.get(ALLOWED, "")
-    return str(limits) if isinstance(limits, Range) else ", ".join(map(str, limits))
+    return str(limits_of(method, parameter) or "")
 
 
 def _default(method: Any, parameter: str, given: Any) -> str:
     if isinstance(method, Pruner) and parameter in ("layer", "tokens", "fraction"):  # a schedule has all three
-        stages = method.cuts.stages
+        stages = method.stages
         if parameter == "layer":
             return "|".join("in the tower" if stage.site == "vision" else str(stage.layer) for stage in stages)
         budgets = [getattr(stage.budget, parameter) for stage in stages]
@@ -112,7 +111,7 @@ def _example(method: Any) -> str:
 
 def _on_embedded_model(method: Pruner) -> Pruner:
     """The method; with its layers scaled to the embedded model, if that has fewer layers."""
-    stages = method.cuts.stages
+    stages = method.stages
     if max(stage.layer for stage in stages) < TEXT_LAYERS:
         return method
     return type(method)(

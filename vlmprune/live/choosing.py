@@ -14,8 +14,10 @@ from vlmprune.device import on_device, on_host
 from vlmprune.live.call import Call, Chosen, Prompt
 from vlmprune.live.explain import by_picture, judged
 from vlmprune.live.layout import group_by_size
-from vlmprune.live.probes import Part, Tools, build_view, rows_now
+from vlmprune.live.probes import build_view
+from vlmprune.live.prompt_rows import rows_now
 from vlmprune.live.record import Judged
+from vlmprune.live.source import Part, Tools
 from vlmprune.methods import Choice, Pruner
 from vlmprune.schedule import Budget, Stage, share
 

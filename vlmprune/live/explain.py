@@ -19,7 +19,7 @@ from torch import Tensor
 from vlmprune.errors import UsageError, shown
 from vlmprune.live.record import Judged, Kept, Prefill
 from vlmprune.methods import Choice, Pruner
-from vlmprune.methods.base import TowerPruner
+from vlmprune.methods.tower import TowerPruner
 from vlmprune.schedule import Budget, Site, Stage, plain
 from vlmprune.show import units
 from vlmprune.view import View

@@ -23,10 +23,11 @@ from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layer
 from vlmprune.live.call import Call, Chosen, Prompt
 from vlmprune.live.choosing import BoundStage, choose, left_by_tower, merged
 from vlmprune.live.explain import how_it_chooses
-from vlmprune.live.probes import Tools, attention_ahead
+from vlmprune.live.observed import attention_ahead
 from vlmprune.live.record import Clock, Judged, Kept
 from vlmprune.live.rows import Reduction
 from vlmprune.live.section import Decoder, Rotary, Section, complete_entries
+from vlmprune.live.source import Tools
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Budget
 from vlmprune.view import TowerFacts
@@ -315,7 +316,7 @@ class Pruning:
 
 def _bound(number: int, stage: Any, method: Any, facts: TowerFacts) -> BoundStage:
     needs = method.needs_at(stage) if stage.site == "llm" else frozenset()
-    per_crop = method.per_view and facts.crops
+    per_crop = method.per_crop and facts.crops
     if stage.site == "vision" or per_crop:
         needs |= {"cell"}  # brings with it which crop a token belongs to, and that this tower made it
     variant = method.variant(facts)

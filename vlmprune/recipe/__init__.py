@@ -73,7 +73,7 @@ class Recipe:
             UsageError: two methods have a stage at one place, a later stage keeps more than an earlier one, or a method cannot
                 work with this tower.
         """
-        schedules = [(method.cuts if facts is None else method.plan(facts), method) for method in self.pruners]
+        schedules = [(method.stages if facts is None else method.plan(facts), method) for method in self.pruners]
         pairs = ((stage, method) for schedule, method in schedules for stage in (*schedule, *method.forgets))
         ordered = sorted(pairs, key=lambda pair: pair[0].order)
         forgetful = [method.name for method in self.pruners if method.forgets]

@@ -7,7 +7,7 @@ A file holds every parameter, also those that have their default: another versio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from inspect import signature
 from typing import Any
@@ -110,11 +110,11 @@ def entry_of(method: Pruner | Redistributor) -> dict[str, Any]:
     A schedule with both units has no JSON form; its budgets are then under "kept", for people.
     """
     own = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "schedule"}
-    stages = _stages(method.cuts) if isinstance(method, Pruner) else {}
+    stages = _stages(method.stages) if isinstance(method, Pruner) else {}
     return {"method": method.name} | stages | {key: value for key, value in own.items() if value is not None}
 
 
-def _stages(schedule: Schedule) -> dict[str, Any]:
+def _stages(schedule: Sequence[Stage]) -> dict[str, Any]:
     layers = [stage.layer for stage in schedule]
     budgets = [stage.budget for stage in schedule]
     tokens, fractions = [budget.tokens for budget in budgets], [budget.fraction for budget in budgets]

@@ -53,13 +53,12 @@ class CDPruner(Pruner):
     official_positions = "compact"
     default = at(layer=0, tokens=64)
     chooses = "picks tokens one after the other, each the most relevant one that is unlike those before"
-    per_view = True
+    per_crop = True
     scales_over_picture = True
 
     relevance: Relevance | None = None
 
-    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
-        super().__post_init__(layer, tokens, fraction, preset)
+    def validate(self) -> None:
         if self.relevance is not None:
             check_relevance(self.name, self.relevance)
 

@@ -28,8 +28,9 @@ from torch.nn.functional import normalize
 
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
-from vlmprune.methods.base import Choice, TowerPruner, TowerState, alive_top, top
+from vlmprune.methods.base import Choice, alive_top, top
 from vlmprune.methods.parameters import number
+from vlmprune.methods.tower import TowerPruner, TowerState
 from vlmprune.schedule import Budget, Schedule, Stage, stages
 from vlmprune.view import TowerFacts, View
 
@@ -101,9 +102,9 @@ class MustDrop(TowerPruner):
         super().plan(facts)
         everything = Budget(fraction=1.0)
         tower = (Stage(0, everything, "vision"),) if self.windows != 0 and (self.windows or self.merge <= 1) else ()
-        return Schedule((*tower, *self.cuts))
+        return Schedule((*tower, *self.stages))
 
-    def cut(self, index: int, last: int, hidden: Tensor, state: TowerState) -> tuple[Tensor, Tensor] | None:
+    def drop(self, index: int, last: int, hidden: Tensor, state: TowerState) -> tuple[Tensor, Tensor] | None:
         per_side = state.side // WINDOW
         if index or not per_side:
             return None

@@ -43,14 +43,14 @@ class VisionZip(Pruner):
     official_positions = "compact"
     default = at(layer=0, tokens=64)
     chooses = "keeps what CLS attends to most, and merges the rest into a few tokens"
-    per_view = True
+    per_crop = True
 
     contextual: int | None = number(None, low=0, whole=True)
 
     def plan(self, facts: TowerFacts) -> Schedule:
-        if any(stage.layer for stage in self.cuts):
+        if any(stage.layer for stage in self.stages):
             raise UsageError(
-                f"visionzip merges before the projector: its only place is layer=0, found {self.cuts.stages[-1].layer}."
+                f"visionzip merges before the projector: its only place is layer=0, found {self.stages[-1].layer}."
             )
         return super().plan(facts)
 

@@ -40,8 +40,8 @@ class VScan(Pruner):
     needs = frozenset({"attention_from_cls", "attention_from_cls_early", "features", "cell"})
     official_positions = "compact (LLaVA), original (Qwen)"
     default = stages({0: 96, 16: 32})
-    per_view = True
     chooses = "scans windows first and the whole picture then, and merges the rest into what it keeps"
+    per_crop = True
 
     def needs_at(self, stage: Stage) -> frozenset[str]:
         return self.needs if stage.layer == 0 else frozenset({"attention_of_layer"})
