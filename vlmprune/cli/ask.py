@@ -58,6 +58,14 @@ def run(
     draw: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the kept patches on the picture, into this file.")
     ] = None,
+    why: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="TOKEN",
+            min=0,
+            help="Also explain why this visual token was kept or dropped: its index in the picture, from 0; may be repeated.",
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Ask a model about one picture: the answers without and with a recipe, and their costs (`bench` measures time)."""
@@ -67,7 +75,7 @@ def run(
 
     quiet()
     with _steps(max_new_tokens) as show_step:
-        result, drawn = ask_and_draw(model, image, prompt, recipe, max_new_tokens, device, draw, show_step)
+        result, drawn = ask_and_draw(model, image, prompt, recipe, max_new_tokens, device, draw, show_step, why or ())
     terminal.note(result["picture"]["notes"])
     if as_json:
         terminal.print_json(result)
@@ -161,6 +169,8 @@ def _print_answers(result: dict[str, Any]) -> None:
         terminal.say(f"{crop['name']:<{width}}  {len(crop['kept'])} of {crop['tokens']} tokens kept")
     for edit in result["edits"]:
         terminal.say(f"redistributed ({edit['method']})  {edit['summary']}")
+    for explanation in result["why"]:
+        terminal.say(*explanation["lines"])
 
 
 def _save(write: Callable[[], object], path: Path, printed: str) -> None:
