@@ -88,6 +88,7 @@ def test_tokens_of_crops(monkeypatch, capsys, picture, tmp_path):
     code, said = run(monkeypatch, capsys, picture, "--recipe", "random:tokens=30", "--why", tokens - 1, "--json", model=folder)
     assert code == 0
     assert json.loads(said.out)["why"][0]["tokens"] == tokens
+    monkeypatch.setattr("vlmprune.cli.asking.ask", lambda *arguments: pytest.fail("asked"))
     code, said = run(monkeypatch, capsys, picture, "--recipe", "random:tokens=30", "--why", tokens, model=folder)
     assert code == 2
     assert f"numbered 0 to {tokens - 1}" in said.err
