@@ -13,6 +13,7 @@ from rich.text import Text
 
 from vlmprune import names
 from vlmprune.cli import options, terminal
+from vlmprune.cli import why as why_option
 from vlmprune.errors import UsageError, first_line
 from vlmprune.show import units
 from vlmprune.show.table import table
@@ -58,14 +59,7 @@ def run(
     draw: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the kept patches on the picture, into this file.")
     ] = None,
-    why: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="TOKEN",
-            min=0,
-            help="Also explain why this visual token was kept or dropped: its index in the picture, from 0; may be repeated.",
-        ),
-    ] = None,
+    why: why_option.Why = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Ask a model about one picture: the answers without and with a recipe, and their costs (`bench` measures time)."""
@@ -169,8 +163,8 @@ def _print_answers(result: dict[str, Any]) -> None:
         terminal.say(f"{crop['name']:<{width}}  {len(crop['kept'])} of {crop['tokens']} tokens kept")
     for edit in result["edits"]:
         terminal.say(f"redistributed ({edit['method']})  {edit['summary']}")
-    for explanation in result["why"]:
-        terminal.say(*explanation["lines"])
+    for explanation in result.get("why", ()):
+        terminal.say(*why_option.lines(explanation))
 
 
 def _save(write: Callable[[], object], path: Path, printed: str) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmprune import names
+from vlmprune.cli.why import check_tokens, explained
 from vlmprune.errors import UsageError
-from vlmprune.live.explain import Explanation
 from vlmprune.live.handle import wrap
 from vlmprune.live.report import Report
 from vlmprune.loading.outputs import check_target
@@ -60,14 +60,14 @@ class Answer:
         index: indices of the picture's kept tokens.
         crops: the same tokens, by crop.
         report: of the run.
-        why: what happened to the tokens that were asked about.
+        why: of each token that was asked about, why it was kept or dropped.
     """
 
     text: str
     index: list[int]
     crops: list[KeptCrop]
     report: Report
-    why: list[Explanation]
+    why: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
         """What `vlmprune run --json` prints of it."""
@@ -104,19 +104,18 @@ def ask(
 
     Args:
         tick: called after every token with the number of tokens so far, and at the end.
-        why: indices of visual tokens to explain.
+        why: tokens of the picture to explain.
     """
     model, inputs = question.model, question.inputs
     with wrap(model, recipe, explain=bool(why)) as run, torch.inference_mode():
         tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, streamer=_Counter(tick))
-        report, record = run.report(), run.last
-        explained = [run.explain(token) for token in why]
+        report, record, reasons = run.report(), run.last, explained(run, question, why)
     assert record is not None
     new = tokens[0, inputs["input_ids"].shape[1] :]
     stages = [kept for kept in record.kept if kept.ordinal == 0 and kept.sample == 0]
     index = stages[-1].index.tolist() if stages else list(range(record.visual))
     text = question.processor.decode(new, skip_special_tokens=True).strip()
-    return Answer(text, index, _by_crop(question, set(index)), report, explained)
+    return Answer(text, index, _by_crop(question, set(index)), report, reasons)
 
 
 def _by_crop(question: Question, kept: set[int]) -> list[KeptCrop]:
@@ -179,14 +178,14 @@ def ask_and_draw(
         device: where the model goes.
         target: where the caller will write the picture with the kept tokens; None if it is not wanted.
         progress: called with the present step, the number of tokens that its answer has so far, and whether it is done.
-        why: indices of visual tokens to explain: why the recipe kept or dropped them.
+        why: tokens of the picture to explain.
 
     Returns:
         What `vlmprune run --json` prints, and the picture. The caller writes it, so that the answers can be printed first.
 
     Raises:
-        UsageError: the recipe, the picture, the model, the prompt or the target cannot be used, or a token that is to be
-            explained does not exist; says why.
+        UsageError: the recipe, the picture, the model, the prompt or the target cannot be used, or a token to explain does not
+            exist; says why.
     """
     plan = read_recipe(recipe)
     if why and not plan.pruners:
@@ -194,7 +193,7 @@ def ask_and_draw(
     if target is not None:
         check_target(target, "kept.png")
     question = open_question(model_name, image, prompt, device, lambda: progress("loading the model", 0, False))
-    _check_tokens(question, why)
+    check_tokens(question, why)
     changed = "pruned" if plan.pruners else "redistributed"
     # The answer under the recipe comes first: if the recipe is refused, no time was spent on the un-pruned answer.
     pruned = ask(question, plan, max_new_tokens, partial(progress, f"{changed} answer"), why)
@@ -209,16 +208,9 @@ def ask_and_draw(
         "kept": pruned.index,
         "views": [asdict(crop) for crop in pruned.crops],
         "edits": [{**asdict(edit), "summary": str(edit)} for edit in pruned.report.edits],
-        "why": [explanation.to_dict() for explanation in pruned.why],
+        **({"why": pruned.why} if why else {}),
     }
     return result, None if target is None else draw_kept(question, pruned.crops)
-
-
-def _check_tokens(question: Question, wanted: Sequence[int]) -> None:
-    tokens = sum(crop.tokens for crop in question.crops())
-    for token in wanted:
-        if not 0 <= token < tokens:
-            raise UsageError(f"there is no visual token {token}: the picture has {tokens}, numbered 0 to {tokens - 1}.")
 
 
 def read_recipe(text: str) -> Recipe:
