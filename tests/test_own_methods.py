@@ -161,7 +161,7 @@ def test_a_name_that_another_method_has(tmp_path):
     class Slower(vp.FastV):
         pass
 
-    with pytest.raises(vp.UsageError, match="'fastv' is the name of another method than of Slower: give the class a name"):
+    with pytest.raises(vp.UsageError, match="'fastv' is the name of another method than Slower: give the class a name"):
         vp.Recipe.of(Slower()).save_pretrained(tmp_path)
 
     class Taken(vp.ScorePruner):

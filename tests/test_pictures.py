@@ -250,8 +250,8 @@ def test_notes_on_many_pictures():
     ("name", "content", "sentence"),
     [
         ("empty.png", b"", "is empty"),
-        ("text.png", b"no picture", "is not a picture that can be read: give a PNG, JPEG"),
-        ("vector.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "another format that Pillow knows"),
+        ("text.png", b"no picture", "is not a picture that can be read: give a PNG, a JPEG"),
+        ("vector.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "another format that Pillow can read"),
         ("cut.png", "cut", "it is cut off or damaged"),
         ("huge.png", "huge", "too many pixels to be read (more than 178,956,970)"),
     ],
