@@ -412,3 +412,44 @@ def test_prompts_with_nothing_to_explain():
     run = run_once(model, make_inputs("llava", model, CHATTY), "act:layers=1")
     with pytest.raises(vp.UsageError, match="drops no visual tokens: all of them stayed"):
         run.explain(token=2)
+
+
+@torch.no_grad()
+def test_scores_of_somebody_elses_method_are_checked():
+    class Wrong(vp.Pruner):
+        name, paper, needs, default = "wrong-scores", "", frozenset({"features"}), vp.at(layer=0, tokens=3)
+
+        def select(self, see, keep):
+            return torch.arange(keep).expand(see.images, keep)
+
+        def scores(self, see):
+            return see.features
+
+    model = shared("llava")
+    with pytest.raises(vp.UsageError, match=r"wrong-scores: scores\(see\) must return a tensor \[image, visual\]"):
+        run_once(model, make_inputs("llava", model, CHATTY), Wrong())
+
+
+def test_on_the_command_line(monkeypatch, capsys, tmp_path):
+    """Red: `run --why` explains another run than the one it prints, or another cell."""
+    from command_line import vlmprune
+
+    from vlmprune.tiny.scenes import make_scene
+
+    make_scene(1).image.save(tmp_path / "scene.png")
+    asked = ("run", "--model", "tiny", "--image", tmp_path / "scene.png", "--prompt", "how many objects are there ?")
+    asked += ("--recipe", "fastv:layer=2,tokens=20", "--max-new-tokens", 1, "--why", 57)
+    assert vlmprune(monkeypatch, *asked, "--why", 100, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    first, second = result["why"]
+    assert (first["token"], second["token"]) == (57, 100)
+    assert first["cell"] == {"crop": "picture", "row": 57 // 12, "column": 57 % 12}
+    assert first["kept"] == (57 in result["kept"])
+    assert second["kept"] == (100 in result["kept"])
+    assert first["verdicts"][0]["among"] == 144
+    assert vlmprune(monkeypatch, *asked) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert first["lines"][0] + " Its cell is row 4, column 9 of the picture." in out
+    assert first["lines"][1] in out
+    assert vlmprune(monkeypatch, *asked, "--why", 144) == 2
+    assert "there is no token 144: the picture has 144" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from torch import Tensor
 from vlmprune.errors import UsageError, shown
 from vlmprune.live.record import Judged, Kept, Prefill
 from vlmprune.methods import Choice, Pruner
+from vlmprune.methods.checks import check_numbers
 from vlmprune.methods.tower import TowerPruner
 from vlmprune.schedule import Budget, Site, Stage, plain
 from vlmprune.show import units
@@ -39,6 +40,8 @@ def judged(method: Pruner, see: View | None, choice: Choice, index: Sequence[Ten
     if see is None:
         return [Judged(own, asked=False) for own in index]
     score, order = method.scores(see), method.order(see, choice.index.shape[1]) if isinstance(choice.index, Tensor) else None
+    if score is not None:
+        check_numbers(f"{method.name}: scores(see)", score, (see.images, see.visual))
     return [
         Judged(
             index=own,
