@@ -404,7 +404,7 @@ def test_tokens_that_are_not_there(asked, sentence):
 def test_prompts_with_nothing_to_explain():
     model = shared("llava")
     with vp.wrap(model, "fastv:layer=2,tokens=4", explain=True) as run:
-        with pytest.raises(vp.UsageError, match="has run no prompt"):
+        with pytest.raises(vp.UsageError, match="has not run a prompt"):
             run.explain(token=2)
         model(input_ids=make_inputs("llava", model, [["text5"]])["input_ids"])
         with pytest.raises(vp.UsageError, match="this prompt has no picture"):
