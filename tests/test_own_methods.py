@@ -168,7 +168,7 @@ def test_a_name_that_another_method_has(tmp_path):
         name, paper, needs, default = "fastv", "", frozenset(), vp.at(2, fraction=0.5)
 
     assert type(vp.Recipe.parse("fastv").methods[0]) is vp.FastV
-    with pytest.raises(vp.UsageError, match="of Taken: give"):
+    with pytest.raises(vp.UsageError, match="than Taken: give"):
         vp.Recipe.of(Taken()).to_dict()
     del DEFINED["fastv"]
 
