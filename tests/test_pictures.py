@@ -180,7 +180,7 @@ NOTES = {
     "JPEG 2000": None,
     "AVIF": None,
     "colour 16 and alpha": "of its pixels are transparent; transparency was dropped",
-    "float": "floating-point values from 0 to 1; they were cut",
+    "float": "floating-point values from 0 to 1; they were clipped",
     "whole 32": "values of more than 8 bits from -1000 to",
     "alpha": "of its pixels are transparent",
     "opaque alpha": None,
@@ -236,7 +236,7 @@ def test_every_orientation(tmp_path, orientation):
 
 
 def test_notes_are_warnings_where_nobody_listens(tmp_path):
-    with pytest.warns(UserWarning, match="cut to whole numbers"):
+    with pytest.warns(UserWarning, match="clipped to whole numbers"):
         open_picture(write(tmp_path, "grey 16"))
 
 
@@ -325,9 +325,9 @@ def test_run_sees_the_upright_picture(sideways):
 def test_run_says_what_a_picture_lost(tmp_path):
     """Red: a 16-bit picture is white in silence."""
     answer, said = ask(write(tmp_path, "grey 16"))
-    assert "cut to whole numbers" in answer["picture"]["notes"][0]
+    assert "clipped to whole numbers" in answer["picture"]["notes"][0]
     assert "vlmprune: note: " in said
-    assert "cut to whole numbers" in said
+    assert "clipped to whole numbers" in said
 
 
 def test_view_sees_the_upright_picture(sideways, monkeypatch):
