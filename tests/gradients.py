@@ -10,12 +10,14 @@ What is true is obtained in three ways that share no code with vlmprune:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 
 import torch
+from cases import PRUNING, REDISTRIBUTION, ROWS, Pruning
 from oracles import effect_of, masked_output
 from tiny_models import build, make_inputs
 
@@ -25,49 +27,35 @@ Gradient = dict[str, torch.Tensor]
 CHECKPOINTING: dict[str, bool | None] = {"none": None, "reentrant": True, "non-reentrant": False}
 """The kinds of gradient checkpointing, as `use_reentrant`."""
 
+
+def _without_cache_stage(row: Pruning, arguments: str) -> str:
+    return re.sub(r"cache_layer=\d", "cache_layer=-1", f"{row.name}:{arguments}")
+
+
 DROPPING = {
-    "adaptinfer": "adaptinfer:layer=2|4,fraction=0.5|0.3",
-    "cdpruner": "cdpruner:layer=0,fraction=0.4",
-    "cls": "cls:layer=0,fraction=0.4",
-    "dart": "dart:layer=2,fraction=0.4",
-    "divprune": "divprune:layer=0,fraction=0.4",
-    "fastv": "fastv:layer=2,fraction=0.4",
-    "holov": "holov:layer=0,fraction=0.4",
-    "pdrop": "pdrop:layer=2|4,fraction=0.5|0.25",
-    "random": "random:layer=0,fraction=0.4",
-    "uniform": "uniform:layer=3,fraction=0.4",
+    **{row.name: f"{row.name}:{row.tiny[0]}" for row in PRUNING if row.drops_only},
+    "adaptinfer, two stages": "adaptinfer:layer=2|4,fraction=0.5|0.3",
+    "uniform, deep": "uniform:layer=3,fraction=0.4",
     "uniform, compact": "uniform:layer=1,fraction=0.4,positions=compact",
     "two methods": "divprune:layer=0,fraction=0.6 + fastv:layer=3,fraction=0.3",
 }
 """Recipes that only drop, inside the language model: equal to masking."""
 OTHERS = {
-    "flowcut": "flowcut:fraction=0.4",
+    **{row.name: _without_cache_stage(row, row.tiny[0]) for row in PRUNING if not row.drops_only},
     "flowcut in the language model": "flowcut:layer=2,fraction=0.4",
-    "mustdrop": "mustdrop:layer=2|4,fraction=0.5|0.3,merge=0.3,cache_layer=-1",
-    "sparsevlm": "sparsevlm:layer=2,fraction=0.4",
-    "sparsevlm 1.5": "sparsevlm:layer=2,fraction=0.4,version=2",
-    "tome": "tome:layer=1,fraction=0.4",
-    "visionzip": "visionzip:fraction=0.4",
-    "vscan": "vscan:layer=0|3,fraction=0.5|0.25",
+    "sparsevlm 2": "sparsevlm:layer=2,fraction=0.4,version=2",
     "tower and language model": "flowcut:fraction=0.6 + pdrop:layer=4,fraction=0.2",
 }
 """Recipes that merge, or that work inside the vision tower."""
 DIMS, TAU = [5, 40], 2.0
-EDITING = {
-    "var": f"var:sink_dims=5|40,tau={TAU},keep=0.2,max_sink_share=0.6,min_image_mass=0.1",
-    "pai": "pai:alpha=0.5",
-    "zerotuning": "zerotuning:gain=4,layers=1|3:",
-    "act": "act:alpha=2",
-    "vhr": "vhr",
-    "paint": "paint",
-}
+EDITING = {name: row.recipe(row.tiny[name]) for row in REDISTRIBUTION for name in row.tiny if name == row.name}
 """Redistribution."""
 BOTH = {"dropping and editing": f"random:layer=0|3,fraction=0.8|0.5,seed=1 + {EDITING['var']},layers=1:"}
 RECIPES = DROPPING | OTHERS | EDITING | BOTH
-CLS_ONLY = {"cls", "holov", "mustdrop", "vscan", "visionzip", "paint"}
+CLS_ONLY = {row.name for row in ROWS.values() if row.cls}
 """Recipes for towers with a CLS token."""
-COMPACT_ONLY = {"uniform, compact", "sparsevlm 1.5"}
-"""Recipes that M-RoPE cannot have, or that renumber."""
+COMPACT_ONLY = {"uniform, compact"}
+"""Recipes that renumber positions, which M-RoPE does not allow."""
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl")
 CASES = [
     (family, name)

@@ -36,7 +36,7 @@ ROOMS = [  # from the ground up: a room imports from those before it only
 ]
 MAY_IMPORT_TRANSFORMERS = {"live", "adapters"}
 """The engine, and the descriptions of families."""
-MUST_IMPORT_TRANSFORMERS = {"tiny", "loading", "vlmprune.evals.shapes"}
+MUST_IMPORT_TRANSFORMERS = {"tiny", "loading", "vlmprune.evals.random_models"}
 """What makes or loads models."""
 
 

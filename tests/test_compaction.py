@@ -36,8 +36,8 @@ def launches(monkeypatch):
         moved.append(1)
         return gather_tokens(*args)
 
-    monkeypatch.setattr(vlmprune.reduction, "gather_all", all_of_them)
-    monkeypatch.setattr(vlmprune.reduction, "gather_tokens", one)
+    monkeypatch.setattr(vlmprune.live.rows, "gather_all", all_of_them)
+    monkeypatch.setattr(vlmprune.live.rows, "gather_tokens", one)
     return moved
 
 

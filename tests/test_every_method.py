@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import PRUNING, ROWS
 from oracles import (
     TOLERANCE,
     Effect,
@@ -59,31 +60,9 @@ BATCH = [["text7", "image", "text4"], ["text2", "image", "text3", "image", "text
 TEXT_ROW = 2
 STEPS = 4
 
-EVERYWHERE = [
-    "adaptinfer:layer=2,fraction=0.4",
-    "cdpruner:layer=0,fraction=0.4",
-    "dart:layer=2,fraction=0.4",
-    "divprune:layer=0,fraction=0.4",
-    "fastv:layer=2,fraction=0.4",
-    "flowcut:fraction=0.3",
-    "flowcut:layer=2,fraction=0.4",
-    "pdrop:layer=2|4,fraction=0.5|0.25",
-    "random:layer=0,fraction=0.4",
-    "sparsevlm:layer=2,fraction=0.4",
-    "sparsevlm:layer=2,fraction=0.4,version=2",
-    "tome:layer=1,fraction=0.4",
-    "uniform:layer=0,fraction=0.4",
-]
-MUSTDROP = "mustdrop:layer=2|4,fraction=0.5|0.3,merge=0.3,cache_layer=1"
-THRESHOLDS = "mustdrop:global_threshold=0.05,individual_threshold=0.2,merge=2,layer=2|4,fraction=1.0|1.0"
-WITH_CLS = [
-    "cls:layer=0,fraction=0.4",
-    "holov:layer=0,fraction=0.4",
-    MUSTDROP,
-    THRESHOLDS,
-    "visionzip:fraction=0.4",
-    "vscan:layer=0|3,fraction=0.5|0.25",
-]
+EVERYWHERE = [row.recipe(arguments) for row in PRUNING if not row.cls for arguments in row.tiny]
+MUSTDROP, THRESHOLDS = (f"mustdrop:{arguments}" for arguments in ROWS["mustdrop"].tiny)
+WITH_CLS = [row.recipe(arguments) for row in PRUNING if row.cls for arguments in row.tiny]
 SINGLE = [
     *((family, recipe) for family in ALL_FAMILIES for recipe in EVERYWHERE),
     *((family, recipe) for family in LLAVAS for recipe in WITH_CLS),
@@ -347,28 +326,15 @@ def test_the_record_is_the_decision(family, recipe):
 
 
 # --- keeping everything, and leaving ---------------------------------------------------------------------------------
-UNITS = ("fraction=1.0", "tokens=1000000")
 KEEP_ALL = [
     *(
-        (family, f"{name}:{unit}")
-        for family in ALL_FAMILIES
-        for name in ("cdpruner", "dart", "divprune", "fastv", "flowcut", "random", "tome", "uniform")
-        for unit in UNITS
+        (family, row.recipe(arguments))
+        for row in PRUNING
+        for family in (LLAVAS if row.cls else ALL_FAMILIES)
+        for arguments in row.all_kept()
     ),
-    *(
-        (family, f"{name}:layer=2|4,{unit}|{unit.split('=')[1]}")
-        for family in ALL_FAMILIES
-        for name in ("adaptinfer", "pdrop", "sparsevlm")
-        for unit in UNITS
-    ),
-    *((family, "sparsevlm:layer=2,fraction=1.0,version=2") for family in ALL_FAMILIES),
     *((family, "pdrop:layer=1|3,fraction=1.0|1.0,positions=compact") for family in LLAVAS),
-    *((family, f"{name}:{unit}") for family in LLAVAS for name in ("cls", "holov", "visionzip") for unit in UNITS),
     *((family, "vscan:layer=0|3,fraction=1.0|1.0,positions=compact") for family in LLAVAS),
-    *((family, "mustdrop:layer=2|4,fraction=1.0|1.0,merge=2,cache_layer=1") for family in LLAVAS),
-    *((family, "mustdrop:layer=2|4,tokens=1000000|1000000,windows=0") for family in LLAVAS),
-    # Published as the code's defaults (G18): thresholds that drop nothing
-    *((family, "mustdrop:layer=2,fraction=1.0,global_threshold=1.0,individual_threshold=0.0,merge=2") for family in LLAVAS),
 ]
 
 
@@ -801,10 +767,10 @@ CONTRADICTIONS = [
     ("llava", "cls:fraction=0.2 + fastv:layer=2,fraction=0.5", "a later stage cannot keep more"),
     ("llava", "flowcut:fraction=0.2 + pdrop:layer=3,fraction=0.5", "a later stage cannot keep more"),
     ("llava_next", "visionzip:tokens=8 + dart:layer=3,tokens=9", "a later stage cannot keep more"),
-    ("llava", "tome:layer=2,fraction=0.5 + dart:layer=2,fraction=0.2", "tome and dart both cut at layer 2"),
-    ("llava", "visionzip:fraction=0.5 + divprune:fraction=0.2", "both cut at layer 0"),
-    ("qwen2_vl", "flowcut:fraction=0.3 + fastv:layer=2,fraction=0.2", "both cut at layer 2"),
-    ("llava", "flowcut:fraction=0.5 + mustdrop:layer=3,fraction=0.3", "both cut at the vision tower"),
+    ("llava", "tome:layer=2,fraction=0.5 + dart:layer=2,fraction=0.2", "tome and dart both prune at layer 2"),
+    ("llava", "visionzip:fraction=0.5 + divprune:fraction=0.2", "both prune at layer 0"),
+    ("qwen2_vl", "flowcut:fraction=0.3 + fastv:layer=2,fraction=0.2", "both prune at layer 2"),
+    ("llava", "flowcut:fraction=0.5 + mustdrop:layer=3,fraction=0.3", "both prune at the vision tower"),
     ("llava_next", "mustdrop:layer=3,fraction=0.3 + flowcut:fraction=0.5", "cut"),
     ("llava", "fastv:layer=6", "the model has layers 0 to 5"),
     ("qwen2_5_vl", "dart:layer=7,fraction=0.2", "the model has layers 0 to 5"),
@@ -812,7 +778,7 @@ CONTRADICTIONS = [
     ("qwen2_vl", "flowcut:fraction=0.3,decoder_layer=6", "the model has layers 0 to 5"),
     ("llava", "mustdrop:layer=2,fraction=0.3,cache_layer=6", "the model has layers 0 to 5"),
     ("llava", "visionzip:layer=3,fraction=0.3", "its only place is layer=0, found 3"),
-    ("llava", "flowcut:layer=0,fraction=0.3", "flowcut cannot cut before layer 1"),
+    ("llava", "flowcut:layer=0,fraction=0.3", "flowcut cannot prune before layer 1"),
     ("qwen2_5_vl", "flowcut:fraction=0.3,variant_on_units=official", "breaks the windows"),
     ("llava", "flowcut:tokens=0", "keep at least tokens=1"),
     ("llava", "mustdrop:layer=2,fraction=0.3,global_threshold=0.1", "give both or neither"),
@@ -845,30 +811,7 @@ def test_renumbering_is_refused_on_qwen(family, name):
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
-FORMS = [
-    "adaptinfer:layer=2|4,tokens=9|4,positions=compact",
-    "adaptinfer:preset=llava-64",
-    "cdpruner:layer=0,tokens=9,positions=compact",
-    "cls:layer=1,fraction=0.125,positions=compact,newlines=drop",
-    "dart:layer=3,fraction=0.222,positions=compact",
-    "divprune:layer=0,fraction=0.098,positions=compact",
-    "fastv:layer=2|4,fraction=0.5|0.25,positions=compact",
-    "flowcut:tokens=64,semantic_scale=paper,newlines=drop,variant_on_units=official,decoder_layer=3,positions=compact",
-    "flowcut:layer=0|2,fraction=0.6|0.3,site=vision|llm",
-    "flowcut:layer=3,fraction=0.3",
-    "holov:layer=2,tokens=9,positions=compact,newlines=drop",
-    "mustdrop:layer=2|4,fraction=0.5|0.3,merge=0.25,windows=3,cache_layer=-1,positions=compact",
-    "mustdrop:layer=2,fraction=1.0,global_threshold=0.0012,individual_threshold=0.001,merge=2,cache_layer=0",
-    "mustdrop:global_threshold=0.011,individual_threshold=0.01",
-    "pdrop:layer=1|2|3,fraction=0.5|0.25|0.125,positions=compact",
-    "random:layer=0|3,tokens=9|0,seed=-7,positions=compact",
-    "sparsevlm:preset=v2-96,version=2,positions=compact",
-    "sparsevlm:layer=2|4,fraction=0.5|0.3,version=1.5",
-    "tome:layer=1,fraction=0.3333333333333333,positions=compact",
-    "uniform:layer=5,tokens=3,positions=compact",
-    "visionzip:tokens=64,contextual=10,positions=compact",
-    "vscan:layer=0|3,fraction=0.5|0.25,positions=compact",
-]
+FORMS = [row.recipe(arguments) for row in PRUNING for arguments in row.written]
 FORMS = [form if "cache_layer" in form else f"{form},cache_layer=1" for form in FORMS]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import PRUNING
 from oracles import TOLERANCE, Entering, LiveMaskOracle, effect_of, prompt_positions
 from tiny_models import FLEX, IMAGE, make_inputs, shared
 from torch.nn.attention.flex_attention import create_block_mask
@@ -16,24 +17,7 @@ from transformers import DynamicCache, StaticCache
 
 import vlmprune as vp
 
-RECIPES = {
-    "adaptinfer": "layer=2,tokens=4",
-    "cdpruner": "tokens=4",
-    "cls": "tokens=4",
-    "dart": "layer=2,tokens=4",
-    "divprune": "tokens=4",
-    "fastv": "layer=2,tokens=4",
-    "flowcut": "tokens=8",
-    "holov": "tokens=4",
-    "mustdrop": "layer=2,tokens=4",
-    "pdrop": "layer=2,tokens=4",
-    "random": "layer=0,tokens=4",
-    "sparsevlm": "layer=2,tokens=4",
-    "tome": "layer=0,tokens=4",
-    "uniform": "layer=0,tokens=4",
-    "visionzip": "tokens=4",
-    "vscan": "tokens=4",
-}
+RECIPES = {row.name: row.few.replace(",cache_layer=3", "") for row in PRUNING}
 FEW = [
     "divprune:tokens=4",
     "fastv:layer=2,tokens=4",

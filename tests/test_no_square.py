@@ -10,6 +10,7 @@ import functools
 
 import pytest
 import torch
+from cases import PRUNING, REDISTRIBUTION
 from tiny_models import IMAGE, VOCAB
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -19,35 +20,6 @@ import vlmprune as vp
 TOKENS, SIDE, PATCH = 8192, 90, 2
 LAYERS, BLOCKS = 4, 3
 LIMIT = TOKENS**2 // 16
-PRUNING = [
-    "adaptinfer:layer=1|2,tokens=300|100",
-    "cdpruner:tokens=100",
-    "cls:tokens=300",
-    "dart:layer=2,tokens=300",
-    "divprune:tokens=100",
-    "fastv:layer=2,tokens=300",
-    "flowcut:tokens=300",
-    "flowcut:layer=2,tokens=300",
-    "holov:tokens=300",
-    "mustdrop:layer=1|2,tokens=300|100,merge=0.3,cache_layer=0",
-    "pdrop:layer=1|2,tokens=300|100",
-    "random:tokens=300",
-    # Half of the tokens, where as many clusters or merged tokens as possible would show
-    "sparsevlm:layer=2,fraction=0.5",
-    "sparsevlm:layer=2,tokens=300,version=2",
-    "tome:fraction=0.5",
-    "uniform:tokens=300",
-    "visionzip:fraction=0.5",
-    "vscan:layer=0|2,fraction=0.5|0.2",
-]
-REDISTRIBUTION = [
-    "act:layers=1|2",
-    "pai:layers=1|2",
-    "paint:layers=1|2",
-    "var:layers=1|2,sink_dims=cosine",
-    "vhr:layers=1|2",
-    "zerotuning:layers=1|2,gain=2",
-]
 
 
 class Watch(TorchDispatchMode):
@@ -99,21 +71,20 @@ def inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "pixel_values": torch.randn(1, 3, SIDE * PATCH, SIDE * PATCH, generator=random)}
 
 
-def test_every_method_is_here():
-    assert {recipe.partition(":")[0] for recipe in PRUNING} == set(vp.METHODS)
-    assert {recipe.partition(":")[0] for recipe in REDISTRIBUTION} == set(vp.REDISTRIBUTORS)
+LONG = [
+    *((row.recipe(arguments), 0) for row in PRUNING for arguments in row.long),
+    *((row.recipe(row.long), row.attention_runs) for row in REDISTRIBUTION),
+]
 
 
-@pytest.mark.parametrize("recipe", [*PRUNING, *REDISTRIBUTION])
-def test_prefill_of_8192_tokens_builds_no_map_and_stays_with_sdpa(recipe):
+@pytest.mark.parametrize(("recipe", "more"), LONG)
+def test_prefill_of_8192_tokens_builds_no_map_and_stays_with_sdpa(recipe, more):
     """Red: an attention or similarity map exists at one time, or a layer leaves SDPA."""
     # Not in inference mode, which hides what operations are made of
     with torch.no_grad(), vp.wrap(model(), recipe) as run, Watch() as seen:
         model()(**inputs(), use_cache=True, logits_to_keep=1)
     assert seen.numbers < LIMIT, seen.by
-    # VHR runs the prompt without its picture beside layers 0 to 2. What edits every row of a layer computes them all itself.
-    apart = {"vhr": 3, "act": -2, "zerotuning": -2}.get(recipe.partition(":")[0], 0)
-    assert seen.attention == BLOCKS + LAYERS + apart
+    assert seen.attention == BLOCKS + LAYERS + more
     assert run.report().prompt_tokens == TOKENS
 
 

@@ -12,47 +12,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from cases import ROWS
 from tiny_models import ALL_FAMILIES, build, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmprune as vp
 import vlmprune.live.plan  # all that knows on_host, before it is replaced
-from vlmprune.methods import METHODS, REDISTRIBUTORS
 
 SAMPLES = [["text3", "image", "text4"], ["text5", "image", "text2"]]
-STAGE = "layer=2,tokens=4"
-RECIPES = {
-    "adaptinfer": STAGE,
-    "cdpruner": "tokens=4",
-    "cls": "tokens=4",
-    "dart": STAGE,
-    "divprune": "tokens=4",
-    "fastv": STAGE,
-    "flowcut": "tokens=8",
-    "holov": "tokens=4",
-    "mustdrop": "layer=2,tokens=4,cache_layer=3",
-    "pdrop": STAGE,
-    "random": "layer=0,tokens=4",
-    "sparsevlm": STAGE,
-    "tome": "layer=0,tokens=4",
-    "uniform": "layer=0,tokens=4",
-    "visionzip": "tokens=4",
-    "vscan": "tokens=4",
-    "act": "layers=2",
-    "paint": "layers=2",
-    "pai": "layers=1",
-    "var": "sink_dims=5|40,layers=1",
-    "vhr": "layers=2",
-    "zerotuning": "layers=2,gain=2",
-}
-TOWER = {"cls", "holov", "visionzip", "paint"}
-"""They read once more: whether the tower's memory knows the picture."""
-READS = {name: 2 if name in TOWER else 1 for name in RECIPES} | {
-    "vscan": 3,  # and which view each token belongs to
-    # Inside the tower they decide how many patches stay: shapes depend on what was seen.
-    "flowcut": 6,
-    "mustdrop": 6,
-}
 
 
 @pytest.fixture
@@ -146,17 +113,13 @@ def model_and_inputs(family: str, samples=SAMPLES):
     return model.to("meta"), inputs
 
 
-def test_every_method_is_counted():
-    assert {*METHODS, *REDISTRIBUTORS} == set(RECIPES)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_prompt_is_read_once(name, ask):
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_a_prompt_is_read_once(row, ask):
     model, inputs = model_and_inputs("llava")
-    with vp.wrap(model, f"{name}:{RECIPES[name]}"):
+    with vp.wrap(model, row.recipe(row.few)):
         _, reads = ask(model, inputs)
     assert reads[0] == (2, *inputs["input_ids"].shape)
-    assert len(reads) == READS[name], reads
+    assert len(reads) == row.reads, reads
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)

@@ -31,6 +31,6 @@ QWEN3_VL = Family(
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_tokens_per_image,
     image_grid=_image_grid,
-    facts=TowerFacts(unit=4),  # 2 × 2 patches become one visual token; no CLS token, no crops, no windows
+    facts=TowerFacts(patches_per_token=4),  # 2 × 2 patches become one visual token; no CLS token, no crops, no windows
     tower=None,  # no method may look into the tower: its patches leave it four times, once for each DeepStack layer
 )

@@ -20,8 +20,8 @@ from vlmprune.kernels.select_diverse import greedy_order
 from vlmprune.live.record import Clock, Kept, Prefill
 from vlmprune.live.report import Report
 from vlmprune.live.tower import TowerPass
-from vlmprune.methods.base import TowerState
 from vlmprune.methods.pruning import flowcut
+from vlmprune.methods.tower import TowerState
 from vlmprune.schedule import Budget
 from vlmprune.view import TowerFacts, View
 
@@ -79,16 +79,16 @@ def test_g4_flowcut_counts(monkeypatch, target, counts):
         wanted=frozenset(),
         pruner=vp.FlowCut(tokens=target),
         budget=Budget(tokens=target),
-        cuts=True,
+        drops=True,
     )
-    tower.begin([576], views=2, device=torch.device("cpu"))
+    tower.begin([576], crops=2, device=torch.device("cpu"))
     draw = torch.Generator().manual_seed(0)
     hidden, left = torch.randn(2, 577, 2, generator=draw), []
     for index in range(23):
         before = hidden.shape[1]
         if index < 22:
-            tower.see(index, *(torch.randn(2, 2, before, 4, generator=draw) for _ in range(3)), 0.5)
-        hidden = tower.shorten_views(index + 1, hidden)
+            tower.watch(index, *(torch.randn(2, 2, before, 4, generator=draw) for _ in range(3)), 0.5)
+        hidden = tower.shorten_crops(index + 1, hidden)
         if hidden.shape[1] != before:
             assert index % 2 == 1
             left.append(hidden.shape[1] - 1)
@@ -101,7 +101,7 @@ def dropped(relation: torch.Tensor, target: int, remaining: int) -> int:
     patches = len(relation)
     state = TowerState(CLIP, target, torch.arange(patches)[None], 24)
     state.carried = {"flow": torch.rand(1, patches), "relation": relation[None]}
-    stays, _ = vp.FlowCut().cut(22 - remaining - 1, 22, torch.zeros(1, patches, 2), state)
+    stays, _ = vp.FlowCut().drop(22 - remaining - 1, 22, torch.zeros(1, patches, 2), state)
     return patches - int(stays.sum())
 
 
@@ -136,7 +136,7 @@ def test_g7_dart_keeps_what_it_says(asked, kept):
     """The official code keeps 4 + 8·⌊K / 8⌋, so 68, 132 and 196 for 64, 128 and 192; LightCompress's port keeps, for 128,
     4 + 8·⌊576 · 0.222 / 8⌋ = 124. Here it is exactly K; where K is what they keep, all agree, and every pivot adds as many."""
     assert (asked, kept) in [(64, 68), (128, 132), (192, 196), (128, 124)]
-    assert vp.DART().cuts.stages[0].budget.resolve(576) == 128
+    assert vp.DART().stages[0].budget.resolve(576) == 128
     see = random_view(images=1, visual=576, text=(9,))
     assert vp.DART().select(see, asked).shape == (1, asked)
     own = {name: see.probes[name][0] for name in vp.DART.needs}
@@ -237,18 +237,18 @@ def test_recycled_clusters_are_counted():
     """SparseVLM's presets are its published counts plus the clusters that the dropped ones become."""
     for budget, published in ((192, (300, 200, 110)), (128, (303, 110, 36)), (96, (238, 48, 26)), (64, (66, 30, 17))):
         count = 576
-        for stage, plain in zip(vp.SparseVLM(preset=f"v1.5-{budget}").cuts, published, strict=True):
+        for stage, plain in zip(vp.SparseVLM(preset=f"v1.5-{budget}").stages, published, strict=True):
             count = plain + loops.sparsevlm_recycle_count(count, plain)
             assert stage.budget.tokens == count
 
 
 def test_presets_stand_before_the_layer_after_theirs():
     """The papers cut behind layers 1, 10, 20 and 2, 6, 15 and 2, 6, 10, 14: before the next ones here."""
-    assert [stage.layer for stage in vp.AdaptInfer(preset="llava-64").cuts] == [2, 11, 21]
-    assert [stage.layer for stage in vp.AdaptInfer(preset="qwen2-vl-10").cuts] == [1, 10, 20]
-    assert [stage.layer for stage in vp.SparseVLM(preset="v2-64").cuts] == [3, 7, 16]
-    assert [stage.layer for stage in vp.MustDrop().cuts] == [3, 7, 11, 15]
-    assert [stage.layer for stage in vp.PDrop().cuts] == [8, 16, 24]
+    assert [stage.layer for stage in vp.AdaptInfer(preset="llava-64").stages] == [2, 11, 21]
+    assert [stage.layer for stage in vp.AdaptInfer(preset="qwen2-vl-10").stages] == [1, 10, 20]
+    assert [stage.layer for stage in vp.SparseVLM(preset="v2-64").stages] == [3, 7, 16]
+    assert [stage.layer for stage in vp.MustDrop().stages] == [3, 7, 11, 15]
+    assert [stage.layer for stage in vp.PDrop().stages] == [8, 16, 24]
 
 
 def test_positions_in_the_papers_codes():
@@ -281,18 +281,18 @@ def test_other_presets_are_refused():
 
 def test_published_defaults():
     """DivPrune's 56 of 576; FlowCut's K of a CLIP tower, K/2 per view of LLaVA-NeXT and 2K of Qwen, then K from layer 2 on."""
-    assert vp.DivPrune().cuts.stages[0].budget.resolve(576) == 56
+    assert vp.DivPrune().stages[0].budget.resolve(576) == 56
 
     def plan(method, **facts):
         return [(s.site, s.layer, s.budget.tokens, s.budget.fraction) for s in method.plan(TowerFacts(**facts))]
 
     assert plan(vp.FlowCut(tokens=64), cls=True) == [("vision", 0, 64, None)]
     assert plan(vp.FlowCut(tokens=321), cls=True, crops=True) == [("vision", 0, 160, None), ("llm", 2, 321, None)]
-    assert plan(vp.FlowCut(tokens=64), unit=4) == [("vision", 0, 128, None), ("llm", 2, 64, None)]
-    assert plan(vp.FlowCut(tokens=64), unit=4, windows=True) == [("llm", 0, 128, None), ("llm", 2, 64, None)]
-    assert plan(vp.FlowCut(fraction=0.1), unit=4) == [("vision", 0, None, 0.2), ("llm", 2, None, 0.1)]
+    assert plan(vp.FlowCut(tokens=64), patches_per_token=4) == [("vision", 0, 128, None), ("llm", 2, 64, None)]
+    assert plan(vp.FlowCut(tokens=64), patches_per_token=4, windows=True) == [("llm", 0, 128, None), ("llm", 2, 64, None)]
+    assert plan(vp.FlowCut(fraction=0.1), patches_per_token=4) == [("vision", 0, None, 0.2), ("llm", 2, None, 0.1)]
     assert plan(vp.FlowCut(fraction=0.1), cls=True, crops=True) == [("vision", 0, None, 0.25), ("llm", 2, None, 0.1)]
-    assert plan(vp.FlowCut(tokens=64, decoder_layer=1), unit=4)[1][:2] == ("llm", 1)
+    assert plan(vp.FlowCut(tokens=64, decoder_layer=1), patches_per_token=4)[1][:2] == ("llm", 1)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_mustdrop_presets(preset, g, u):
     """Section 7.2: the published pairs of thresholds, at four cuts that set no count."""
     method = vp.MustDrop(preset=preset)
     assert (method.global_threshold, method.individual_threshold) == (g, u)
-    assert [(stage.layer, stage.budget.fraction) for stage in method.cuts] == [(3, 1.0), (7, 1.0), (11, 1.0), (15, 1.0)]
+    assert [(stage.layer, stage.budget.fraction) for stage in method.stages] == [(3, 1.0), (7, 1.0), (11, 1.0), (15, 1.0)]
     assert method.adaptive
 
 

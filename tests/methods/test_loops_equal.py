@@ -19,10 +19,11 @@ from vlmprune.kernels import gather_tokens as gather_kernel
 from vlmprune.kernels import select_diverse as diverse_kernel
 from vlmprune.live.rows import Reduction
 from vlmprune.methods import merging
-from vlmprune.methods.base import Block, TowerState, alive_top
+from vlmprune.methods.base import alive_top
 from vlmprune.methods.base import top as best
 from vlmprune.methods.pruning.cdpruner import scaled
 from vlmprune.methods.pruning.sparsevlm import recycled
+from vlmprune.methods.tower import Block, TowerState
 from vlmprune.view import TowerFacts, View
 
 SIZES = [(0, 20, 7, (5, 3, 1)), (1, 37, 12, (9, 2, 4)), (2, 49, 30, (3, 3, 3)), (3, 16, 1, (1, 6, 2)), (4, 25, 24, (2, 1, 12))]
@@ -492,7 +493,7 @@ def test_mustdrop_merge(side, threshold, windows):
     """Behind the first block: each view merges its own windows, at their middles, and nothing else moves."""
     hidden = grids(side)
     state = TowerState(TowerFacts(cls=True), side**2, torch.arange(side**2).expand(3, -1), side)
-    stays, patches = vp.MustDrop(merge=threshold, windows=windows).cut(0, 10, hidden, state)
+    stays, patches = vp.MustDrop(merge=threshold, windows=windows).drop(0, 10, hidden, state)
     numbers = set()
     for view in range(3):
         left = expected_merge(hidden[view], side, threshold, windows)
@@ -507,9 +508,9 @@ def test_mustdrop_merges_behind_the_first_block_only():
     hidden = grids(6)
     state = TowerState(TowerFacts(cls=True), 36, torch.arange(36).expand(3, -1), 6)
     for index in range(1, 4):
-        assert vp.MustDrop(merge=-1).cut(index, 3, hidden, state) is None
+        assert vp.MustDrop(merge=-1).drop(index, 3, hidden, state) is None
     small = TowerState(TowerFacts(cls=True), 4, torch.arange(4).expand(3, -1), 2)
-    assert vp.MustDrop(merge=-1).cut(0, 3, hidden[:, :4], small) is None
+    assert vp.MustDrop(merge=-1).drop(0, 3, hidden[:, :4], small) is None
 
 
 # --- FlowCut ----------------------------------------------------------------------------------------------------------
@@ -574,7 +575,7 @@ def test_flowcut_watches_around_padding():
 def test_flowcut_watches_units(variant):
     """Towers without CLS: the mean token stands in for it. The official score lacks the semantic term and the sums."""
     method = vp.FlowCut(variant_on_units=variant)
-    state = TowerState(TowerFacts(unit=4), 8, torch.arange(16)[None], 4)
+    state = TowerState(TowerFacts(patches_per_token=4), 8, torch.arange(16)[None], 4)
     seen = blocks(3, 1, 16, seed=3)
     smooth = None
     for index, (q, k, v) in enumerate(seen):
@@ -606,7 +607,7 @@ def test_flowcut_cuts(target, padded):
     hidden = torch.randn(views, patches, 3, generator=draw)
     for index in range(last + 2):
         remaining = last - index - 1
-        cut = vp.FlowCut().cut(index, last, hidden, state)
+        cut = vp.FlowCut().drop(index, last, hidden, state)
         if remaining < 0 or remaining % 2:
             assert cut is None
             continue
@@ -622,7 +623,7 @@ def test_flowcut_cuts(target, padded):
 
 def test_flowcut_leaves_short_views_alone():
     state = TowerState(TowerFacts(cls=True), 9, torch.arange(9).expand(2, -1), 3)
-    assert vp.FlowCut().cut(6, 7, torch.zeros(2, 9, 3), state) is None
+    assert vp.FlowCut().drop(6, 7, torch.zeros(2, 9, 3), state) is None
 
 
 # --- baselines --------------------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cases import PRUNING
 from torch import Tensor
 
 import vlmprune as vp
 from vlmprune.schedule import Budget, Stage
-from vlmprune.view import PROBES, View
+from vlmprune.view import View, known_probes
 
-FP32 = frozenset(name for name, meaning in PROBES.items() if "fp32" in meaning)
+FP32 = frozenset(name for name, probe in known_probes().items() if probe.fp32)
 """Probes that are fp32 whatever the model's dtype."""
 
 
@@ -101,7 +102,7 @@ def random_view(
         ),
         "identity": tuple(range(7 + 100 * seed, 7 + 100 * seed + images)),
     }
-    assert set(probes) == set(PROBES), set(probes) ^ set(PROBES)
+    assert set(probes) == set(known_probes()), set(probes) ^ set(known_probes())
     return View(layer, original, position, probes, entered=original - in_tower, side=side)
 
 
@@ -113,7 +114,7 @@ def replaced(see: View, layer: int | None = None, side: int | None = None, **pro
 
 
 def in_dtype(see: View, dtype: torch.dtype) -> View:
-    """The view as a model in another dtype gives it: what `PROBES` calls fp32 stays fp32."""
+    """The view as a model in another dtype gives it: what a probe's entry calls fp32 stays fp32."""
     changed = {
         name: value.to(dtype)
         for name, value in see.probes.items()
@@ -150,12 +151,6 @@ def alone(see: View, image: int) -> View:
     return View(see.layer, see.original, see.position[image : image + 1], own, see.entered, see.side)
 
 
-def relevance(tower_features: Tensor, text_ids: Tensor, text_valid: Tensor) -> Tensor:
-    """A relevance for CDPruner, of patches and words."""
-    words = (text_ids * text_valid).sum(dim=1) / text_valid.sum(dim=1)  # [image]
-    return (tower_features.float() * torch.linspace(-1, 1, tower_features.shape[-1])).sum(-1) + 0.01 * words[:, None].cos()
-
-
 @dataclass(frozen=True)
 class Case:
     """One form of a method, at one of its stages.
@@ -188,31 +183,6 @@ class Case:
         return View(self.layer, see.original, see.position, probes, see.entered, see.side)
 
 
-ZIP = frozenset({"tower_keys", "tower_features", "features", "project"})
-CASES: dict[str, Case] = {
-    "adaptinfer": Case(vp.AdaptInfer()),
-    "cdpruner": Case(vp.CDPruner(), layer=0),
-    "cdpruner-relevance": Case(vp.CDPruner(relevance=relevance), layer=0),
-    "cls": Case(vp.CLS(), layer=0),
-    "dart": Case(vp.DART()),
-    "divprune": Case(vp.DivPrune(), layer=0),
-    "fastv": Case(vp.FastV()),
-    "flowcut-decoder": Case(vp.FlowCut(layer=2, tokens=5)),
-    "flowcut-unit": Case(vp.FlowCut(variant_on_units="unit"), layer=0),
-    "holov": Case(vp.HoloV(), layer=0),
-    "mustdrop": Case(vp.MustDrop()),
-    "mustdrop-thresholds": Case(vp.MustDrop(global_threshold=0.04, individual_threshold=0.3)),
-    "pdrop": Case(vp.PDrop()),
-    "random": Case(vp.Random(), layer=0),
-    "sparsevlm-1.5": Case(vp.SparseVLM()),
-    "sparsevlm-2": Case(vp.SparseVLM(version=2)),
-    "tome": Case(vp.ToMe(), layer=0),
-    "uniform": Case(vp.Uniform(), layer=0),
-    "visionzip": Case(vp.VisionZip(), layer=0),
-    "visionzip-0": Case(vp.VisionZip(contextual=0), layer=0, idle=ZIP),
-    "visionzip-3": Case(vp.VisionZip(contextual=3), layer=0),
-    "vscan": Case(vp.VScan(), layer=0),
-    "vscan-decoder": Case(vp.VScan(), layer=16),
-}
+CASES = {name: Case(form.method, form.layer, form.idle) for row in PRUNING for name, form in row.views.items()}
 """Every method, in every form that looks at something else."""
-MERGING = ("sparsevlm-1.5", "tome", "visionzip", "visionzip-3", "vscan")
+MERGING = {name for row in PRUNING for name, form in row.views.items() if form.merges}

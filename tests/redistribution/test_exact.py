@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import REDISTRIBUTION
 from oracles import TOLERANCE, decoder_layers, generate_logits, masked_logits
 from redistribution import explicit
 from redistribution.explicit import Explicit
@@ -15,18 +16,9 @@ from vlmprune.kernels.grouped_attention import reference
 SAMPLES = [["text5", "image", "text4"], ["text2", "image", "text1", "image", "text3"], ["text9"]]
 DIMS = [5, 40]
 TAU = 2.0
-"""In random models of width 64, about one token in ten has a dimension as large: enough sinks without planting any."""
-VAR = f"var:sink_dims=5|40,tau={TAU},keep=0.2,max_sink_share=0.6,min_image_mass=0.1"
-RECIPES = {
-    "var": VAR,
-    "var, all layers": VAR + ",layers=0:",
-    "pai": "pai:alpha=0.5",
-    "zerotuning": "zerotuning:gain=4,layers=1|3:",
-    "act": "act:alpha=2",
-    "vhr": "vhr",
-    "paint": "paint",
-}
-CLS_ONLY = {"paint"}
+RECIPES = {name: row.recipe(row.tiny[name]) for row in REDISTRIBUTION for name in row.tiny}
+VAR = RECIPES["var"]
+CLS_ONLY = {row.name for row in REDISTRIBUTION if row.cls}
 CASES = [
     pytest.param(family, recipe, id=f"{family}-{name}")
     for name, recipe in RECIPES.items()
@@ -249,19 +241,11 @@ def test_interleaved_conversations(family, recipe):
 
 
 # --- what must not change --------------------------------------------------------------------------------------------
-NEUTRAL = [
-    "var:keep=1,sink_dims=5",
-    "var:p=0,sink_dims=5",
-    "pai:alpha=0",
-    "zerotuning",
-    "act:beta=1",
-    "vhr:alpha=1",
-    "paint:alpha=0,beta=0",
-]
+NEUTRAL = [row.recipe(arguments) for row in REDISTRIBUTION for arguments in row.neutral]
 
 
 @pytest.mark.parametrize("attn", attentions_of("llava"))
-@pytest.mark.parametrize("recipe", [*NEUTRAL, "var:sink_dims=5,tau=0.1,min_image_mass=1", "var:sink_dims=5,tau=7.9"])
+@pytest.mark.parametrize("recipe", NEUTRAL)
 def test_neutral_is_bit_identical(attn, recipe):
     """Red: the machinery disturbs a model in which nothing is edited."""
     model = shared("llava", attn)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from vlmprune.live.cache import Entries
 from vlmprune.live.layout import Bools, Layout, Tokens
-from vlmprune.live.record import Prefill
+from vlmprune.live.record import Judged, Prefill
 from vlmprune.live.rows import Reduction
 from vlmprune.live.section import Section
 from vlmprune.schedule import Budget
@@ -29,11 +29,12 @@ class Projections(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Chosen:
     """What one stage left: per image, the indices that remain, and the features merged into them (or None); `emptied` where
-    places of others are left without a token."""
+    places of others are left without a token; `judged` per image what was decided together, for `run.explain`, or None."""
 
     remaining: tuple[Tensor, ...]
     features: tuple[Tensor | None, ...]
     emptied: bool = False
+    judged: Sequence[tuple[Judged, ...]] | None = None
 
     @property
     def merges(self) -> bool:
@@ -44,7 +45,7 @@ class Chosen:
         """The same, to be kept: nothing that outlives a layer may hold the graph that a backward pass runs through."""
         if not self.merges:
             return self
-        return Chosen(self.remaining, tuple(None if x is None else x.detach() for x in self.features), self.emptied)
+        return replace(self, features=tuple(None if x is None else x.detach() for x in self.features))
 
 
 @dataclass(eq=False)

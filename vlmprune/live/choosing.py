@@ -12,8 +12,12 @@ from torch import Tensor
 
 from vlmprune.device import on_device, on_host
 from vlmprune.live.call import Call, Chosen, Prompt
+from vlmprune.live.explain import by_picture, judged
 from vlmprune.live.layout import group_by_size
-from vlmprune.live.probes import Part, Tools, build_view, rows_now
+from vlmprune.live.probes import build_view
+from vlmprune.live.prompt_rows import rows_now
+from vlmprune.live.record import Judged
+from vlmprune.live.source import Part, Tools
 from vlmprune.methods import Choice, Pruner
 from vlmprune.schedule import Budget, Stage, share
 
@@ -38,12 +42,15 @@ class BoundStage:
     per_crop: bool
 
 
-def choose(bound: BoundStage, budget: Budget, call: Call, prompt: Prompt, hidden: Tensor, tools: Tools) -> Chosen:
+def choose(
+    bound: BoundStage, budget: Budget, call: Call, prompt: Prompt, hidden: Tensor, tools: Tools, explains: bool
+) -> Chosen:
     """What remains of every image after a stage.
 
     Args:
         hidden: `[batch, token, dim]` entering the stage's layer.
         tools: pieces of the model.
+        explains: what is decided by is kept, for `run.explain`.
     """
     method, layer = bound.method, bound.stage.layer
     parts = [
@@ -51,8 +58,9 @@ def choose(bound: BoundStage, budget: Budget, call: Call, prompt: Prompt, hidden
     ]
     over_image = cache(partial(_over_images, bound, call, prompt, hidden, tools))
     kept: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in prompt.layout.images]
+    reasons: dict[int, Judged] = {}
     for group in group_by_size([part.size for part in parts]):
-        members = [parts[number] for number in group]
+        members, see = [parts[number] for number in group], None
         first, keep = members[0].index, min(members[0].keep, len(members[0].index))
         chosen: Choice | Tensor
         if keep == 0:
@@ -66,11 +74,14 @@ def choose(bound: BoundStage, budget: Budget, call: Call, prompt: Prompt, hidden
             chosen = method.select(see, keep)
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
         _check_choice(method, choice, len(group), keep)
+        if explains:
+            reasons |= zip(group, judged(method, see, choice, [part.index for part in members]), strict=True)
         for number, part in enumerate(members):
             index = part.index[choice.index[number].to(part.index.device)]
             kept[part.image].append((index, None if choice.features is None else choice.features[number]))
     joined = [_joined(call, prompt, hidden, image, pieces) for image, pieces in enumerate(kept)]
-    return Chosen(tuple(index for index, _ in joined), tuple(features for _, features in joined))
+    why = by_picture(reasons, [part.image for part in parts], len(kept)) if explains else None
+    return Chosen(tuple(index for index, _ in joined), tuple(features for _, features in joined), judged=why)
 
 
 def left_by_tower(prompt: Prompt, hidden: Tensor) -> Chosen:

@@ -365,7 +365,7 @@ class Attachment:
         tower, owner = self._thread.tower, self._thread.encoding
         self._thread.encoding = None
         if owner is not None and hasattr(output, "__dict__"):
-            output.vlmprune = made = Encoded(owner, cut=tower is not None and tower.cuts and tower.pruner is not None)
+            output.vlmprune = made = Encoded(owner, cut=tower is not None and tower.drops and tower.pruner is not None)
             self._on_the_way[threading.get_ident()] = ref(output)
             if made.cut:
                 self._cut = [found for found in self._cut if found() is not None] + [ref(output)]

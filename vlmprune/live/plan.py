@@ -38,18 +38,18 @@ from vlmprune.live.context import Contexts
 from vlmprune.live.decoder import Decoder, carried, carry, look_at
 from vlmprune.live.feature_index import FeatureIndex
 from vlmprune.live.links import Links
+from vlmprune.live.observed import see_attention
 from vlmprune.live.owner import Encoded, Owner, encoded_of
-from vlmprune.live.probes import recall_tower, see_attention
 from vlmprune.live.prompt import begin_prompt, check_mask_goes_on, look_at_mask, read_prompt, refuse_merged, visible_images
 from vlmprune.live.pruning import Pruning, timed
 from vlmprune.live.record import Clock, Prefill
 from vlmprune.live.redistribution import Steering
 from vlmprune.live.refusals import check_cuts, check_edits, check_tower
-from vlmprune.live.tower import TowerPass
-from vlmprune.methods.base import TowerPruner
+from vlmprune.live.tower import TowerPass, blocks_of_probes, look_up_tower, stage_in_tower
+from vlmprune.methods.tower import TowerPruner
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Budget
-from vlmprune.view import BEFORE_THE_CUT, FROM_TOWER, TowerFacts
+from vlmprune.view import BEFORE_THE_STAGE, TowerFacts, taken_in_tower
 
 untraced = torch.compiler.disable
 """What hooks do depends on the prompt: `torch.compile` runs them as they are, and compiles what is between them."""
@@ -104,7 +104,7 @@ class Plan:
         self._check(decoder)
         observed: list[tuple[Any, Callable[..., None]]] = []
         for cut in self.pruning.stages:
-            if cut.needs & BEFORE_THE_CUT:
+            if cut.needs & BEFORE_THE_STAGE:
                 index = cut.stage.layer - 1
                 seer = partial(Plan._see_attention, layer=index, needs=cut.needs)
                 observed.append((layers[index].get_submodule(family.attention), seer))
@@ -114,7 +114,7 @@ class Plan:
             self.observers.setdefault(module, []).append(observer)
         for index in self._steering.routed:
             self.editors[layers[index].get_submodule(family.attention)] = partial(self._steering.attend, index)
-        looking = [cut.stage.layer - 1 for cut in self.pruning.stages if cut.needs & BEFORE_THE_CUT]
+        looking = [cut.stage.layer - 1 for cut in self.pruning.stages if cut.needs & BEFORE_THE_STAGE]
         self.carried = carried(decoder, (*looking, *self._steering.routed))
         self.links = Links(base, text, self._hooked(), {**self.observers, **self.editors}, self.recipe)
 
@@ -129,7 +129,7 @@ class Plan:
         tower = self.family.tower
         assert tower is not None
         yield "projector", 0
-        yield "first block", tower.whole(self._config)[0] if self._tower_cut is not None else 0
+        yield "first block", tower.full_attention_blocks(self._config)[0] if self._tower_cut is not None else 0
         if self._tower_cut is not None and self._tower_cut.stage.site == "vision":
             yield from (("block", index) for index in range(1, len(self._blocks())))
             if not self._facts.cls:
@@ -145,9 +145,8 @@ class Plan:
     def _plan(self) -> None:
         """What the recipe's methods look at in this model, and where."""
         self._needs = self._steering.needs | self.pruning.needs
-        self._seen_in_tower = self._needs & FROM_TOWER
-        inside = [cut for cut in self.pruning.stages if cut.stage.site == "vision" or "flow" in cut.needs]
-        self._tower_cut = inside[0] if inside else None
+        self._seen_in_tower = taken_in_tower(self._needs)
+        self._tower_cut = stage_in_tower(self.pruning.stages, self._needs)
         self._uses_tower = bool(self._seen_in_tower) or self._tower_cut is not None
 
     def _check(self, decoder: Decoder) -> None:
@@ -168,18 +167,9 @@ class Plan:
         tower = self.family.tower
         assert tower is not None
         blocks, feature = self._blocks(), tower.feature_block(self._config)
-        probes: dict[int, list[str]] = {}
-        for name, index in (
-            ("attention_from_cls", feature),
-            ("attention_from_cls_first", 0),
-            ("attention_from_cls_early", max(len(blocks) // 4 - 1, 0)),
-            ("attention_from_cls_final", len(blocks) - 1),
-            ("tower_keys", feature),
-        ):
-            if name in self._seen_in_tower:
-                probes.setdefault(index, []).append(name)
+        probes = blocks_of_probes(self._seen_in_tower, feature, len(blocks))
         if self._tower_cut is not None:
-            for index in tower.whole(self._config):
+            for index in tower.full_attention_blocks(self._config):
                 if index < self._last_block():
                     probes.setdefault(index, [])
         return [
@@ -210,7 +200,7 @@ class Plan:
             wanted=self._seen_in_tower if enabled else frozenset(),
             pruner=cut.method if cut is not None and isinstance(cut.method, TowerPruner) else None,
             budget=self.pruning.budget_of(cut, budget) if cut is not None and inside else None,
-            cuts=inside,
+            drops=inside,
             in_call=call is not None,
         )
 
@@ -239,10 +229,7 @@ class Plan:
         if tower.over:
             return
         with self._in_tower(query.device), torch.no_grad():
-            tower.see(index, query, key, value, scaling)
-            for probe in probes:
-                if probe in tower.wanted:
-                    tower.note(probe, query, key, scaling)
+            tower.watch(index, query, key, value, scaling, probes)
 
     def enter_block(
         self, index: int, module: nn.Module, tower: TowerPass, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -254,7 +241,7 @@ class Plan:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         with self._in_tower(hidden.device):
             if self._facts.cls:
-                hidden = tower.shorten_views(index, hidden)
+                hidden = tower.shorten_crops(index, hidden)
                 mask = tower.mask(self._config.vision_config._attn_implementation, hidden.dtype)
                 if len(args) > 1:  # transformers hands the mask over by position
                     return (hidden, mask, *args[2:]), kwargs
@@ -276,10 +263,10 @@ class Plan:
             # transformers casts features to the dtype of the words they are put among, and so must their names
             among = self.text.get_input_embeddings().weight.dtype
             lives = (restored.untyped_storage(), tower.output)
-            tower.known = self.memory.remember(
+            tower.observed = self.memory.add(
                 features.flatten(0, -2).to(among), tower.probes(features, args[0]), lives, differentiable=tower.in_call
             )
-        if tower.pruner is not None and tower.cuts and on_host(features.isnan().any()):
+        if tower.pruner is not None and tower.drops and on_host(features.isnan().any()):
             raise UsageError(
                 "the vision tower made NaN of a picture, which would pass for dropped patches: look at the pixel values, or "
                 "load the tower in a dtype with more range (bfloat16, float32)."
@@ -289,8 +276,8 @@ class Plan:
     def leave_tower(self, tower: TowerPass, output: Any) -> None:
         """What the tower returned lives as long as its features are wanted."""
         tower.output = None if tower.over else output
-        if tower.known is not None and hasattr(output, "__weakref__"):  # a projector inside the tower
-            tower.known.lives.append(ref(output))
+        if tower.observed is not None and hasattr(output, "__weakref__"):  # a projector inside the tower
+            tower.observed.holders.append(ref(output))
 
     @contextmanager
     def _in_tower(self, device: torch.device) -> Iterator[None]:
@@ -417,7 +404,7 @@ class Plan:
         call.record = self._begin_record(call, visual, embeddings, hidden=visual - sum(prompt.candidates))
         with timed(call, embeddings.device, "what the tower knew"):
             if self._seen_in_tower and (self._steering.needs or self.pruning.may_drop(prompt.candidates, call.budget)):
-                recall_tower(call, self.memory, embeddings)
+                look_up_tower(call, self.memory, embeddings)
             if self._needs & {"embeddings", "text_embeddings"}:
                 prompt.embeddings = embeddings
             self._steering.enter_text(call, embeddings)

@@ -30,7 +30,7 @@ from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.cache import PrunedLayer
 from vlmprune.live.call import Call, Prompt
-from vlmprune.live.feature_index import row_names
+from vlmprune.live.feature_index import hash_rows
 from vlmprune.live.layout import Bools, Layout, Tokens
 from vlmprune.live.masks import not_hidden, shown
 from vlmprune.view import TEXT_ROWS
@@ -184,7 +184,7 @@ def strange_embeddings(kwargs: Mapping[str, Any], text: Any) -> int:
     if embeddings is None or kwargs.get("input_ids") is not None or embeddings.shape[1] == 1:
         return 0
     words = text.get_input_embeddings().weight.detach().to(embeddings.device, embeddings.dtype)
-    return int(on_host((~torch.isin(row_names(embeddings.flatten(0, 1)), row_names(words))).sum()))
+    return int(on_host((~torch.isin(hash_rows(embeddings.flatten(0, 1)), hash_rows(words))).sum()))
 
 
 def visible_images(prompt: Prompt) -> tuple[Tensor, ...]:
@@ -207,7 +207,7 @@ def _tokens(kwargs: Mapping[str, Any], image_token: int, text: Any, needs: froze
     if "text_ids" in needs:
         raise UsageError("the method reads the words of the question, which inputs_embeds does not tell: pass input_ids.")
     placeholder = text.get_input_embeddings()(torch.full((), image_token, device=embeddings.device))
-    return row_names(embeddings.flatten(0, 1)).view(embeddings.shape[:2]), (embeddings == placeholder).all(dim=-1)
+    return hash_rows(embeddings.flatten(0, 1)).view(embeddings.shape[:2]), (embeddings == placeholder).all(dim=-1)
 
 
 def _said_by(seen: Tensor, past: int) -> Tensor:

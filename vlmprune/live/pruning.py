@@ -22,10 +22,12 @@ from vlmprune.errors import UsageError
 from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layer
 from vlmprune.live.call import Call, Chosen, Prompt
 from vlmprune.live.choosing import BoundStage, choose, left_by_tower, merged
-from vlmprune.live.probes import Tools, attention_ahead
-from vlmprune.live.record import Clock, Kept
+from vlmprune.live.explain import how_it_chooses
+from vlmprune.live.observed import attention_ahead
+from vlmprune.live.record import Clock, Judged, Kept
 from vlmprune.live.rows import Reduction
 from vlmprune.live.section import Decoder, Rotary, Section, complete_entries
+from vlmprune.live.source import Tools
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Budget
 from vlmprune.view import TowerFacts
@@ -43,7 +45,10 @@ class Pruning:
         at: their layers.
         cache_stage: the stage after prefill, or None.
         needs: all probes that methods look at.
+        explains: what stages decide by is kept, for `run.explain`.
     """
+
+    explains = False
 
     def __init__(self, recipe: Recipe, family: Family, facts: TowerFacts, base: Any, text: Any) -> None:
         self._family, self._base, self._text = family, base, text
@@ -194,7 +199,7 @@ class Pruning:
             else:
                 _refuse_lost_gradient(bound, prompt)
                 tools = self._tools(module, call, hidden, kwargs, rotary, index)
-                chosen = choose(bound, self.budget_of(bound, call.budget), call, prompt, hidden, tools)
+                chosen = choose(bound, self.budget_of(bound, call.budget), call, prompt, hidden, tools, self.explains)
         if first:
             prompt.chosen[bound.number] = chosen.detached()
         hidden = merged(call, prompt, chosen, hidden)
@@ -265,9 +270,13 @@ class Pruning:
             record.newlines_kept, changed = False, True
         if first:
             record.keep[layer] = alive
+            reasons = chosen.judged or [(Judged(left),) if self.explains else () for left in section.remaining]
+            how = how_it_chooses(bound.method, bound.stage.site) if self.explains else ""
             record.kept += [
-                Kept(layer, bound.label, bound.stage.site, image.sample, image.ordinal, len(image), remaining, features)
-                for image, remaining, features in zip(images, chosen.remaining, chosen.detached().features, strict=True)
+                Kept(layer, bound.label, bound.stage.site, image.sample, image.ordinal, len(image), left, features, why, how)
+                for image, left, features, why in zip(
+                    images, chosen.remaining, chosen.detached().features, reasons, strict=True
+                )
             ]
         if not changed:
             call.section = replace(section, remaining=chosen.remaining)
@@ -307,7 +316,7 @@ class Pruning:
 
 def _bound(number: int, stage: Any, method: Any, facts: TowerFacts) -> BoundStage:
     needs = method.needs_at(stage) if stage.site == "llm" else frozenset()
-    per_crop = method.per_view and facts.crops
+    per_crop = method.per_crop and facts.crops
     if stage.site == "vision" or per_crop:
         needs |= {"cell"}  # brings with it which crop a token belongs to, and that this tower made it
     variant = method.variant(facts)

@@ -33,7 +33,7 @@ from vlmprune.live.layout import real_tokens
 from vlmprune.live.links import check_routes
 from vlmprune.live.marks import Marks
 from vlmprune.live.masks import pruned_mask
-from vlmprune.live.probes import prompt_end, rows_now
+from vlmprune.live.prompt_rows import prompt_end, rows_now
 from vlmprune.live.record import Steered
 from vlmprune.live.rows import Reduction
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, Picture, Redistributor, Scene, ScoreEditor

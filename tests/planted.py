@@ -1,0 +1,839 @@
+"""Deliberate bugs: each is planted in a copy of the repository, and the tests that guard against it must turn red.
+
+    python tests/planted.py                       # all bugs, about 15 minutes on one core
+    python tests/planted.py --only rotary         # those whose name contains the word
+    python tests/planted.py --check               # only whether each bug still applies, in a second
+
+A bug is a replacement of text in one file. Where the text is no longer there, the bug must be written again for the code as it is
+now, or taken out with the code it was about: "NO LONGER APPLIES" counts as a failure. So does a bug that no test notices.
+`docs/guards.md` has the table by guard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One deliberate bug.
+
+    Attributes:
+        guard: what the tests promise.
+        name: what is broken.
+        file: where, from the root of the repository.
+        old: text that stands there exactly once.
+        new: what takes its place.
+        red: names of the test functions that must fail, wherever they are.
+        only: pytest's `-k`, to run few of their cases.
+    """
+
+    guard: str
+    name: str
+    file: str
+    old: str
+    new: str
+    red: tuple[str, ...]
+    only: str = ""
+
+
+LIVE, METHODS = "vlmprune/live", "vlmprune/methods"
+MASKED = ("test_generation_equals_masked",)
+BATCHED = ("test_a_batch_equals_its_rows_alone",)
+FEW_LLAVA = "llava and not llava_next and (fastv or random or mustdrop) and not eager"
+
+BUGS = (
+    # --- keeping everything -------------------------------------------------------------------------------------------
+    Bug(
+        "keep-all is bit-identical",
+        "a stage that keeps everything gathers all the same",
+        f"{LIVE}/pruning.py",
+        "        if not changed:\n",
+        "        if False and not changed:\n",
+        ("test_keep_all_does_not_touch_the_cache",),
+    ),
+    Bug(
+        "keep-all is bit-identical",
+        "a merging method merges where nothing is dropped",
+        f"{LIVE}/pruning.py",
+        "            elif keep == visual and not method.adaptive:\n",
+        "            elif False:\n",
+        ("test_keeping_everything_is_bit_identical",),
+        "llava and (visionzip or tome)",
+    ),
+    # --- pruned equals masked -----------------------------------------------------------------------------------------
+    Bug(
+        "pruned equals masked, prefill",
+        "rotary embeddings are those of the first rows",
+        f"{LIVE}/pruning.py",
+        "            hidden, cos, sin = stays.gather_all(hidden, *rotary())\n",
+        "            hidden, cos, sin = stays.gather(hidden), *(part[:, : stays.rows.shape[1]] for part in rotary())\n",
+        MASKED,
+        FEW_LLAVA,
+    ),
+    Bug(
+        "pruned equals masked, prefill",
+        "kept rows stand in falling order",
+        f"{LIVE}/rows.py",
+        "[:, alive.shape[1] - most :]\n",
+        "[:, alive.shape[1] - most :].flip(1)\n",
+        MASKED,
+        FEW_LLAVA,
+    ),
+    Bug(
+        "pruned equals masked, prefill",
+        "places are not looked up in the sequence that an earlier stage shortened",
+        f"{LIVE}/rows.py",
+        "        if earlier is None:\n            return self\n",
+        "        if earlier is None or True:\n            return self\n",
+        MASKED,
+        "pdrop and llava",
+    ),
+    Bug(
+        "pruned equals masked, prefill",
+        "padding counts as kept",
+        f"{LIVE}/rows.py",
+        "return Reduction(rows, alive.gather(1, rows), fewest == most)",
+        "return Reduction(rows, torch.ones_like(rows, dtype=torch.bool), True)",
+        MASKED,
+        FEW_LLAVA,
+    ),
+    Bug(
+        "pruned equals masked, prefill",
+        "rotary embeddings of an earlier stage stay",
+        f"{LIVE}/pruning.py",
+        "            call.rotary.clear()\n            full = kwargs",
+        "            full = kwargs",
+        MASKED,
+        "pdrop and compact",
+    ),
+    Bug(
+        "pruned equals masked, decoding",
+        "a ragged batch decodes without a mask",
+        f"{LIVE}/masks.py",
+        "    if dense and (queries == 1 or queries == keys)",
+        "    if queries == 1 or dense and (queries == 1 or queries == keys)",
+        MASKED,
+        FEW_LLAVA,
+    ),
+    Bug(
+        "pruned equals masked, decoding",
+        "a later token stands at its place in the cache",
+        f"{LIVE}/cache.py",
+        "        return self.logical_prefix + self._tail()\n",
+        "        return self._stored()\n",
+        (*MASKED, "test_the_cache_holds_what_was_kept"),
+        FEW_LLAVA,
+    ),
+    Bug(
+        "masks between stages",
+        "the mask of the first stage serves all",
+        f"{LIVE}/pruning.py",
+        "        return sum(layer <= index for layer in self.at)\n",
+        "        return min(sum(layer <= index for layer in self.at), 1)\n",
+        MASKED,
+        "pdrop",
+    ),
+    Bug(
+        "masks between stages",
+        "the mask is not causal",
+        f"{LIVE}/masks.py",
+        "visible = (key_slots[:, None, :] <= query_slots[:, :, None]) & key_valid[:, None, :]",
+        "visible = (key_slots[:, None, :] <= query_slots[:, :, None] + 99) & key_valid[:, None, :]",
+        MASKED,
+        FEW_LLAVA,
+    ),
+    Bug(
+        "masks of eager models",
+        "an eager model gets no mask",
+        f"{LIVE}/masks.py",
+        ' and implementation != "eager"',
+        "",
+        ("test_generation_equals_masked_in_eager",),
+        "eager",
+    ),
+    Bug(
+        "masks of flex attention",
+        "blocks with padding count as full",
+        f"{LIVE}/masks.py",
+        "    full = valid.all(dim=2)[:, None] & ",
+        "    full = valid.any(dim=2)[:, None] & ",
+        ("test_generation_equals_masked_in_flex_attention", "test_blocks_are_those_of_torch"),
+    ),
+    Bug(
+        "no mask, no cache",
+        "gaps in positions are taken for packed sequences",
+        f"{LIVE}/pruning.py",
+        'changed = {**kwargs, "position_ids": None, ',
+        "changed = {**kwargs, ",
+        ("test_no_mask_and_no_cache_equal_the_mask_of_ones", "test_forward_without_attention_mask"),
+    ),
+    Bug(
+        "physical KV lengths",
+        "the cache stage forgets nothing",
+        f"{LIVE}/cache.py",
+        "        layer.keys, layer.values = shorter[2 * number], shorter[2 * number + 1]\n",
+        "        pass\n",
+        ("test_the_cache_holds_what_was_kept",),
+        "llava and mustdrop",
+    ),
+    Bug(
+        "physical KV lengths",
+        "reported bytes are those before the cache stage",
+        f"{LIVE}/pruning.py",
+        "                call.record.resident[index] = entries\n",
+        "                pass\n",
+        ("test_reported_bytes_are_the_caches",),
+        "mustdrop",
+    ),
+    # --- the cache and generate ---------------------------------------------------------------------------------------
+    Bug(
+        "beams",
+        "logical positions do not follow the rows",
+        f"{LIVE}/cache.py",
+        "            self.slots, self.valid = self.slots[indices], self.valid[indices]\n",
+        "            pass\n",
+        ("test_slots_follow_their_rows",),
+    ),
+    Bug(
+        "beams",
+        "logical positions are not repeated with the rows",
+        f"{LIVE}/cache.py",
+        "            self.slots = self.slots.repeat_interleave(repeats, dim=0)\n",
+        "            self.slots = self.slots.repeat(repeats, 1)\n",
+        ("test_slots_are_repeated_with_their_rows",),
+    ),
+    Bug(
+        "assisted decoding",
+        "cropping forgets the logical length",
+        f"{LIVE}/cache.py",
+        "self.dense, self.logical_prefix - from_prefix)",
+        "self.dense, self.logical_prefix)",
+        ("test_prompt_lookup_equals_greedy", "test_prompt_lookup_after_a_cut"),
+        "llava or fastv",
+    ),
+    Bug(
+        "assisted decoding",
+        "guesses are taken for the prompt",
+        f"{LIVE}/probes.py",
+        "tokens - 1 - call.tail)",
+        "tokens - 1)",
+        ("test_prompt_lookup_after_a_cut", "test_prompt_lookup_equals_greedy"),
+    ),
+    Bug(
+        "plain calls",
+        "logits_to_keep is taken for guesses",
+        f"{LIVE}/hooks.py",
+        'tail = max(asked - 1, 0) if kwargs.get("mm_encoder_outputs") else 0',
+        "tail = max(asked - 1, 0)",
+        ("test_logits_to_keep_changes_nothing_else",),
+    ),
+    Bug(
+        "several turns",
+        "validity of the earlier turn is forgotten",
+        f"{LIVE}/cache.py",
+        "        self._set_prefix(slots, valid, self.dense and dense, logical)\n",
+        "        self._set_prefix(slots, torch.ones_like(valid), True, logical)\n",
+        ("test_a_second_turn_equals_one_forward",),
+        "llava and fastv",
+    ),
+    Bug(
+        "several turns",
+        "padding of the new turn is ignored",
+        f"{LIVE}/pruning.py",
+        "        valid = real_tokens(call.mask, batch, sequence, hidden.device)\n",
+        "        valid = torch.ones(batch, sequence, dtype=torch.bool, device=hidden.device)\n",
+        ("test_second_turn_with_padding_of_its_own",),
+    ),
+    Bug(
+        "several turns",
+        "moved positions of the earlier turn are forgotten",
+        f"{LIVE}/pruning.py",
+        "                layer.shift = call.shift[:, -1] + (0 if layer.shift is None else layer.shift)\n",
+        "                layer.shift = None\n",
+        ("test_a_second_turn_equals_one_forward",),
+        "compact and fastv",
+    ),
+    Bug(
+        "a new picture",
+        "FastV looks at columns of the earlier turn",
+        f"{LIVE}/probes.py",
+        "attention_mask, scaling, last)[..., -here:]",
+        "attention_mask, scaling, last)[..., :here]",
+        ("test_fastv_of_a_new_image_looks_at_the_new_image",),
+    ),
+    Bug(
+        "positions",
+        "what was dropped behind a token counts, too",
+        f"{LIVE}/pruning.py",
+        "    moved = dropped.cumsum(dim=1)\n",
+        "    moved = dropped.sum(dim=1, keepdim=True).expand(dropped.shape)\n",
+        MASKED,
+        "compact and fastv",
+    ),
+    Bug(
+        "packed samples",
+        "tokens that another sample lost move this one",
+        f"{LIVE}/pruning.py",
+        "    return moved - before.gather(1, segment)\n",
+        "    return moved\n",
+        ("test_each_sample_is_as_if_it_were_alone",),
+    ),
+    # --- coming and going ---------------------------------------------------------------------------------------------
+    Bug(
+        "removal",
+        "the config of an attention module stays ours",
+        f"{LIVE}/attention.py",
+        "        module.config = original\n",
+        "        pass\n",
+        ("test_remove_leaves_no_trace",),
+        "llava",
+    ),
+    Bug(
+        "removal",
+        "the model's own config is changed in place",
+        f"{LIVE}/attention.py",
+        "    config = copy.copy(original)\n",
+        "    config = original\n",
+        ("test_remove_leaves_no_trace",),
+        "llava",
+    ),
+    Bug(
+        "removal",
+        "a hook stays",
+        f"{LIVE}/hooks.py",
+        "                self._places.pop(name)()\n",
+        "                self._places.pop(name)\n",
+        ("test_remove_leaves_no_trace",),
+        "llava",
+    ),
+    Bug(
+        "threads",
+        "what the tower saw is shared by threads",
+        f"{LIVE}/hooks.py",
+        "class _PerThread(threading.local):\n",
+        "class _PerThread:\n",
+        ("test_cls_attention_stays_in_its_thread", "test_one_model_in_two_threads"),
+    ),
+    Bug(
+        "batch equals samples alone",
+        "random draws by the row of the batch",
+        f"{METHODS}/pruning/random.py",
+        "self._draw(identity, see.layer, see.visual)[:keep].sort().values for identity in see.identity]",
+        "self._draw(number, see.layer, see.visual)[:keep].sort().values for number, _ in enumerate(see.identity)]",
+        BATCHED,
+        "random",
+    ),
+    Bug(
+        "batch equals samples alone",
+        "the last prompt token is the last column",
+        f"{LIVE}/layout.py",
+        "        end = np.where(real, np.arange(real.shape[1]), 0).max(axis=1) - tail\n",
+        "        end = np.full(len(real), real.shape[1] - 1 - tail)\n",
+        ("test_padding_on_the_right_equals_masked", "test_padding_side_does_not_matter"),
+        "fastv",
+    ),
+    Bug(
+        "batch equals samples alone",
+        "what the tower knew is found by order, not by content",
+        f"{LIVE}/feature_index.py",
+        "                    rows = one.order.to(place.device)[place]\n",
+        "                    rows = torch.arange(len(place), device=place.device)\n",
+        ("test_cls_keeps_what_the_towers_eager_attention_says",),
+    ),
+    Bug(
+        "views that look alike",
+        "the second gets what the tower knew of the first",
+        f"{LIVE}/feature_index.py",
+        "twin = (places[number] + _repetition(wanted[number]))",
+        "twin = (places[number] + 0 * _repetition(wanted[number]))",
+        ("test_views_that_look_alike_are_told_apart",),
+    ),
+    # --- what methods select ------------------------------------------------------------------------------------------
+    Bug(
+        "FastV",
+        "attention of the layer of the stage's successor",
+        f"{LIVE}/probes.py",
+        '"attention_from_last": lambda: of_last(call.attention[layer - 1])',
+        '"attention_from_last": lambda: of_last(call.attention[max(call.attention)].roll(1, -1))',
+        ("test_fastv_keeps_what_eager_attention_says",),
+    ),
+    Bug(
+        "FastV",
+        "the highest head instead of the mean",
+        f"{METHODS}/pruning/fastv.py",
+        "see.attention_from_last.mean(dim=1)",
+        "see.attention_from_last.amax(dim=1)",
+        ("test_fastv_keeps_what_eager_attention_says", "test_fastv", "test_mean_over_heads"),
+        "fastv",
+    ),
+    Bug(
+        "FastV",
+        "lowest scores are kept",
+        f"{METHODS}/base.py",
+        "    ranked = score.float().argsort(dim=-1, descending=True, stable=True)\n",
+        "    ranked = score.float().argsort(dim=-1, descending=False, stable=True)\n",
+        ("test_fastv_keeps_what_eager_attention_says",),
+    ),
+    Bug(
+        "FastV",
+        "a second stage is not addressed in what the first left",
+        f"{LIVE}/probes.py",
+        "here = places if call.reduction is None else call.reduction.places(samples, places)",
+        "here = places.clamp(max=hidden.shape[1] - 1)",
+        ("test_fastv_second_stage_sees_the_pruned_attention", "test_divprune_after_a_cut"),
+    ),
+    Bug(
+        "ties",
+        "equal scores go anywhere",
+        f"{METHODS}/base.py",
+        "    ranked = score.float().argsort(dim=-1, descending=True, stable=True)\n",
+        "    ranked = score.shape[-1] - 1 - score.float().flip(-1).argsort(dim=-1, descending=True, stable=True)\n",
+        ("test_equal_scores_go_to_the_lower_index", "test_small_helpers"),
+    ),
+    Bug(
+        "fp32 scores",
+        "scores are compared in the model's dtype",
+        f"{METHODS}/pruning/cls.py",
+        "see.attention_from_cls.mean(dim=1)",
+        "see.attention_from_cls.mean(dim=1).bfloat16()",
+        ("test_cls_keeps_what_the_towers_eager_attention_says", "test_cls", "test_mean_over_heads"),
+        "cls",
+    ),
+    Bug(
+        "DivPrune",
+        "duplicates are picked again",
+        "kernels/select_diverse/reference.py",
+        "        apart[rows, pick] = -torch.inf\n",
+        "        pass\n",
+        ("test_greedy_order", "test_the_cpus_picks_are_the_references", "test_divprune_never_picks_a_token_twice"),
+    ),
+    Bug(
+        "DivPrune",
+        "the first pick is token 0",
+        "kernels/select_diverse/reference.py",
+        "    pick = _nearest_other(unit).argmax(dim=-1)\n",
+        "    pick = 0 * _nearest_other(unit).argmax(dim=-1)\n",
+        ("test_the_cpus_picks_are_the_references",),
+    ),
+    Bug(
+        "CLS",
+        "patches of the tower are one block too deep",
+        f"{LIVE}/tower.py",
+        "        self.states[0].carried[probe] = attention.transpose(1, 2)  # [view, patch, head]\n",
+        "        self.states[0].carried[probe] = attention.transpose(1, 2).roll(1, 1)\n",
+        ("test_cls_keeps_what_the_towers_eager_attention_says",),
+    ),
+    Bug(
+        "DART",
+        "the remainder goes to no pivot",
+        f"{METHODS}/pruning/dart.py",
+        "    share = total // count + (real.cumsum(dim=1) <= total % count)\n",
+        "    share = total // count + (real.cumsum(dim=1) > count - total % count)\n",
+        ("test_dart",),
+    ),
+    Bug(
+        "HoloV",
+        "variance is not scaled to attention",
+        f"{METHODS}/pruning/holov.py",
+        "0.09 * variance * scale)",
+        "0.09 * variance)",
+        ("test_holov",),
+    ),
+    Bug(
+        "ToMe",
+        "merged tokens weigh one each",
+        f"{METHODS}/pruning/tome.py",
+        "    weight_b = weight_b.scatter_add(1, home, moved)\n",
+        "    weight_b = weight_b + 0 * weight_b.scatter_add(1, home, moved)\n",
+        ("test_tome",),
+    ),
+    Bug(
+        "VisionZip",
+        "contextual tokens pass the projector before merging",
+        f"{METHODS}/pruning/visionzip.py",
+        "see.project(zipped)",
+        "rows(see.features, targets)",
+        ("test_visionzip",),
+    ),
+    Bug(
+        "VScan",
+        "windows are those of the tokens' order",
+        f"{METHODS}/pruning/vscan.py",
+        "row, column = see.cell // see.side, see.cell % see.side",
+        "row, column = see.position // see.side, see.position % see.side",
+        ("test_vscan_on_part_of_a_view",),
+    ),
+    Bug(
+        "SparseVLM",
+        "every word rates",
+        f"{METHODS}/pruning/sparsevlm.py",
+        "    return torch.where(above.any(dim=-1, keepdim=True), above, valid)\n",
+        "    return valid\n",
+        ("test_sparsevlm_1_5", "test_sparsevlm_2"),
+    ),
+    Bug(
+        "CDPruner",
+        "relevance is scaled over the batch",
+        f"{METHODS}/pruning/cdpruner.py",
+        "low, high = relevance.amin(dim=-1, keepdim=True), relevance.amax(dim=-1, keepdim=True)",
+        "low, high = relevance.amin(), relevance.amax()",
+        ("test_cdpruner_scaling", "test_cdpruner_embeddings"),
+    ),
+    Bug(
+        "AdaptInfer",
+        "the diagonal counts twice",
+        f"{METHODS}/pruning/adaptinfer.py",
+        " - among.diagonal(dim1=-2, dim2=-1).diag_embed()",
+        "",
+        ("test_adaptinfer",),
+    ),
+    Bug(
+        "MustDrop",
+        "the key set is 8 % of what is left",
+        f"{METHODS}/pruning/mustdrop.py",
+        "math.ceil(0.08 * see.entered)",
+        "math.ceil(0.08 * see.visual)",
+        ("test_mustdrop_counts", "test_mustdrop_thresholds"),
+    ),
+    Bug(
+        "MustDrop",
+        "a window is merged into its first patch",
+        f"{METHODS}/pruning/mustdrop.py",
+        "    return window, window[:, WINDOW**2 // 2]\n",
+        "    return window, window[:, 0]\n",
+        ("test_mustdrop_merge",),
+    ),
+    Bug(
+        "FlowCut",
+        "scores are not smoothed over blocks",
+        f"{METHODS}/pruning/flowcut.py",
+        "flow if past is None else 0.5 * past + 0.5 * flow",
+        "flow if past is None else flow",
+        ("test_flowcut_watches_cls", "test_flowcut_watches_units"),
+    ),
+    Bug(
+        "FlowCut",
+        "patches go behind every block",
+        f"{METHODS}/pruning/flowcut.py",
+        "        if remaining < 0 or remaining % 2 or patches <= state.target:\n",
+        "        if remaining < 0 or patches <= state.target:\n",
+        ("test_flowcut_cuts",),
+    ),
+    Bug(
+        "the tower",
+        "restored patches stand in the first rows",
+        f"{LIVE}/tower.py",
+        "            return full.scatter(1, target[..., None].expand_as(projected), projected)[:, :-1]\n",
+        "            full[:, : projected.shape[1]] = projected\n            return full[:, :-1]\n",
+        ("test_budgets_are_exact_for_every_picture", "test_generation_equals_masked"),
+        "llava and flowcut",
+    ),
+    Bug(
+        "the tower",
+        "padding of shorter views is visible",
+        f"{LIVE}/tower.py",
+        "        state.valid = None if reduction.dense else reduction.valid\n",
+        "        state.valid = None\n",
+        ("test_a_batch_equals_its_rows_alone",),
+        "llava and flowcut",
+    ),
+    # --- budgets, records, reports ------------------------------------------------------------------------------------
+    Bug(
+        "sizes",
+        "a share is of what an earlier stage left",
+        f"{LIVE}/pruning.py",
+        "            for part in _parts(call, image, budget.resolve(candidates), per_view)\n",
+        "            for part in _parts(call, image, budget.resolve(len(call.remaining[image])), per_view)\n",
+        ("test_budgets_are_exact_for_every_picture", "test_second_budget_is_of_the_original_of_each_picture"),
+        "llava and pdrop or second_budget",
+    ),
+    Bug(
+        "rounding",
+        "half goes to the even number",
+        "vlmprune/schedule.py",
+        "        kept = math.floor(self.fraction * visual + 0.5)\n",
+        "        kept = round(self.fraction * visual)\n",
+        ("test_rounding",),
+    ),
+    Bug(
+        "rounding",
+        "a small share keeps nothing",
+        "vlmprune/schedule.py",
+        "1 if self.fraction > 0 else 0",
+        "0",
+        ("test_rounding",),
+    ),
+    Bug(
+        "schedules",
+        "a later stage may keep more",
+        "vlmprune/schedule.py",
+        "second is not None and second > first:",
+        "second is not None and second > first and False:",
+        ("test_contradictions_are_refused",),
+    ),
+    Bug(
+        "schedules",
+        "two stages at one layer pass",
+        "vlmprune/schedule.py",
+        "            if after.order <= before.order:\n",
+        "            if after.order < before.order:\n",
+        ("test_bad_schedules",),
+    ),
+    Bug(
+        "hygiene",
+        "padding rows see nothing",
+        f"{LIVE}/masks.py",
+        "        visible[:, torch.arange(queries, device=visible.device), own] |= ~query_valid\n",
+        "        pass\n",
+        ("test_bool_mask_is_causal_and_hides_padding",),
+    ),
+    Bug(
+        "hygiene",
+        "padding overwrites what was scattered",
+        f"{LIVE}/rows.py",
+        "        target = torch.where(valid, rows, sequence)[..., None].expand_as(x)\n",
+        "        target = rows[..., None].expand_as(x)\n",
+        ("test_scatter_overwrites_nothing",),
+    ),
+    Bug(
+        "hygiene",
+        "padding is a dropped token",
+        f"{LIVE}/rows.py",
+        "return gather_tokens(x, self.rows.to(x.device), None if self.dense else self.valid.to(x.device))",
+        "return gather_tokens(x, self.rows.to(x.device), None)",
+        ("test_padding_is_zero_even_beside_nan",),
+    ),
+    Bug(
+        "arithmetic",
+        "FLOPs of the MLP lack the gate",
+        "vlmprune/cost.py",
+        " + 6 * tokens * self.dim * self.mlp",
+        " + 4 * tokens * self.dim * self.mlp",
+        ("test_llava_7b_by_hand", "test_llava_report_by_hand"),
+    ),
+    Bug(
+        "arithmetic",
+        "values are not counted in KV bytes",
+        "vlmprune/cost.py",
+        "        return 2 * keys * self.kv_heads",
+        "        return keys * self.kv_heads",
+        ("test_reported_bytes_are_the_caches",),
+        "llava and fastv",
+    ),
+    Bug(
+        "waiting",
+        "FastV looks at a value",
+        f"{METHODS}/pruning/fastv.py",
+        "        return see.attention_from_last.mean(dim=1)  # over heads\n",
+        "        return see.attention_from_last.mean(dim=1) if bool(see.position.min() >= 0) else see.position\n",
+        ("test_a_prompt_is_read_once",),
+        "fastv",
+    ),
+    Bug(
+        "memory",
+        "ToMe compares all tokens with all",
+        f"{METHODS}/merging.py",
+        "return x.split(max(CHUNK // max(len(x) * columns, 1), 1), dim=1)",
+        "return (x,)",
+        ("test_prefill_of_8192_tokens_builds_no_map_and_stays_with_sdpa",),
+        "tome",
+    ),
+    Bug(
+        "memory",
+        "a padded prompt gets a map of all tokens although no layer sees them all",
+        f"{LIVE}/pruning.py",
+        '            cut.stage.layer == 0\n            and cut.stage.site == "llm"\n            and not cut.method.adaptive\n            and any(self.budget_of',
+        '            cut.stage.layer == 99\n            and cut.stage.site == "llm"\n            and not cut.method.adaptive\n            and any(self.budget_of',
+        ("test_padding_needs_no_map_where_the_prompt_is_cut_at_once",),
+    ),
+    Bug(
+        "defaults",
+        "decoding forgets what was dropped later, although nobody asked for it",
+        f"{METHODS}/base.py",
+        "cache_layer: int = number(-1, low=-1, whole=True)\n    newlines",
+        "cache_layer: int = number(0, low=-1, whole=True)\n    newlines",
+        ("test_the_cache_holds_what_was_kept", "test_generation_equals_masked"),
+        "fastv",
+    ),
+    # --- redistribution -----------------------------------------------------------------------------------------------
+    Bug(
+        "VAR",
+        "text sinks give nothing",
+        f"{METHODS}/redistribution/var.py",
+        "        moved = (1 - self.keep) * (visual_sink + text_sink)\n",
+        "        moved = (1 - self.keep) * visual_sink\n",
+        ("test_equals_the_loops", "test_var_equals_softmax_then_edit"),
+        "var or mixed",
+    ),
+    Bug(
+        "VAR",
+        "heads are selected by the share of others",
+        f"{METHODS}/redistribution/var.py",
+        "visual_sink <= self.max_sink_share * image",
+        "visual_sink >= self.max_sink_share * image",
+        ("test_equals_the_loops", "test_var_equals_softmax_then_edit"),
+        "var or mixed",
+    ),
+    Bug(
+        "ACT",
+        "the first token counts as a sink",
+        f"{METHODS}/redistribution/act.py",
+        "return codes if see.first is None else codes.scatter(",
+        "return codes if True or see.first is None else codes.scatter(",
+        ("test_equals_the_loops",),
+        "act",
+    ),
+    Bug(
+        "PAI",
+        "words are raised, too",
+        f"{METHODS}/redistribution/pai.py",
+        "        return see.visual.to(torch.int8)[:, None]\n",
+        "        return see.prompt.to(torch.int8)[:, None]\n",
+        ("test_equals_the_loops",),
+        "pai",
+    ),
+    Bug(
+        "PAINT",
+        "the summary set takes everything above the third quartile",
+        f"{METHODS}/redistribution/paint.py",
+        "late > high + 1.5 * (high - low)",
+        "late > high",
+        ("test_equals_the_loops",),
+        "paint",
+    ),
+    Bug(
+        "ZeroTuning",
+        "rows are not divided",
+        f"{METHODS}/redistribution/zerotuning.py",
+        "        total = others + self.gain * first\n",
+        "        total = others + first\n",
+        ("test_equals_the_loops", "test_zerotuning_rows_sum_to_one"),
+        "zerotuning",
+    ),
+    Bug(
+        "VHR",
+        "no outlier is removed",
+        f"{METHODS}/redistribution/vhr.py",
+        "        outlier = _exceptional(differs) & _exceptional(alone)\n",
+        "        outlier = _exceptional(differs) & False\n",
+        ("test_vhr_outliers",),
+    ),
+    Bug(
+        "redistribution",
+        "rows before the picture's end are edited",
+        f"{LIVE}/redistribution.py",
+        "        begin = np.where(call.prompt.visual, place + 1, 0).max(axis=1)\n",
+        "        begin = np.where(call.prompt.visual, place, 0).max(axis=1) // 2\n",
+        ("test_equals_the_loops",),
+        "var",
+    ),
+    Bug(
+        "redistribution",
+        "padding rows are overwritten",
+        f"{LIVE}/redistribution.py",
+        "    if not rows.dense:\n        new = torch.where(rows.valid[:, :, None, None], new, own)\n",
+        "",
+        ("test_batch_equals_singles", "test_equals_the_loops"),
+        "var or pai",
+    ),
+    Bug(
+        "redistribution",
+        "marks are made anew when the prompt runs again",
+        f"{LIVE}/cache.py",
+        "            self.marks.batch(beam_idx)\n",
+        "            pass\n",
+        ("test_marks_follow_the_cache",),
+    ),
+)
+
+
+def functions(tree: Path) -> dict[str, list[str]]:
+    """Test functions of the suite: name -> files."""
+    found: dict[str, list[str]] = {}
+    for file in sorted((tree / "tests").rglob("test_*.py")):
+        for name in re.findall(r"^def (test_\w+)\(", file.read_text(), re.MULTILINE):
+            found.setdefault(name, []).append(str(file.relative_to(tree)))
+    return found
+
+
+def copied(to: Path) -> Path:
+    """The repository's files, without what git ignores."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    for name in filter(None, names):
+        source, target = ROOT / name, to / name
+        if source.exists() or source.is_symlink():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target, follow_symlinks=False)
+    return to
+
+
+def verdict(tree: Path, bug: Bug, there: dict[str, list[str]]) -> str:
+    """ "red", or what is wrong."""
+    tests = [f"{file}::{name}" for name in bug.red for file in there.get(name, ())]
+    if not tests:
+        return f"NO SUCH TEST: {', '.join(bug.red)}"
+    file = tree / bug.file
+    text = file.read_text() if file.exists() else ""
+    if text.count(bug.old) != 1:
+        return f"NO LONGER APPLIES: its text stands {text.count(bug.old)} times in {bug.file}"
+    file.write_text(text.replace(bug.old, bug.new))
+    try:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", *tests]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        ran = subprocess.run(
+            [*command, *(["-k", bug.only] if bug.only else [])],
+            cwd=tree,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        file.write_text(text)
+    if ran.returncode == 1:
+        first = re.search(r"^(?:FAILED|ERROR) (\S+)", ran.stdout, re.MULTILINE)
+        return f"red: {first[1] if first else 'a test'}"
+    return "SURVIVED" if ran.returncode == 0 else f"DID NOT RUN (pytest {ran.returncode}): {ran.stdout[-300:]}"
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--only", default="", help="bugs whose guard or name contains this")
+    arguments.add_argument("--check", action="store_true", help="look at the texts only, run nothing")
+    given = arguments.parse_args()
+    chosen = [bug for bug in BUGS if given.only in f"{bug.guard}: {bug.name}"]
+    if given.check:
+        lost = [bug for bug in chosen if (ROOT / bug.file).read_text().count(bug.old) != 1]
+        lost += [bug for bug in chosen if not set(bug.red) & functions(ROOT).keys()]
+        for bug in lost:
+            print(f"NO LONGER APPLIES: {bug.guard}: {bug.name} ({bug.file}; {', '.join(bug.red)})")
+        return bool(lost)
+    wrong = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copied(Path(folder))
+        there = functions(tree)
+        for number, bug in enumerate(chosen, start=1):
+            begun = time.monotonic()
+            found = verdict(tree, bug, there)
+            wrong += not found.startswith("red")
+            seconds = time.monotonic() - begun
+            print(f"{number:3}/{len(chosen)}  {bug.guard}: {bug.name}  {seconds:.0f} s  {found}", flush=True)
+    print(f"{len(chosen) - wrong} of {len(chosen)} red")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
