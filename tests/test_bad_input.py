@@ -146,7 +146,7 @@ def test_videos():
 
 
 def test_four_dimensional_mask():
-    """One that fits is obeyed (test_masks.py)."""
+    """One that fits is obeyed (promises/test_masks.py)."""
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
     inputs["attention_mask"] = torch.ones(1, 1, 19, 20).tril().bool()
