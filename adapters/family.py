@@ -23,7 +23,7 @@ class Tower:
         attention: name of a block's attention module.
         projector: path of the module whose output enters the language model, from the base model.
         feature_block: index of the block whose output feeds the projector.
-        whole: blocks whose attention sees the whole picture.
+        full_attention_blocks: numbers of the blocks whose attention is not limited to windows of the picture.
         refusal: why this model's CLS attention cannot be used, or None.
     """
 
@@ -31,7 +31,7 @@ class Tower:
     attention: str
     projector: str
     feature_block: Callable[[Any], int]
-    whole: Callable[[Any], Sequence[int]]
+    full_attention_blocks: Callable[[Any], Sequence[int]]
     refusal: Callable[[nn.Module], str | None] = lambda base: None
 
     @property

@@ -92,7 +92,7 @@ CLIP = Tower(
     attention="self_attn",
     projector="multi_modal_projector",
     feature_block=_feature_block,
-    whole=lambda config: range(config.vision_config.num_hidden_layers),
+    full_attention_blocks=lambda config: range(config.vision_config.num_hidden_layers),
     refusal=_refusal,
 )
 

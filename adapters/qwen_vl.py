@@ -22,13 +22,13 @@ def _image_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]
     return [(height // merge, width // merge) for _, height, width in inputs["image_grid_thw"].tolist()]
 
 
-def _tower(whole: Callable[[Any], Sequence[int]]) -> Tower:
+def _tower(full_attention_blocks: Callable[[Any], Sequence[int]]) -> Tower:
     return Tower(
         blocks="visual.blocks",
         attention="attn",
         projector="visual.merger",
         feature_block=lambda config: config.vision_config.depth - 1,
-        whole=whole,
+        full_attention_blocks=full_attention_blocks,
     )
 
 
@@ -37,7 +37,7 @@ QWEN2_VL = Family(
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_tokens_per_image,
     image_grid=_image_grid,
-    facts=TowerFacts(unit=4),
+    facts=TowerFacts(patches_per_token=4),
     tower=_tower(lambda config: range(config.vision_config.depth)),
 )
 
@@ -46,6 +46,6 @@ QWEN2_5_VL = Family(
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_tokens_per_image,
     image_grid=_image_grid,
-    facts=TowerFacts(unit=4, windows=True),
+    facts=TowerFacts(patches_per_token=4, windows=True),
     tower=_tower(lambda config: config.vision_config.fullatt_block_indexes),
 )

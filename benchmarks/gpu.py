@@ -287,7 +287,7 @@ class Loaded:
     def get(self, name: str) -> Any:
         import torch
 
-        from vlmprune.evals.shapes import shape_named
+        from vlmprune.evals.random_models import shape_named
 
         if self.name != name:
             self.release()
@@ -309,7 +309,7 @@ class Loaded:
 def run_models(session: Session) -> None:
     import gpu_models as models
 
-    from vlmprune.evals.shapes import shape_named
+    from vlmprune.evals.random_models import shape_named
 
     loaded = Loaded(session.device, session.rehearsal)
     last: str | None = None
@@ -358,7 +358,7 @@ def count_waits(session: Session, loaded: Loaded) -> None:
     """Once, while LLaVA-1.5 is in memory."""
     import gpu_models as models
 
-    from vlmprune.evals.shapes import shape_named
+    from vlmprune.evals.random_models import shape_named
 
     if any(step.name == WAITS for step in session.steps):
         return
@@ -452,7 +452,7 @@ def main(
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 asks for it; it is the default
     import torch
 
-    from vlmprune.cli import environment
+    from vlmprune.loading.environment import environment
 
     if not rehearse and not torch.cuda.is_available():
         raise SystemExit("gpu.py: there is no GPU here: pass --rehearse to run the same path on the CPU.")

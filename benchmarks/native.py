@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import vlmprune
-from vlmprune.cli import environment
+from vlmprune.loading.environment import environment
 
 VISUAL, KEPT, LAYERS, IMAGE = 576, 64, 12, 1
 WORDS = 35, 25

@@ -20,8 +20,8 @@ from rich.progress import Progress
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlmprune import tiny
-from vlmprune.cli import environment
 from vlmprune.evals.bench import UNPRUNED, Measured, measure
+from vlmprune.loading.environment import environment
 from vlmprune.tiny.scenes import make_scene
 
 TOKENS = 64

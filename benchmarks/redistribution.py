@@ -22,7 +22,7 @@ import typer
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vlmprune
-from vlmprune.cli import environment
+from vlmprune.loading.environment import environment
 
 RECIPES = (
     "var:layers=0,sink_dims=5|40,sink_energy=0.006,max_sink_share=1,min_image_mass=0",

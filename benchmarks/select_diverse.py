@@ -26,8 +26,8 @@ import typer
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmprune.cli import environment
 from vlmprune.kernels.select_diverse import determinant_order, greedy_order
+from vlmprune.loading.environment import environment
 
 SIZES = ((576, 64), (2880, 320))
 """Visual tokens, and how many are kept."""

@@ -19,10 +19,9 @@ import torch
 import typer
 
 import vlmprune as vp
-from vlmprune.cli import environment
 from vlmprune.evals.sinks import PROMPTS, find_sinks
 from vlmprune.kernels.grouped_attention import grouped_attention
-from vlmprune.live.attention import route_attention
+from vlmprune.loading.environment import environment
 from vlmprune.loading.models import load_decoder
 from vlmprune.methods.redistributing import Scene, spans
 from vlmprune.methods.redistribution.var import TEXT_SINK, VISUAL, VISUAL_SINK
@@ -76,20 +75,13 @@ def main(
     lengths = [piece.shape[1] for piece in pieces]
     span = slice(lengths[0], lengths[0] + lengths[1])
     seen: dict[int, tuple[Any, ...]] = {}
-    states: dict[int, Any] = {}
     decoder = model.get_decoder()
-    undo = []
-    for index, layer in enumerate(decoder.layers):
-        undo.append(layer.register_forward_pre_hook(lambda _, args, index=index: states.update({index: args[0]})).remove)
 
-        def see(query: Any, key: Any, value: Any, mask: Any, scaling: float, index: int = index, **_: Any) -> None:
-            seen[index] = query, key, value, scaling
+    def attended(index: int, here: Any) -> None:
+        seen[index] = here.query, here.key, here.value, here.scaling
 
-        undo.append(route_attention(layer.self_attn, [see]))
-    with torch.no_grad():
+    with vp.observe(decoder, attention=attended, hidden=True) as observed, torch.no_grad():
         decoder(inputs_embeds=decoder.embed_tokens(torch.cat(pieces, dim=1)), use_cache=False)
-    for step in undo:
-        step()
 
     tokens = sum(lengths)
     visual = torch.zeros(1, tokens, dtype=torch.bool)
@@ -101,7 +93,7 @@ def main(
         for index in method.layers_of(len(decoder.layers)):
             query, key, value, scaling = seen[index]
             prompt = torch.ones_like(visual)
-            scene = Scene(states[index], prompt, visual, torch.tensor([0]), None, (), EXPECTED, None, torch.Tensor)
+            scene = Scene(observed.hidden[index], prompt, visual, torch.tensor([0]), None, (), EXPECTED, None, torch.Tensor)
             codes = method.codes(scene)
             groups = (codes[..., None] == torch.arange(4)).float()
             mine, factors, masses = grouped_attention(

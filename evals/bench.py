@@ -1,48 +1,42 @@
 """What a recipe saves, beside the un-pruned model: time to the first token, time per further token, memory, and our own share.
 
-Everything runs in one process on the same inputs with the same attention; every round runs the un-pruned model and all recipes
-in turn, and ratios are taken within rounds, so that a machine that slows down slows all of them. Each round begins one further
-on, so that none of them has the first or the last place for itself.
+Everything runs in one process on the same inputs with the same attention. Every round runs the un-pruned model and all recipes
+in turn, and ratios are taken within rounds, so that a machine that slows down slows all of them. Each round begins with the
+next one, so that none of them is always the first or the last.
 
-    TTFT    from `generate(...)` to the first token on the host: vision tower, prefill, head, choice of the token
-    TPOT    mean of the later steps of decoding, each with its token on the host
+    TTFT    from the call of `generate` to the first token on the host: vision tower, prefill, head, choice of the token
+    TPOT    mean of the later decoding steps, each until its token is on the host
     tower   from the start to the entry of the language model; prefill: the language model's part of TTFT
 
-Not measured while the clock runs, but in a round before: FLOPs, counted by torch (`FlopCounterMode`: products, convolutions and
-attention of whole calls, tower, head and our scores included; a Triton kernel of ours is not seen), and the peak of allocated
-memory above what was allocated before the call (CUDA: `max_memory_allocated`; CPU: what torch's profiler saw its allocator give
-out and take back).
+A round before these counts what would disturb the clock (`evals/bench_counts.py`): FLOPs of whole calls, with tower, head and
+our scores but without our Triton kernels, and the peak of allocated memory above what was allocated before the call.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import vlmprune
-from vlmprune.evals.offline import UNPRUNED
+from vlmprune.evals.accuracy import UNPRUNED
+from vlmprune.evals.bench_counts import count_flops, peak_bytes
 from vlmprune.show.stats import drawn, interval
 
 LEAST_ROUNDS = 3
-"""Fewer say nothing about their spread."""
+"""With fewer rounds there are no quartiles."""
 PHASES = ("tower", "prefill", "ttft", "tpot", "e2e")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Milliseconds over the rounds: median and quartiles."""
+    """Milliseconds: median and quartiles over the rounds."""
 
     ms: float
     low: float
@@ -75,16 +69,17 @@ class Measured:
 
     Attributes:
         recipe, batch, rounds, new_tokens: what was run.
-        visual: visual tokens kept per picture at the end of prefill; `prompt` tokens of a row before pruning.
+        visual: visual tokens kept per image at the end of prefill.
+        prompt: tokens of a row before pruning.
         times: milliseconds per phase of `PHASES`; no "tpot" if one token was asked for.
         faster: per phase, against un-pruned in the same rounds.
         flops: of one call up to the first token, whole batch.
-        ideal: un-pruned FLOPs over these: what TTFT could gain at most if every FLOP cost the same.
-        ideal_prefill: the same of the language model's prefill alone, by the formula in `vlmprune.cost`.
+        ideal: FLOPs of the un-pruned model over these: how much faster TTFT could be if every FLOP cost the same.
+        ideal_prefill: the same for the language model's prefill alone, by the formula in `vlmprune.cost`.
         achieved: `faster["ttft"]` over `ideal`.
         kv_bytes: in the KV cache after prefill, whole batch.
-        peak_bytes: most that was allocated at one time during a call, above what was there before (weights, inputs).
-        overhead: our own work by place, share of TTFT; see `vlmprune.Report.overhead`. Empty for "un-pruned".
+        peak_bytes: the most that is allocated at one time during a call, above what was allocated before (weights, inputs).
+        overhead: our own work, by where it is done, as shares of TTFT; see `vlmprune.Report.overhead`. Empty for "un-pruned".
     """
 
     recipe: str
@@ -109,8 +104,15 @@ class Measured:
         return sum(self.overhead.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain data."""
         return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Measured:
+        """A row from its plain data."""
+        times = {phase: Spread(**spread) for phase, spread in data["times"].items()}
+        faster = {phase: Ratio(**ratio) for phase, ratio in data["faster"].items()}
+        return Measured(**{**data, "times": times, "faster": faster})
 
 
 def measure(
@@ -125,13 +127,14 @@ def measure(
     """Measure the un-pruned model and recipes, in turn within every round; round r begins with the r-th of them.
 
     Args:
-        model: a stock, un-wrapped model whose `generation_config` knows no end of text, so that all runs are as long.
+        model: an un-wrapped model whose `generation_config` has no end of text, so that all runs are equally long.
         inputs: the processor's output.
         recipes: recipe strings; a wrong one is refused before anything is measured.
-        rounds: measured rounds; before them one that counts FLOPs and memory and warms up.
+        rounds: measured rounds. One before them counts FLOPs and memory and warms up.
         new_tokens: tokens to generate, at least 1.
         tick: called after every run, for a progress bar.
-        enough: asked after every round from the third on; True ends measuring, and `Measured.rounds` says how many there were.
+        enough: called after every round from the third on. If it returns True, no further round is run; `Measured.rounds` is
+            their number.
 
     Returns:
         The un-pruned model, then the recipes in their order.
@@ -168,7 +171,7 @@ class _Run:
 
 
 class _Stamps:
-    """Takes the place of a streamer: notes when each token is on the host. `generate` shows it the prompt first."""
+    """A streamer for `generate` that records when the prompt, and then each token, is on the host."""
 
     def __init__(self) -> None:
         self.at: list[float] = []
@@ -181,16 +184,16 @@ class _Stamps:
 
 
 class _PrefillClock:
-    """Times the language model's first call of a `generate`, from outside our own hooks."""
+    """Times the first call of the language model in a `generate`, around our own hooks."""
 
     def __init__(self, model: Any) -> None:
-        self.text = model.get_submodule("model.language_model")
+        self.text = model.get_decoder()
         self.device: torch.device = model.device
         self.begin = self.end = 0.0
 
     def __enter__(self) -> _PrefillClock:
         before = self.text.register_forward_pre_hook(self._start, prepend=True)
-        after = self.text.register_forward_hook(self._stop)  # behind ours
+        after = self.text.register_forward_hook(self._stop)  # after ours
         self.handles = (before, after)
         return self
 
@@ -216,7 +219,7 @@ def _under(model: Any, name: str) -> Iterator[vlmprune.Run | None]:
 
 
 def _run(model: Any, inputs: Mapping[str, Any], name: str, new_tokens: int) -> _Run:
-    """Two calls: one that is only timed, and one that waits for the GPU between tower and language model to tell them apart."""
+    """Two calls: one that is only timed, and one that waits for the GPU between vision tower and language model."""
     stamps = _Stamps()
     with _under(model, name) as run:
         _wait(model.device)
@@ -248,7 +251,7 @@ def _generate(model: Any, inputs: Mapping[str, Any], new_tokens: int, **more: An
 
 
 def _cache_bytes(cache: Any, later: int) -> int:
-    """Bytes of keys and values after prefill: what is stored, without the tokens that were generated `later`."""
+    """Bytes of the keys and values that are stored after prefill, without those of the `later` generated tokens."""
     total = 0
     for layer in cache.layers:
         for x in (layer.keys, layer.values):
@@ -261,57 +264,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# -- counted, not timed ------------------------------------------------------------------------------------------------
-
-
 def _count(model: Any, inputs: Mapping[str, Any], name: str, new_tokens: int) -> tuple[int, int]:
-    """FLOPs up to the first token, and the peak of memory of a whole call, above what was there before."""
+    """FLOPs up to the first token, and the peak of memory of a whole call."""
     with _under(model, name):
-        with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
-            _generate(model, inputs, 1)
-        peak = _peak_bytes(lambda: _generate(model, inputs, new_tokens), model.device)
-    return counter.get_total_flops(), peak
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Both products of attention; grouped queries count as the full heads they are, causal halving is not counted."""
-    batch, heads, rows, dim = query
-    return 2 * batch * heads * rows * key[-2] * (dim + value[-1])
-
-
-_ATTENTION_FLOPS = {
-    getattr(torch.ops.aten, name): _attention_flops
-    for name in (
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",  # torch itself does not count it
-    )
-}
-
-
-def _peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    if device.type == "cuda":
-        _wait(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        _wait(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler tells stderr whenever it starts and stops
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        work()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    moved = [event for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
-    held = peak = 0
-    for event in sorted(moved, key=lambda event: (event["ts"], event["args"]["Ev Idx"])):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
+        flops = count_flops(lambda: _generate(model, inputs, 1))
+        return flops, peak_bytes(lambda: _generate(model, inputs, new_tokens), model.device)
 
 
 def _measured(
@@ -329,18 +286,18 @@ def _measured(
     ideal = counted[UNPRUNED][0] / flops
     batch, prompt = inputs["input_ids"].shape
     reports = [run.report for run in own if run.report is not None]
-    pictures = whole.visual_tokens / batch if whole else 0.0
+    images = whole.visual_tokens / batch if whole else 0.0
     overhead: dict[str, float] = {}
-    for place in dict(reports[0].overhead) if reports else ():
-        shares = [dict(report.overhead)[place] / run.times["ttft"] for report, run in zip(reports, own, strict=True)]
-        overhead[place] = median(shares)
+    for where in dict(reports[0].overhead) if reports else ():
+        shares = [dict(report.overhead)[where] / run.times["ttft"] for report, run in zip(reports, own, strict=True)]
+        overhead[where] = median(shares)
     return Measured(
         recipe=name,
         batch=batch,
         rounds=len(own),
         new_tokens=new_tokens,
         prompt=prompt,
-        visual=sum(reports[0].stages[-1].kept) / batch if reports and reports[0].stages else pictures,
+        visual=sum(reports[0].stages[-1].kept) / batch if reports and reports[0].stages else images,
         times={phase: Spread.of(times) for phase, times in columns.items()},
         faster=faster,
         flops=flops,
@@ -351,98 +308,3 @@ def _measured(
         peak_bytes=peak,
         overhead=overhead,
     )
-
-
-# -- as tables and a picture -------------------------------------------------------------------------------------------
-
-COLUMNS = (
-    "recipe",
-    "batch",
-    "TTFT ms",
-    "faster",
-    "of ideal",
-    "TPOT ms",
-    "faster",
-    "whole ms",
-    "faster",
-    "peak MiB",
-    "KV MiB",
-    "ours",
-)
-
-
-def cells(row: Measured) -> tuple[str, ...]:
-    """One line of the table."""
-    plain = row.recipe == UNPRUNED
-
-    def milliseconds(phase: str) -> str:
-        if phase not in row.times:
-            return "—"
-        found = row.times[phase]
-        return f"{found.ms:.1f} ({found.low:.1f}–{found.high:.1f})"
-
-    def ratio(phase: str) -> str:
-        if plain or phase not in row.faster:
-            return "—"
-        found = row.faster[phase]
-        return f"{found.times:.2f}× [{found.low:.2f}, {found.high:.2f}]"
-
-    return (
-        row.recipe,
-        str(row.batch),
-        milliseconds("ttft"),
-        ratio("ttft"),
-        "—" if plain else f"{row.achieved:.0%} of {row.ideal:.2f}×",
-        milliseconds("tpot"),
-        ratio("tpot"),
-        milliseconds("e2e"),
-        ratio("e2e"),
-        f"{row.peak_bytes / 2**20:.0f}",
-        f"{row.kv_bytes / 2**20:.1f}",
-        "—" if plain else f"{row.overhead_share:.1%}",
-    )
-
-
-def markdown(rows: Sequence[Measured]) -> str:
-    """The rows as a table, and where our own time goes."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-    for row in rows:
-        name, *numbers = cells(row)
-        lines.append("| " + " | ".join((name if name == UNPRUNED else f"`{name}`", *numbers)) + " |")
-    return "\n".join([*lines, "", *(f"* {sentence}" for sentence in overheads(rows))])
-
-
-def overheads(rows: Sequence[Measured]) -> list[str]:
-    """Per recipe, where our own share of TTFT goes."""
-    return [
-        f"{row.recipe}, batch {row.batch}: " + ", ".join(f"{place} {share:.1%}" for place, share in row.overhead.items())
-        for row in rows
-        if row.overhead
-    ]
-
-
-def plot(rows: Sequence[Measured], title: str, path: Path) -> None:
-    """How many times faster, per phase, beside what FLOPs promise."""
-    from matplotlib import pyplot
-
-    pruned = [row for row in rows if row.recipe != UNPRUNED]
-    phases = [phase for phase in ("ttft", "tpot", "e2e") if all(phase in row.faster for row in pruned)]
-    figure, axes = pyplot.subplots(figsize=(7.2, 1.2 + 0.55 * len(pruned)), layout="constrained")
-    for place, row in enumerate(pruned):
-        axes.plot([row.ideal] * 2, [place - 0.36, place + 0.36], color="0.3", linewidth=1.5)
-        for number, phase in enumerate(phases):
-            found = row.faster[phase]
-            whiskers = [[max(found.times - found.low, 0)], [max(found.high - found.times, 0)]]
-            height = place + (number - (len(phases) - 1) / 2) * 0.24
-            axes.barh(height, found.times, 0.22, xerr=whiskers, color=f"C{number}", error_kw={"linewidth": 1})
-    axes.axvline(1, color="0.6", linewidth=1)
-    axes.set_yticks(range(len(pruned)), [f"{row.recipe}, batch {row.batch}" for row in pruned], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("times faster than un-pruned (95 % interval); line: ratio of FLOPs to the first token")
-    axes.set_title(title, fontsize=10)
-    names = {"ttft": "first token", "tpot": "further tokens", "e2e": "whole answer"}
-    axes.legend(
-        [pyplot.Rectangle((0, 0), 1, 1, color=f"C{n}") for n in range(len(phases))], [names[p] for p in phases], fontsize=8
-    )
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

@@ -1,6 +1,6 @@
 """Pictures with questions for choosing settings: a folder with `questions.jsonl`, or scenes of the embedded model's world.
 
-One JSON object per line, pictures named relative to the folder (docs/tuning.md):
+One JSON object per line; pictures are named relative to the folder (docs/tuning.md):
 
     {"image": "cat.png", "question": "Is there a cat?", "answer": "Yes"}
 """
@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 import vlmprune
-from vlmprune.loading.models import make_inputs, prompt_text
 from vlmprune.loading.pictures import open_picture, summary
+from vlmprune.loading.prompts import make_inputs, prompt_text
 
 FILE = "questions.jsonl"
 KEEP_ALL = "random:layer=0,fraction=1"
-"""Runs exactly as the un-pruned model does, and leaves a record of the prompt."""
+"""Drops nothing, so that it runs exactly as the un-pruned model does, and leaves a record of the prompt."""
 
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A picture (or where it lies), a question, and its answer where one is known; `name` is for reports."""
+    """A picture (or its path), a question, and its answer where there is one; `name` is for reports."""
 
     picture: Any
     text: str
@@ -41,7 +41,7 @@ class Sample:
 
     Attributes:
         inputs: the processor's output for one prompt, without padding.
-        answer: ids of the right answer's tokens; empty where it is not known.
+        answer: ids of the right answer's tokens; empty where there is none.
         name: for reports.
     """
 
@@ -49,8 +49,8 @@ class Sample:
     answer: tuple[int, ...] = ()
     name: str = ""
 
-    def told(self, tokens: int) -> Sample:
-        """The same with the first `tokens` of the answer behind the prompt, as if the model had said them."""
+    def after_answer(self, tokens: int) -> Sample:
+        """The same with the first `tokens` of the right answer appended to the prompt (teacher forcing)."""
         if not tokens:
             return self
         ids: Tensor = self.inputs["input_ids"]
@@ -68,8 +68,8 @@ def read(folder: Path, answers: bool, most: int | None = None) -> list[Question]
 
     Args:
         folder: holds `questions.jsonl` and the pictures.
-        answers: whether every question needs its answer; they are left out else.
-        most: questions to read; None is all.
+        answers: whether every question needs its answer; if not, answers are ignored.
+        most: questions to read at most; None is all.
 
     Raises:
         vlmprune.UsageError: a folder or file is missing, or a line cannot be read; says which.
@@ -92,7 +92,7 @@ def read(folder: Path, answers: bool, most: int | None = None) -> list[Question]
 
 
 def fewer(found: int, wanted: int | None) -> list[str]:
-    """A sentence, if there are fewer questions than were asked for."""
+    """A sentence if there are fewer questions than were asked for."""
     return [] if wanted is None or found >= wanted else [f"there are {found} questions, fewer than the {wanted} asked for"]
 
 
@@ -115,7 +115,7 @@ def _question(folder: Path, number: int, line: str, answers: bool) -> Question:
 
 
 def scenes(images: int, split: str = "dev") -> list[Question]:
-    """One question about each of some held-out scenes of the embedded model, its skills in turn: independent samples."""
+    """One question about each of some held-out scenes of the embedded model, with its skills in turn: independent samples."""
     from vlmprune.tiny.scenes import SKILLS, held_out
 
     asked = []
@@ -127,10 +127,11 @@ def scenes(images: int, split: str = "dev") -> list[Question]:
 
 
 def samples(processor: Any, questions: Sequence[Question], device: Any = "cpu") -> Iterator[Sample]:
-    """The questions as samples, one at a time, so that not all pixels are held at once; questions and answers are checked now.
+    """The questions as samples, one at a time, so that not all pixels are in memory at once. Questions and answers are checked
+    at once.
 
     Raises:
-        vlmprune.UsageError: an answer is no word of the model's; or later, a picture cannot be read.
+        vlmprune.UsageError: an answer is not in the vocabulary; or, when its sample is taken, a picture cannot be read.
     """
     texts = [prompt_text(processor, question.text) for question in questions]
     answers = [
@@ -141,14 +142,14 @@ def samples(processor: Any, questions: Sequence[Question], device: Any = "cpu") 
     def sample(question: Question, text: str, answer: tuple[int, ...]) -> Sample:
         picture = question.picture
         if isinstance(picture, Path):
-            picture = open_picture(picture, lambda note: None)  # `check_pictures` tells them
+            picture = open_picture(picture, lambda note: None)  # `check_pictures` reports the notes
         return Sample(make_inputs(processor, picture, text, device), answer, question.name)
 
     return map(sample, questions, texts, answers)
 
 
 def check_pictures(questions: Sequence[Question]) -> list[str]:
-    """Read every picture that is a file; returns what their values lost, as sentences.
+    """Read every picture that is a file, and report what their values lost, as sentences.
 
     Raises:
         vlmprune.UsageError: one cannot be read.
@@ -161,7 +162,7 @@ def check_pictures(questions: Sequence[Question]) -> list[str]:
 
 
 def answer_tokens(tokenizer: Any, prompt: str, question: Question) -> tuple[int, ...]:
-    """Ids of the tokens a model would have to say: what an answer behind the prompt adds to it.
+    """Ids of the tokens that a model would have to generate: what an answer after the prompt adds to it.
 
     A space is put between them unless the prompt ends with white space (a chat template's new line).
 
@@ -172,7 +173,7 @@ def answer_tokens(tokenizer: Any, prompt: str, question: Question) -> tuple[int,
     before = tokenizer(prompt)["input_ids"]
     whole = tokenizer(prompt + between + question.answer)["input_ids"]
     start = _common(before, whole)
-    end = len(whole) - _common(before[start:][::-1], whole[start:][::-1])  # a tokenizer may close every text with a token
+    end = len(whole) - _common(before[start:][::-1], whole[start:][::-1])  # a tokenizer may end every text with a token
     added = tuple(whole[start:end])
     if not added or tokenizer.unk_token_id in added:
         raise vlmprune.UsageError(
@@ -182,7 +183,7 @@ def answer_tokens(tokenizer: Any, prompt: str, question: Question) -> tuple[int,
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many entries are equal from the start on."""
+    """How many of the first entries are equal."""
     shorter = min(len(one), len(other))
     return next((n for n in range(shorter) if one[n] != other[n]), shorter)
 
@@ -196,8 +197,8 @@ class Whole:
 
     Attributes:
         layers: decoder layers of the model.
-        visual: visual tokens of each picture.
-        logits: `[vocabulary]` fp32 of the token behind the prompt.
+        visual: visual tokens of each image.
+        logits: `[vocabulary]` fp32 of the token that follows the prompt.
     """
 
     layers: int
@@ -224,10 +225,10 @@ def run_whole(model: Any, sample: Sample) -> Whole:
 
 @torch.inference_mode()
 def next_logits(model: Any, sample: Sample, rows: int = 1) -> Tensor:
-    """`[rows, vocabulary]` fp32 logits of the token behind the prompt, for `rows` copies of it.
+    """`[rows, vocabulary]` fp32 logits of the token that follows the prompt, for `rows` copies of it.
 
-    `generate` encodes the pictures once and then copies what came out, in every family's own form. It copies for sampling only,
-    so one token is sampled and forgotten; torch's random state is put back.
+    `generate` encodes the images once and then copies their features, in the form of every family. It copies for sampling
+    only, so one token is sampled and ignored. The random state of torch is restored.
     """
     cuda = [sample.inputs["input_ids"].device] if sample.inputs["input_ids"].is_cuda else []
     with torch.random.fork_rng(devices=cuda):

@@ -1,39 +1,38 @@
-"""Information horizon: from which decoder layer on visual tokens tell the answer nothing any more. arXiv:2512.07580.
+"""Information horizon: from which decoder layer on visual tokens no longer change the answer. arXiv:2512.07580.
 
 Two measurements per decoder layer i, both of the prediction of the answer's first token (or of its first `answer_tokens`):
 
-    metric  I_i(V_k) = p_k − p_text     p_k: probability of the right answer when, at the entry of layer i, all visual tokens
-                                        but group k are dropped (survivors keep their positions); p_text: when all are.
+    metric  I_i(V_k) = p_k − p_text     p_k: probability of the right answer when all visual tokens but group k are dropped
+                                        at the entry of layer i (the kept ones keep their positions); p_text: when all are.
                                         Groups are windows of 2×2 tokens, as in the official code; `window=1`: single ones.
     proxy   KL(full ‖ visual tokens dropped from layer i on), relative to dropping them before layer 0: needs no answer.
 
-The paper only says that beyond the horizon all I are "≈ 0 and equal". Here:
+The paper only says that all I beyond the horizon are "≈ 0 and equal". Here:
 
     horizon = first measured layer i such that for every measured layer j ≥ i the curve stays below 5 % of its reference
     metric's curve: mean over samples of max_k |I_j(V_k)|; reference: its highest value over the layers
     proxy's curve: mean over samples of the KL at j; reference: the same at layer 0
 
-max_k |I_k| bounds both things the paper asks for: every |I_k|, and (by twice as much) every difference between two groups. The
-mean over groups would not do, because it hides one window that still matters among many that never did. The maximum is biased
-upwards by noise, so it errs towards a later, safer horizon. "For every later layer" keeps a dip in the middle from being taken
-for the end. Ratios are of means over samples, so that pictures that never mattered cannot blow up. 5 % is the threshold that
-another project uses for the proxy; for the metric it is our choice.
+max_k |I_k| bounds both quantities of the paper: every |I_k|, and (by twice as much) every difference between two groups. The
+mean over groups would hide one window that still matters among many that never did. Noise biases the maximum upwards, so it
+errs towards a later, safer horizon. "For every later layer" prevents a dip in the middle from being taken for the end. Ratios
+are of means over samples, so that images that never mattered cannot blow up. 5 % is the threshold that another project uses
+for the proxy. For the metric it is our choice.
 
-The paper looks at the first token of the answer only, and so does the default. What later tokens need is then not seen: the
-embedded model reads the last of three digits in later layers than the first. With `answer_tokens=n` up to n tokens are
-measured, each behind the right ones before it; a sample has the groups of all its tokens then, and the sum of their
-divergences.
+The paper measures the first token of the answer only, and so does the default. Later tokens may need the image in later
+layers: the embedded model reads the last of three digits in later layers than the first. With `answer_tokens=n` up to n tokens
+are measured, each after the right ones before it (teacher forcing). A sample then has the groups of all its tokens, and the
+sum of their divergences.
 
-Intervals (95 %) draw whole samples with replacement, and find the reference anew in every draw. The upper end of a horizon's
-interval is the layer from which on the curve is quiet in at least 97.5 % of the draws, that is, where its upper band is below
-5 %. The later one of the two measurements is `safe`, and what recipes are made from.
+Intervals (95 %) draw whole samples with replacement, and compute the reference again in every draw. The upper end of a
+horizon's interval is the layer from which on the curve is negligible in at least 97.5 % of the draws, that is, where its upper
+band is below 5 %. The later one of the two measurements is `safe`, and recipes are made from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,168 +40,30 @@ import torch
 from torch import Tensor
 
 import vlmprune
-from vlmprune.adapters.registry import family_of
+from vlmprune.evals.budgets import AVERAGES, Composition, compose
 from vlmprune.evals.calibration import Sample, next_logits, run_whole
-from vlmprune.evals.sweep import average
+from vlmprune.evals.horizon_groups import Group, Only, groups
 from vlmprune.show.stats import bounds, times_drawn
-from vlmprune.view import View
 
-QUIET = 0.05
+NEGLIGIBLE = 0.05
 """Share of the reference below which a curve counts as zero."""
 
-AVERAGES = (1 / 3, 1 / 9)
-"""Budgets of the recommended recipes: 192 and 64 of LLaVA's 576 tokens, as in the paper."""
 
-DEEP_SHARE = 38 / 284
-"""Tokens behind the horizon per token before it, from the paper's DivPrune + random at 192 (its 64 has 10 : 96). Inferred to
-hold elsewhere: the paper gives counts for LLaVA-1.5-7B only."""
-
-Group = tuple[int, Tensor]
-"""A picture's number in its prompt, and indices into its tokens."""
-
-
-# -- budgets -----------------------------------------------------------------------------------------------------------------
-
-
-def compute_average(visual: float, layers: int, cuts: Mapping[int, float]) -> float:
-    """Mean over layers of the visual tokens that enter: what is really multiplied.
-
-    Args:
-        visual: tokens of the un-pruned picture.
-        layers: decoder layers of the model.
-        cuts: tokens kept, by the first layer that sees only them.
-    """
-    places = sorted(cuts)
-    return visual * average(places, [cuts[layer] / visual for layer in places], layers)
-
-
-def nominal_average(visual: float, layers: int, cuts: Mapping[int, float]) -> float:
-    """Mean over layers of the visual tokens that leave, the count by which SparseVLM, MustDrop and AdaptInfer name budgets.
-
-    A cut before layer i shortens what layer i − 1 puts out, so it counts as one layer earlier.
-    """
-    return compute_average(visual, layers, {max(layer - 1, 0): cuts[layer] for layer in sorted(cuts)})
-
-
-@dataclass(frozen=True)
-class Composition:
-    """A selector before the horizon and random tokens behind it, and what that costs in tokens per layer."""
-
-    recipe: str
-    compute_average: float
-    nominal_average: float
-
-
-def compose(visual: float, layers: int, horizon: int, wanted: float, unit: str = "tokens") -> Composition:
-    """DivPrune before the language model and random at the horizon, in the paper's proportion.
-
-    Args:
-        visual: tokens of a picture.
-        layers: decoder layers.
-        horizon: first layer with random tokens, 0 < horizon < layers.
-        wanted: tokens per layer, as `compute_average` counts.
-        unit: write the recipe in "tokens", or as "fraction" where pictures differ in size.
-    """
-    first = min(wanted * layers / (horizon + DEEP_SHARE * (layers - horizon)), visual)
-    first = float(round(first)) if unit == "tokens" else first
-    deep = max((wanted * layers - first * horizon) / (layers - horizon), 0.0)
-    deep = float(int(deep + 1e-9)) if unit == "tokens" else deep  # down, so as not to exceed the budget
-    cuts = {0: first, horizon: deep}
-    shown = [f"{kept:.0f}" if unit == "tokens" else f"{kept / visual:.4f}" for kept in cuts.values()]
-    return Composition(
-        f"divprune:{unit}={shown[0]} + random:layer={horizon},{unit}={shown[1]}",
-        compute_average(visual, layers, cuts),
-        nominal_average(visual, layers, cuts),
-    )
-
-
-# -- one sample --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Only(vlmprune.Pruner):
-    """Keeps one group of visual tokens in each row of a batch that repeats one prompt; nothing where the group is None.
-
-    Args:
-        rows: per row, what is kept.
-        visual: tokens of each of the prompt's pictures.
-    """
-
-    name = "only"
-    paper = "arXiv:2512.07580"
-    needs = frozenset()
-    default = vlmprune.at(layer=0, fraction=1.0)
-
-    rows: tuple[Group | None, ...] = field(default=(), repr=False)
-    visual: tuple[int, ...] = ()
-
-    @property
-    def adaptive(self) -> bool:
-        return True
-
-    @property
-    def keeps_newlines(self) -> bool:
-        return False  # they have seen the picture
-
-    def select(self, see: View, keep: int) -> vlmprune.Choice:
-        device = see.position.device
-        nothing = torch.empty(0, dtype=torch.long, device=device)
-        # A view shows pictures of one size, in the order of rows and then of pictures.
-        seen = [number for number, size in enumerate(self.visual) if size == see.original]
-        return vlmprune.Choice(
-            [
-                group[1].to(device) if group is not None and group[0] == number else nothing
-                for group in self.rows
-                for number in seen
-            ]
-        )
-
-
-def windows(rows: int, columns: int, side: int) -> list[Tensor]:
-    """Raster indices of square windows that cover a grid; the last ones are smaller where `side` does not divide it."""
-    raster = torch.arange(rows * columns).view(rows, columns)
-    return [
-        raster[top : top + side, left : left + side].flatten()
-        for top in range(0, rows, side)
-        for left in range(0, columns, side)
-    ]
-
-
-def groups(config: Any, inputs: Mapping[str, Any], visual: Sequence[int], side: int) -> list[Group]:
-    """The windows of all pictures of a prompt; where a picture is packed from several views, each lies in one of them.
-
-    Raises:
-        vlmprune.UsageError: a picture's tokens are no grids, and windows of more than one token were asked for.
-    """
-    if side == 1:
-        return [(number, index) for number, size in enumerate(visual) for index in torch.arange(size).split(1)]
-    pictures = [[view for row in rows for view in row] for rows in family_of(config).cells(inputs, config)]
-    if [sum(int((view >= 0).sum()) for view in views) for views in pictures] != list(visual):
-        raise vlmprune.UsageError(
-            f"the tokens of a picture (here {visual[0]}) are no grids in this model, so there are no windows: take single "
-            "tokens, window=1 (on the command line --window 1)."
-        )
-    found = [
-        (number, tokens[tokens >= 0])  # padding is no token
-        for number, views in enumerate(pictures)
-        for view in views
-        for tokens in (view.flatten()[cells] for cells in windows(view.shape[0], view.shape[1], side))
-    ]
-    return [(number, tokens) for number, tokens in found if len(tokens)]
+# -- one sample --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class SampleCurves:
-    """One sample.
+    """The measurements of one sample.
 
     Attributes:
-        name: which.
+        name: for reports.
         visual: its visual tokens.
         full: probability of the measured tokens of the right answer, with all visual tokens.
-        text: per measured layer, the same without any from there on.
-        information: `[layer, group]` I_i(V_k); the groups of several answer tokens one behind the other.
+        text: per measured layer, the same with no visual token from there on.
+        information: `[layer, group]` I_i(V_k); for several answer tokens, their groups in the order of the tokens.
         divergence: per measured layer, KL in nats; `blind` is its value at layer 0.
-        tokens: measured tokens of the answer; `unseen` are those left out.
+        tokens: measured tokens of the answer; `unseen` counts those that were not measured.
     """
 
     name: str
@@ -216,7 +77,7 @@ class SampleCurves:
     unseen: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The curves; of the groups only mean, largest and spread."""
+        """Plain data: the curves, and of the groups only mean, largest and spread."""
         return {
             "name": self.name,
             "visual": self.visual,
@@ -250,7 +111,7 @@ def measure(
     parts = []
     for said, token in enumerate(answer):
         curves, depth = _measure_token(
-            model, sample.told(said), token, layers, window, chunk, lambda share: tick(share / len(answer))
+            model, sample.after_answer(said), token, layers, window, chunk, lambda share: tick(share / len(answer))
         )
         parts.append(curves)
     first = parts[0]
@@ -275,7 +136,7 @@ def _measure_token(
     chunk: int,
     tick: Callable[[float], None],
 ) -> tuple[SampleCurves, int]:
-    """The measurements of the token behind a prompt."""
+    """The measurements of the token that follows a prompt."""
     whole = run_whole(model, sample)
     measured = sorted(set(range(whole.layers) if layers is None else layers))
     _check_layers(measured, whole.layers)
@@ -283,7 +144,7 @@ def _measure_token(
     right: list[Tensor] = []
     divergence: dict[int, float] = {}
     for layer in sorted({0, *measured}):
-        # The proxy's reference is at layer 0, where the metric may not be wanted.
+        # The proxy's reference is at layer 0. The metric may not be wanted there.
         wanted = rows if layer in measured else rows[:1]
         logits = _logits(model, sample, layer, wanted, whole.visual, chunk)
         divergence[layer] = _divergence(whole.logits, logits[0])
@@ -306,7 +167,7 @@ def _measure_token(
 def _logits(
     model: Any, sample: Sample, layer: int, rows: Sequence[Group | None], visual: tuple[int, ...], chunk: int
 ) -> Tensor:
-    """`[row, vocabulary]` logits when only each row's group goes on at a layer."""
+    """`[row, vocabulary]` logits when each row keeps only its group from a layer on."""
     parts = []
     for start in range(0, len(rows), chunk):
         part = tuple(rows[start : start + chunk])
@@ -321,7 +182,7 @@ def _divergence(full: Tensor, other: Tensor) -> float:
     return float((full.exp() * (full - other)).sum())
 
 
-# -- all samples -------------------------------------------------------------------------------------------------------------
+# -- all samples -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -330,8 +191,8 @@ class Curve:
 
     Attributes:
         value: per measured layer, mean over samples; `low` and `high` are its 95 % band.
-        threshold: what counts as zero.
-        horizon: first layer from which on all values are below, or None; `interval` (95 %) likewise.
+        threshold: values below it count as zero.
+        horizon: first layer from which on all values are below the threshold, or None; `interval` (95 %) likewise.
     """
 
     value: tuple[float, ...]
@@ -348,12 +209,12 @@ class Horizon:
 
     Attributes:
         depth: decoder layers of the model.
-        layers: those that were measured.
+        layers: the measured ones.
         window: tokens on a side of a group.
         samples: one by one.
         mean, spread: per measured layer, mean and standard deviation of I over groups, averaged over samples.
         metric: the largest |I|; in probability.
-        proxy: the divergence, relative to that of seeing nothing.
+        proxy: the divergence, relative to the one without any visual token.
     """
 
     depth: int
@@ -372,7 +233,7 @@ class Horizon:
         return None if None in ends else max(end for end in ends if end is not None)
 
     def compositions(self, averages: Sequence[float] = AVERAGES) -> list[Composition]:
-        """Recipes with random tokens from `safe` on, for shares of the picture's tokens; none where there is no such layer."""
+        """Recipes with random tokens from `safe` on, for shares of the image's tokens; none where there is no such layer."""
         if not self.safe:
             return []
         sizes = {sample.visual for sample in self.samples}
@@ -381,6 +242,7 @@ class Horizon:
         return [compose(visual, self.depth, self.safe, share * visual, unit) for share in averages]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, numbers with seven significant digits."""
         return {
             "depth": self.depth,
             "layers": self.layers,
@@ -406,19 +268,19 @@ def find_horizon(
 ) -> Horizon:
     """Measure the information horizon of a model.
 
-    Runs the model once per sample, layer and group of tokens: an analysis, nothing for production.
+    Runs the model once per sample, layer and group of tokens. This is an analysis, too slow for anything else.
 
     Args:
-        model: a stock model of a supported family. It is wrapped meanwhile, and un-wrapped afterwards.
+        model: an un-wrapped model of a supported family. It is wrapped for the measurement only.
         samples: prompts with their right answers.
         layers: decoder layers to measure; None is all.
         window: tokens on a side of a group.
-        chunk: rows of a batch; less needs less memory and gives the same.
+        chunk: rows of a batch; fewer need less memory and give the same numbers.
         answer_tokens: tokens of the answer that are measured, at most; the paper's is 1.
-        tick: called with the share of a sample that was done, for a progress bar.
+        tick: called with the share of a sample that is done, for a progress bar.
 
     Raises:
-        vlmprune.UsageError: no sample, a sample without answer, a layer the model does not have, or tokens that form no grid.
+        vlmprune.UsageError: no sample, a sample without answer, a layer that the model lacks, or tokens that form no raster.
     """
     if min(window, chunk, answer_tokens) < 1:
         found = f"{window}, {chunk} and {answer_tokens}"
@@ -465,28 +327,28 @@ def estimate(samples: Sequence[SampleCurves], depth: int, layers: Sequence[int],
 
 def _curve(layers: Sequence[int], value: np.ndarray, drawn: np.ndarray, reference: float, references: np.ndarray) -> Curve:
     """A curve `[layer]` with its bootstrap draws `[draw, layer]`, and the references of both."""
-    places = [*layers, None]
+    names = [*layers, None]
     low, high = bounds(drawn)
-    first = _first_quiet(_ratio(drawn, references))
+    first = _first_negligible(_ratio(drawn, references))
     ends = bounds(first, method="inverted_cdf")
     return Curve(
         value=_floats(value),
         low=_floats(low),
         high=_floats(high),
-        threshold=float(QUIET * reference),
-        horizon=places[int(_first_quiet(_ratio(value[None], np.array([reference])))[0])],
-        interval=(places[int(ends[0])], places[int(ends[1])]),
+        threshold=float(NEGLIGIBLE * reference),
+        horizon=names[int(_first_negligible(_ratio(value[None], np.array([reference])))[0])],
+        interval=(names[int(ends[0])], names[int(ends[1])]),
     )
 
 
-def _first_quiet(relative: np.ndarray) -> np.ndarray:
+def _first_negligible(relative: np.ndarray) -> np.ndarray:
     """Per row of `[row, layer]`, the first index from which on all are below the threshold; the row's length if none is."""
-    loud = relative >= QUIET
-    return np.where(loud.any(1), loud.shape[1] - loud[:, ::-1].argmax(1), 0)
+    large = relative >= NEGLIGIBLE
+    return np.where(large.any(1), large.shape[1] - large[:, ::-1].argmax(1), 0)
 
 
 def _ratio(value: np.ndarray, reference: Any) -> np.ndarray:
-    """`value [row, layer] / reference [row]` (or `[layer]` by a number); zero where the pictures never mattered."""
+    """`value [row, layer] / reference [row]` (or `[layer]` by a number); zero where the images never mattered."""
     reference = np.asarray(reference)[..., None]
     return np.divide(value, reference, out=np.zeros_like(value), where=reference > 0)
 
@@ -496,88 +358,7 @@ def _floats(values: Any) -> tuple[float, ...]:
 
 
 def _short(values: Any) -> Any:
-    """Numbers with five significant digits, for files."""
+    """Numbers with seven significant digits."""
     if isinstance(values, float):
-        return float(f"{values:.5g}")
+        return float(f"{values:.7g}")
     return [_short(value) for value in values] if isinstance(values, tuple | np.ndarray) else values
-
-
-# -- for people --------------------------------------------------------------------------------------------------------------
-
-
-def rows(result: Horizon) -> list[tuple[str, ...]]:
-    """Per measured layer: layer, mean I, largest |I| with its band, spread, relative divergence with its band."""
-    metric, proxy = result.metric, result.proxy
-    return [
-        (
-            str(layer),
-            f"{result.mean[n]:+.3f}",
-            f"{metric.value[n]:.3f} [{metric.low[n]:.3f}, {metric.high[n]:.3f}]",
-            f"{result.spread[n]:.3f}",
-            f"{proxy.value[n]:.3f} [{proxy.low[n]:.3f}, {proxy.high[n]:.3f}]",
-        )
-        for n, layer in enumerate(result.layers)
-    ]
-
-
-COLUMNS = ("layer", "mean I", "largest absolute I", "spread of I", "KL / KL at layer 0")
-
-
-def sentences(result: Horizon) -> list[str]:
-    """The horizons, and what to do about them."""
-    found = [
-        f"Horizon by the {name}: {_place(curve.horizon)}, 95 % [{_place(curve.interval[0])}, {_place(curve.interval[1])}]."
-        for name, curve in (("information metric", result.metric), ("label-free divergence", result.proxy))
-    ]
-    right = np.mean([sample.full for sample in result.samples])
-    found.append(
-        f"Probability of what was measured of the right answers, un-pruned: {right:.3f}, {len(result.samples)} samples."
-    )
-    if cut := sum(sample.unseen > 0 for sample in result.samples):
-        found.append(
-            f"{cut} answers are longer than what was measured, and their later tokens may need the picture in later layers: "
-            "measure more tokens (answer_tokens)."
-        )
-    if result.safe is None:
-        found.append("No measured layer can do without visual tokens for certain: no deep random stage is recommended.")
-    elif result.safe == 0:
-        found.append("The pictures do not matter to these answers: measure on other questions.")
-    return found
-
-
-def _place(layer: int | None) -> str:
-    return "none" if layer is None else f"layer {layer}"
-
-
-def markdown(result: Horizon) -> str:
-    """The table, the horizons and the recipes."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---:|" * len(COLUMNS)]
-    lines += [f"| {' | '.join(row)} |" for row in rows(result)]
-    lines += ["", *(f"- {sentence}" for sentence in sentences(result))]
-    lines += [
-        f"- `{c.recipe}`: {c.compute_average:.1f} visual tokens enter a layer on average, {c.nominal_average:.1f} leave."
-        for c in result.compositions()
-    ]
-    return "\n".join(lines)
-
-
-def plot(result: Horizon, path: Path) -> None:
-    """Both curves with their bands, thresholds and horizons."""
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
-    figure, both = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    labels = ("largest information |I| of a window", "divergence, relative to seeing nothing")
-    for axes, curve, label, colour in zip(both, (result.metric, result.proxy), labels, ("C0", "C1"), strict=True):
-        axes.fill_between(result.layers, curve.low, curve.high, color=colour, alpha=0.25, linewidth=0, label="95 % band")
-        axes.plot(result.layers, curve.value, color=colour, marker="o", markersize=4)
-        axes.axhline(curve.threshold, color="0.5", linestyle=":", label=f"{QUIET:.0%} of the reference")
-        if curve.horizon is not None:
-            start, end = curve.interval
-            axes.axvline(curve.horizon, color="0.2", label=f"horizon: layer {curve.horizon}")
-            axes.axvspan(start, result.depth if end is None else end, color="0.2", alpha=0.12, linewidth=0)
-        axes.set(xlabel="visual tokens dropped from decoder layer", ylabel=label, ylim=(0, None))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

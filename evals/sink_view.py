@@ -1,4 +1,4 @@
-"""One picture, one question: where the sinks are, and how much heads look at the picture before and after VAR."""
+"""One picture, one question: where the sinks are, and how much attention heads pay to the picture before and after VAR."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from torch import Tensor
 
 import vlmprune
 from vlmprune.errors import UsageError
-from vlmprune.methods.sink_dims import known_or_none
 
 VISUAL, VISUAL_SINK, TEXT_SINK = 1, 2, 3
-"""Groups of `var`."""
+"""Groups of tokens in the record of `var`."""
 CAPTION = (
-    "Layers that var edits, in one run with the recipe. Before: as a layer attends without its own edit, behind layers that "
-    "are edited; not the plain model."
+    "Layers that var edits, in one run with the recipe. Before: attention of a layer without its own edit, after edited "
+    "layers; this is not the plain model."
 )
 
 
 @dataclass(frozen=True, eq=False)
 class SinkView:
-    """What the figure shows, in the layers that `var` edits.
+    """The content of the figure, for the layers that `var` edits.
 
     Attributes:
         layers: the layers.
         sinks: `[layer, visual]` bool, visual tokens that are sinks.
         text_sinks: per layer, text tokens that are sinks.
-        before, after: `[layer, head]` attention to the picture, mean over the rows behind it, before and after the layer's own
+        before, after: `[layer, head]` attention to the image, mean over the rows after it, before and after the layer's own
             edit; earlier layers are edited in both.
     """
 
@@ -42,12 +41,16 @@ class SinkView:
 
 
 def default_recipe(model: Any) -> str:
-    """`var` as its paper has it where the model's sink dimensions are known, else by similarity to the first token."""
-    return "var" if known_or_none(model.config.get_text_config()) is not None else "var:sink_dims=cosine"
+    """`var` as in its paper where the model's sink dimensions are known, otherwise by similarity to the first token."""
+    try:
+        vlmprune.wrap(model, "var").remove()
+    except UsageError:  # another reason is refused again when the recipe is run
+        return "var:sink_dims=cosine"
+    return "var"
 
 
 def check(recipe: str) -> vlmprune.Recipe:
-    """The recipe, if there is something to see.
+    """The recipe, if there is something to draw.
 
     Raises:
         UsageError: it has no `var`, or one that changes nothing.
@@ -59,10 +62,10 @@ def check(recipe: str) -> vlmprune.Recipe:
 
 
 def look(model: Any, inputs: Mapping[str, Any], recipe: str) -> SinkView:
-    """Run one prompt with one picture under a recipe.
+    """Run one prompt with one image under a recipe, which may also have pruning methods.
 
     Raises:
-        UsageError: the recipe has no `var`, or one that changes nothing; it may have pruning methods beside it.
+        UsageError: the recipe has no `var`, or one that changes nothing.
     """
     plan = check(recipe)
     with vlmprune.wrap(model, plan) as run, torch.no_grad():
@@ -86,13 +89,13 @@ def look(model: Any, inputs: Mapping[str, Any], recipe: str) -> SinkView:
 
 
 def draw(view: SinkView, picture: Any, grid: tuple[int, int] | None, title: str, path: Path) -> None:
-    """The figure: how often each token of the picture is a sink, and the picture's share of attention before and after.
+    """Draw the figure: how often each token of the image is a sink, and the image's share of attention before and after.
 
     Args:
-        picture: what the model saw.
-        grid: rows and columns of its tokens; None if some were pruned, and the map is drawn as layers by tokens.
+        picture: the image as the model got it.
+        grid: rows and columns of its tokens; None if some were pruned. The map is then drawn as layers by tokens.
         title: the question.
-        path: where to.
+        path: the file to write.
     """
     from matplotlib import pyplot
 

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from math import floor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlmprune import observe
 from vlmprune.errors import UsageError
-from vlmprune.live.attention import route_attention, rows_attention
 from vlmprune.methods.redistributing import spans
 from vlmprune.methods.sink_dims import entries_of
 
@@ -215,29 +214,17 @@ def find_sinks(model: Any, prompts: Sequence[Tensor]) -> Sinks:
 def _look(decoder: Any, layers: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Residuals `[layer, token, dim]` entering each layer, and the attention `[layer, token]` each token gets from the rows
     of the prompt's later half that see it, mean over heads."""
-    states: dict[int, Tensor] = {}
     attention: dict[int, Tensor] = {}
-    rows = torch.arange(ids.shape[1] // 2, ids.shape[1], device=ids.device)[None]
+    rows = torch.arange(ids.shape[1] // 2, ids.shape[1], device=ids.device)
 
-    def enter(index: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states[index] = (args[0] if args else kwargs["hidden_states"])[0].float()
+    def attended(index: int, here: Any) -> None:
+        given = here.rows(rows)[0].mean(dim=0)
+        attention[index] = given.sum(dim=0) / (rows[:, None] >= torch.arange(given.shape[1], device=given.device)).sum(dim=0)
 
-    def see(index: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any) -> None:
-        shown = rows_attention(query, key, mask, scaling, rows)[0].mean(dim=0)
-        attention[index] = shown.sum(dim=0) / (rows[0, :, None] >= torch.arange(key.shape[2], device=key.device)).sum(dim=0)
-
-    undo = []
-    for index, layer in enumerate(layers):
-        undo.append(layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True).remove)
-        undo.append(route_attention(layer.self_attn, [partial(see, index)]))
-    try:
-        with torch.no_grad():
-            decoder(input_ids=ids, use_cache=False)
-    finally:
-        for step in undo:
-            step()
+    with observe(decoder, attention=attended, hidden=True) as seen, torch.no_grad():
+        decoder(input_ids=ids, use_cache=False)
     return (
-        torch.stack([states[index] for index in range(len(layers))]),
+        torch.stack([seen.hidden[index][0].float() for index in range(len(layers))]),
         torch.stack([attention[index] for index in range(len(layers))]),
     )
 

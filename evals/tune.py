@@ -2,30 +2,32 @@
 
 Once, on a calibration set, with the un-pruned model; per sample:
 
-    a_l,j   attention that layer l's text (everything after the last picture) pays to visual token j, summed over heads and rows
+    a_l,j   attention from the text (all tokens after the last image) to visual token j in layer l, summed over heads and rows
     top     the 10 % of tokens with the most attention over all layers
     c_j     one change point of each top token's running sum Σ_{m ≤ l} a_m,j: the split into two segments with the least squared
             deviation from their means; c_j is the last layer of the first one (the code's "minus one")
 
-Where the change points of all samples crowd, attention has moved on: cuts go behind up to three peaks of their histogram (a
-stage at layer p + 1 for a peak at p). How many tokens each stage keeps follows the published proportion 290 : 72 : 18
-(LLaVA-1.5, budget 128; the first two or one of it where there are fewer peaks), scaled until the nominal average is what was
-asked for.
+Where the change points of all samples accumulate, attention has moved on. Each of up to three peaks p of their histogram gives
+a stage at layer p + 1. How many tokens each stage keeps follows the published proportion 290 : 72 : 18 (LLaVA-1.5, budget 128;
+its first two numbers or first one where there are fewer peaks), scaled until the nominal average is the wanted one.
 
-Known to differ from the paper, or not said there:
-- The last layer's attention is left out: a method sees the layer before its cut, and no cut comes after the last.
-- The paper puts cuts at the edges of dense regions by eye. Here a peak is a layer with at least its even share of change points
-  and no higher neighbour; taller ones first, others nearer than a tenth of the depth (at least 2) are dropped.
+Differences from the paper, and choices that it leaves open:
+- The last layer's attention is not used: a method gets the attention of the layer before its stage, and no stage follows the
+  last layer.
+- The paper places stages at the edges of dense regions by eye. Here a peak is a layer with at least its even share of change
+  points and no higher neighbour. Peaks are taken by height, and one nearer to a taken peak than a tenth of the depth (at least
+  2) is not used.
 - "Budgets follow prior work": one proportion for all budgets is our choice. The published 64 (133 : 27 : 3) is steeper.
 
-Read a peak in the middle with care: the running sum of a token whose attention never changes is a straight line, and that is
-split in the middle. Reports say which layer it is.
+Read a peak in the middle with care: the running sum of a token whose attention never changes is a straight line, which is split
+in the middle. Reports name that layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,12 @@ import torch
 from torch import Tensor
 
 import vlmprune
+from vlmprune import Budget, Schedule, Stage
+from vlmprune.evals.budgets import PaperSchedule, compute_average, nominal_average
 from vlmprune.evals.calibration import Sample, next_logits, run_whole
-from vlmprune.evals.horizon import compute_average, nominal_average
-from vlmprune.evals.sweep import Cuts, solve
-from vlmprune.schedule import Budget, Schedule, Stage
+from vlmprune.evals.results import Result
 from vlmprune.show.stats import bounds, times_drawn
+from vlmprune.show.table import table
 from vlmprune.view import View
 
 TOP = 0.1
@@ -50,10 +53,10 @@ PROPORTION = (290, 72, 18)
 
 @dataclass(frozen=True, kw_only=True)
 class Watch(vlmprune.Pruner):
-    """Keeps everything, and adds up what the text pays to each visual token in the layer before every stage.
+    """Keeps everything, and sums the attention from the text to each visual token in the layer before every stage.
 
     Attributes:
-        seen: per layer, one `[visual]` fp32 sum for each view of pictures of one size.
+        seen: per layer, one `[visual]` fp32 sum for each `View`, which holds the images of one size.
     """
 
     name = "watch"
@@ -66,7 +69,7 @@ class Watch(vlmprune.Pruner):
 
     @property
     def adaptive(self) -> bool:
-        return True  # asked at every stage, although nothing is to be dropped
+        return True  # so that it is called at every stage, although nothing is dropped
 
     def select(self, see: View, keep: int) -> vlmprune.Choice:
         paid = see.attention_from_text.sum(dim=(1, 2))  # [image, visual]
@@ -75,11 +78,11 @@ class Watch(vlmprune.Pruner):
 
 
 def attention_sums(model: Any, sample: Sample) -> Tensor:
-    """`[layer, visual]` fp32 attention from all text after the last picture to each visual token of a sample, summed over heads
-    and rows; for every decoder layer but the last. Tokens of several pictures stand behind one another, equal sizes together.
+    """`[layer, visual]` fp32 attention from all text after the last image to each visual token of a sample, summed over heads
+    and rows, for every decoder layer but the last. Tokens of several images are concatenated, images of one size together.
 
     Raises:
-        vlmprune.UsageError: fewer than three decoder layers, or not one un-padded prompt with a picture and text behind it.
+        vlmprune.UsageError: fewer than three decoder layers, or not one un-padded prompt with an image and text after it.
     """
     layers = run_whole(model, sample).layers
     if layers < 3:
@@ -120,12 +123,12 @@ def top_changes(attention: Tensor) -> np.ndarray:
 
 
 def peaks(histogram: np.ndarray, depth: int, most: int = 3) -> tuple[int, ...]:
-    """Layers where change points crowd, rising.
+    """Layers where change points accumulate, in rising order.
 
     Args:
         histogram: `[layer]` change points.
-        depth: decoder layers of the model; sets how near two peaks may be.
-        most: peaks wanted at most.
+        depth: decoder layers of the model; it limits how near two peaks may be.
+        most: peaks at most.
     """
     even = histogram.sum() / len(_splits(len(histogram)))
     padded = np.pad(histogram, 1)
@@ -142,24 +145,24 @@ def peaks(histogram: np.ndarray, depth: int, most: int = 3) -> tuple[int, ...]:
 
 
 def scaled_counts(visual: float, depth: int, layers: Sequence[int], average: float) -> list[float]:
-    """Tokens kept at each stage, in the published proportion, so that the nominal average is as wanted.
+    """Tokens kept at each stage, in the published proportion, for a wanted nominal average.
 
     Args:
-        visual: tokens of a picture.
+        visual: tokens of an image.
         depth: decoder layers of the model.
-        layers: first layers that see the shorter sequences.
-        average: visual tokens that leave a layer, in the mean over layers.
+        layers: the stages' layers.
+        average: visual tokens that leave a layer, mean over layers.
 
     Raises:
-        vlmprune.UsageError: more than all tokens, or less than what the layers before the first cut already take.
+        vlmprune.UsageError: more than all tokens, or less than the layers before the first stage cost.
     """
-    # What leaves layer i − 1 is what enters layer i: a nominal average is a compute average one layer earlier.
-    cuts = Cuts(tuple(layer - 1 for layer in layers), PROPORTION[: len(layers)])
-    shares = solve(cuts, average / visual, depth)
+    # What leaves layer i − 1 enters layer i: a nominal average is a compute average one layer earlier.
+    earlier = PaperSchedule(tuple(layer - 1 for layer in layers), PROPORTION[: len(layers)])
+    shares = earlier.solve(average / visual, depth)
     if shares is None:
         raise vlmprune.UsageError(
-            f"an average of {average:g} visual tokens cannot be reached with a first cut at layer {layers[0]}: choose between "
-            f"{cuts.lowest(depth) * visual:.1f} (all dropped there) and {visual:g} (none dropped)."
+            f"an average of {average:g} visual tokens cannot be reached with a first stage at layer {layers[0]}: choose "
+            f"between {earlier.lowest(depth) * visual:.1f} (all dropped there) and {visual:g} (none dropped)."
         )
     return [share * visual for share in shares]
 
@@ -171,13 +174,13 @@ class Tuned:
     Attributes:
         method: whose schedule.
         depth: decoder layers of the model.
-        visual: visual tokens of a sample, in the mean.
+        visual: visual tokens of a sample, mean over samples.
         samples: how many.
-        attention: per layer but the last, what the text pays to all visual tokens, relative to its mean over these layers;
-            averaged over samples.
+        attention: per layer but the last, attention from the text to all visual tokens, relative to its mean over these
+            layers; mean over samples.
         histogram: per layer but the last, change points.
         low, high: 95 % band of the histogram (samples drawn with replacement).
-        peaks: the layers behind which the cuts are; `agreement` is the share of these draws with the same peaks.
+        peaks: the layers that the stages follow; `agreement` is the share of these draws with the same peaks.
         recipe: the schedule.
         nominal_average, compute_average: visual tokens that leave and enter a layer under it.
     """
@@ -197,6 +200,7 @@ class Tuned:
     compute_average: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
         own = {each.name: getattr(self, each.name) for each in fields(self)}
         return {**own, "attention": [round(value, 5) for value in self.attention], "recipe": str(self.recipe)}
 
@@ -211,11 +215,11 @@ def tune(
     """Choose a method's layers and counts for a model from calibration samples.
 
     Args:
-        model: a stock model of a supported family. It is wrapped meanwhile, and un-wrapped afterwards.
+        model: an un-wrapped model of a supported family. It is wrapped for the measurement only.
         samples: prompts; answers are not needed.
-        budget: the nominal average wanted, in tokens, or as a fraction of a picture's tokens; the recipe has the same unit.
+        budget: the wanted nominal average, in tokens, or as a fraction of an image's tokens; the recipe has the same unit.
         method: see `METHODS`.
-        tick: called with the share of a sample that was done, for a progress bar.
+        tick: called with the share of a sample that is done, for a progress bar.
 
     Raises:
         vlmprune.UsageError: an unknown method, no sample, or a budget that cannot be reached.
@@ -228,10 +232,10 @@ def check_method(method: str) -> None:
     """Refuse a method that has nothing to tune.
 
     Raises:
-        vlmprune.UsageError: names those that have.
+        vlmprune.UsageError: names the methods that have.
     """
     if method not in METHODS:
-        raise vlmprune.UsageError(f"tune knows: {', '.join(METHODS)}; found {method!r}.")
+        raise vlmprune.UsageError(f"the methods that can be tuned are: {', '.join(METHODS)}; found {method!r}.")
 
 
 def tune_adaptinfer(model: Any, samples: Iterable[Sample], budget: Budget, tick: Callable[[float], None]) -> Tuned:
@@ -250,7 +254,7 @@ def tune_adaptinfer(model: Any, samples: Iterable[Sample], budget: Budget, tick:
     found = peaks(histogram, depth)
     drawn = times_drawn(len(changes)) @ np.stack(changes)
     low, high = bounds(drawn)
-    schedule, cuts = _schedule(tokens, depth, [layer + 1 for layer in found], budget)
+    schedule, kept = _schedule(tokens, depth, [layer + 1 for layer in found], budget)
     return Tuned(
         method="adaptinfer",
         depth=depth,
@@ -263,8 +267,8 @@ def tune_adaptinfer(model: Any, samples: Iterable[Sample], budget: Budget, tick:
         peaks=found,
         agreement=float(np.mean([peaks(draw, depth) == found for draw in drawn])),
         recipe=vlmprune.Recipe((vlmprune.AdaptInfer(schedule=schedule),)),
-        nominal_average=nominal_average(tokens, depth, cuts),
-        compute_average=compute_average(tokens, depth, cuts),
+        nominal_average=nominal_average(tokens, depth, kept),
+        compute_average=compute_average(tokens, depth, kept),
     )
 
 
@@ -272,7 +276,7 @@ METHODS: dict[str, Callable[[Any, Iterable[Sample], Budget, Callable[[float], No
 
 
 def _schedule(visual: float, depth: int, layers: Sequence[int], budget: Budget) -> tuple[Schedule, dict[int, float]]:
-    """Stages in the budget's unit, and the tokens they keep of a mean picture."""
+    """Stages in the budget's unit, and the tokens that they keep of an image of mean size."""
     if budget.tokens is not None:
         kept = [int(count + 0.5) for count in scaled_counts(visual, depth, layers, budget.tokens)]
         budgets = [Budget(tokens=count) for count in kept]
@@ -283,60 +287,62 @@ def _schedule(visual: float, depth: int, layers: Sequence[int], budget: Budget) 
     return Schedule(tuple(map(Stage, layers, budgets))), {layer: n * visual for layer, n in zip(layers, shares, strict=True)}
 
 
-# -- for people --------------------------------------------------------------------------------------------------------------
+# -- for people --------------------------------------------------------------------------------------------------------
 
 
 COLUMNS = ("layer", "attention from the text", "change points", "share")
 
 
-def rows(result: Tuned) -> list[tuple[str, ...]]:
+def result(numbers: Mapping[str, Any]) -> Result:
+    """The result of tuning.
+
+    Args:
+        numbers: `Tuned.to_dict()`, with `results.stamp()`.
+    """
+    return Result(numbers, [table(COLUMNS, rows(numbers), text_columns=0), sentences(numbers)], draw=partial(plot, numbers))
+
+
+def rows(numbers: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Per layer: what the text pays to all visual tokens, change points with their band, and their share."""
-    total = sum(result.histogram)
+    total = sum(numbers["histogram"])
     return [
         (
-            f"{layer}{' ←' if layer in result.peaks else ''}",
-            f"{result.attention[layer]:.2f}",
-            f"{count} [{result.low[layer]:.0f}, {result.high[layer]:.0f}]",
+            f"{layer}{' ←' if layer in numbers['peaks'] else ''}",
+            f"{numbers['attention'][layer]:.2f}",
+            f"{count} [{numbers['low'][layer]:.0f}, {numbers['high'][layer]:.0f}]",
             f"{count / total:.1%}",
         )
-        for layer, count in enumerate(result.histogram)
+        for layer, count in enumerate(numbers["histogram"])
     ]
 
 
-def sentences(result: Tuned) -> list[str]:
+def sentences(numbers: Mapping[str, Any]) -> list[str]:
     """The schedule, and how certain it is."""
-    found = ", ".join(map(str, result.peaks))
-    middle = change_points(np.arange(len(result.histogram))[None])[0]
+    found = ", ".join(map(str, numbers["peaks"]))
+    middle = change_points(np.arange(len(numbers["histogram"]))[None])[0]
     return [
-        f"Attention moves on after layer {found}: {result.samples} samples, the same in {result.agreement:.0%} of bootstrap "
-        f"draws. Attention that never changes would be split after layer {middle}.",
-        f"`{result.recipe}`: {result.nominal_average:.1f} of {result.visual:.0f} visual tokens leave a layer on average, "
-        f"{result.compute_average:.1f} enter.",
+        f"Attention moves on after layer {found}: {numbers['samples']} samples, the same in {numbers['agreement']:.0%} of "
+        f"bootstrap draws. Attention that never changes would be split after layer {middle}.",
+        f"`{numbers['recipe']}`: {numbers['nominal_average']:.1f} of {numbers['visual']:.0f} visual tokens leave a layer on "
+        f"average, {numbers['compute_average']:.1f} enter.",
     ]
 
 
-def markdown(result: Tuned) -> str:
-    """The histogram and the schedule."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---:|" * len(COLUMNS)]
-    lines += [f"| {' | '.join(row)} |" for row in rows(result)]
-    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in sentences(result))])
-
-
-def plot(result: Tuned, path: Path) -> None:
-    """The histogram of change points with its band, the even share, and the cuts."""
+def plot(numbers: Mapping[str, Any], path: Path) -> None:
+    """The histogram of change points with its band, the even share, and the stages."""
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    total = sum(result.histogram)
-    layers = np.arange(len(result.histogram))
-    share = np.array(result.histogram) / total
-    below, above = share - np.array(result.low) / total, np.array(result.high) / total - share
+    total = sum(numbers["histogram"])
+    layers = np.arange(len(numbers["histogram"]))
+    share = np.array(numbers["histogram"]) / total
+    below, above = share - np.array(numbers["low"]) / total, np.array(numbers["high"]) / total - share
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    colours = ["C1" if layer in result.peaks else "0.75" for layer in layers]
+    colours = ["C1" if layer in numbers["peaks"] else "0.75" for layer in layers]
     axes.bar(layers, share, color=colours, yerr=[np.maximum(below, 0), np.maximum(above, 0)], capsize=2)
-    for stage in result.recipe.pruners[0].cuts:
-        axes.axvline(stage.layer - 0.5, color="0.2", linestyle="--")
-    axes.set(xlabel="decoder layer (cuts dashed)", ylabel="share of change points", ylim=(0, None))
+    for layer in numbers["peaks"]:
+        axes.axvline(layer + 0.5, color="0.2", linestyle="--")  # the stage is before the next layer
+    axes.set(xlabel="decoder layer (stages dashed)", ylabel="share of change points", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

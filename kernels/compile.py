@@ -1,9 +1,9 @@
-"""Compiles every kernel ahead of time, without a GPU, and writes down what it uses.
+"""Compile every kernel ahead of time, without a GPU, and write a table of the registers and memory that each uses.
 
     python -m vlmprune.kernels.compile --out docs/results/kernels.md
 
 Each `kernels/<op>/kernel.py` lists its variants. A variant that spills registers to memory, or wants more shared memory than an
-SM has, is a defect: exit code 1. Nothing here says that a kernel is right, or how fast it is.
+SM has, is a defect: exit code 1. This shows neither that a kernel is right nor how fast it is.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class Build:
 
 
 def all_variants() -> list[Variant]:
-    """Of every op that has a kernel."""
+    """The variants of every op that has a kernel."""
     found: list[Variant] = []
     for path in sorted(Path(__file__).resolve().parent.glob("*/kernel.py")):
         found += import_module(f"vlmprune.kernels.{path.parent.name}.kernel").variants()
     return found
 
 
-def build(variant: Variant, target: int) -> Build:  # pragma: no cover  (tested in another process: not in the interpreter's)
+def build(variant: Variant, target: int) -> Build:  # pragma: no cover  (tested in a process without the interpreter)
     """Compile one variant for one target."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -96,9 +96,9 @@ def widest_load(ptx: str) -> int:
 
 
 def _assembled(ptx: str, target: int) -> tuple[int, int, int]:  # pragma: no cover  (as above)
-    """Registers, bytes spilled and bytes of stack, as told by the assembler that Triton itself uses.
+    """Registers, bytes spilled and bytes of stack, from the output of the assembler that Triton itself uses.
 
-    Triton throws the assembler's words away, and keeps compiled kernels in a cache: it is asked once more.
+    Triton discards this output and caches compiled kernels, so the assembler runs once more here.
     """
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
@@ -111,7 +111,7 @@ def _assembled(ptx: str, target: int) -> tuple[int, int, int]:  # pragma: no cov
 
     def numbers(pattern: str) -> list[int]:
         found = [int(number) for number in re.findall(pattern, said)]
-        assert found, f"the assembler said nothing like {pattern!r}:\n{said}"
+        assert found, f"the assembler's output has nothing like {pattern!r}:\n{said}"
         return found
 
     spilled = sum(numbers(r"(\d+) bytes spill stores") + numbers(r"(\d+) bytes spill loads"))
@@ -140,7 +140,7 @@ def markdown(builds: list[Build]) -> str:
 
 
 def report(variants: list[Variant], out: Path | None) -> int:
-    """Compile for every target, write the table, and name what is wrong.
+    """Compile for every target, write the table, and print every defect.
 
     Returns:
         Exit code: 1 if any build has a problem.
@@ -150,7 +150,7 @@ def report(variants: list[Variant], out: Path | None) -> int:
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UsageError("kernels that are interpreted cannot be compiled: unset TRITON_INTERPRET.")
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns unless this is said; it is the default
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default; without it Triton 3.9 warns
     builds = [build(variant, target) for variant in variants for target in SHARED_LIMIT]
     if out is None:
         print(markdown(builds))

@@ -1,4 +1,4 @@
-"""What launchers of several ops share: the device to launch on, and numbers that tell the compiler how wide it may load."""
+"""What launchers share: the device of a launch, and strides from which the compiler derives the width of loads."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ R = TypeVar("R")
 
 
 def on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
-    """Let a launcher run with the device of its tensors as the current one, where Triton launches; on a CPU this does nothing.
+    """Run a launcher with the device of its tensors as the current one, on which Triton launches; on a CPU this does nothing.
 
-    All tensors of an op are on one device: `dispatch.use_triton` has looked.
+    All tensors of an op are on one device: `dispatch.use_triton` has checked that.
     """
 
     @wraps(launcher)
@@ -30,25 +30,25 @@ def on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which gets products of bfloat16 wrong: there, operands are fp32."""
+    """Whether kernels run in Triton's interpreter. It multiplies bfloat16 wrongly, so that operands are fp32 there."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def packed(x: Tensor) -> Tensor:
-    """`x`, or a copy of it if the numbers of its last axis do not stand side by side."""
+    """`x`, or a copy of it if its last axis is not contiguous."""
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def unit_of(*tensors: Tensor) -> int:
-    """Elements that all strides are multiples of, up to 16 bytes: 8 for bf16 in most models.
+    """The number of elements, up to 16 bytes, that divides all strides: 8 for bf16 in most models.
 
-    Triton by itself only sees multiples of 16 elements, which a head size of 72 is not: it would load two bytes at a time. A
-    launcher passes strides in units, and the kernel multiplies by the unit, a constant.
+    Triton itself recognises only multiples of 16 elements. A head size of 72 is none, and Triton would load two bytes
+    at a time. A launcher therefore passes strides in units, and the kernel multiplies them by the unit, a constant.
     """
     strides = [stride for x in tensors for stride in x.stride()[:-1]]
     return math.gcd(16 // max(x.element_size() for x in tensors), *strides)
 
 
 def in_units(x: Tensor, unit: int) -> list[int]:
-    """Strides of all axes but the last."""
+    """Strides of all axes but the last, in units."""
     return [stride // unit for stride in x.stride()[:-1]]

@@ -1,4 +1,4 @@
-"""What is compiled ahead of time, so that registers and spills of every kernel are known without a GPU."""
+"""The kernels that are compiled ahead of time, to count registers and spills without a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel at one choice of dtypes, sizes and options, as its launcher would start it.
+    """One kernel with one choice of dtypes, sizes and options, as its launcher would start it.
 
     Attributes:
         op: the op, as in `kernels/<op>`.

@@ -176,7 +176,7 @@ def test_features_encoded_before_wrapping():
         encoded = model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
     called(
         model,
-        "what the vision tower saw of a picture is unknown",
+        "the vision tower's features of a picture are unknown",
         "cls:fraction=0.5",
         mm_encoder_outputs={"image": copy.copy(encoded)},
         **inputs,

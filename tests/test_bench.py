@@ -10,12 +10,12 @@ from command_line import vlmprune as command
 from PIL import Image
 from rich.console import Console
 from tiny_models import make_inputs, shared
-from torch.utils.flop_counter import FlopCounterMode
 
 import vlmprune as vp
-from vlmprune import cli
-from vlmprune.evals import bench
-from vlmprune.evals.shapes import SHAPES
+from vlmprune.cli import terminal
+from vlmprune.evals import bench, bench_report
+from vlmprune.evals.bench_counts import count_flops, peak_bytes
+from vlmprune.evals.random_models import SHAPES
 
 
 def test_every_recipe_is_measured_beside_the_unpruned_model():
@@ -98,14 +98,13 @@ def test_one_token_has_no_decoding():
     inputs = make_inputs("llava", model, [["text5", "image", "text4"]])
     for row in bench.measure(model, inputs, ["random:tokens=4"], rounds=3, new_tokens=1):
         assert "tpot" not in row.times
-        assert bench.cells(row)[5] == "—"
+        assert bench_report.cells(row)[5] == "—"
 
 
 def test_flops_of_attention_are_counted():
     query, key = torch.randn(2, 4, 10, 16), torch.randn(2, 4, 12, 16)
-    with FlopCounterMode(display=False, custom_mapping=bench._ATTENTION_FLOPS) as counter:
-        torch.nn.functional.scaled_dot_product_attention(query, key, key)
-    assert counter.get_total_flops() == 2 * 2 * (2 * 4 * 10 * 12 * 16)
+    flops = count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(query, key, key))
+    assert flops == 2 * 2 * (2 * 4 * 10 * 12 * 16)
 
 
 def test_peak_is_what_exists_at_one_time():
@@ -115,7 +114,7 @@ def test_peak_is_what_exists_at_one_time():
         del first, second
         torch.ones(500, 1000)  # 2 MB
 
-    assert 8e6 <= bench._peak_bytes(work, torch.device("cpu")) < 8.1e6
+    assert 8e6 <= peak_bytes(work, torch.device("cpu")) < 8.1e6
 
 
 def test_ratio_is_taken_within_rounds():
@@ -159,17 +158,17 @@ def test_command(monkeypatch, capsys, tmp_path):
 
 def test_table_on_a_narrow_terminal(monkeypatch, capsys):
     """Every figure whole, on a line of its own, inside a box of whole lines."""
-    monkeypatch.setattr(cli, "console", Console(width=80))
+    monkeypatch.setattr(terminal, "console", Console(width=80))
     recipe = "random:layer=2,tokens=300 + random:layer=4,tokens=64 + var:sink_dims=cosine,p=0.6"
     assert command(monkeypatch, "bench", "--recipe", recipe, "--rounds", 3, "--new-tokens", 2, "--device", "cpu") == 0
-    table = capsys.readouterr().out.partition("Our own work")[0].splitlines()
+    table = capsys.readouterr().out.partition("Share of vlmprune")[0].splitlines()
     box = [line for line in table if line[:1] in "┏┃┡│├└"]
     assert len({len(line) for line in box}) == 1
     assert len(box[0]) <= 80
     cards = [line.split("│")[2].strip() for line in box if line.startswith("│")]
     figures = [line for line in cards if line]
-    assert len(figures) == 2 * (len(bench.COLUMNS) - 1)
-    for name, line in zip(2 * bench.COLUMNS[1:], figures, strict=True):
+    assert len(figures) == 2 * (len(bench_report.COLUMNS) - 1)
+    for name, line in zip(2 * bench_report.COLUMNS[1:], figures, strict=True):
         assert line.startswith(f"{name} ")
         assert "…" not in line
     shown = "".join(line.split("│")[1].strip() for line in box if line.startswith("│"))

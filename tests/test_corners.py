@@ -28,9 +28,9 @@ from vlmprune.adapters.llava import LLAVA
 from vlmprune.adapters.qwen_vl import QWEN2_5_VL
 from vlmprune.kernels.select_diverse import select_diverse
 from vlmprune.live import feature_index
-from vlmprune.live.cache import PrunedLayer, pruned_layer
-from vlmprune.live.call import Call
+from vlmprune.live.cache import Entries, PrunedLayer, pruned_layer
 from vlmprune.live.rows import Reduction
+from vlmprune.live.section import Decoder, Section
 from vlmprune.view import View
 
 FAMILIES = ("llava", "qwen2_5_vl")
@@ -46,7 +46,7 @@ def _no_grad():
 def layer_of_two():
     layer = PrunedLayer((0,))
     states = torch.arange(24.0).view(2, 1, 3, 4)
-    layer.announce(torch.tensor([[0, 2, 5], [9, 1, 3]]), torch.tensor([[True] * 3, [False, True, True]]), False, 6)
+    layer.recorded = Entries(torch.tensor([[0, 2, 5], [9, 1, 3]]), torch.tensor([[True] * 3, [False, True, True]]), False, 6)
     layer.update(states, states)
     return layer
 
@@ -55,23 +55,21 @@ def layer_of_two():
 def test_slots_follow_their_rows(move):
     layer = layer_of_two()
     getattr(layer, move)(torch.tensor([1, 1]))
-    slots, valid = layer.entries(2, torch.device("cpu"))
-    assert slots.tolist() == [[9, 1, 3]] * 2
-    assert valid.tolist() == [[False, True, True]] * 2
+    assert layer.entries.slots.tolist() == [[9, 1, 3]] * 2
+    assert layer.entries.valid.tolist() == [[False, True, True]] * 2
 
 
 def test_slots_are_repeated_with_their_rows():
     layer = layer_of_two()
     layer.batch_repeat_interleave(2)
-    assert layer.entries(4, torch.device("cpu"))[0].tolist() == [[0, 2, 5]] * 2 + [[9, 1, 3]] * 2
+    assert layer.entries.slots.tolist() == [[0, 2, 5]] * 2 + [[9, 1, 3]] * 2
 
 
 def test_reset_forgets_padding():
     layer = layer_of_two()
     layer.reset()
-    assert layer.dense
-    assert layer.logical_prefix == 0
-    assert layer.slots is None
+    assert layer.recorded is None
+    assert layer.get_seq_length() == layer.stored == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -251,21 +249,21 @@ def test_cls_block_counts_like_hidden_states():
 
 def test_names_of_rows_tell_contents_apart():
     rows = torch.randn(64, 200)
-    names = feature_index.row_names(torch.cat((rows, rows.flip(1), -rows)))
+    names = feature_index.hash_rows(torch.cat((rows, rows.flip(1), -rows)))
     assert len(names.unique()) == 3 * 64
-    assert torch.equal(feature_index.row_names(rows), names[:64])
+    assert torch.equal(feature_index.hash_rows(rows), names[:64])
 
 
 def test_tower_memory_forgets_the_oldest(monkeypatch):
-    monkeypatch.setattr(feature_index, "MEMORY_ROWS", 64)
+    monkeypatch.setattr(feature_index, "INDEX_ROWS", 64)
     model = shared("llava")
     with vp.wrap(model, "cls:fraction=0.5") as run:
         for seed in range(4):
             model(**make_inputs("llava", model, [["image", "image", "text3"]], seed))
         memory = run._owner().plan.memory
-        assert len(memory._all) == len(memory._mine.passes) == 2
+        assert len(memory._all) == len(memory._own.entries) == 2
         model(**make_inputs("llava", model, [["image"] * 5 + ["text3"]]))  # more than is remembered: its own pass always is
-        assert len(memory._all) == len(memory._mine.passes) == 1
+        assert len(memory._all) == len(memory._own.entries) == 1
 
 
 def test_cls_after_a_cut():
@@ -335,16 +333,16 @@ def test_report_of_bfloat16_and_of_a_later_turn():
 
 
 def test_every_layer_may_have_its_own_rotary():
-    call = Call(reduction=Reduction.keeping(torch.tensor([[True, False, True]])))
+    section = Section(rows=Reduction.keeping(torch.tensor([[True, False, True]])))
     one, two = ((torch.full((1, 3, 2), x), torch.full((1, 3, 2), -x)) for x in (1.0, 2.0))
-    with vp.wrap(shared("llava"), "random:layer=1,fraction=0.5") as run:
+    decoder = Decoder(shared("llava").config.text_config, lambda *_: pytest.fail("no position has moved"), (1,))
 
-        def rotary(full):
-            return run._plan.cutting._rotary(2, call, torch.zeros(1, 3, 4), None, {"position_embeddings": full})
+    def rotary(full):
+        return section.rotary(torch.zeros(1, 3, 4), None, {"position_embeddings": full}, decoder)
 
-        assert rotary(one)[0].unique().tolist() == [1]
-        assert rotary(two)[0].unique().tolist() == [2]
-        assert rotary(one)[0] is rotary(one)[0]
+    assert rotary(one)[0].unique().tolist() == [1]
+    assert rotary(two)[0].unique().tolist() == [2]
+    assert rotary(one)[0] is rotary(one)[0]
 
 
 def test_grids():
@@ -379,7 +377,7 @@ def test_offloaded_cache_is_refused():
     cache = DynamicCache(config=shared("llava").config.text_config)
     cache.offloading = True
     with pytest.raises(vp.UsageError, match="an offloaded cache"):
-        pruned_layer(cache, 0, (0,))
+        pruned_layer(cache, 0, (0,), lambda layer: pytest.fail("it has no entries"))
 
 
 @families

@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_models import make_inputs, shared
 
 import vlmprune
-from vlmprune.evals.shapes import Shape
+from vlmprune.evals.random_models import Shape
 
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
 

@@ -14,9 +14,11 @@ from tiny_models import LAYERS, make_inputs, make_single, shared
 
 import vlmprune as vp
 from vlmprune import tiny
-from vlmprune.evals import calibration, horizon
+from vlmprune.evals import calibration, horizon, horizon_groups, horizon_report
+from vlmprune.evals.budgets import compose, compute_average, nominal_average
 from vlmprune.evals.calibration import Question, Sample
-from vlmprune.evals.horizon import Only, SampleCurves, compose, compute_average, estimate, find_horizon, nominal_average
+from vlmprune.evals.horizon import Horizon, SampleCurves, estimate, find_horizon
+from vlmprune.evals.horizon_groups import Only
 
 ANSWERS = (40, 71)
 PROMPTS = {
@@ -25,6 +27,10 @@ PROMPTS = {
     "llava, two pictures": [["image", "text2", "image", "text4"]],  # of one size: a view shows both
     "qwen2_5_vl, two pictures": [["image", "text2", "image", "text4"]],
 }
+
+
+def markdown(found: Horizon) -> str:
+    return horizon_report.result(found.to_dict()).markdown()
 
 
 def samples(family, model, prompts):
@@ -101,7 +107,7 @@ def test_later_tokens_follow_the_right_ones(family):
     keep[2][0, visual_columns(model, one.inputs, 0, 0)[windows_by_hand(4, 4, 2)[3]]] = True
     kept = masked_logits(model, one.inputs, keep, extra)[0, -1].softmax(-1)
     assert second[0, 3] == pytest.approx(float(kept[71] - nothing[1, 71]), abs=2e-5)
-    assert "1 answers are longer" in horizon.markdown(estimate([found], LAYERS, [2]))
+    assert "1 answers are longer" in markdown(estimate([found], LAYERS, [2]))
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_vl"])
@@ -118,7 +124,7 @@ def test_single_tokens_of_other_families(family):
     assert found.information.std() > 1e-4
     if family == "llava_next":  # windows lie within the base view or a crop, and cover every token once
         found, _ = horizon.measure(model, sample, [3], window=2)
-        groups = [tokens.tolist() for _, tokens in horizon.groups(model.config, sample.inputs, [size], 2)]
+        groups = [tokens.tolist() for _, tokens in horizon_groups.groups(model.config, sample.inputs, [size], 2)]
         assert sorted(token for tokens in groups for token in tokens) == list(range(size))
         assert max(map(len, groups)) == 4
         side = model.config.vision_config.image_size // model.config.vision_config.patch_size
@@ -165,8 +171,8 @@ def test_leaves_model_and_random_state_as_they_were():
 
 
 def test_windows_cover_odd_grids():
-    assert [window.tolist() for window in horizon.windows(3, 3, 2)] == [[0, 1, 3, 4], [2, 5], [6, 7], [8]]
-    assert len(horizon.windows(24, 24, 2)) == 144  # as in the official code
+    assert [window.tolist() for window in horizon_groups.windows(3, 3, 2)] == [[0, 1, 3, 4], [2, 5], [6, 7], [8]]
+    assert len(horizon_groups.windows(24, 24, 2)) == 144  # as in the official code
 
 
 # -- the horizon of known curves ---------------------------------------------------------------------------------------------
@@ -211,7 +217,7 @@ def test_signs_do_not_cancel():
     assert found.metric.horizon is None
     assert found.safe is None
     assert found.compositions() == []
-    assert "no deep random stage" in horizon.markdown(found)
+    assert "no deep random stage" in markdown(found)
 
 
 def test_few_samples_that_disagree_give_a_wide_interval():
@@ -226,7 +232,7 @@ def test_pictures_that_never_mattered():
     found = estimate(planted([0.0, 0.0]), 2, range(2))
     assert found.metric.horizon == found.proxy.horizon == found.safe == 0
     assert found.proxy.value == (0, 0)
-    assert "do not matter" in horizon.markdown(found)
+    assert "do not matter" in markdown(found)
     assert found.compositions() == []
 
 
@@ -306,11 +312,11 @@ def test_refusals():
         with pytest.raises(vp.UsageError, match=sentence.replace("(", r"\(")):
             find_horizon(model, bad, **arguments)
     with pytest.raises(vp.UsageError, match=r"here 17.* are no grids"):
-        horizon.groups(model.config, other.inputs, [17], 2)
+        horizon_groups.groups(model.config, other.inputs, [17], 2)
     only = Only(layer=LAYERS, fraction=1.0, rows=(None,), visual=(16,))
     with pytest.raises(vp.UsageError, match=r"cuts at layer \d+, .*: choose among them\.$"):  # and proposes no method of ours
         vp.wrap(model, only)
-    assert len(horizon.groups(model.config, other.inputs, [17], 1)) == 17
+    assert len(horizon_groups.groups(model.config, other.inputs, [17], 1)) == 17
 
 
 def test_tokens_of_an_answer():
@@ -417,7 +423,7 @@ def test_bad_questions(monkeypatch, capsys, data, questions, sentence):
         (("horizon", "--model", "nowhere"), "the built-in scenes are for the embedded model: give --data"),
         (("horizon", "--images", 2, "--layer", 8), "--layer 8: the model has layers 0 to 7"),
         (("horizon", "--device", "zzz"), "cannot use device 'zzz'"),
-        (("tune", "--method", "fastv", "--fraction", 0.5), "tune knows: adaptinfer; found 'fastv'"),
+        (("tune", "--method", "fastv", "--fraction", 0.5), "the methods that can be tuned are: adaptinfer; found 'fastv'"),
         (("tune", "--method", "adaptinfer", "--fraction", 0.5, "--tokens", 9), "found both"),
         (("tune", "--method", "adaptinfer", "--fraction", 1.5), "fraction must lie in [0, 1]"),
         (("tune", "--method", "adaptinfer", "--images", 2, "--tokens", 3), "an average of 3 visual tokens cannot be reached"),

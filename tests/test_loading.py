@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,9 +20,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import vlmprune as vp
-from vlmprune.cli import app, demo
+from vlmprune.cli import app, asking
 from vlmprune.loading import models as loading
-from vlmprune.loading.models import load_decoder, load_model, make_inputs, prompt_text
+from vlmprune.loading import outputs, questions
+from vlmprune.loading.models import load_decoder, load_model
+from vlmprune.loading.prompts import make_inputs, prompt_text
+from vlmprune.loading.questions import Question
 from vlmprune.recipe import hub as the_hub
 from vlmprune.tiny.scenes import held_out
 
@@ -69,8 +73,8 @@ def test_two_generations_and_no_more(made, picture, monkeypatch):
     calls = []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda **more: calls.append(more["max_new_tokens"]) or generate(**more))
-    monkeypatch.setattr(demo, "open_model", lambda *where: (processor, lambda: model))
-    demo.ask_once("x", picture, "what ?", "divprune:fraction=0.5", 5, "cpu", None)
+    monkeypatch.setattr(questions, "open_model", lambda *where: (processor, lambda: model))
+    asking.ask_once("x", picture, "what ?", "divprune:fraction=0.5", 5, "cpu", None)
     assert calls == [5, 5]
 
 
@@ -78,9 +82,9 @@ def test_a_recipe_that_cannot_run_is_refused_before_the_first_answer(made, pictu
     """Red: the un-pruned model works first, for minutes."""
     model, processor = load_model(str(made["llava"]), "cpu")
     monkeypatch.setattr(model, "generate", lambda **more: pytest.fail("generated"))
-    monkeypatch.setattr(demo, "open_model", lambda *where: (processor, lambda: model))
+    monkeypatch.setattr(questions, "open_model", lambda *where: (processor, lambda: model))
     with pytest.raises(vp.UsageError, match="fastv cuts at layer 30"):
-        demo.ask_once("x", picture, "what ?", "fastv:layer=30,fraction=0.5", 5, "cpu", None)
+        asking.ask_once("x", picture, "what ?", "fastv:layer=30,fraction=0.5", 5, "cpu", None)
 
 
 def test_cells_of_packed_pictures(made):
@@ -110,15 +114,16 @@ def test_kept_cells_are_drawn_where_they_are(made):
     model, processor = load_model(str(made["llava_next"]), "cpu")
     picture = Image.effect_noise((120, 70), 60).convert("RGB")
     inputs = make_inputs(processor, picture, prompt_text(processor, "what ?"), "cpu")
-    _, kept = demo.ask(model, processor, inputs, vp.Recipe.of("random:tokens=30"), 1)
-    names = [view.name for view in kept.views]
-    assert names == ["base view", "crop 1, 1", "crop 1, 2", "crop 2, 1", "crop 2, 2"]
-    seen = demo.as_seen(processor, inputs, picture)
+    question = Question(model, processor, inputs, picture)
+    kept = asking.ask(question, vp.Recipe.of("random:tokens=30"), 1)
+    names = [crop.name for crop in kept.crops]
+    assert names == ["whole picture", "crop 1, 1", "crop 1, 2", "crop 2, 1", "crop 2, 2"]
+    seen = question.seen()
     assert len(seen) == 5
     assert seen[0].size == (48, 48)
-    first_row_of_padding = {cell for cell in kept.views[1].kept if cell < 6}
+    first_row_of_padding = {cell for cell in kept.crops[1].kept if cell < 6}
     assert not first_row_of_padding, "the upper crops begin with padding"
-    assert demo.draw_views(processor, inputs, picture, kept.views).width == 2 * 384 + 12
+    assert asking.draw_kept(question, kept.crops).width == 2 * 384 + 12
 
 
 def test_images_of_qwen_need_no_torchvision(made, monkeypatch):
@@ -129,7 +134,7 @@ def test_images_of_qwen_need_no_torchvision(made, monkeypatch):
     alone = processor.image_processor(images=[picture], return_tensors="pt")
     assert torch.equal(inputs["pixel_values"], alone["pixel_values"])
     assert int((inputs["input_ids"] == processor.image_token_id).sum()) == int(alone["image_grid_thw"].prod()) // 4
-    if loading.find_spec("torchvision") is None:
+    if find_spec("torchvision") is None:
         assert not hasattr(processor, "video_processor")
     assert type(processor).__name__ == "Qwen2_5_VLProcessor"
 
@@ -220,7 +225,7 @@ BROKEN = {
     "no image processor": (without("processor_config.json"), "no whole processor: it lacks preprocessor_config.json"),
     "no weights": (without("model.safetensors"), "has a config but no weights: looked for model.safetensors"),
     "no config": (without("config.json"), "the folder has no config.json"),
-    "one folder too high": (one_too_deep, "but checkpoint-100/ in it has: give that"),
+    "one folder too high": (one_too_deep, "but its folder checkpoint-100/ has one: give that"),
     "an adapter": (an_adapter, "it holds a PEFT adapter, not a model"),
     "GGUF": (gguf_only, "it holds GGUF files only"),
     "config is no JSON": (written("config.json", b'{"model_type": '), "config.json is broken (Expecting value"),
@@ -262,7 +267,7 @@ BROKEN = {
     "generation config is no JSON": (written("generation_config.json", b"{'a'"), "generation_config.json is broken"),
     "another model's processor": (
         replaced("config.json", image_token_id=5),
-        "do not belong together: a picture's <image> is token",
+        "do not belong together: <image> is token",
     ),
     "an old processor": (old_processor, "has no patch_size"),
 }
@@ -276,7 +281,7 @@ def test_true_reasons(folder, case, monkeypatch):
     if sentence is None:  # the whole file is there, and an index beside it does not matter
         assert load_model(str(folder), "cpu")
         return
-    monkeypatch.setattr(loading, "_load_weights", lambda *arguments: pytest.fail("weights were read"))
+    monkeypatch.setattr(loading, "load_weights", lambda *arguments: pytest.fail("weights were read"))
     start = time.perf_counter()
     with pytest.raises(vp.UsageError) as error:
         load_model(str(folder), "cpu")
@@ -344,7 +349,7 @@ def test_weights_in_the_old_format_that_are_whole(folder):
 
 def test_the_prompt_is_refused_before_the_weights_are_read(made, picture, monkeypatch):
     """Red: a prompt with two image tokens is refused after gigabytes were read; in `run`, `view` and calibration."""
-    monkeypatch.setattr(loading, "_load_weights", lambda *arguments: pytest.fail("weights were read"))
+    monkeypatch.setattr(loading, "load_weights", lambda *arguments: pytest.fail("weights were read"))
     for command in ("run", "view"):
         arguments = [command, "--model", str(made["llava"]), "--image", str(picture), "--prompt", "<image> <image> ?"]
         assert "2 <image> for one picture" in str(CliRunner().invoke(app, arguments).exception)
@@ -412,7 +417,7 @@ def test_decoders(made, folder):
         load_decoder(str(folder), "b.gguf", "cpu")
     (folder / "model.Q4.gguf").write_bytes(b"GGUF")
     monkey = "cannot read model.Q4.gguf: install what is missing"
-    if loading.find_spec("gguf") is None:
+    if find_spec("gguf") is None:
         with pytest.raises(vp.UsageError, match=monkey):
             load_decoder(str(folder), "model.Q4.gguf", "cpu")
 
@@ -427,7 +432,7 @@ def test_gguf_without_its_folder(monkeypatch, capsys):
 
 def test_figures_without_matplotlib(monkeypatch, picture, tmp_path):
     """Red: a traceback after everything was computed."""
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(outputs, "find_spec", lambda name: None)
     monkeypatch.setattr("vlmprune.tiny.load", lambda *more: pytest.fail("the model was loaded"))
     for command in (["eval", "--out", str(tmp_path)], ["view", "--image", str(picture), "--prompt", "what ?"]):
         result = CliRunner().invoke(app, command)
@@ -446,7 +451,7 @@ def test_figures_without_matplotlib(monkeypatch, picture, tmp_path):
 )
 def test_what_cannot_be_drawn_is_refused_before_the_work(monkeypatch, picture, tmp_path, command, name):
     """Red: Pillow knows the ending but cannot write it, matplotlib cannot, or the folder is read-only: found after all work."""
-    monkeypatch.setattr(demo, "open_model", lambda *where: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(questions, "open_model", lambda *where: pytest.fail("the model was loaded"))
     option = "--draw" if command == "run" else "--out"
     arguments = [command, "--model", "tiny", "--image", str(picture), "--prompt", "what ?", option, str(tmp_path / name)]
     error = CliRunner().invoke(app, arguments).exception
@@ -460,10 +465,10 @@ def test_what_cannot_be_drawn_is_refused_before_the_work(monkeypatch, picture, t
 )
 def test_what_can_be_drawn(tmp_path, figure, endings):
     for ending in endings:
-        loading.check_target(tmp_path / f"x.{ending}", "x.png", figure)
+        outputs.check_target(tmp_path / f"x.{ending}", "x.png", figure)
     assert not list(tmp_path.iterdir()), "nothing is left behind"
     (tmp_path / "x.png").write_bytes(b"before")
-    loading.check_target(tmp_path / "x.png", "x.png", figure)
+    outputs.check_target(tmp_path / "x.png", "x.png", figure)
     assert (tmp_path / "x.png").read_bytes() == b"before"
 
 
@@ -473,12 +478,12 @@ def test_answers_are_printed_before_the_picture_is_written(monkeypatch, capsys, 
     def full(*arguments, **more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(demo.draw, "kept_patches", lambda *arguments: type("Full", (), {"save": full})())
+    monkeypatch.setattr(asking.draw, "kept_patches", lambda *arguments: type("Full", (), {"save": full})())
     arguments = ("run", "--model", "tiny", "--image", picture, "--prompt", "what ?", "--max-new-tokens", 2)
     assert vlmprune(monkeypatch, *arguments, "--draw", tmp_path / "kept.png") == 2
     said = capsys.readouterr()
     assert "un-pruned" in said.out
-    assert "No space left on device); the answers stand above" in said.err
+    assert "No space left on device); the answers are printed above" in said.err
 
 
 def test_numbers_of_view_are_printed_before_its_figure_is_written(monkeypatch, capsys, picture, tmp_path):
@@ -492,7 +497,7 @@ def test_numbers_of_view_are_printed_before_its_figure_is_written(monkeypatch, c
     assert vlmprune(monkeypatch, *arguments) == 2
     said = capsys.readouterr()
     assert "sinks per layer" in said.out
-    assert "No space left on device); the numbers stand above" in said.err
+    assert "No space left on device); the numbers are printed above" in said.err
 
 
 # -- the hub ---------------------------------------------------------------------------------------------------------------
@@ -592,7 +597,7 @@ def test_offline(hub, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    no_model("some/name", "the hub cannot be asked (HF_HUB_OFFLINE is set) nor does its cache")
+    no_model("some/name", "the hub cannot be asked (HF_HUB_OFFLINE is set), and its cache")
 
 
 @pytest.mark.parametrize(
@@ -646,6 +651,6 @@ def test_ask_once_gives_both_answers_and_writes_the_picture(tmp_path):
     scene = next(held_out(1, "test"))
     scene.image.save(tmp_path / "a.png")
     target = tmp_path / "kept.png"
-    result = demo.ask_once("tiny", tmp_path / "a.png", scene.questions[0].text, "divprune:fraction=0.5", 2, "cpu", target)
+    result = asking.ask_once("tiny", tmp_path / "a.png", scene.questions[0].text, "divprune:fraction=0.5", 2, "cpu", target)
     assert (result["pruned"]["visual_tokens"], result["unpruned"]["visual_tokens"]) == (72, 144)
     assert target.exists()

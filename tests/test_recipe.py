@@ -38,7 +38,7 @@ def test_several_methods_are_ordered_by_layer():
 def test_published_defaults():
     """The papers' own budgets: FastV K=2 and half; DivPrune 9.8 %, which is 56 of 576."""
     assert str(vp.Recipe.of(vp.FastV())) == "fastv:layer=2,fraction=0.5"
-    assert vp.DivPrune().cuts.stages[0].budget.resolve(576) == 56
+    assert vp.DivPrune().stages[0].budget.resolve(576) == 56
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_published_defaults():
         ("fastv:layer=two", "layer must be a number, found 'two'"),
         ("fastv:layer=2,layer=3", "'layer' stands twice"),
         ("fastv:layer=2.5", "layer must be a whole number"),
-        ("fastv:layer=0", "fastv cannot cut before layer 1"),
+        ("fastv:layer=0", "fastv cannot prune before layer 1"),
         ("fastv:fraction=2", "fraction must lie in [0, 1], found 2"),
         ("fastv:tokens=3,fraction=0.5", "found both"),
         ("random:seed=0.5", "seed must be a whole number, found 0.5"),
@@ -65,7 +65,7 @@ def test_published_defaults():
         ("random:fraction=0.5|0.4", "as many layers as budgets"),
         ("random:layer=1|2,fraction=0.2|0.5", "a later stage cannot keep more"),
         ("random:layer=2,fraction=0.2 + divprune:layer=4,fraction=0.5", "a later stage cannot keep more"),
-        ("random:layer=2,fraction=0.2 + fastv:layer=2,fraction=0.1", "random and fastv both cut at layer 2"),
+        ("random:layer=2,fraction=0.2 + fastv:layer=2,fraction=0.1", "random and fastv both prune at layer 2"),
     ],
 )
 def test_bad_strings_get_one_sentence(text, sentence):

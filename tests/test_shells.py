@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from tiny_models import build, make_inputs
 from torch import nn
-from transformers import AutoConfig, AutoModel, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModel, CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 import vlmprune as vp
 
@@ -179,15 +179,36 @@ def test_learned_prompts():
             ["found the class LlavaForConditionalGeneration: pass LlavaForConditionalGeneration.from_"],
         ),
         (dict, ["found the class dict: pass an instance"]),
-        (3, ["found a int"]),
+        (3, ["found an int"]),
         (SimpleNamespace(tokenizer=None), ["found a SimpleNamespace: load one"]),
         (SimpleNamespace(model=nn.Linear(2, 2)), ["found a SimpleNamespace: pass the model in it, its attribute .model"]),
-        (nn.Linear(2, 2), ["found a Linear, which has no config.model_type"]),
+        (
+            nn.Linear(2, 2),
+            ["found a Linear, which has no config.model_type", "timm and open_clip are vision towers", "load one"],
+        ),
+        (SimpleNamespace(image_processor=3), ["found a SimpleNamespace, which prepares the inputs of a model: pass the model"]),
+        (
+            CLIPImageProcessor(),
+            ["found a CLIPImageProcessor", "which prepares the inputs of a model: pass the model itself; load"],
+        ),
+        (LlavaConfig(), ["found a LlavaConfig, which describes a model and has no weights: load one"]),
+        (build, ["found the function build: call it, and pass the model that it returns"]),
+        ([], ["found a list of 0, with no model in it: load one"]),
+        ([nn.Linear(2, 2), nn.Linear(2, 2)], ["found a list of 2, with 2 models: wrap each of them, one call per model"]),
+        ((nn.Linear(2, 2), "a processor"), ["found a tuple of 2, one of which is a model (Linear): pass that one"]),
+        (nn.Linear(2, 2).state_dict(), ["found an OrderedDict of 2 tensors, which are weights without a model: load one"]),
+        ({"model": None}, ["found a dict of 1, with no model in it: load one"]),
     ],
     ids=str,
 )
 def test_what_is_no_model(given, sentences):
     refused(given, "expected a ", *sentences)
+
+
+def test_a_pipeline_is_no_model():
+    """Red: a pipeline is called a processor, because it holds one."""
+    pipe = SimpleNamespace(model=nn.Linear(2, 2), tokenizer=3, image_processor=3)
+    refused(pipe, "found a SimpleNamespace: pass the model in it, its attribute .model")
 
 
 def test_a_run_is_no_model():

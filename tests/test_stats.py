@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
+from vlmprune.evals.accuracy import draws_by_skill
 from vlmprune.evals.bench import Ratio
-from vlmprune.evals.offline import draws_by_skill
-from vlmprune.evals.sweep import differences
+from vlmprune.evals.sweep_rows import differences
 from vlmprune.show import stats
 from vlmprune.tiny.answers import Record, accuracy, accuracy_by_skill, mean_over_skills
 
@@ -66,7 +66,7 @@ def test_three_right_answers_of_three():
 
 def test_the_command_says_so_too():
     """One scene, every question right: the row of `vlmprune eval` and the paired difference to itself are points."""
-    from vlmprune.evals.offline import _row
+    from vlmprune.evals.accuracy import _row
 
     given = records({0: {"colour": [True]}, 1: {"counting": [True, True]}, 2: {"colour": [True], "reading": [True]}})
     row = _row("recipe", given, given)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ import torch
 import vlmprune as vp
 from vlmprune import cli, tiny
 from vlmprune.errors import UsageError
-from vlmprune.evals import asking, offline, sweep
+from vlmprune.evals import accuracy, asking, sweep, sweep_plan, sweep_report, sweep_rows, sweep_store
 from vlmprune.evals.asking import Questions, scenes_of_seed
-from vlmprune.evals.sweep import BUDGETS, CUTS, Cuts, Point, average, differences, make_plan, solve
+from vlmprune.evals.budgets import PAPER_SCHEDULES, SHARES, PaperSchedule, compute_average
+from vlmprune.evals.results import Result
+from vlmprune.evals.sweep_plan import Plan, Point, make_plan
+from vlmprune.evals.sweep_rows import differences
 from vlmprune.tiny.answers import Record
 from vlmprune.tiny.evaluate import records
 from vlmprune.tiny.questions import SKILLS
@@ -47,7 +52,7 @@ def test_every_method_is_swept(embedded):
     planned = {(point.method, point.budget) for point in plan.points} | {
         (name, budget) for name, budget, *_ in plan.unreachable
     }
-    assert planned == {(name, budget) for name in vp.METHODS for budget in BUDGETS}
+    assert planned == {(name, budget) for name in vp.METHODS for budget in SHARES}
 
 
 @pytest.mark.parametrize(
@@ -63,41 +68,45 @@ def test_every_method_is_swept(embedded):
     ],
 )
 def test_layers_are_those_of_the_paper_at_its_depth_and_scaled_at_others(method, at_8, at_32):
-    assert CUTS[method].at_depth(32) == at_32
-    assert CUTS[method].at_depth(DEPTH) == at_8
+    assert PAPER_SCHEDULES[method].at_depth(32) == at_32
+    assert PAPER_SCHEDULES[method].at_depth(DEPTH) == at_8
 
 
-def test_layers_stay_different_and_behind_layer_0_in_a_shallow_model():
-    assert Cuts((3, 7, 11, 15), (4, 3, 2, 1), 32).at_depth(6) == (1, 2, 3, 4)
+def test_layers_stay_different_and_after_layer_0_in_a_shallow_model():
+    assert PaperSchedule((3, 7, 11, 15), (4, 3, 2, 1), 32).at_depth(6) == (1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("method", CUTS)
+@pytest.mark.parametrize("method", PAPER_SCHEDULES)
 def test_the_solver_meets_the_average(method):
-    cuts = CUTS[method]
-    layers = cuts.at_depth(DEPTH)
-    for budget in BUDGETS:
-        fractions = solve(cuts, budget, DEPTH)
+    paper = PAPER_SCHEDULES[method]
+    for budget in SHARES:
+        fractions = paper.solve(budget, DEPTH)
         if fractions is None:
-            assert budget <= layers[0] * cuts.tower / DEPTH
+            assert budget <= paper.at_depth(DEPTH)[0] * paper.tower / DEPTH
             continue
-        assert average(layers, fractions, DEPTH, cuts.tower) == pytest.approx(budget, abs=1e-5)
-        assert all(0 < fraction <= round(cuts.tower, 6) for fraction in fractions)
-        free = [(share, kept) for share, kept in zip(fractions, cuts.kept, strict=True) if share < round(cuts.tower, 6)]
+        assert paper.average(fractions, DEPTH) == pytest.approx(budget, abs=1e-5)
+        assert all(0 < fraction <= round(paper.tower, 6) for fraction in fractions)
+        free = [(share, kept) for share, kept in zip(fractions, paper.kept, strict=True) if share < round(paper.tower, 6)]
         assert all(fraction / kept == pytest.approx(free[0][0] / free[0][1], abs=1e-5) for fraction, kept in free)
 
 
 def test_averages_by_hand():
-    assert average((2,), (0.5,), 8) == (2 + 6 * 0.5) / 8
-    assert average((0, 16), (96 / 576, 32 / 576), 32) * 576 == pytest.approx(64)  # VScan 96 -> 32 is 64 on average
-    assert solve(CUTS["fastv"], 0.5, 8) == (round(1 / 3, 6),)
-    assert solve(CUTS["vscan"], 64 / 576, 32) == (round(96 / 576, 6), round(32 / 576, 6))
-    assert solve(CUTS["divprune"], 0.1, 8) == (0.1,)
+    assert compute_average(1, 8, {2: 0.5}) == (2 + 6 * 0.5) / 8
+    assert compute_average(576, 32, {0: 96, 16: 32}) == 64  # VScan 96 -> 32 is 64 on average
+    assert PAPER_SCHEDULES["fastv"].solve(0.5, 8) == (round(1 / 3, 6),)
+    assert PAPER_SCHEDULES["vscan"].solve(64 / 576, 32) == (round(96 / 576, 6), round(32 / 576, 6))
+    assert PAPER_SCHEDULES["divprune"].solve(0.1, 8) == (0.1,)
+
+
+def test_every_paper_schedule_is_of_a_method():
+    """Red: an entry that no method uses any more."""
+    assert set(PAPER_SCHEDULES) <= set(vp.METHODS)
 
 
 def test_what_is_merged_in_the_tower_counts_from_the_first_layer_on():
-    assert average((1, 2), (0.5, 0.25), 4, tower=0.5) == (0.5 + 0.5 + 2 * 0.25) / 4
-    assert solve(Cuts((1,), tower=0.5), 0.3, 4) == (round((4 * 0.3 - 0.5) / 3, 6),)
-    assert solve(Cuts((1,), tower=0.5), 0.6, 4) is None
+    assert PaperSchedule((1, 2), (1.0, 0.5), tower=0.5).average((0.5, 0.25), 4) == (0.5 + 0.5 + 2 * 0.25) / 4
+    assert PaperSchedule((1,), tower=0.5).solve(0.3, 4) == (round((4 * 0.3 - 0.5) / 3, 6),)
+    assert PaperSchedule((1,), tower=0.5).solve(0.6, 4) is None
     point = Point("mustdrop", 0.4, (1, 2), (0.5, 0.25))
     assert point.control() == Point("random", 0.4, (0, 1, 2), (0.555556, 0.5, 0.25))
     assert point.places == "tower, 1, 2"
@@ -189,15 +198,61 @@ def test_an_interrupted_sweep_goes_on_and_runs_nothing_twice(embedded, asked, tm
     assert asked == []
     assert again.to_dict() == first.to_dict()
 
-    rows = tmp_path / sweep.ROWS
+    rows = tmp_path / sweep_store.ROWS
     rows.write_text(rows.read_text()[:-20])  # interrupted while writing the last row
     assert run().methods[0].mean == first.methods[0].mean
     assert asked == ["uniform:layer=0,fraction=0.25"]
     run(images=3)
     assert len(asked) == 6, "other scenes are other rows"
-    monkeypatch.setattr(sweep, "getsource", lambda module: f"edited {module.__name__}")
+    for module in (sweep, sweep_store):
+        monkeypatch.setattr(module, "code_fingerprint", lambda: "edited")
     run()
-    assert asked == [name for name in kept if name != "un-pruned"], "answers of edited methods were taken up"
+    assert asked == kept, "answers of edited code were taken up"
+
+
+def copied(tmp_path: Path) -> Path:
+    """The files that give answers, in a copy that may be edited."""
+    folder = tmp_path / "vlmprune"
+    shutil.copytree(Path(vp.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def test_the_fingerprint_covers_what_changes_an_answer(tmp_path, monkeypatch):
+    """Red: an edit of the engine, a kernel, a shared module or the model is not noticed; or one that changes nothing is."""
+    fingerprint = sweep_store.code_fingerprint.__wrapped__
+    folder = copied(tmp_path)
+    monkeypatch.setattr(sweep_store.vlmprune, "__file__", str(folder / "__init__.py"))
+    before = fingerprint()
+    assert before == fingerprint()
+    for room in (
+        "schedule.py",
+        "live/pruning.py",
+        "methods/merging.py",
+        "kernels/gather_tokens/reference.py",
+        "evals/asking.py",
+    ):
+        path, text = folder / room, (folder / room).read_text()
+        path.write_text(f"{text}\nEDITED = True\n")
+        assert fingerprint() != before, room
+        path.write_text(text.replace('"""', '"""Reworded. ', 1) + "\n# a remark\n")
+        assert fingerprint() == before, room
+        path.write_text(text)
+    for room in ("cli/__init__.py", "show/table.py", "evals/sweep_report.py"):
+        path = folder / room
+        path.write_text(f"{path.read_text()}\nEDITED = True\n")
+    assert fingerprint() == before
+    weights = folder / "tiny" / "checkpoint" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    assert fingerprint() != before
+
+
+def test_a_store_of_an_earlier_version_is_read(tmp_path):
+    """Rows whose fingerprint is only of the method's file are read, kept, and not mistaken for answers of today's code."""
+    old = {"recipe": "un-pruned", "code": "786a02f742", "seed": 0, "split": "test", "images": 2, "given": ["yes"]}
+    line = json.dumps({**old, "share": 1.0, "seconds": 2.0}) + "\n"
+    (tmp_path / sweep_store.ROWS).write_text(line)
+    assert sweep_store.Store(tmp_path).get(None, 0, "test", 2) is None
+    assert (tmp_path / sweep_store.ROWS).read_text() == line
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------
@@ -235,22 +290,22 @@ def test_the_difference_is_paired():
     assert difference.high - difference.low < 0.25
 
 
-def planted(right: dict[str, dict[str, float]], *more: Point) -> sweep.Sweep:
+def planted(right: dict[str, dict[str, float]], *more: Point) -> sweep_rows.Sweep:
     """A sweep of made-up answers at 50 %, and at `more` points: method -> skill -> share of right answers."""
     points = [*(Point(method, 0.5, (0,), (0.5,)) for method in right), *more]
-    plan = sweep.Plan(points, [("fastv", 0.25, 0.25, 1), ("fastv", 0.1, 0.25, 1)], {"tome": "tome cannot do that."})
+    plan = Plan(points, [("fastv", 0.25, 0.25, 1), ("fastv", 0.1, 0.25, 1)], {"tome": "tome cannot do that."})
 
     def pooled(point):
         skills = dict.fromkeys(SKILLS, 1.0) if point is None else right[point.method]
         share = 0.3 if point and point.method == "uniform" else 0.5
-        return answers(skills), [sweep.Answers("recipe", "", 0, "test", 40, [], share, 1.0)]
+        return answers(skills), [sweep_store.Answers("recipe", "", 0, "test", 40, [], share, 1.0)]
 
-    return sweep._compare(plan, pooled)
+    return sweep_rows.compare(plan, pooled)
 
 
 def test_the_summary_names_what_does_not_beat_random():
     right = {"random": {}, "cls": {"counting": 0.9}, "divprune": dict.fromkeys(SKILLS, 0.9), "uniform": {"reading": 0}}
-    said = sweep.summary(planted(right))
+    said = sweep_report.summary(planted(right))
     assert said[0].startswith("Of 3 points (a method at a budget), 2 beat random")
     assert "0 tie and 1 lose" in said[0]
     (mean,) = [sentence for sentence in said if sentence.startswith("On the mean")]
@@ -261,22 +316,26 @@ def test_the_summary_names_what_does_not_beat_random():
     assert "counting" not in skills[0]
     assert skills[1].endswith("reading loses at 50 %.")
     assert "`uniform` at 50 % really costs 30.0 %." in said
-    assert "Not reachable: `fastv` at 25 % and 10 %; its cuts cost between 25 % and 100 %." in said
+    assert "Not reachable: `fastv` at 25 % and 10 %; its stages cost between 25 % and 100 %." in said
     assert said[-1] == "Not run: tome cannot do that."
+
+
+def result_of(swept: sweep_rows.Sweep) -> Result:
+    return sweep_report.result({"images": 40, "seeds": 1, "split": "test", **swept.to_dict()})
 
 
 def test_tables(tmp_path):
     right = {"random": {}, "divprune": dict.fromkeys(SKILLS, 0.9), "uniform": {"reading": 0}}
-    text = sweep.markdown(planted(right, Point("divprune", 0.1, (0,), (0.1,))))
+    text = result_of(planted(right, Point("divprune", 0.1, (0,), (0.1,)))).markdown()
     (uniform,) = [line for line in text.splitlines() if line.startswith("| `uniform` | 0 |")]
     assert uniform.endswith("| not reachable |")
     result = planted(right)
-    text = sweep.markdown(result)
+    text = result_of(result).markdown()
     (divprune,) = [line for line in text.splitlines() if line.startswith("| `divprune` | 0 | 90.0 [")]
     assert divprune.endswith("▲ |")
     assert "| un-pruned |" + " 100.0 |" * len(SKILLS) in text
     assert text.count("▼") == 1 + 1 + 1  # the legend, the mean and one skill
-    sweep.write(result, {"rows": []}, tmp_path)
+    result_of(result).write(tmp_path / "sweep")
     assert {path.name for path in tmp_path.iterdir()} == {"sweep.json", "sweep.md", "sweep.png"}
 
 
@@ -323,9 +382,9 @@ def test_mistakes(monkeypatch, capsys, arguments, sentence):
 def test_every_recipe_of_eval_is_looked_at_before_the_first_is_run(embedded, monkeypatch):
     """Red: the last recipe is refused after all others were run."""
     model, processor = embedded
-    monkeypatch.setattr(offline, "records", lambda *more: pytest.fail("a recipe was run"))
+    monkeypatch.setattr(accuracy, "records", lambda *more: pytest.fail("a recipe was run"))
     with pytest.raises(vp.UsageError, match="fastv cuts at layer 30"):
-        offline.evaluate(model, processor, ["random:fraction=0.5", "fastv:layer=30,fraction=0.5"], 2)
+        accuracy.evaluate(model, processor, ["random:fraction=0.5", "fastv:layer=30,fraction=0.5"], 2)
 
 
 def test_a_method_that_refuses_the_model_is_told_and_left_out(embedded, monkeypatch):
@@ -334,7 +393,7 @@ def test_a_method_that_refuses_the_model_is_told_and_left_out(embedded, monkeypa
             raise UsageError("cls cannot work here.")
         return vp.Run(model, recipe)
 
-    monkeypatch.setattr(sweep.vlmprune, "wrap", refuse)
+    monkeypatch.setattr(sweep_plan.vlmprune, "wrap", refuse)
     plan = make_plan(embedded[0], ["cls", "divprune"], [0.5])
     assert plan.refused == {"cls": "cls cannot work here."}
     assert [point.method for point in plan.points] == ["divprune", "random"]

@@ -15,8 +15,8 @@ from tiny_models import LAYERS, make_single, shared
 import vlmprune as vp
 from vlmprune import cli, tiny
 from vlmprune.evals import tune
+from vlmprune.evals.budgets import nominal_average
 from vlmprune.evals.calibration import Sample, Whole, scenes
-from vlmprune.evals.horizon import nominal_average
 from vlmprune.schedule import Budget
 
 PUBLISHED = (2, 11, 21)
@@ -125,14 +125,14 @@ def test_planted_changes_give_the_published_schedule(monkeypatch, tmp_path):
     assert found.agreement == 1
     assert sum(found.histogram) == 58 * 5
     assert sum(shares) == 5
-    stages = found.recipe.methods[0].cuts.stages
+    stages = found.recipe.methods[0].stages
     assert tuple(stage.layer for stage in stages) == PUBLISHED
     assert [stage.budget.tokens for stage in stages] == pytest.approx([290, 72, 18], abs=1)
     assert found.nominal_average == pytest.approx(129, abs=0.5)
     found.recipe.save_pretrained(tmp_path)
     assert vp.Recipe.from_pretrained(tmp_path) == found.recipe
     share = tune.tune(None, samples, Budget(fraction=129 / 576))
-    assert [stage.budget.fraction for stage in share.recipe.methods[0].cuts] == pytest.approx(
+    assert [stage.budget.fraction for stage in share.recipe.methods[0].stages] == pytest.approx(
         [290 / 576, 72 / 576, 18 / 576], abs=1e-3
     )
     assert share.nominal_average == pytest.approx(129, abs=0.1)
@@ -156,7 +156,7 @@ def test_disagreement_shows(monkeypatch):
 
 
 def test_refusals(monkeypatch):
-    with pytest.raises(vp.UsageError, match="tune knows: adaptinfer; found 'pdrop'"):
+    with pytest.raises(vp.UsageError, match="the methods that can be tuned are: adaptinfer; found 'pdrop'"):
         tune.tune(None, [], Budget(tokens=5), "pdrop")
     with pytest.raises(vp.UsageError, match="no sample to tune on"):
         tune.tune(None, [], Budget(tokens=5))

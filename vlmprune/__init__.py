@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmprune.errors import UsageError
     from vlmprune.live.handle import Run, unwrap, wrap
+    from vlmprune.live.observe import observe
     from vlmprune.live.report import Report
     from vlmprune.methods import METHODS, REDISTRIBUTORS, Choice, Pruner, Redistributor, ScorePruner
     from vlmprune.methods.clip_relevance import ClipRelevance
@@ -71,6 +72,7 @@ _HOME = {
     **dict.fromkeys(("Run", "unwrap", "wrap"), "vlmprune.live.handle"),
     "Recipe": "vlmprune.recipe",
     "Report": "vlmprune.live.report",
+    "observe": "vlmprune.live.observe",
     "UsageError": "vlmprune.errors",
 }
 
@@ -112,6 +114,7 @@ __all__ = [
     "VisionZip",
     "ZeroTuning",
     "at",
+    "observe",
     "stages",
     "unwrap",
     "wrap",

@@ -1,14 +1,15 @@
-"""FLOPs and KV bytes of a prefill, by one documented formula.
+"""FLOPs and KV-cache bytes of a prefill.
 
-Per decoder layer with n tokens entering it (all tokens, padding that is computed included), a multiply and an add each one
-FLOP, causal halving not counted:
+FLOPs of one decoder layer that n tokens enter; a multiplication and an addition count as one each. n includes padding that is
+computed. The causal half of the attention matrix is not subtracted.
 
     projections  2·n·d·(H·Dh + 2·Hkv·Dh) + 2·n·H·Dh·d
-    attention    4·n²·H·Dh        (more exactly 4·n·m·H·Dh with m keys, when a cache was there before)
+    attention    4·n²·H·Dh, or 4·n·m·H·Dh with m keys if the cache was not empty
     MLP          6·n·d·f          (gate, up and down)
 
-With multi-head attention this is twice the formula 4nd² + 2n²d + 3ndf of the SparseVLM and AdaptInfer code, and equals the
-convention of FlowCut's tables. Embeddings, vision tower and output head are not counted. KV bytes are those stored.
+With multi-head attention this is twice the formula 4nd² + 2n²d + 3ndf in the released code of SparseVLM and AdaptInfer, and
+equals the numbers in FlowCut's tables. Embeddings, vision tower and output head are not counted. The bytes are those of the
+keys and values in the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Widths of the language model: d, H, Hkv, Dh, f and the number of layers."""
+    """The sizes of a language model; symbols as in the formulas above.
+
+    Attributes:
+        layers: number of decoder layers.
+        dim: d, width of the hidden states.
+        heads: H, query heads.
+        kv_heads: Hkv, key and value heads.
+        head_dim: Dh, width of a head.
+        mlp: f, width inside the MLP.
+    """
 
     layers: int
     dim: int
@@ -30,6 +40,7 @@ class DecoderShape:
 
     @staticmethod
     def of(text_config: Any) -> DecoderShape:
+        """The sizes in the config of a language model."""
         heads = text_config.num_attention_heads
         return DecoderShape(
             layers=text_config.num_hidden_layers,
@@ -41,11 +52,11 @@ class DecoderShape:
         )
 
     def layer_flops(self, tokens: int, keys: int) -> int:
-        """One layer, one sample: `tokens` enter it and attend to `keys`."""
+        """FLOPs of one layer and one sample, where `tokens` enter the layer and attend to `keys`."""
         heads, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         projections = 2 * tokens * self.dim * (heads + 2 * kv) + 2 * tokens * heads * self.dim
         return projections + 4 * tokens * keys * heads + 6 * tokens * self.dim * self.mlp
 
     def layer_kv_bytes(self, keys: int, itemsize: int) -> int:
-        """One layer, one sample: keys and values of `keys` stored tokens."""
+        """Bytes that one layer stores for one sample: keys and values of `keys` tokens, in numbers of `itemsize` bytes."""
         return 2 * keys * self.kv_heads * self.head_dim * itemsize

@@ -1,14 +1,14 @@
-"""When tokens are dropped and how many are kept, as data. All rounding happens here.
+"""Where tokens are dropped and how many are kept, as data. All rounding happens here.
 
-A *stage* is one cut, at one of three sites:
+A *stage* is one place where a recipe prunes, at one of three sites:
 
-    vision   inside the vision tower; the method itself knows between which blocks. Counted per view (LLaVA-NeXT: per crop).
-    llm      at the input of decoder layer `layer`: that layer is the first one to see the shorter sequence, and layer 0 means
-             "before the language model"
-    cache    after prefill: decoding steps see, from decoder layer `layer` on, only what the last cut kept
+    vision   inside the vision tower, between blocks that the method decides; layer is 0. Budgets count per crop (LLaVA-NeXT).
+    llm      at the input of decoder layer `layer`, which is the first layer without the dropped tokens. Layer 0 means "before
+             the language model".
+    cache    after prefill: in decoder layer `layer` and all later ones, decoding steps attend only to what the last stage kept
 
-Budgets say what is *kept*, per image, and count from the image's original number of visual tokens: `fraction=0.25` at a second
-stage is a quarter of all tokens, not of the survivors.
+A *budget* says how many tokens of each image are kept. A fraction refers to the image's original number of visual tokens:
+`fraction=0.25` at a second stage keeps a quarter of all tokens, not a quarter of what the first stage kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -24,19 +25,20 @@ from vlmprune.errors import UsageError, shown, unknown
 
 Site = Literal["vision", "llm", "cache"]
 SITES: tuple[Site, ...] = ("vision", "llm", "cache")
+"""In the order in which a forward pass reaches them."""
 
 
 def plain(value: Any) -> Any:
-    """A number of NumPy as Python's own, so that a recipe can be compared and saved; anything else as it is."""
+    """A NumPy number as Python's own, so that a recipe can be compared and saved; any other value unchanged."""
     return value.item() if isinstance(value, np.generic | np.ndarray) and value.ndim == 0 else value
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many visual tokens of one image are kept: either `tokens`, or a `fraction` of the image's original tokens.
+    """How many visual tokens of one image are kept: a number of `tokens`, or a `fraction` of the image's original tokens.
 
     Raises:
-        UsageError: both or neither given, `tokens` negative or not whole, `fraction` outside [0, 1].
+        UsageError: both or neither is given, `tokens` is negative or not whole, or `fraction` lies outside [0, 1].
     """
 
     tokens: int | None = None
@@ -53,11 +55,11 @@ class Budget:
                 raise UsageError(f"tokens must be a whole number >= 0, found {shown(self.tokens)}.")
         elif isinstance(self.fraction, bool) or not isinstance(self.fraction, int | float):
             raise UsageError(f"fraction must be a number in [0, 1], found {shown(self.fraction)}.")
-        elif not 0.0 <= self.fraction <= 1.0:  # also refuses NaN
-            raise UsageError(f"fraction must lie in [0, 1], found {self.fraction!r}; it is what is kept.")
+        elif not 0.0 <= self.fraction <= 1.0:  # NaN as well
+            raise UsageError(f"fraction must lie in [0, 1], found {self.fraction!r}; it is the share that is kept.")
 
     def resolve(self, visual: int) -> int:
-        """Tokens kept of an image with `visual` tokens: rounded half up, at least 1 unless the budget is zero."""
+        """How many tokens are kept of an image with `visual` tokens: rounded half up, at least 1 unless the budget is 0."""
         if self.tokens is not None:
             return min(self.tokens, visual)
         assert self.fraction is not None
@@ -65,7 +67,7 @@ class Budget:
         return min(max(kept, 1 if self.fraction > 0 else 0), visual)
 
     def scaled(self, tokens: float, fraction: float) -> Budget:
-        """So many times the tokens (cut off, at least one), or so many times the fraction (at most all)."""
+        """The budget multiplied: tokens by `tokens` (rounded down, at least 1), a fraction by `fraction` (at most 1)."""
         if self.tokens is not None:
             return Budget(tokens=max(int(self.tokens * tokens), 1))
         assert self.fraction is not None
@@ -74,7 +76,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class Stage:
-    """One cut: `layer` is the 0-based index of the first decoder layer that sees only the kept tokens (0 for site "vision")."""
+    """One place where a recipe prunes.
+
+    Args:
+        layer: number of the first decoder layer without the dropped tokens, from 0; always 0 for site "vision".
+        budget: how many tokens are kept.
+        site: "vision", "llm" or "cache".
+
+    Raises:
+        UsageError: a wrong type or site, or a budget of 0 before the language model.
+    """
 
     layer: int
     budget: Budget
@@ -82,12 +93,12 @@ class Stage:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Stages run in this order."""
+        """Stages run in the order of these pairs."""
         return SITES.index(self.site), self.layer
 
     @property
     def place(self) -> str:
-        """Where it cuts, in words."""
+        """Where it prunes, in words."""
         return {"vision": "the vision tower", "llm": f"layer {self.layer}", "cache": f"the cache from layer {self.layer} on"}[
             self.site
         ]
@@ -106,15 +117,18 @@ class Stage:
                 "drop everything at a later layer (layer >= 1)."
             )
         if self.site == "vision" and self.layer:
-            raise UsageError(f"a stage inside the vision tower has layer=0, found {self.layer}: its method knows the blocks.")
+            raise UsageError(
+                f"a stage inside the vision tower has layer=0, found {self.layer}: the method itself decides between which "
+                "blocks of the tower it prunes."
+            )
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Stages in the order of their layers.
+    """Stages in the order in which they run.
 
     Raises:
-        UsageError: no stage, two stages at one layer, or a later stage that keeps more than an earlier one.
+        UsageError: no stage, two stages at one place, or a later stage that keeps more than an earlier one.
     """
 
     stages: tuple[Stage, ...]
@@ -122,10 +136,13 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.stages:
             raise UsageError("a schedule needs at least one stage.")
-        for before, after in zip(self.stages, self.stages[1:], strict=False):
+        for before, after in pairwise(self.stages):
             if after.order <= before.order:
-                raise UsageError(f"stages must have different layers in rising order: found {before.place} then {after.place}.")
-            check_shrinks(before, after, views=True)  # whether a picture has several is not known here
+                raise UsageError(
+                    f"the stages of a schedule must have different layers in rising order: found {before.place}, then "
+                    f"{after.place}."
+                )
+            check_shrinks(before, after, crops=True)  # without a model, an image may have crops
 
     def __iter__(self) -> Iterator[Stage]:
         return iter(self.stages)
@@ -134,50 +151,71 @@ class Schedule:
         return len(self.stages)
 
 
-def check_shrinks(before: Stage, after: Stage, views: bool = False) -> None:
-    """Refuse a later stage that is known to keep more than an earlier one (like budgets only: tokens against fraction
-    depends on the image, and the smaller count then wins at run time). With `views`, a picture has several, and budgets inside
-    the tower are those of one."""
-    if after.site == "cache" or (views and before.site == "vision"):  # a cache stage keeps what is left, and decides nothing
+def check_shrinks(before: Stage, after: Stage, crops: bool = False) -> None:
+    """Refuse a later stage that keeps more than an earlier one.
+
+    Only budgets of one unit are compared: which of `tokens` and `fraction` is smaller depends on the image; at run time the
+    smaller one holds. A stage of the cache keeps what the stage before it kept, and is not compared.
+
+    Args:
+        before, after: two successive stages.
+        crops: whether images may have crops. Then a budget inside the tower, which counts per crop, is not compared.
+
+    Raises:
+        UsageError: the later stage keeps more.
+    """
+    if after.site == "cache" or (crops and before.site == "vision"):
         return
     for unit in ("tokens", "fraction"):
         first, second = getattr(before.budget, unit), getattr(after.budget, unit)
         if first is not None and second is not None and second > first:
             raise UsageError(
-                f"the stage at {after.place} keeps {unit}={second:g}, but {before.place} already left only "
+                f"the stage at {after.place} keeps {unit}={second:g}, but the stage at {before.place} already left only "
                 f"{unit}={first:g}: a later stage cannot keep more."
             )
 
 
 PAPER_DEPTHS = (32, 40, 64, 80)
-"""Decoder layers of the models that papers name layers of: 7B, 13B and larger."""
+"""Numbers of decoder layers in the models of papers: 7B, 13B and larger."""
 
 
 def scaled_layer(layer: int, depth: int) -> int:
-    """The layer of a model with `depth` layers that stands where `layer` stands in the shallowest paper's model that has it."""
+    """A paper's layer, moved to the same relative depth in a model of `depth` layers.
+
+    The paper's model is taken to be the shallowest of `PAPER_DEPTHS` that has the layer.
+    """
     paper = next((paper for paper in PAPER_DEPTHS if layer < paper), layer + 1)
     return min((2 * layer * depth + paper) // (2 * paper), depth - 1)  # rounded half up
 
 
 def at(layer: int, tokens: int | None = None, fraction: float | None = None) -> Schedule:
-    """A single cut: `at(layer=2, fraction=0.5)`."""
+    """A schedule of one stage: `at(layer=2, fraction=0.5)`."""
     return Schedule((Stage(layer, Budget(tokens, fraction)),))
 
 
 def stages(kept: Mapping[int, int | float]) -> Schedule:
-    """Several cuts: `stages({8: 0.5, 16: 0.25})` keeps fractions (floats), `stages({2: 300, 6: 200})` tokens (ints)."""
-    shares = {layer: plain(kept[layer]) for layer in sorted(kept)}
+    """A schedule of several stages, by their layers: `stages({8: 0.5, 16: 0.25})` with fractions (floats),
+    `stages({2: 300, 6: 200})` with tokens (ints)."""
+    amounts = {layer: plain(kept[layer]) for layer in sorted(kept)}
     return Schedule(
         tuple(
-            Stage(layer, Budget(fraction=share) if isinstance(share, float) else Budget(tokens=share))
-            for layer, share in shares.items()
+            Stage(layer, Budget(fraction=amount) if isinstance(amount, float) else Budget(tokens=amount))
+            for layer, amount in amounts.items()
         )
     )
 
 
 def share(total: int, sizes: Sequence[int], room: Sequence[int]) -> list[int]:
-    """Split a budget of `total` tokens among parts in proportion to their sizes: exact in sum, the largest remainders first,
-    then the first part. No part gets more than its `room`; what it cannot take goes to the others in the same way."""
+    """Split a budget among parts in proportion to their sizes, exact in sum: largest remainders first, then the first part.
+
+    Args:
+        total: tokens to hand out.
+        sizes: of the parts.
+        room: the most that each part can take; what does not fit goes to the others in the same proportions.
+
+    Returns:
+        The tokens of each part; their sum is `total`, or the sum of `room` if that is smaller.
+    """
     shares = [0] * len(sizes)
     while (left := min(total, sum(room)) - sum(shares)) > 0:
         open_parts = [part for part in range(len(sizes)) if shares[part] < room[part]]

@@ -1,74 +1,207 @@
-"""What a pruning method may see: a closed list of read-only probes.
+"""What a pruning method may look at: a closed list of read-only probes, one entry each.
 
-All probes have the picture as their first axis: `image` counts pictures of equal size, from any sample of the batch, so a
-method neither loops over samples nor sees padding. `visual` counts the tokens of a picture that are still there, `text` those
-of the prompt behind its last picture (longest of the group; `text_valid` is False where a shorter one is padded).
+The first axis of every probe is the picture: `image` counts pictures of equal size, from any sample of the batch, so that a
+method neither loops over samples nor meets padding. `visual` counts the tokens of a picture that are left, `text` those of the
+prompt after its last picture (as many as the longest of the group has; `text_valid` is False where a shorter one is padded).
+
+To add a probe, write its entry here and one function of the same name in `vlmprune/live/probes.py` (in `vlmprune/live/tower.py`
+if it is taken from a block of the vision tower).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-PROBES: dict[str, str] = {
-    "features": "[image, visual, dim] hidden states entering the layer of the cut (layer 0: the projector's output)",
-    "text_features": "[image, text, dim] the same of the text; zero where padded",
-    "text_valid": "[image, text] bool, False where a shorter text is padded",
-    "text_ids": "[image, text] token ids of the text",
-    "normed_features": "[image, visual, dim] `features` behind the language model's final norm",
-    "normed_text_features": "[image, text, dim] the same of the text",
-    "embeddings": "[image, original, dim] what entered the language model for all tokens of the picture, dropped ones too "
-    "(NaN if dropped inside the tower or hidden by the call's mask)",
-    "text_embeddings": "[image, text, dim] the same of the text; zero where padded",
-    "attention_from_last": "[image, head, visual] fp32 attention of the last prompt token, in the layer before the cut",
-    "attention_of_layer": "[image, head, visual] the same, as the layer of the cut itself would pay it to what enters it",
-    "attention_from_text": "[image, head, text, visual] fp32 attention of the text after the prompt's last picture, in the "
-    "layer before the cut; zero on rows that pad a shorter text",
-    "attention_among_text": "[image, head, text, text] fp32 attention of the same rows to each other; zero where padded",
-    "query_of_last": "[image, head, dim] query of the last prompt token in the layer before the cut, after rotary embedding as "
-    "if the sample began at position 0, whatever padding or packing stands before it",
-    "value_of_last": "[image, kv_head, dim] its value",
-    "keys": "[image, kv_head, visual, dim] keys of the layer before the cut, after rotary embedding in the same way",
-    "values": "[image, kv_head, visual, dim] its values",
-    "text_keys": "[image, kv_head, text, dim] the same keys of the text",
-    "attention_from_cls": "[image, head, visual] fp32 attention of the vision tower's CLS token, in the block whose output "
-    "feeds the projector",
-    "attention_from_cls_first": "[image, head, visual] fp32 attention of the vision tower's CLS token, in its first block",
-    "attention_from_cls_early": "[image, head, visual] the same, a quarter into the tower (block 5 of 24)",
-    "attention_from_cls_final": "[image, head, visual] the same, in the tower's last block",
-    "tower_keys": "[image, visual, dim] fp32 keys of the tower's block that feeds the projector, mean over heads",
-    "tower_features": "[image, visual, dim] what enters the projector",
-    "project": "the model's projector, from `tower_features` to `features`",
-    "flow": "[image, visual] fp32 FlowCut score accumulated over the tower's blocks that see the whole picture, one per token",
-    "cell": "[image, visual] raster index of each token in its view, which has `side` rows and columns",
-    "rotary": "[image, visual, 2, dim] cosines and sines of the tokens' rotary positions in the layer of the cut",
-    "text_rotary": "[image, text, 2, dim] the same of the text",
-    "identity": "one whole number per picture, equal for equal prompts whatever the batch: a seed for random choices",
+Taken = Literal["host", "prompt", "stage", "layer before", "layer ahead", "tower block", "tower end", "tower method"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One thing that a method may look at.
+
+    Attributes:
+        name: what a method lists in `needs` and reads from its `View`.
+        shape: its axes; empty if it is no tensor.
+        meaning: what it holds.
+        taken: where.
+            "host": known before anything is computed.
+            "prompt": what enters the language model.
+            "stage": what enters the decoder layer of the stage.
+            "layer before": the attention of the decoder layer before the stage.
+            "layer ahead": the attention of the stage's own layer, computed ahead of it.
+            "tower block": the attention of a block of the vision tower.
+            "tower end": between the tower and the language model.
+            "tower method": inside the tower, by the method that provides it (`TowerPruner.provides`).
+        part: of the layer before: "last row", "text rows" or "projections". Of the tower, the block: "first", "early" (a
+            quarter into the tower), "feature" (its output feeds the projector) or "final".
+        looks_at: what a score from this probe looks at, in the words of the README's table; empty for what only helps to read
+            other probes.
+        fp32: whether it is fp32 whatever the model's dtype.
+    """
+
+    name: str
+    shape: str
+    meaning: str
+    taken: Taken
+    part: str = ""
+    looks_at: str = ""
+    fp32: bool = False
+
+    @property
+    def in_tower(self) -> bool:
+        """Whether it is taken inside the vision tower."""
+        return self.taken.startswith("tower")
+
+    @property
+    def per_head(self) -> bool:
+        """Whether its second axis counts heads."""
+        return self.shape.startswith("[image, head")
+
+
+_TOKENS, _WORDS, _BOTH = "token features", "embeddings of words", "embeddings of tokens and words"
+_LAST, _CLS = "attention of the last prompt token", "attention of the tower's CLS token"
+_TURNED = "after rotary embedding as if the sample began at position 0, whatever padding or packing precedes it"
+
+PROBES: dict[str, Probe] = {
+    probe.name: probe
+    for probe in (
+        Probe("features", "[image, visual, dim]", "hidden states (layer 0: the projector's output)", "stage", "", _TOKENS),
+        Probe("text_features", "[image, text, dim]", "the same of the text; 0 where padded", "stage", "", _WORDS),
+        Probe("text_valid", "[image, text]", "bool, False where a shorter text is padded", "host"),
+        Probe("text_ids", "[image, text]", "token ids of the text", "host"),
+        Probe("normed_features", "[image, visual, dim]", "`features` after the final norm", "stage", "", _TOKENS),
+        Probe("normed_text_features", "[image, text, dim]", "`text_features` after the final norm", "stage"),
+        Probe(
+            "embeddings",
+            "[image, original, dim]",
+            "embeddings of all tokens of the picture, of dropped ones too (NaN if dropped inside the tower, or hidden by the "
+            "call's mask)",
+            "prompt",
+            "",
+            _BOTH,
+        ),
+        Probe("text_embeddings", "[image, text, dim]", "embeddings of the text; 0 where padded", "prompt", "", _BOTH),
+        Probe(
+            "attention_from_last",
+            "[image, head, visual]",
+            "attention from the last prompt token",
+            "layer before",
+            "last row",
+            _LAST,
+            fp32=True,
+        ),
+        Probe(
+            "attention_of_layer",
+            "[image, head, visual]",
+            "attention from the last prompt token, computed ahead of time with the projections of the stage's own layer",
+            "layer ahead",
+            "",
+            "attention of the last prompt token, one layer on",
+            fp32=True,
+        ),
+        Probe(
+            "attention_from_text",
+            "[image, head, text, visual]",
+            "attention from the text; 0 in rows of padding",
+            "layer before",
+            "text rows",
+            "attention of the text",
+            fp32=True,
+        ),
+        Probe(
+            "attention_among_text",
+            "[image, head, text, text]",
+            "attention from the text to itself; 0 where padded",
+            "layer before",
+            "text rows",
+            "attention within the text",
+            fp32=True,
+        ),
+        Probe(
+            "query_of_last",
+            "[image, head, dim]",
+            f"query of the last prompt token, {_TURNED}",
+            "layer before",
+            "projections",
+            _LAST,
+        ),
+        Probe("value_of_last", "[image, kv_head, dim]", "value of the last prompt token", "layer before", "projections"),
+        Probe("keys", "[image, kv_head, visual, dim]", f"keys, {_TURNED}", "layer before", "projections", "keys"),
+        Probe("values", "[image, kv_head, visual, dim]", "values", "layer before", "projections", "values"),
+        Probe("text_keys", "[image, kv_head, text, dim]", "the same of the text", "layer before", "projections"),
+        *(
+            Probe(
+                f"attention_from_cls{suffix}",
+                "[image, head, visual]",
+                f"attention from the tower's CLS token in {block}",
+                "tower block",
+                part,
+                _CLS,
+                fp32=True,
+            )
+            for suffix, part, block in (
+                ("", "feature", "the block whose output feeds the projector"),
+                ("_first", "first", "the first block"),
+                ("_early", "early", "the block a quarter into the tower (block 5 of 24)"),
+                ("_final", "final", "the last block"),
+            )
+        ),
+        Probe(
+            "tower_keys",
+            "[image, visual, dim]",
+            "keys of the tower's block that feeds the projector, mean over heads",
+            "tower block",
+            "feature",
+            "keys of the tower",
+            fp32=True,
+        ),
+        Probe("tower_features", "[image, visual, dim]", "what enters the projector", "tower end"),
+        Probe("cell", "[image, visual]", "cell of each token in its crop of `side` × `side`, row by row", "tower end"),
+        Probe("project", "", "the model's projector, from `tower_features` to `features`", "host"),
+        Probe("rotary", "[image, visual, 2, dim]", "cosines and sines of the tokens' rotary positions", "stage"),
+        Probe("text_rotary", "[image, text, 2, dim]", "the same of the text; 0 where padded", "stage"),
+        Probe(
+            "identity",
+            "",
+            "one whole number per picture, equal for equal prompts whatever the batch: a seed for random choices",
+            "host",
+        ),
+    )
 }
+"""Every probe, by its name."""
 
-TEXT_ROWS = frozenset({"attention_from_text", "attention_among_text"})
-PROJECTIONS = frozenset({"query_of_last", "value_of_last", "keys", "values", "text_keys"})
-BEFORE_THE_CUT = TEXT_ROWS | PROJECTIONS | {"attention_from_last"}
-"""Probes that look into the attention of the layer before a cut."""
+PROVIDED: dict[str, Probe] = {}
+"""The probes that methods which work inside the tower provide, by name (`TowerPruner.provides`)."""
 
-FROM_TOWER = frozenset(
-    {
-        "attention_from_cls",
-        "attention_from_cls_early",
-        "attention_from_cls_first",
-        "attention_from_cls_final",
-        "tower_keys",
-        "tower_features",
-        "flow",
-        "cell",
-    }
-)
-"""Probes that are taken in the vision tower."""
 
-WITH_CLS = FROM_TOWER - {"flow"}
-"""Those that are taken only where it has a CLS token."""
+def _names(taken: Taken, part: str | None = None) -> frozenset[str]:
+    return frozenset(name for name, probe in PROBES.items() if probe.taken == taken and part in (None, probe.part))
+
+
+TEXT_ROWS = _names("layer before", "text rows")
+PROJECTIONS = _names("layer before", "projections")
+BEFORE_THE_STAGE = _names("layer before")
+"""Probes that are taken from the attention of the layer before a stage."""
+
+AHEAD = _names("layer ahead")
+
+FROM_TOWER = frozenset(name for name, probe in PROBES.items() if probe.in_tower)
+"""Probes that are taken in the vision tower, of towers that have a CLS token."""
+
+
+def known_probes() -> dict[str, Probe]:
+    """All probes that a method may list: ours, and those that methods inside the tower provide."""
+    return {**PROBES, **PROVIDED}
+
+
+def taken_in_tower(needs: Iterable[str]) -> frozenset[str]:
+    """Those of some probes that are taken inside the vision tower."""
+    known = known_probes()
+    return frozenset(name for name in needs if name in known and known[name].in_tower)
 
 
 @dataclass(frozen=True)
@@ -77,16 +210,16 @@ class TowerFacts:
 
     Attributes:
         cls: the vision tower has a CLS token whose attention can be used.
-        crops: a picture may be cut into several views (LLaVA-NeXT).
-        unit: patches that the tower merges into one visual token (Qwen-VL: 4).
-        windows: blocks of the tower look at windows of the picture only (Qwen2.5-VL).
-        width: numbers of a patch in the tower, or 0 where it is not known.
+        crops: a picture may be cut into several crops (LLaVA-NeXT).
+        patches_per_token: patches that the projector merges into one visual token (Qwen-VL: 4).
+        windows: the attention of some blocks of the tower is limited to windows of the picture (Qwen2.5-VL).
+        width: numbers of a patch in the tower, or 0 if unknown.
         refusal: why there is no usable CLS token.
     """
 
     cls: bool = False
     crops: bool = False
-    unit: int = 1
+    patches_per_token: int = 1
     windows: bool = False
     width: int = 0
     refusal: str = "its vision tower has no CLS token"
@@ -94,16 +227,16 @@ class TowerFacts:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One cut as a method sees it.
+    """What a pruning method sees at one stage: some pictures of equal size, and the probes that it lists in `needs`.
 
     Attributes:
-        layer: decoder layer of the cut.
+        layer: decoder layer of the stage.
         original: tokens the picture had before any pruning.
-        position: `[image, visual]` index of each remaining token inside its picture, 0 … original − 1, rising.
+        position: `[image, visual]` index of each remaining token in its picture, 0 … original − 1, rising.
         entered: tokens of the picture that entered the language model: fewer than `original` if the tower dropped some.
-        side: rows, and columns, of a picture's view where `cell` is available.
-        over_picture: `[image, visual]` what `Pruner.over_picture` made of whole pictures, where each `image` here is one view
-            of a picture (LLaVA-NeXT); None where it is the picture itself.
+        side: rows, and columns, of a crop where `cell` is available.
+        over_picture: `[image, visual]` what `Pruner.over_picture` returned for the whole pictures, where each `image` here is
+            one crop of a picture (LLaVA-NeXT); None where it is the whole picture.
     """
 
     layer: int
@@ -121,12 +254,13 @@ class View:
 
     @property
     def visual(self) -> int:
-        """Tokens of each picture that are still there."""
+        """Tokens of each picture that are left."""
         return self.position.shape[1]
 
     def __getattr__(self, name: str) -> Any:
-        if name not in PROBES:
-            raise AttributeError(f"a view has no {name!r}; probes: {', '.join(PROBES)}.")
-        if name not in self.probes:
-            raise AttributeError(f"the method looks at {name!r} but does not declare it: add it to its `needs`.")
-        return self.probes[name]
+        if name in (probes := self.__dict__.get("probes", {})):
+            return probes[name]
+        known = known_probes()
+        if name not in known:
+            raise AttributeError(f"a view has no {name!r}; probes: {', '.join(known)}.")
+        raise AttributeError(f"the method looks at {name!r} but does not declare it: add it to its `needs`.")

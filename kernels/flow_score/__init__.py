@@ -1,11 +1,11 @@
 """FlowCut's three criteria of one layer, in one read of its keys and values.
 
-Moved at least: keys and values read once, three fp32 numbers written for each token;
-`2 · view · (head + kv_head) · token · dim` FLOPs for the scores and as many as there are values for the magnitude. The figure
-to measure against is that read. The kernel also writes and reads again `head + kv_head` fp32 scores of each token: 2 / dim of
-what it reads, each time, in bf16 without grouped queries.
+`crop` counts pictures, or crops of a picture where the model cuts it up. The least work is: keys and values read once, three
+fp32 numbers written for each token, `2 · crop · (head + kv_head) · token · dim` FLOPs for the scores, and one FLOP for each
+value for the magnitude. The read is the bound to measure against. The kernel also writes and reads again `head + kv_head` fp32
+scores of each token: each time 2 / dim of what it reads, in bf16 without grouped queries.
 
-On an H200 (4.8 TB/s, 67 TFLOP/s in fp32), five views of 577 tokens of CLIP-L (16 heads of 64, bf16): 11.8 MB, 2.5 µs; 12 MFLOP
+On an H200 (4.8 TB/s, 67 TFLOP/s in fp32), five crops of 577 tokens of CLIP-L (16 heads of 64, bf16): 11.8 MB, 2.5 µs; 12 MFLOP
 of scores and 3 of magnitudes, 0.2 µs.
 """
 
@@ -32,7 +32,7 @@ def flow_score(
     valid: Tensor | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`[view, token]` fp32 each: relation, semantic, magnitude; see `reference.flow_score`. Detached where a kernel computes.
+    """`[crop, token]` fp32 each: relation, semantic, magnitude; see `reference.flow_score`. The kernel's results are detached.
 
     Raises:
         UsageError: shapes or dtypes that do not fit; an implementation that cannot run.
@@ -53,11 +53,11 @@ def cost(
     semantic_scaling: float,
     valid: Tensor | None = None,
 ) -> Cost:
-    """What `flow_score` must do."""
-    views, kv_heads, tokens, dim = key.shape
-    scores = views * (query.shape[1] + kv_heads) * tokens
-    flops = scores * (2 * dim + 4) + views * kv_heads * tokens * dim + 2 * views * tokens * dim
-    return Cost(bytes_of(query, key, value, anchor, valid) + 12 * views * tokens, flops)
+    """The least work of `flow_score`."""
+    crops, kv_heads, tokens, dim = key.shape
+    scores = crops * (query.shape[1] + kv_heads) * tokens
+    flops = scores * (2 * dim + 4) + crops * kv_heads * tokens * dim + 2 * crops * tokens * dim
+    return Cost(bytes_of(query, key, value, anchor, valid) + 12 * crops * tokens, flops)
 
 
 def _choose(

@@ -1,10 +1,10 @@
-"""One read of keys and values, then the softmax over what came of it, which is a few numbers for each token.
+"""Pass 1 reads keys and values once; pass 2 computes the softmax over its result, a few numbers for each token.
 
-    1   of each block of tokens: scores of both kinds, the largest and Σ exp(score − largest); the magnitude, complete
+    1   for each block of tokens: scores of both kinds, the largest and Σ exp(score − largest); the magnitude, complete
     2   relation and semantic from the scores: exp(score − M) / L, M and L over all blocks, mean over heads
 
-A program of pass 1 goes over all heads, because the magnitude is the norm of a mean over heads. Products are sums in fp32,
-without tensor cores: a key meets a handful of queries only, and reading it takes longer. Invisible tokens get the lowest
+A program of pass 1 loops over all heads, because the magnitude is the norm of a mean over heads. Products are sums in fp32
+without tensor cores: each key is multiplied with a few queries only, and reading it takes longer. Hidden tokens get the lowest
 number, as in the reference; tokens behind the end get −inf.
 """
 
@@ -25,8 +25,8 @@ PROGRAMS = 264
 """Programs that fill a GPU: two for each of an H200's 132 multiprocessors."""
 
 STRIDES = (
-    *("query_view", "query_head", "key_view", "key_head", "key_step", "value_view", "value_head", "value_step"),
-    *("anchor_view", "anchor_head", "valid_view", "valid_step"),
+    *("query_crop", "query_head", "key_crop", "key_head", "key_step", "value_crop", "value_head", "value_step"),
+    *("anchor_crop", "anchor_head", "valid_crop", "valid_step"),
 )
 
 
@@ -55,17 +55,17 @@ def _read(
     magnitude,
     scaling,
     semantic_scaling,
-    query_view,
+    query_crop,
     query_head,
-    key_view,
+    key_crop,
     key_head,
     key_step,
-    value_view,
+    value_crop,
     value_head,
     value_step,
-    anchor_view,
+    anchor_crop,
     anchor_head,
-    valid_view,
+    valid_crop,
     valid_step,
     kv_heads,
     tokens,
@@ -78,43 +78,43 @@ def _read(
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Pass 1: one block of tokens of one view."""
-    view = (tl.program_id(0) // blocks).to(tl.int64)
+    """Pass 1: one block of tokens of one crop."""
+    crop = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     token = block * TOKENS + tl.arange(0, TOKENS)
     inside = token < tokens
     seen = inside
     if MASKED:
-        seen = tl.load(valid + view * valid_view + token.to(tl.int64) * valid_step, mask=inside, other=0) != 0
+        seen = tl.load(valid + crop * valid_crop + token.to(tl.int64) * valid_step, mask=inside, other=0) != 0
     place = tl.arange(0, DIM)
     there = place < HEAD_SIZE
     mask = inside[:, None] & there[None, :]
-    keys = key + view * key_view * UNIT + token.to(tl.int64)[:, None] * key_step * UNIT + place[None, :]
-    values = value + view * value_view * UNIT + token.to(tl.int64)[:, None] * value_step * UNIT + place[None, :]
-    first = view * kv_heads * (GROUP + 1)  # of the softmaxes of this view: those of the query heads, then of the anchor heads
+    keys = key + crop * key_crop * UNIT + token.to(tl.int64)[:, None] * key_step * UNIT + place[None, :]
+    values = value + crop * value_crop * UNIT + token.to(tl.int64)[:, None] * value_step * UNIT + place[None, :]
+    first = crop * kv_heads * (GROUP + 1)  # of the softmaxes of this crop: those of the query heads, then of the anchor heads
     total = tl.zeros([TOKENS, DIM], tl.float32)
-    for kv_head in tl.range(0, kv_heads, num_stages=STAGES):  # without a product of matrices nothing is fetched ahead unasked
+    for kv_head in tl.range(0, kv_heads, num_stages=STAGES):  # Triton prefetches without a matrix product only on request
         wide = tl.cast(kv_head, tl.int64)
         tile = tl.load(keys + wide * key_head * UNIT, mask=mask, other=0.0).to(tl.float32)
         for member in tl.static_range(GROUP):
             head = wide * GROUP + member
-            chosen = tl.load(query + view * query_view * UNIT + head * query_head * UNIT + place, mask=there, other=0.0)
+            chosen = tl.load(query + crop * query_crop * UNIT + head * query_head * UNIT + place, mask=there, other=0.0)
             score = tl.sum(tile * chosen.to(tl.float32)[None, :], axis=1) * scaling
             _note(score, token, tokens, seen, scores, maxima, sums, first + head, block, blocks)
         tile = tl.load(values + wide * value_head * UNIT, mask=mask, other=0.0).to(tl.float32)
-        chosen = tl.load(anchor + view * anchor_view * UNIT + wide * anchor_head * UNIT + place, mask=there, other=0.0)
+        chosen = tl.load(anchor + crop * anchor_crop * UNIT + wide * anchor_head * UNIT + place, mask=there, other=0.0)
         score = tl.sum(tile * chosen.to(tl.float32)[None, :], axis=1) * semantic_scaling
         _note(score, token, tokens, seen, scores, maxima, sums, first + kv_heads * GROUP + wide, block, blocks)
         total += tile
     norm = tl.sum(tl.abs(total / kv_heads), axis=1)
-    tl.store(magnitude + view * tokens + token, norm, mask=inside)
+    tl.store(magnitude + crop * tokens + token, norm, mask=inside)
 
 
 @triton.jit
 def _mean_softmax(
     scores, maxima, sums, first, heads, token, tokens, blocks, HEADS: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """`[token]` mean of `heads` softmaxes, of which `first` is the first; all heads at once, so that nothing waits in a row."""
+    """`[token]` mean of `heads` softmaxes, the first is `first`; all heads at once, so that no head waits for another."""
     head = tl.arange(0, HEADS)
     real = head < heads
     softmax = first + head
@@ -150,37 +150,37 @@ def _softmax(
     BLOCKS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Pass 2: some tokens of one view."""
+    """Pass 2: some tokens of one crop."""
     tiles = tl.cdiv(tokens, TOKENS)
-    view = (tl.program_id(0) // tiles).to(tl.int64)
+    crop = (tl.program_id(0) // tiles).to(tl.int64)
     token = tl.program_id(0) % tiles * TOKENS + tl.arange(0, TOKENS)
-    first = view * (heads + kv_heads)
-    at = view * tokens + token
+    first = crop * (heads + kv_heads)
+    at = crop * tokens + token
     mean = _mean_softmax(scores, maxima, sums, first, heads, token, tokens, blocks, HEADS, BLOCKS, TOKENS)
     tl.store(relation + at, mean, mask=token < tokens)
     mean = _mean_softmax(scores, maxima, sums, first + heads, kv_heads, token, tokens, blocks, KV_HEADS, BLOCKS, TOKENS)
     tl.store(semantic + at, mean, mask=token < tokens)
 
 
-def options(views: int, tokens: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
+def options(crops: int, tokens: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """Constants of pass 1.
 
     Args:
-        views, tokens: a block has as many tokens as leave `PROGRAMS` blocks, at least 16.
+        crops, tokens: a block has as many tokens as give `PROGRAMS` blocks, at least 16.
         dim: head size, padded to a power of two; a block of keys has at most 4096 numbers, 16 for each thread.
-        dtype: of key and value; fp32 is fetched one block less ahead.
+        dtype: of key and value; fp32 is prefetched one block less.
     """
     width = max(triton.next_power_of_2(dim), 16)
-    block = min(triton.next_power_of_2(max(triton.cdiv(views * tokens, PROGRAMS), 16)), 4096 // width, 64)
+    block = min(triton.next_power_of_2(max(triton.cdiv(crops * tokens, PROGRAMS), 16)), 4096 // width, 64)
     stages = 2 if dtype == torch.float32 else 3
     warps = 8 if block * width > 2048 else 4
     return {"HEAD_SIZE": dim, "DIM": width, "TOKENS": block, "STAGES": stages, "num_warps": warps, "num_stages": stages}
 
 
-def softmax_options(views: int, tokens: int, heads: int, kv_heads: int, blocks: int) -> dict[str, Any]:
+def softmax_options(crops: int, tokens: int, heads: int, kv_heads: int, blocks: int) -> dict[str, Any]:
     """Constants of pass 2: tiles of all heads by blocks of pass 1, and by tokens, have at most 1024 numbers."""
     padded = triton.next_power_of_2(heads)
-    enough = triton.next_power_of_2(max(triton.cdiv(views * tokens, PROGRAMS), 16))
+    enough = triton.next_power_of_2(max(triton.cdiv(crops * tokens, PROGRAMS), 16))
     return {
         "HEADS": padded,
         "KV_HEADS": triton.next_power_of_2(kv_heads),
@@ -203,19 +203,19 @@ def flow_score(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.flow_score`; detached. A tensor whose last axis is not contiguous is copied first."""
     heads = query.shape[1]
-    views, kv_heads, tokens, dim = key.shape
+    crops, kv_heads, tokens, dim = key.shape
     check_dim("flow_score", "key", dim)
     relation, semantic, magnitude = (
-        torch.empty(views, tokens, dtype=torch.float32, device=key.device) for _ in ("relation", "semantic", "magnitude")
+        torch.empty(crops, tokens, dtype=torch.float32, device=key.device) for _ in ("relation", "semantic", "magnitude")
     )
     if not relation.numel():
         return relation, semantic, magnitude
     query, key, value, anchor = packed(query), packed(key), packed(value), packed(anchor)
     unit = unit_of(query, key, value, anchor)
-    chosen = options(views, tokens, dim, key.dtype)
+    chosen = options(crops, tokens, dim, key.dtype)
     blocks = triton.cdiv(tokens, chosen["TOKENS"])
-    scores = torch.empty(views, heads + kv_heads, tokens, dtype=torch.float32, device=key.device)
-    maxima = torch.empty(views, heads + kv_heads, blocks, dtype=torch.float32, device=key.device)
+    scores = torch.empty(crops, heads + kv_heads, tokens, dtype=torch.float32, device=key.device)
+    maxima = torch.empty(crops, heads + kv_heads, blocks, dtype=torch.float32, device=key.device)
     sums = torch.empty_like(maxima)
     seen = key if valid is None else valid.view(torch.uint8)
     mask = (0, 0) if valid is None else valid.stride()
@@ -223,9 +223,9 @@ def flow_score(
     pointers = (query, key, value, anchor, seen, scores, maxima, sums, magnitude)
     numbers = (float(scaling), float(semantic_scaling), *strides, *mask, kv_heads, tokens, blocks)
     chosen |= {"GROUP": heads // kv_heads, "MASKED": valid is not None, "UNIT": unit}
-    _read[(views * blocks,)](*pointers, *numbers, **chosen)
-    chosen = softmax_options(views, tokens, heads, kv_heads, blocks)
-    grid = (views * triton.cdiv(tokens, chosen["TOKENS"]),)
+    _read[(crops * blocks,)](*pointers, *numbers, **chosen)
+    chosen = softmax_options(crops, tokens, heads, kv_heads, blocks)
+    grid = (crops * triton.cdiv(tokens, chosen["TOKENS"]),)
     _softmax[grid](scores, maxima, sums, relation, semantic, heads, kv_heads, tokens, blocks, **chosen)
     return relation, semantic, magnitude
 
@@ -237,17 +237,17 @@ def variants() -> list[Variant]:
     cases = [("bf16", dim, 1, 1, 577) for dim in (64, 72, 80, 256)] + [("fp32", dim, 1, 1, 577) for dim in (72, 256)]
     cases += [("bf16", 128, 7, 1, 2880), ("bf16", 128, 8, 8, 4096), ("fp32", 128, 8, 8, 4096)]
     cases += [("bf16", 64, 1, 64, 577), ("fp32", 64, 1, 64, 577), ("fp16", 64, 1, 5, 577)]
-    for dtype, dim, group, views, tokens in cases:
+    for dtype, dim, group, crops, tokens in cases:
         size = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-        chosen = options(views, tokens, dim, size)
+        chosen = options(crops, tokens, dim, size)
         warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
-        case = f"head {dim}, {dtype}, {group} to a key head, {chosen['TOKENS']} tokens" + (", padded" if views > 1 else "")
-        chosen |= {"GROUP": group, "MASKED": views > 1, "UNIT": 16 // size.itemsize}
+        case = f"head {dim}, {dtype}, {group} to a key head, {chosen['TOKENS']} tokens" + (", padded" if crops > 1 else "")
+        chosen |= {"GROUP": group, "MASKED": crops > 1, "UNIT": 16 // size.itemsize}
         pointers = dict.fromkeys(("query", "key", "value", "anchor"), f"*{dtype}") | results
-        pointers["valid"] = "*u8" if views > 1 else f"*{dtype}"
+        pointers["valid"] = "*u8" if crops > 1 else f"*{dtype}"
         found.append(Variant("flow_score", f"read, {case}", _read, pointers | numbers, chosen, tuple(pointers), warps, stages))
-    for views, tokens, heads, kv_heads, blocks in ((1, 577, 16, 16, 37), (1, 65536, 32, 8, 2048)):
-        chosen = softmax_options(views, tokens, heads, kv_heads, blocks)
+    for crops, tokens, heads, kv_heads, blocks in ((1, 577, 16, 16, 37), (1, 65536, 32, 8, 2048)):
+        chosen = softmax_options(crops, tokens, heads, kv_heads, blocks)
         warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
         pointers = dict.fromkeys(("scores", "maxima", "sums", "relation", "semantic"), "*fp32")
         signature = pointers | dict.fromkeys(("heads", "kv_heads", "tokens", "blocks"), "i32")

@@ -23,23 +23,23 @@ def flow_score(
     semantic_scaling: float,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How much each token takes part in the flow to a global token.
+    """The part of each token in the flow to a global token.
 
     Args:
-        query: `[view, head, dim]` of the global token.
-        key, value: `[view, kv_head, token, dim]`; `head` is a multiple of `kv_head`. The softmax runs over just these.
-        anchor: `[view, kv_head, dim]` value of the global token.
+        query: `[crop, head, dim]` of the global token.
+        key, value: `[crop, kv_head, token, dim]`; `head` is a multiple of `kv_head`. The softmax runs over just these.
+        anchor: `[crop, kv_head, dim]` value of the global token.
         scaling, semantic_scaling: factors on the two kinds of scores.
-        valid: `[view, token]` bool, False on padding, whose relation and semantic are zero.
+        valid: `[crop, token]` bool, False on padding, whose relation and semantic are zero.
 
     Returns:
-        Relation, semantic and magnitude, `[view, token]` fp32 each. One read of keys and values:
-        `view · kv_head · token · dim · 2` numbers, `2 · view · (head + kv_head) · token · dim` FLOPs.
+        Relation, semantic and magnitude, `[crop, token]` fp32 each. One read of keys and values:
+        `crop · kv_head · token · dim · 2` numbers, `2 · crop · (head + kv_head) · token · dim` FLOPs.
     """
     key, value = key.to(wide(key)), value.to(wide(value))
-    views, kv_heads, _, dim = key.shape
-    grouped = query.to(wide(query)).reshape(views, kv_heads, -1, dim)
-    relation = (grouped @ key.transpose(-1, -2)).flatten(1, 2) * scaling  # [view, head, token]
+    crops, kv_heads, _, dim = key.shape
+    grouped = query.to(wide(query)).reshape(crops, kv_heads, -1, dim)
+    relation = (grouped @ key.transpose(-1, -2)).flatten(1, 2) * scaling  # [crop, head, token]
     semantic = (anchor.to(wide(anchor))[:, :, None] @ value.transpose(-1, -2))[:, :, 0] * semantic_scaling
     if valid is not None:
         lowest = torch.finfo(relation.dtype).min
@@ -54,7 +54,7 @@ def share(x: Tensor) -> Tensor:
 
 
 def entropy_ratio(relation: Tensor, present: Tensor) -> Tensor:
-    """`[view]` entropy of the relation `[view, token]` over its largest value, the log of the `present` `[view]` tokens: 1 if
-    all are alike, 0 if one has it all. Zeros, as on padding, have no entropy."""
+    """`[crop]` entropy of the relation `[crop, token]`, divided by the highest possible one, the log of the number of `present`
+    `[crop]` tokens: 1 if all tokens are alike, 0 if one has all of it. Zeros, as on padding, add nothing."""
     p = share(relation.float())
     return -torch.xlogy(p, p).sum(dim=-1) / present.clamp_min(2).float().log()

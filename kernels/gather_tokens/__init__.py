@@ -1,7 +1,7 @@
-"""Surviving tokens moved to compact buffers: hidden states, rotary embeddings, keys and values.
+"""Kept tokens copied to compact buffers: hidden states, rotary embeddings, keys and values.
 
-Moved at least: the kept rows read once and written once, `2 · batch · … · kept · dim` numbers, and the indices; no FLOPs. The
-figure to measure against is the bandwidth of a copy on the same machine. On an H200 (4.8 TB/s), keys and values of 28 layers,
+The least work is: kept rows read once and written once, `2 · batch · … · kept · dim` numbers, and the indices; no FLOPs. The
+bound to measure against is the bandwidth of a copy on the same machine. On an H200 (4.8 TB/s), keys and values of 28 layers,
 8 heads of size 128, 640 tokens kept, bf16: 2 · 28 · 2 · 8 · 640 · 128 · 2 bytes = 147 MB, 31 µs.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["cost", "cost_of_all", "gather_all", "gather_tokens"]
 def gather_tokens(x: Tensor, rows: Tensor, valid: Tensor | None = None, impl: Impl = "auto") -> Tensor:
     """`[batch, …, kept, dim]`, see `reference.gather_tokens`. Any dtype, differentiable in every implementation.
 
-    An index outside `x` is an error of the torch reference and a row of NaN from the kernel.
+    An index outside `x` raises an error in the torch reference, and gives a row of NaN in the kernel.
 
     Raises:
         UsageError: shapes or dtypes that do not fit; an implementation that cannot run.
@@ -52,12 +52,12 @@ def gather_all(tensors: Sequence[Tensor], rows: Tensor, valid: Tensor | None = N
 
 
 def cost(x: Tensor, rows: Tensor, valid: Tensor | None = None) -> Cost:
-    """What `gather_tokens` must move."""
+    """The least work of `gather_tokens`."""
     return cost_of_all([x], rows, valid)
 
 
 def cost_of_all(tensors: Sequence[Tensor], rows: Tensor, valid: Tensor | None = None) -> Cost:
-    """What `gather_all` must move; kept rows that a batch shares are read once."""
+    """The least work of `gather_all`; kept rows that a batch shares are read once."""
     moved = bytes_of(rows, valid)
     for x in tensors:
         row = x.element_size() * x.shape[1:-2].numel() * x.shape[-1] * rows.shape[1]

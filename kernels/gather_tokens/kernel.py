@@ -1,7 +1,7 @@
-"""Rows of several tensors moved in one launch, as words of the widest kind that all addresses and strides allow.
+"""One launch copies rows of several tensors, as words of the widest kind that all addresses and strides allow.
 
-A program moves a tile of ROWS kept tokens by COLUMNS words of one head of one sample. Nothing is computed with the words, so
-that every dtype is alike. An index outside the tensor reads nothing: all bits of its row become 1, a NaN in every float format.
+A program copies a tile of ROWS kept tokens by COLUMNS words of one head of one sample. It computes nothing with the words, so
+that all dtypes are alike. An index outside the tensor reads nothing: all bits of its row become 1, a NaN in every float format.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _move(
     COLUMNS: tl.constexpr,
 ):
     """One tile of one tensor; strides and a row's `units` are counted in VECTOR words, addresses in bytes."""
-    # Said of the results of operations, and by a product with a constant, the compiler believes it: loads of UNIT bytes.
+    # The compiler uses these hints, and loads UNIT bytes, only on results of operations and on products with a constant.
     source = tl.multiple_of(source.to(tl.pointer_type(WORD)), UNIT)
     target = tl.multiple_of(target.to(tl.pointer_type(WORD)), UNIT)
     batch_stride = batch_stride.to(tl.int64) * VECTOR
@@ -225,7 +225,7 @@ def gather_tokens(x: Tensor, rows: Tensor, valid: Tensor | None = None) -> Tenso
 
 
 class _Gather(torch.autograd.Function):
-    """Each token's gradient goes back to where it was taken from."""
+    """Each token's gradient returns to the row that the token was taken from."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, valid: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -286,7 +286,7 @@ def _gathered(tensors: Sequence[Tensor], rows: Tensor, valid: Tensor | None) -> 
     if len(table) == 1:
         _gather_one[(tiles,)](*table[0][:-1], *which, **chosen)
     else:
-        # From pinned memory the table travels behind the launch queue: the host does not wait for the GPU.
+        # A copy from pinned memory joins the launch queue: the host does not wait for the GPU.
         numbers = torch.tensor(table, dtype=torch.int64, pin_memory=rows.is_cuda).to(rows.device, non_blocking=True)
         _gather_many[(tiles,)](numbers, len(table), *which, MOST=triton.next_power_of_2(len(table)), **chosen)
     return found

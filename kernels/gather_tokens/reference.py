@@ -14,7 +14,7 @@ def gather_tokens(x: Tensor, rows: Tensor, valid: Tensor | None = None) -> Tenso
         x: `[batch or 1, …, token, dim]`: hidden states, rotary embeddings, or keys and values with a head axis.
         rows: `[batch, kept]` int64 indices of tokens.
         valid: `[batch, kept]` bool, False on padding; None if there is none. Padding becomes zero, never a dropped token: a NaN
-            there would poison masked attention.
+            in it would spread through masked attention.
 
     Returns:
         `[batch, …, kept, dim]`. Moves `2 · batch · … · kept · dim` numbers.

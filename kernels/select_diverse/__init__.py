@@ -1,13 +1,13 @@
 """Diverse subsets of the tokens of each picture: greedy max-min distance, and greedy determinants.
 
-On a GPU both read the features once a pick: `(keep + 1) · visual · dim` numbers and `2 · (keep + 1) · visual · dim` FLOPs;
-max-min needs `2 · visual² · dim` FLOPs more for its first pick, determinants `keep² · visual` for what picks have in common.
+On a GPU both read the features once for each pick: `(keep + 1) · visual · dim` numbers and `2 · (keep + 1) · visual · dim`
+FLOPs. Max-min needs `2 · visual² · dim` FLOPs more for its first pick, determinants `keep² · visual` for products of picks.
 Roofline on an H200 for 320 of 2880 tokens in bf16: at width 4096 the first pick is 68 GFLOP, 0.07 ms at 989 TFLOP/s; a pick
 reads 24 MB, 5 µs and for all 1.6 ms at 4.8 TB/s from memory. The goal of 1 ms needs those reads to come from the caches of the
-multiprocessors (22 tokens, 0.18 MB each) instead. At width 1024 it is 17 GFLOP, 0.02 ms, and 5.9 MB, 1.2 µs a pick, 0.4 ms. On
-top of either comes one exchange of words among all programs for each pick, 1 to 2 µs. Nobody has measured this yet: 0.5 to 1
-ms is expected at width 1024, 1 to 2 ms at width 4096. Determinants are one launch a pick, 5 to 10 µs on the host unless
-captured in a CUDA graph.
+multiprocessors (22 tokens, 0.18 MB each) instead. At width 1024 it is 17 GFLOP, 0.02 ms, and 5.9 MB, 1.2 µs a pick, 0.4 ms.
+Each pick adds one exchange of words among all programs, 1 to 2 µs. This is not measured yet: we expect 0.5 to 1 ms at width
+1024 and 1 to 2 ms at width 4096. Determinants take one launch for each pick, 5 to 10 µs on the host unless captured in a CUDA
+graph.
 
 On a CPU, "auto" is `cpu.py`: at most as long as one product of all pairs and a plain greedy loop on it, and most often half as
 long (benchmarks/select_diverse.py); "reference" is the equation.
@@ -54,7 +54,7 @@ def determinant_order(features: Tensor, weight: Tensor, keep: int, impl: Impl = 
 
 
 def cost(features: Tensor, keep: int) -> Cost:
-    """What `greedy_order` must do: the features read and the indices written once, all pairs and every pick's distances."""
+    """The least work of `greedy_order`: features read and indices written once, all pairs, and the distances to every pick."""
     images, visual, dim = features.shape
     return Cost(bytes_of(features) + 8 * images * keep, 2 * images * visual * dim * (visual + keep))
 

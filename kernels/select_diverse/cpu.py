@@ -1,13 +1,13 @@
 """The selections of `reference.py` on a CPU, where a product of matrices costs far less than as many products with a vector.
 
-Max-min        its first pick compares all pairs. Each is computed once and counts for both of its tokens, which is half of the
-               product of the features with themselves; where the matrix fits into `MOST_BYTES` it is kept, and every further
+Max-min        the first pick compares all pairs. Each pair is computed once and used for both of its tokens, which is half of
+               the product of the features with themselves. A matrix that fits into `MOST_BYTES` is kept, and every further
                pick reads its row.
 Determinants   need the rows of picks only, and so does max-min where the matrix does not fit. The row of a pick is computed
-               together with those of the tokens that stand next (`AHEAD`): one read of the features for all of them, and most
-               are picked soon. What the picks so far explain of these rows is taken from all of them at once, too.
+               together with those of the best candidates after it (`AHEAD`): one read of the features for all of them, and
+               most of them are picked soon. The part that earlier picks explain is subtracted from all of these rows at once.
 
-Measured by benchmarks/select_diverse.py. Picks can differ from the reference's where two tokens are as good but for rounding.
+benchmarks/select_diverse.py measures both. Picks can differ from the reference's where two tokens differ by rounding only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHUNK = 256
 """Rows of a block of all pairs."""
 
 AHEAD = 64
-"""Rows that are computed together, at most, for picks to come."""
+"""The most rows that are computed together, for later picks."""
 
 
 @in_fp32
@@ -84,7 +84,7 @@ def _nearest_other(unit: Tensor) -> Tensor:
 
 
 class _Ahead:
-    """Rows of the similarity matrix `[visual, visual]`, computed for picks to come.
+    """Rows of the similarity matrix `[visual, visual]`, computed before they are needed.
 
     Args:
         unit: `[visual, dim]`.
@@ -100,18 +100,22 @@ class _Ahead:
         return token in self._rows
 
     def row(self, pick: int, standing: Tensor, left: int) -> Tensor:
-        """`[visual]` of a pick, which is made once.
+        """`[visual]` similarities to a pick; each pick is asked for once.
 
         Args:
-            standing: `[visual]` of which the greatest is picked.
-            left: picks that are still to be made.
+            standing: `[visual]` values by which the next picks are chosen, greatest first.
+            left: number of picks that are still to be made.
         """
         if pick not in self._rows:
             self.compute(pick, standing, left)
         return self._rows.pop(pick)
 
     def compute(self, pick: int, standing: Tensor, left: int) -> tuple[list[int], Tensor]:
-        """The row of a pick and of tokens that stand next: which, and their rows `[token, visual]`, which may be edited."""
+        """Compute the rows of a pick and of the best candidates after it.
+
+        Returns:
+            Their indices, and their rows `[token, visual]`, which the caller may change in place.
+        """
         if self._computed + AHEAD > self._most:
             self._rows.clear()
             self._computed = 0
@@ -140,13 +144,13 @@ def _determinants(features: Tensor, weight: Tensor, keep: int) -> list[int]:
     gain = (length * scale).square()  # squared distance of each token to the span of the selected ones; negative once taken
     rounding = RANK * gain  # −∞ once taken
     factor = unit.new_zeros(keep, len(unit))
-    ahead, since = _Ahead(unit), {}  # rows less what the picks explain that were made until a row was computed: how many
+    ahead, since = _Ahead(unit), {}  # since: how many picks are already subtracted from a row
     picks: list[int] = []
     for step in range(keep):
         pick = int(gain.argmax())
         picks.append(pick)
         new = math.sqrt(max(float(gain[pick]), 0.0))
-        if new == 0:  # nothing new in it
+        if new == 0:  # the token adds nothing
             gain[pick] = -1
             rounding[pick] = -torch.inf
             continue

@@ -1,15 +1,15 @@
-"""Greedy selection on a GPU: a program owns some tokens, and its word on which of them is farthest is a number in memory.
+"""Greedy selection on a GPU: each program owns some tokens, and publishes the farthest of them as one number in memory, a word.
 
     word = distance as an ordered integer · 2³² + (2³¹ − 1 − token)      the greatest word: farthest, then lowest index
 
-Max-min        `_nearest` finds each token's greatest similarity, tiles of rows × columns, and `_farthest` does the rest in one
-               launch. For every pick a program takes the greatest of all words of its picture, measures its own tokens against
-               that token, and writes its next word. Words of different picks are different places, and a place that is not yet
-               written holds EMPTY: a word is its own signal, so that programs need no barrier, no order of other memory, and
-               no atomics but one exchange. They wait for each other, and so must all run at once: a cooperative launch with at
-               most one program for each multiprocessor. Interpreted, programs run one after the other: a launch for each pick.
-Determinants   `_determinant`, one launch for each pick: what the picks so far explain of the new one was written by another
-               program, and between two launches everything written is seen.
+Max-min        `_nearest` finds each token's greatest similarity in tiles of rows × columns, and `_farthest` does the rest in
+               one launch. For every pick a program takes the greatest of all words of its picture, compares its own tokens with
+               that token, and writes its next word. Each pick has words of its own, and a word that is not yet written is
+               EMPTY. So a word is its own signal: programs need no barrier, no order of other memory, and no atomics but one
+               exchange. They wait for each other, and must all run at the same time: a cooperative launch with at most one
+               program for each multiprocessor. In the interpreter programs run one after the other: a launch for each pick.
+Determinants   `_determinant`, one launch for each pick: a program needs results of earlier picks that other programs wrote, and
+               a new launch reads everything that the last one wrote.
 
 Features are read as they are and divided by their lengths (`_lengths`) afterwards. Nothing is n×n.
 """
@@ -29,7 +29,7 @@ from vlmprune.kernels.select_diverse.reference import RANK
 from vlmprune.kernels.variants import Variant
 
 EMPTY = tl.constexpr(-(2**63))
-"""Not yet written; no distance is ordered so low."""
+"""Marks a word that is not yet written; no distance is as low."""
 
 SHORTEST = tl.constexpr(1e-12)
 """Lengths are at least this, as in torch's `normalize`."""
@@ -40,7 +40,7 @@ COLUMN_SHARES = 8
 
 @triton.jit
 def _word(distance, token):
-    """Distances in the order of integers, with the index behind; ties go to the lower one."""
+    """A distance as an ordered integer, followed by the index; ties go to the lower index."""
     bits = (distance + 0.0).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     return (ordered << 32) | (0x7FFFFFFF - token).to(tl.int64)
@@ -151,7 +151,8 @@ def _farthest(
 ):  # fmt: skip
     """Steps of the selection. Grid: programs of a picture, images; a program owns `tiles` tiles of tokens.
 
-    Step 0 says who is farthest from its nearest; step s > 0 takes pick s − 1 and says who is farthest from all picks so far.
+    Step 0 finds the token whose nearest other one is farthest. Step s > 0 stores pick s − 1, and finds the token that is
+    farthest from all picks so far.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     image = tl.program_id(1).to(tl.int64)
@@ -179,12 +180,12 @@ def _farthest(
                 before = tl.load(apart + token, mask=real, other=0.0)
                 cosine = _cosines(features, inverse, token, pick, visual, feature_token, DIM, TOKENS, DIMS)
                 distance = tl.where(token == pick, float("-inf"), tl.minimum(before, 1.0 - cosine))
-                tl.debug_barrier()  # several threads read a token's distance and one writes it: all have read
+                tl.debug_barrier()  # several threads read a token's distance and one writes it: all have read it here
                 tl.store(apart + token, distance, mask=real)
             best = tl.maximum(best, tl.max(tl.where(real, _word(distance, token), EMPTY + 1), 0))
         if step < keep:
             tl.atomic_xchg(words + step * programs + program, best, sem="relaxed")
-        tl.debug_barrier()  # what was written in `apart` is read by other threads in the next step
+        tl.debug_barrier()  # other threads read `apart` in the next step
 
 
 @triton.jit(do_not_specialize=["visual", "keep", "step", "tiles", "weight_image"])
@@ -196,8 +197,9 @@ def _determinant(
 ):  # fmt: skip
     """One step of the selection. Grid: programs of a picture, images; a program owns `tiles` tiles of tokens.
 
-    Step 0 makes `gain`, the squared length of every token, and `rounding`, SMALLEST of it; step s > 0 takes pick s − 1, and its
-    part of every token into `factor` `[image, keep, visual]` and out of `gain`. Each says who has the greatest gain.
+    Step 0 computes `gain`, the squared length of every token, and `rounding`, SMALLEST of it. Step s > 0 stores pick s − 1,
+    writes its part of every token to `factor` `[image, keep, visual]`, and subtracts it from `gain`. Each step finds the token
+    with the greatest gain.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     image = tl.program_id(1).to(tl.int64)
@@ -212,7 +214,7 @@ def _determinant(
     length = tl.full([], 0.0, tl.float32)
     pick_weight = tl.full([], 0.0, tl.float32)
     if step > 0:
-        # The gains are read by their owners only: that of the pick is in the word that named it.
+        # Only its owner reads a gain: that of the pick is in the pick's word.
         word = _greatest(words + (step - 1) * programs, programs, PROGRAMS)
         pick = _token(word)
         length = tl.sqrt_rn(tl.maximum((word >> 32).to(tl.int32).to(tl.float32, bitcast=True), 0.0))
@@ -254,7 +256,7 @@ def _determinant(
             left = tl.where(left > tl.load(rounding + token, mask=real, other=0.0), left, 0.0)
             left = tl.where(before < 0, before, left)
             left = tl.where(token == pick, -1.0, left)
-            tl.debug_barrier()  # several threads read a token's gain and one writes it: all have read
+            tl.debug_barrier()  # several threads read a token's gain and one writes it: all have read it here
         tl.store(gain + token, left, mask=real)
         best = tl.maximum(best, tl.max(tl.where(real, _word(left, token), EMPTY + 1), 0))
     if step < keep:

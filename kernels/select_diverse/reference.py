@@ -3,7 +3,7 @@
 max-min        first = argmax_j min_{i≠j} d(i, j);   next = argmax_{j∉S} min_{i∈S} d(i, j),   d = 1 − cosine
 determinant    next = argmax_{j∉S} det L_{S∪{j}},   L_ij = w_i · cosine(i, j) · w_j
 
-Similarities are computed a row at a time, and for the first pick of max-min a block of rows: nothing is n×n.
+Similarities are computed one row at a time, and for the first pick of max-min in blocks of rows: nothing is n×n.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from vlmprune.kernels.dispatch import in_fp32, wide
 
 RANK = 1e-6
-"""Share of a token's length below which what is new in it counts as rounding."""
+"""A token whose remaining length is below this share of its own adds nothing: the rest is rounding."""
 
 CHUNK = 256
 """Rows of the similarity matrix that exist at a time."""
@@ -37,7 +37,7 @@ def greedy_order(features: Tensor, keep: int) -> Tensor:
     if keep == 0:
         return order
     pick = _nearest_other(unit).argmax(dim=-1)
-    apart = unit.new_full((images, visual), torch.inf)  # distance to the nearest selected token; −inf once taken
+    apart = unit.new_full((images, visual), torch.inf)  # distance to the nearest selected token; −inf once selected
     for step in range(keep):
         order[:, step] = pick
         torch.minimum(apart, 1.0 - _similarity(unit, pick), out=apart)
@@ -71,14 +71,14 @@ def determinant_order(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     Args:
         features: `[image, visual, dim]`, any float dtype; computed in fp32, or fp64 if they are.
         weight: `[image, visual]` w, at least 0.
-        keep: tokens to pick of each picture, at most `visual`. Where the determinant is zero for all further tokens, picks go
-            on by index, so that the count is exact.
+        keep: tokens to pick of each picture, at most `visual`. Where the determinant is zero for all further tokens, picks
+            continue by index, so that the count is exact.
     """
     unit = normalize(features.detach().to(wide(features)), dim=-1) * weight.detach().to(wide(features))[..., None]
     images, visual, _ = unit.shape
     rows = torch.arange(images, device=features.device)
     order = torch.empty(images, keep, dtype=torch.long, device=features.device)
-    gain = unit.square().sum(-1)  # squared distance of each token to the span of the selected ones; −1 once taken
+    gain = unit.square().sum(-1)  # squared distance of each token to the span of the selected ones; −1 once selected
     rounding = RANK * gain
     factor = unit.new_zeros(images, keep, visual)
     for step in range(keep):
@@ -87,7 +87,7 @@ def determinant_order(features: Tensor, weight: Tensor, keep: int) -> Tensor:
         similarity = _similarity(unit, pick)
         shared = (factor[:, :step] * factor[rows, :step, pick][..., None]).sum(dim=1)
         length = gain[rows, pick].clamp_min(0).sqrt()
-        length = torch.where(length > 0, length, torch.inf)  # nothing new in it
+        length = torch.where(length > 0, length, torch.inf)  # the token adds nothing
         factor[:, step] = (similarity - shared) / length[:, None]
         left = gain - factor[:, step].square()
         gain = torch.where(gain < 0, gain, torch.where(left > rounding, left, 0))

@@ -84,7 +84,7 @@ def test_dart_keeps_what_it_says(asked, kept):
     """The official code keeps 4 + 8·⌊K / 8⌋, so 68, 132 and 196 for 64, 128 and 192; LightCompress's port keeps, for 128,
     4 + 8·⌊576 · 0.222 / 8⌋ = 124. Here it is exactly K; where K is what they keep, all agree, and every pivot adds as many."""
     assert (asked, kept) in [(64, 68), (128, 132), (192, 196), (128, 124)]
-    assert vp.DART().cuts.stages[0].budget.resolve(576) == 128
+    assert vp.DART().stages[0].budget.resolve(576) == 128
     see = random_view(images=1, visual=576, text=(9,))
     assert vp.DART().select(see, asked).shape == (1, asked)
     own = {name: see.probes[name][0] for name in vp.DART.needs}

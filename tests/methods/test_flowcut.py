@@ -30,8 +30,8 @@ import vlmprune as vp
 from vlmprune.kernels import flow_score as flow_kernel
 from vlmprune.kernels.flow_score import entropy_ratio
 from vlmprune.live.tower import TowerPass
-from vlmprune.methods.base import Block, TowerState
 from vlmprune.methods.pruning import flowcut
+from vlmprune.methods.tower import Block, TowerState
 from vlmprune.schedule import Budget
 from vlmprune.view import TowerFacts
 
@@ -238,7 +238,7 @@ def test_flowcut_watches_around_padding():
 def test_flowcut_watches_units(variant):
     """Towers without CLS: the mean token stands in for it. The official score lacks the semantic term and the sums."""
     method = vp.FlowCut(variant_on_units=variant)
-    state = TowerState(TowerFacts(unit=4), 8, torch.arange(16)[None], 4)
+    state = TowerState(TowerFacts(patches_per_token=4), 8, torch.arange(16)[None], 4)
     seen = blocks(3, 1, 16, seed=3)
     smooth = None
     for index, (q, k, v) in enumerate(seen):
@@ -270,7 +270,7 @@ def test_flowcut_cuts(target, padded):
     hidden = torch.randn(views, patches, 3, generator=draw)
     for index in range(last + 2):
         remaining = last - index - 1
-        cut = vp.FlowCut().cut(index, last, hidden, state)
+        cut = vp.FlowCut().drop(index, last, hidden, state)
         if remaining < 0 or remaining % 2:
             assert cut is None
             continue
@@ -286,7 +286,7 @@ def test_flowcut_cuts(target, padded):
 
 def test_flowcut_leaves_short_views_alone():
     state = TowerState(TowerFacts(cls=True), 9, torch.arange(9).expand(2, -1), 3)
-    assert vp.FlowCut().cut(6, 7, torch.zeros(2, 9, 3), state) is None
+    assert vp.FlowCut().drop(6, 7, torch.zeros(2, 9, 3), state) is None
 
 
 CLIP = TowerFacts(cls=True)
@@ -310,16 +310,16 @@ def test_flowcut_counts(monkeypatch, target, counts):
         wanted=frozenset(),
         pruner=vp.FlowCut(tokens=target),
         budget=Budget(tokens=target),
-        cuts=True,
+        drops=True,
     )
-    tower.begin([576], views=2, device=torch.device("cpu"))
+    tower.begin([576], crops=2, device=torch.device("cpu"))
     draw = torch.Generator().manual_seed(0)
     hidden, left = torch.randn(2, 577, 2, generator=draw), []
     for index in range(23):
         before = hidden.shape[1]
         if index < 22:
-            tower.see(index, *(torch.randn(2, 2, before, 4, generator=draw) for _ in range(3)), 0.5)
-        hidden = tower.shorten_views(index + 1, hidden)
+            tower.watch(index, *(torch.randn(2, 2, before, 4, generator=draw) for _ in range(3)), 0.5)
+        hidden = tower.shorten_crops(index + 1, hidden)
         if hidden.shape[1] != before:
             assert index % 2 == 1
             left.append(hidden.shape[1] - 1)
@@ -332,7 +332,7 @@ def dropped(relation: torch.Tensor, target: int, remaining: int) -> int:
     patches = len(relation)
     state = TowerState(CLIP, target, torch.arange(patches)[None], 24)
     state.carried = {"flow": torch.rand(1, patches), "relation": relation[None]}
-    stays, _ = vp.FlowCut().cut(22 - remaining - 1, 22, torch.zeros(1, patches, 2), state)
+    stays, _ = vp.FlowCut().drop(22 - remaining - 1, 22, torch.zeros(1, patches, 2), state)
     return patches - int(stays.sum())
 
 

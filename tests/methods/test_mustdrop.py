@@ -21,7 +21,7 @@ from methods.views import random_view
 from tiny_models import make_inputs, shared
 
 import vlmprune as vp
-from vlmprune.methods.base import TowerState
+from vlmprune.methods.tower import TowerState
 from vlmprune.view import TowerFacts
 
 
@@ -137,7 +137,7 @@ def test_mustdrop_merge(side, threshold, windows):
     """Behind the first block: each view merges its own windows, at their middles, and nothing else moves."""
     hidden = grids(side)
     state = TowerState(TowerFacts(cls=True), side**2, torch.arange(side**2).expand(3, -1), side)
-    stays, patches = vp.MustDrop(merge=threshold, windows=windows).cut(0, 10, hidden, state)
+    stays, patches = vp.MustDrop(merge=threshold, windows=windows).drop(0, 10, hidden, state)
     numbers = set()
     for view in range(3):
         left = expected_merge(hidden[view], side, threshold, windows)
@@ -152,9 +152,9 @@ def test_mustdrop_merges_behind_the_first_block_only():
     hidden = grids(6)
     state = TowerState(TowerFacts(cls=True), 36, torch.arange(36).expand(3, -1), 6)
     for index in range(1, 4):
-        assert vp.MustDrop(merge=-1).cut(index, 3, hidden, state) is None
+        assert vp.MustDrop(merge=-1).drop(index, 3, hidden, state) is None
     small = TowerState(TowerFacts(cls=True), 4, torch.arange(4).expand(3, -1), 2)
-    assert vp.MustDrop(merge=-1).cut(0, 3, hidden[:, :4], small) is None
+    assert vp.MustDrop(merge=-1).drop(0, 3, hidden[:, :4], small) is None
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_mustdrop_presets(preset, g, u):
     """The published pairs of thresholds, at four cuts that set no count."""
     method = vp.MustDrop(preset=preset)
     assert (method.global_threshold, method.individual_threshold) == (g, u)
-    assert [(stage.layer, stage.budget.fraction) for stage in method.cuts] == [(3, 1.0), (7, 1.0), (11, 1.0), (15, 1.0)]
+    assert [(stage.layer, stage.budget.fraction) for stage in method.stages] == [(3, 1.0), (7, 1.0), (11, 1.0), (15, 1.0)]
     assert method.adaptive
 
 

@@ -96,7 +96,7 @@ def test_one_sentence_for_odd_python(make, sentence):
 
 
 def test_nothing_may_be_kept_at_later_layers():
-    assert vp.Random(layer=1, tokens=0).cuts.stages[0].budget.tokens == 0
+    assert vp.Random(layer=1, tokens=0).stages[0].budget.tokens == 0
 
 
 def test_flowcut_unit_has_no_stage_in_the_tower():

@@ -105,24 +105,24 @@ def test_averages_of_a_run():
 
 def test_presets_stand_before_the_layer_after_theirs():
     """The papers cut behind layers 1, 10, 20 and 2, 6, 15 and 2, 6, 10, 14: before the next ones here."""
-    assert [stage.layer for stage in vp.AdaptInfer(preset="llava-64").cuts] == [2, 11, 21]
-    assert [stage.layer for stage in vp.AdaptInfer(preset="qwen2-vl-10").cuts] == [1, 10, 20]
-    assert [stage.layer for stage in vp.SparseVLM(preset="v2-64").cuts] == [3, 7, 16]
-    assert [stage.layer for stage in vp.MustDrop().cuts] == [3, 7, 11, 15]
-    assert [stage.layer for stage in vp.PDrop().cuts] == [8, 16, 24]
+    assert [stage.layer for stage in vp.AdaptInfer(preset="llava-64").stages] == [2, 11, 21]
+    assert [stage.layer for stage in vp.AdaptInfer(preset="qwen2-vl-10").stages] == [1, 10, 20]
+    assert [stage.layer for stage in vp.SparseVLM(preset="v2-64").stages] == [3, 7, 16]
+    assert [stage.layer for stage in vp.MustDrop().stages] == [3, 7, 11, 15]
+    assert [stage.layer for stage in vp.PDrop().stages] == [8, 16, 24]
 
 
 def test_published_defaults():
     """DivPrune's 56 of 576; FlowCut's K of a CLIP tower, K/2 per view of LLaVA-NeXT and 2K of Qwen, then K from layer 2 on."""
-    assert vp.DivPrune().cuts.stages[0].budget.resolve(576) == 56
+    assert vp.DivPrune().stages[0].budget.resolve(576) == 56
 
     def plan(method, **facts):
         return [(s.site, s.layer, s.budget.tokens, s.budget.fraction) for s in method.plan(TowerFacts(**facts))]
 
     assert plan(vp.FlowCut(tokens=64), cls=True) == [("vision", 0, 64, None)]
     assert plan(vp.FlowCut(tokens=321), cls=True, crops=True) == [("vision", 0, 160, None), ("llm", 2, 321, None)]
-    assert plan(vp.FlowCut(tokens=64), unit=4) == [("vision", 0, 128, None), ("llm", 2, 64, None)]
-    assert plan(vp.FlowCut(tokens=64), unit=4, windows=True) == [("llm", 0, 128, None), ("llm", 2, 64, None)]
-    assert plan(vp.FlowCut(fraction=0.1), unit=4) == [("vision", 0, None, 0.2), ("llm", 2, None, 0.1)]
+    assert plan(vp.FlowCut(tokens=64), patches_per_token=4) == [("vision", 0, 128, None), ("llm", 2, 64, None)]
+    assert plan(vp.FlowCut(tokens=64), patches_per_token=4, windows=True) == [("llm", 0, 128, None), ("llm", 2, 64, None)]
+    assert plan(vp.FlowCut(fraction=0.1), patches_per_token=4) == [("vision", 0, None, 0.2), ("llm", 2, None, 0.1)]
     assert plan(vp.FlowCut(fraction=0.1), cls=True, crops=True) == [("vision", 0, None, 0.25), ("llm", 2, None, 0.1)]
-    assert plan(vp.FlowCut(tokens=64, decoder_layer=1), unit=4)[1][:2] == ("llm", 1)
+    assert plan(vp.FlowCut(tokens=64, decoder_layer=1), patches_per_token=4)[1][:2] == ("llm", 1)

@@ -224,6 +224,6 @@ def test_recycled_clusters_are_counted():
     """SparseVLM's presets are its published counts plus the clusters that the dropped ones become."""
     for budget, published in ((192, (300, 200, 110)), (128, (303, 110, 36)), (96, (238, 48, 26)), (64, (66, 30, 17))):
         count = 576
-        for stage, kept in zip(vp.SparseVLM(preset=f"v1.5-{budget}").cuts, published, strict=True):
+        for stage, kept in zip(vp.SparseVLM(preset=f"v1.5-{budget}").stages, published, strict=True):
             count = kept + sparsevlm_recycle_count(count, kept)
             assert stage.budget.tokens == count

@@ -723,7 +723,7 @@ def test_cls_attention_behind_flowcut():
 
 
 # --- what methods are told of the tower -------------------------------------------------------------------------------
-TOLD = sorted(FROM_TOWER - {"flow"} | {"features", "project"})
+TOLD = sorted(FROM_TOWER | {"features", "project"})
 
 
 class Peek(vp.Pruner):
@@ -856,7 +856,7 @@ def test_what_the_tower_tells_of_merged_patches():
 
 
 class PeekPerView(Peek):
-    per_view = True
+    per_crop = True
 
 
 def test_methods_that_decide_per_view_see_one_view_each():

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import vlmprune as vp
 from vlmprune.schedule import Budget, Stage
-from vlmprune.view import PROBES, View
+from vlmprune.view import View, known_probes
 
-FP32 = frozenset(name for name, meaning in PROBES.items() if "fp32" in meaning)
+FP32 = frozenset(name for name, probe in known_probes().items() if probe.fp32)
 """Probes that are fp32 whatever the model's dtype."""
 
 
@@ -102,7 +102,7 @@ def random_view(
         ),
         "identity": tuple(range(7 + 100 * seed, 7 + 100 * seed + images)),
     }
-    assert set(probes) == set(PROBES), set(probes) ^ set(PROBES)
+    assert set(probes) == set(known_probes()), set(probes) ^ set(known_probes())
     return View(layer, original, position, probes, entered=original - in_tower, side=side)
 
 
@@ -114,7 +114,7 @@ def replaced(see: View, layer: int | None = None, side: int | None = None, **pro
 
 
 def in_dtype(see: View, dtype: torch.dtype) -> View:
-    """The view as a model in another dtype gives it: what `PROBES` calls fp32 stays fp32."""
+    """The view as a model in another dtype gives it: what a probe's entry calls fp32 stays fp32."""
     changed = {
         name: value.to(dtype)
         for name, value in see.probes.items()

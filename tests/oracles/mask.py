@@ -111,9 +111,9 @@ def effect_of(model, inputs: dict, run, entered: torch.Tensor | None = None, sta
     layers = {True: set(), False: set()}  # by whether positions are renumbered
     for image in (image for image in last.kept if image.site != "cache"):
         named = [method for method in run.recipe.methods if method.name == image.method.split()[0]]
-        mine = [method for method in named if image.layer in {stage.layer for stage in method.cuts}]
+        mine = [method for method in named if image.layer in {stage.layer for stage in method.stages}]
         # Stages that a method adds for a model are not in its schedule, but follow one in the tower
-        mine = mine or [method for method in named if method.cuts.stages[0].site == "vision"] or named
+        mine = mine or [method for method in named if method.stages[0].site == "vision"] or named
         (positions,) = {method.positions for method in mine}
         layers[positions == "compact"].add(image.layer)
     assert not layers[True] & layers[False], "stages of both kinds at one layer cannot be told apart"

@@ -26,7 +26,7 @@ FORGETS = [
 def launches(monkeypatch):
     """Tensors moved in each launch."""
     moved: list[int] = []
-    gather_all, gather_tokens = vlmprune.live.rows.gather_all, vlmprune.reduction.gather_tokens
+    gather_all, gather_tokens = vlmprune.live.rows.gather_all, vlmprune.live.rows.gather_tokens
 
     def all_of_them(tensors, *rest):
         moved.append(len(tensors))
@@ -36,8 +36,8 @@ def launches(monkeypatch):
         moved.append(1)
         return gather_tokens(*args)
 
-    monkeypatch.setattr(vlmprune.reduction, "gather_all", all_of_them)
-    monkeypatch.setattr(vlmprune.reduction, "gather_tokens", one)
+    monkeypatch.setattr(vlmprune.live.rows, "gather_all", all_of_them)
+    monkeypatch.setattr(vlmprune.live.rows, "gather_tokens", one)
     return moved
 
 

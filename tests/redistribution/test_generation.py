@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vlmprune as vp
-from vlmprune.live.cache import MarkedLayer, PrunedLayer, keep_only
+from vlmprune.live.cache import Entries, MarkedLayer, PrunedLayer, keep_only, pruned_layer
 from vlmprune.live.marks import Marks
 
 STRATEGIES = {
@@ -270,7 +270,9 @@ def test_marks_follow_the_cache():
         assert copy.deepcopy(layer).marks.codes.tolist() == layer.marks.codes.tolist()
         layer.reset()
         assert layer.marks is None
-    pruned = PrunedLayer.adopt(filled(MarkedLayer), (0,), None)
+    cache = DynamicCache()
+    cache.layers.append(filled(MarkedLayer))
+    pruned = pruned_layer(cache, 0, (0,), lambda layer: Entries.complete(2, 6, layer.keys.device, None))
     keep_only([pruned], torch.tensor([[True, False, True, False, True, True]] * 2), 0)
     assert pruned.marks.codes.tolist() == [[[0, 2, 0, 0]], [[3, 1, 0, 0]]]
     assert pruned.keys.shape[-2] == 4
@@ -365,10 +367,10 @@ def test_flash_looks_at_the_modules_own_config(flash):
         ("var:sink_dims=1,layers=2:9", "is to edit layers '2:9', but the model has layers 0 to 5"),
         ("var:sink_dims=1,layers=6", "is to edit layers '6', but the model has layers 0 to 5"),
         ("var:sink_dims=1,tau=8", r"tau=8 is never reached: in a residual of 64 numbers φ stays below √64 = 8.0"),
-        ("var:sink_dims=1,sink_energy=1", "sink_energy=1 is never reached"),
+        ("var:sink_dims=1,sink_energy=1", r"sink_energy must be a number in \[0, 1\), found 1"),
         ("pai:layers=two", "layers are written as indices and slices"),
         ("pai + zerotuning:gain=2", "pai and zerotuning both edit layer"),
-        ("pai + pai:layers=0", "pai stands twice"),
+        ("pai + pai:layers=0", "pai is in the recipe twice"),
         ("vhr:distance=l1", "unknown value of distance in vhr 'l1'"),
         ("vra", "unknown method 'vra': did you mean .*'var'"),
     ],

@@ -1,118 +1,138 @@
-"""One method in detail, as data: what `vlmprune methods NAME` prints."""
+"""The methods as rows: the tables of `vlmprune methods` and of README.md."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import MISSING, replace
-from inspect import cleandoc, signature
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from vlmprune import names
-from vlmprune.methods import METHODS, REDISTRIBUTORS, Pruner
-from vlmprune.methods.parameters import ALLOWED, Range
+from rich.table import Table
+
+from vlmprune.adapters.registry import FAMILIES
+from vlmprune.errors import UsageError
+from vlmprune.methods import METHODS, REDISTRIBUTORS
+from vlmprune.methods.redistributing import spans
+from vlmprune.methods.tower import TowerPruner
 from vlmprune.recipe import Recipe
-from vlmprune.schedule import Schedule, scaled_layer
-from vlmprune.tiny.architecture import TEXT_LAYERS
+from vlmprune.recipe.entries import entry_of
+from vlmprune.show.table import code, markdown, table
+from vlmprune.view import PROBES
 
-LAYERS = "as 2:-1 or 1|18:"
-KINDS = (("Literal", "text"), ("Positions", "text"), ("str", "text"), ("int", "whole number"), ("float", "number"))
-"""Types by what their annotations hold; the first that fits."""
-PYTHON = "object, in Python only"
-EXAMPLES: dict[str, tuple[str, Any]] = {"var": ("sink_dims", "cosine"), "zerotuning": ("gain", 2)}
-"""Where the defaults need a known model, or change nothing."""
+if TYPE_CHECKING:
+    from vlmprune.methods import Pruner, Redistributor
+    from vlmprune.schedule import Stage
+
+COLUMNS = {
+    "method": "method",
+    "paper": "paper",
+    "cuts": "prunes",
+    "families": "families",
+    "looks_at": "scored by",
+    "default": "default",
+    "positions": "positions in its code",
+    "note": "where it differs",
+}
+"""Columns of the table of pruning methods: keys of a row, with their titles."""
+EDIT_COLUMNS = {
+    "method": "method",
+    "paper": "paper",
+    "edits": "edits",
+    "rows": "rows of a prompt",
+    "layers": "layers of 32",
+    "families": "families",
+    "default": "parameters",
+    "presets": "presets",
+    "note": "where it differs",
+}
+"""Columns of the table of redistribution methods: keys of a row, with their titles."""
+ROWS = {"behind": "behind the last picture", "last": "the last", "all": "all"}
 
 
-def describe(name: str) -> dict[str, Any]:
-    """A method's paper, sentence, parameters (type, limits, default, meaning), presets, and an example of a recipe.
+def methods_markdown() -> str:
+    """README's table of pruning methods."""
+    return markdown(methods_table())
 
-    Raises:
-        UsageError: there is no such method; names the nearest.
-    """
-    names.check_method(name)
-    method: Any = {**METHODS, **REDISTRIBUTORS}[name]
-    meanings = {key: text for base in reversed(method.__mro__) for key, text in _arguments(base.__doc__ or "").items()}
-    default = method()
-    own = [
-        {
-            "parameter": parameter,
-            "type": _kind(given.annotation),
-            "allowed": _allowed(method, parameter),
-            "default": _default(default, parameter, given.default),
-            "meaning": meanings.get(parameter, ""),
-        }
-        for parameter, given in signature(method.__init__).parameters.items()
-        if parameter != "self"
-    ]
-    own.sort(key=lambda row: row["type"] == PYTHON)  # the others can be written in a recipe string
+
+def redistribution_markdown() -> str:
+    """README's table of redistribution methods."""
+    return markdown(redistribution_table())
+
+
+def methods_table(title: str = "") -> Table:
+    """A row for each pruning method."""
+    return _table(COLUMNS, method_rows(), title)
+
+
+def redistribution_table(title: str = "") -> Table:
+    """A row for each redistribution method."""
+    return _table(EDIT_COLUMNS, redistribution_rows(), title)
+
+
+def _table(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]], title: str) -> Table:
+    cells = [[code(row[key]) if key in ("method", "default") else row[key] for key in columns] for row in rows]
+    return table(list(columns.values()), cells, text_columns=len(columns), title=title)
+
+
+def method_rows() -> list[dict[str, str]]:
+    """One row per pruning method, by the keys of `COLUMNS`."""
+    return [_method_row(name, method()) for name, method in sorted(METHODS.items())]
+
+
+def _method_row(name: str, method: Pruner) -> dict[str, str]:
+    recipe = Recipe((method,))
+    plans: dict[str, list[Stage]] = {}
+    for family in FAMILIES.values():
+        try:
+            plans[family.name] = [stage for stage, _ in recipe.stages(family.facts)]
+        except UsageError:  # the method does not work with this family
+            continue
+    stages = {stage.order: stage for plan in plans.values() for stage in plan}
     return {
         "method": name,
         "paper": method.paper,
-        "what": cleandoc(method.__doc__ or "").splitlines()[0],
-        "where it differs": method.note,
-        "parameters": own,
-        "presets": list(method.presets),
-        "example": _example(default),
+        "cuts": _places([stages[order] for order in sorted(stages)]),
+        "families": "all" if len(plans) == len(FAMILIES) else ", ".join(plans),
+        "looks_at": ", ".join(sorted(_looks_at(method, list(stages.values())))) or "nothing",
+        "default": str(recipe),
+        "positions": method.official_positions,
+        "note": method.note,
     }
 
 
-def _arguments(doc: str) -> dict[str, str]:
-    """The entries of a docstring's `Args:`, by name."""
-    _, _, section = cleandoc(doc).partition("Args:\n")
-    entries: dict[str, str] = {}
-    keys: list[str] = []
-    for line in section.splitlines():
-        if line and not line.startswith(" "):
-            break
-        if found := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
-            keys = found[1].split(", ")
-            entries |= dict.fromkeys(keys, found[2])
-        elif line.strip():
-            for key in keys:
-                entries[key] += " " + line.strip()
-    return entries
+def _looks_at(method: Pruner, stages: Sequence[Stage]) -> set[str]:
+    needs = {need for stage in stages if stage.site == "llm" for need in method.needs_at(stage)}
+    watched = {method.watches} if isinstance(method, TowerPruner) else set()
+    return watched | {PROBES[need].looks_at for need in needs if need in PROBES and PROBES[need].looks_at}
 
 
-def _kind(annotation: str) -> str:
-    return next((kind for part, kind in KINDS if part in annotation), PYTHON)
+def _places(stages: Sequence[Stage]) -> str:
+    """Where a method prunes, in a few words."""
+    layers = [stage.layer for stage in stages if stage.site == "llm"]
+    inside = [str(layer) for layer in layers if layer]
+    places = {
+        "in the tower": stages[0].site == "vision",
+        "before the LLM": 0 in layers,
+        f"layer{'s' if len(inside) > 1 else ''} {', '.join(inside)}": bool(inside),
+        "cache": stages[-1].site == "cache",
+    }
+    return ", ".join(place for place, there in places.items() if there)
 
 
-def _allowed(method: Any, parameter: str) -> str:
-    if parameter == "preset":
-        return ", ".join(method.presets) or "none"
-    if parameter == "layers":
-        return LAYERS
-    if parameter == "layer":
-        return f"≥ {method.first_layer}, several as 8|16"
-    limits = method.__dataclass_fields__[parameter].metadata.get(ALLOWED, "")
-    return str(limits) if isinstance(limits, Range) else ", ".join(map(str, limits))
+def redistribution_rows() -> list[dict[str, str]]:
+    """One row per redistribution method, by the keys of `EDIT_COLUMNS`."""
+    return [_redistribution_row(name, method()) for name, method in sorted(REDISTRIBUTORS.items())]
 
 
-def _default(method: Any, parameter: str, given: Any) -> str:
-    if isinstance(method, Pruner) and parameter in ("layer", "tokens", "fraction"):  # a schedule says all three
-        stages = method.cuts.stages
-        if parameter == "layer":
-            return "|".join("in the tower" if stage.site == "vision" else str(stage.layer) for stage in stages)
-        budgets = [getattr(stage.budget, parameter) for stage in stages]
-        return "" if None in budgets else "|".join(f"{budget:g}" for budget in budgets)
-    if parameter == "layers":
-        return str(method.default_layers)
-    return "" if given is None or given is MISSING else str(given)
-
-
-def _example(method: Any) -> str:
-    """A recipe with the method's defaults that runs on the embedded model, as the printed command says."""
-    if isinstance(method, Pruner):
-        return str(Recipe((_on_embedded_model(method),)))
-    own = {key: value for key, value in Recipe((method,)).to_dict()["methods"][0].items() if key not in ("method", "layers")}
-    key, value = EXAMPLES.get(method.name) or next(iter(own.items()))
-    return f"{method.name}:{key}={value}"
-
-
-def _on_embedded_model(method: Pruner) -> Pruner:
-    """The method; if it cuts at layers that the embedded model lacks, at layers scaled to it."""
-    stages = method.cuts.stages
-    if max(stage.layer for stage in stages) < TEXT_LAYERS:
-        return method
-    return type(method)(
-        schedule=Schedule(tuple(replace(stage, layer=scaled_layer(stage.layer, TEXT_LAYERS)) for stage in stages))
-    )
+def _redistribution_row(name: str, method: Redistributor) -> dict[str, str]:
+    parameters: dict[str, Any] = {key: value for key, value in entry_of(method).items() if key != "method" and value != ""}
+    with_cls = ", ".join(family.name for family in FAMILIES.values() if family.facts.cls)
+    return {
+        "method": name,
+        "paper": method.paper,
+        "edits": method.edits,
+        "rows": ROWS[method.rows],
+        "layers": spans(method.layers_of(32)),
+        "families": with_cls if method.needs else "all",
+        "default": ",".join(f"{key}={value}" for key, value in parameters.items()),
+        "presets": ", ".join(method.presets),
+        "note": method.note,
+    }

@@ -14,9 +14,10 @@ import numpy as np
 from torch import Tensor
 
 from vlmprune.device import on_device, on_host
-from vlmprune.live.call import Call
-from vlmprune.live.layout import Layout, Prompt
+from vlmprune.live.call import Call, Prompt
+from vlmprune.live.layout import Layout, Tokens
 from vlmprune.live.rows import Reduction
+from vlmprune.live.section import Section
 
 Numbers = np.ndarray[Any, Any]
 
@@ -45,34 +46,33 @@ class Apart:
     @staticmethod
     def of_packed(call: Call) -> Apart:
         """Set the samples of a packed call apart, before anything is dropped."""
-        assert call.layout is not None
         assert call.prompt is not None
-        prompt, device = call.prompt, call.layout.real.device
-        samples = sorted({(image.sample, image.segment) for image in call.layout.images})
-        full = [(prompt.segment(row) == segment).nonzero()[0] for row, segment in samples]
+        tokens, layout = call.prompt.tokens, call.prompt.layout
+        device = layout.real.device
+        samples = sorted({(image.sample, image.segment) for image in layout.images})
+        full = [(tokens.segment(row) == segment).nonzero()[0] for row, segment in samples]
         index, valid = _padded(full)
         rows = np.array([row for row, _ in samples])
-        alone = Prompt.of(
-            np.where(valid, prompt.ids[rows[:, None], index], 0),
-            valid & prompt.real[rows[:, None], index],
-            valid & prompt.placeholders[rows[:, None], index],
+        alone = Tokens.of(
+            np.where(valid, tokens.ids[rows[:, None], index], 0),
+            valid & tokens.real[rows[:, None], index],
+            valid & tokens.placeholders[rows[:, None], index],
         )
         images = []
-        for image in call.layout.images:
+        for image in layout.images:
             sample = samples.index((image.sample, image.segment))
             places = np.searchsorted(full[sample], image.places) + index.shape[1] - len(full[sample])
             images.append(replace(image, sample=sample, places=places, positions=on_device(places, device), segment=0))
         real = on_device(alone.real, device)
+        mine = Layout(tuple(images), real, tuple(alone.real.sum(axis=1).tolist()))
         return Apart(
             Call(
                 owner=call.owner,
                 plan=call.plan,
-                layout=Layout(tuple(images), real, tuple(alone.real.sum(axis=1).tolist())),
-                prompt=alone,
+                prompt=Prompt(alone, mine, on_device(alone.end, device)),
                 mask=real,
                 batch=len(samples),
                 sequence=index.shape[1],
-                prompt_end=on_device(alone.end, device),
                 record=call.record,
             ),
             on_device(rows, device),
@@ -83,22 +83,27 @@ class Apart:
 
     def now(self, call: Call) -> Call:
         """What the samples see in the layer that the packed call is in."""
-        mine = self.call
-        mine.remaining, mine.tower, mine.views = call.remaining, call.tower, call.views
+        mine, section = self.call, call.section
+        assert mine.prompt is not None
+        assert call.prompt is not None
+        mine.prompt.tower, mine.prompt.crops = call.prompt.tower, call.prompt.crops
         mine.recomputes |= call.recomputes
-        if call.reduction is not self.of:
-            assert call.reduction is not None
-            self.of, device = call.reduction, self.index.device
-            rows, there = on_host(self.of.rows), on_host(self.of.valid)
+        rows = mine.section.rows
+        if section.rows is not self.of:
+            assert section.rows is not None
+            self.of, device = section.rows, self.index.device
+            computed_rows, there = on_host(self.of.rows), on_host(self.of.valid)
             computed, places = [], []
             for owner, full in zip(on_host(self.owners), self.full, strict=True):
-                here = (there[owner] & np.isin(rows[owner], full)).nonzero()[0]
+                here = (there[owner] & np.isin(computed_rows[owner], full)).nonzero()[0]
                 computed.append(here)
-                places.append(np.searchsorted(full, rows[owner][here]) + mine.sequence - len(full))
+                places.append(np.searchsorted(full, computed_rows[owner][here]) + mine.sequence - len(full))
             index, valid = _padded(computed)
             self.index, self.valid = on_device(index, device), on_device(valid, device)
-            mine.reduction = Reduction(on_device(_padded(places)[0], device), self.valid, bool(valid.all()))
-            mine.steps.rows.clear()
+            rows = Reduction(on_device(_padded(places)[0], device), self.valid, bool(valid.all()))
+        if mine.section.start != section.start or mine.section.rows is not rows:
+            mine.section = Section(section.start, section.remaining, rows=rows)
+        mine.section.remaining = section.remaining
         return mine
 
     def in_layer(self, index: int, call: Call) -> Apart:

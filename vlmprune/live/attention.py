@@ -6,8 +6,9 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -62,12 +63,15 @@ class Route:
     Attributes:
         original: the module's own config.
         stock: the module as the model's own implementation shall see it, with that config.
-        observers: look at queries and keys of every call, with or without a plan.
+        module: the module itself; a private copy of it has the same config, and needs a route of its own.
+        users: the observers of everyone who leads this module through here. They look at queries and keys of every call, with
+            or without a plan.
     """
 
     original: Any
     stock: _Stock
-    observers: tuple[Observer, ...]
+    module: nn.Module
+    users: list[tuple[Observer, ...]] = field(default_factory=list)
 
     def own(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The model's own attention: output `[batch, query, head, dim]` and weights, or None."""
@@ -93,8 +97,9 @@ def routed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     config: Any = module.config
     route: Route = config.vlmprune_route
     own = partial(route.own, module, query, key, value, attention_mask, **kwargs)
-    for observer in route.observers:
-        observer(query, key, value, attention_mask, **kwargs)
+    for observers in tuple(route.users):
+        for observer in observers:
+            observer(query, key, value, attention_mask, **kwargs)
     plan = getattr(kwargs.get(CALL_ARGUMENT), "plan", None)
     if plan is None:
         return own()
@@ -108,16 +113,28 @@ def route_attention(module: nn.Module, observers: Sequence[Observer] = ()) -> Ca
     """Lead one attention module through `routed_attention`; the returned function undoes it.
 
     Only this module's reference to its config is replaced, by a copy: masks are still made for the model's own
-    implementation (which may be switched meanwhile), and no other layer notices.
+    implementation (which may be switched meanwhile), and no other layer notices. Several users (a recipe, `vlmprune.observe`)
+    share one route, may leave in any order, and the last one restores the config.
     """
     AttentionInterface.register(KEY, routed_attention)
-    original: Any = module.config
-    config = copy.copy(original)
-    config.vlmprune_route = Route(original, _Stock(module, original), tuple(observers))
-    config._attn_implementation_internal = KEY
-    module.config = config
+    mine = tuple(observers)
+    with _routing:
+        route: Route | None = getattr(module.config, "vlmprune_route", None)
+        if route is None or route.module is not module:
+            original: Any = module.config
+            config = copy.copy(original)
+            config.vlmprune_route = route = Route(original, _Stock(module, original), module)
+            config._attn_implementation_internal = KEY
+            module.config = config
+        route.users.append(mine)
 
     def undo() -> None:
-        module.config = original
+        with _routing:
+            del route.users[next(number for number, user in enumerate(route.users) if user is mine)]
+            if not route.users:
+                module.config = route.original
 
     return undo
+
+
+_routing = Lock()

@@ -1,13 +1,14 @@
-"""The KV cache of a pruned layer: fewer entries than the conversation has tokens, and it knows which.
+"""The KV cache of pruned layers: fewer entries than the conversation has tokens, with a record of which they are.
 
-The state of a pruned sequence lives on the cache layer, so beams, cropping, several turns and several conversations follow
-by themselves. A pruned layer reports its *logical* length, because `generate` slices its inputs by it. What attention
-redistribution found out about a conversation (`Marks`) lives there too.
+This state is kept on the cache layer, so that it follows beams, cropping, later turns and copies of a conversation. A pruned
+layer reports how many tokens the conversation has, not how many it stores, because `generate` slices its inputs by it. What
+attention redistribution found in a conversation (`Marks`) is kept there too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,161 +63,179 @@ class MarkedLayer(DynamicLayer):
             self.marks.repeat(repeats)
 
 
-class PrunedLayer(MarkedLayer):
-    """A dynamic cache layer whose prefix has gaps; everything after the prefix (decoding) is stored token by token.
+@dataclass(eq=False)
+class Entries:
+    """What cache layers store of a conversation's prompts and later turns; what follows (decoding) is stored token by token.
+
+    It is never changed, and the layers of one section share it.
 
     Attributes:
-        slots: `[batch, prefix]` logical position of each stored entry of the prefix.
-        valid: `[batch, prefix]` bool, False where a ragged batch is padded.
-        dense: every entry of the prefix is valid.
-        unpadded: the conversation has no padding, also where entries were dropped.
-        logical_prefix: tokens of the conversation that the prefix stands for.
-        shift: `[batch]` by how much rotary positions of later tokens move up, or None where all keep their own.
-        owner: whose conversation it is.
-        cuts: layers of the recipe's stages. A conversation goes on only under cuts at the same layers, because these decide
-            which layers have equal entries.
+        slots: `[batch, stored]` place of each entry in the conversation.
+        valid: `[batch, stored]` bool, False where a ragged batch is padded.
+        dense: every entry is valid.
+        tokens: how many tokens of the conversation they stand for, dropped ones included.
+        unpadded: no token of the conversation was hidden, of the dropped ones neither.
+        shift: `[batch]` by how much rotary positions of later tokens are smaller than their slots; None where they are equal.
     """
 
-    def __init__(self, cuts: tuple[int, ...]) -> None:
-        super().__init__()
-        self.cuts = cuts
-        self.owner: Owner | None = None
-        self.slots: Tensor | None = None
-        self.valid: Tensor | None = None
-        self.dense = self.unpadded = True
-        self.logical_prefix = 0
-        self.shift: Tensor | None = None
+    slots: Tensor
+    valid: Tensor
+    dense: bool
+    tokens: int
+    unpadded: bool = True
+    shift: Tensor | None = None
+    _selected: tuple[Tensor, Entries] | None = field(default=None, repr=False)
+    _cropped: tuple[int, Entries] | None = field(default=None, repr=False)
 
     @staticmethod
-    def adopt(layer: DynamicLayer, cuts: tuple[int, ...], real: Tensor | None, unpadded: bool | None = None) -> PrunedLayer:
-        """Take over a layer that was filled without pruning. `real` `[batch, length or more]` is 0 on padding; whether there is
-        none is read from it, which waits for the device, unless it is known."""
-        pruned = PrunedLayer(cuts)
-        pruned.marks = layer.marks if isinstance(layer, MarkedLayer) else None
-        length = layer.get_seq_length()
-        if length:
-            assert layer.keys is not None
-            assert layer.values is not None
-            pruned.lazy_initialization(layer.keys, layer.values)
-            pruned.keys, pruned.values = layer.keys, layer.values
-            batch, device = layer.keys.shape[0], layer.keys.device
-            slots = torch.arange(length, device=device).expand(batch, length)
-            valid = torch.ones_like(slots, dtype=torch.bool) if real is None else real[:, :length].to(device, torch.bool)
-            pruned.unpadded = real is None or (bool(on_host(valid.all())) if unpadded is None else unpadded)
-            pruned._set_prefix(slots, valid, pruned.unpadded, length)
-        return pruned
+    def complete(batch: int, tokens: int, device: torch.device, real: Tensor | None, unpadded: bool | None = None) -> Entries:
+        """Of a layer that dropped nothing. `real` `[batch, tokens or more]` is 0 on padding; whether there is none is read from
+        it, which waits for the device, unless it is known."""
+        slots = torch.arange(tokens, device=device).expand(batch, tokens)
+        valid = torch.ones_like(slots, dtype=torch.bool) if real is None else real[:, :tokens].to(device, torch.bool)
+        dense = real is None or (bool(on_host(valid.all())) if unpadded is None else unpadded)
+        return Entries(slots, valid, dense, tokens, unpadded=dense)
 
-    def _set_prefix(self, slots: Tensor, valid: Tensor, dense: bool, logical: int) -> None:
-        self.slots, self.valid, self.dense, self.logical_prefix = slots, valid, dense, logical
+    def then(self, more: int) -> Entries:
+        """With `more` entries behind them, one for each token."""
+        if not more:
+            return self
+        batch, device = self.slots.shape[0], self.slots.device
+        slots = torch.arange(self.tokens, self.tokens + more, device=device).expand(batch, more)
+        return self.joined(Entries(slots, torch.ones_like(slots, dtype=torch.bool), True, more))
 
-    def _stored(self) -> int:
-        return 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[-2]
+    def joined(self, later: Entries) -> Entries:
+        """With those of the `later.tokens` tokens that follow; `later.slots` count from the conversation's first token."""
+        shift = self.shift if later.shift is None else later.shift + (0 if self.shift is None else self.shift)
+        return Entries(
+            torch.cat((self.slots, later.slots), dim=1),
+            torch.cat((self.valid, later.valid), dim=1),
+            self.dense and later.dense,
+            self.tokens + later.tokens,
+            self.unpadded and later.unpadded,
+            shift,
+        )
 
-    def _tail(self) -> int:
-        """Entries after the prefix."""
-        return self._stored() - (0 if self.slots is None else self.slots.shape[1])
+    def select(self, indices: Tensor) -> Entries:
+        """Other batch rows (beams, contrastive search)."""
+        if self._selected is None or self._selected[0] is not indices:  # the layers of a section ask one after the other
+            here = indices.to(self.slots.device)
+            shift = None if self.shift is None else self.shift[here]
+            made = Entries(self.slots[here], self.valid[here], self.dense, self.tokens, self.unpadded, shift)
+            self._selected = indices, made
+        return self._selected[1]
+
+    def repeat(self, repeats: int) -> Entries:
+        """Every batch row several times."""
+        return self.select(torch.arange(len(self.slots), device=self.slots.device).repeat_interleave(repeats))
+
+    def crop(self, remove: int) -> Entries | None:
+        """Without the last `remove` tokens of the conversation; None if some of these were dropped or hidden."""
+        if self._cropped is None or self._cropped[0] != remove:
+            kept, tokens = self.slots.shape[1] - remove, self.tokens - remove
+            expected = torch.arange(tokens, self.tokens, device=self.slots.device)
+            if kept < 0 or not on_host((self.slots[:, kept:] == expected).all() & self.valid[:, kept:].all()):
+                return None
+            made = Entries(self.slots[:, :kept], self.valid[:, :kept], self.dense, tokens, self.unpadded, self.shift)
+            self._cropped = remove, made
+        return self._cropped[1]
+
+
+class PrunedLayer(MarkedLayer):
+    """A dynamic cache layer that stores fewer entries than the conversation has tokens.
+
+    Attributes:
+        recorded: the entries of prompts; what is stored behind them is stored token by token. None while there are none.
+        stages: layers of the recipe's stages. A conversation goes on only under stages at the same layers, because these decide
+            which layers have equal entries.
+        owner: whose conversation it is.
+    """
+
+    def __init__(self, stages: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stages = stages
+        self.owner: Owner | None = None
+        self.recorded: Entries | None = None
 
     def get_seq_length(self) -> int:
-        """Logical length: tokens of the conversation so far, kept or not."""
-        return self.logical_prefix + self._tail()
+        """Tokens of the conversation so far, kept or not."""
+        stored = 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
+        return stored if self.recorded is None else self.recorded.tokens + stored - self.recorded.slots.shape[1]
 
-    def entries(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Logical position and validity of every stored entry, `[batch, stored]` each."""
-        tail, start = self._tail(), self.logical_prefix
-        slots = torch.arange(start, start + tail, device=device).expand(batch, tail)
-        valid = torch.ones(batch, tail, dtype=torch.bool, device=device)
-        if self.slots is None or self.valid is None:
-            return slots, valid
-        return torch.cat((self.slots, slots), dim=1), torch.cat((self.valid, valid), dim=1)
+    @property
+    def stored(self) -> int:
+        """Entries per row."""
+        return 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the coming tokens.
-
-        Raises:
-            UsageError: nobody is there any more who knows which tokens are missing, or several
-                tokens come that nobody announced.
-        """
-        if self.owner is not None and self.owner.plan is None and self._stored():
-            raise UsageError(
-                "this conversation was pruned, and the recipe it began with has been removed from the model: go on inside the "
-                "`with` block (before run.remove()), wrap the model with that recipe again, or start with an empty cache."
-            )
-        coming = key_states.shape[-2]
-        if coming > 1 and self.slots is not None and self._stored() and self.slots.shape[1] != self._stored() + coming:
-            raise UsageError(
-                "this conversation was pruned by a wrapped model, and goes on in one that is not: go on in the model it began "
-                "in, or start with an empty cache."
-            )
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def announce(self, slots: Tensor, valid: Tensor, dense: bool, tokens: int) -> tuple[Tensor, Tensor, bool]:
-        """Say which of the next `tokens` tokens the coming `update` stores.
-
-        Args:
-            slots: `[batch, kept]` logical positions.
-            valid: `[batch, kept]` bool.
-            dense: every entry of `valid` is True.
-            tokens: length of the call's full sequence.
-
-        Returns:
-            Slots, validity and density of everything stored after the update.
-        """
-        logical = self.get_seq_length() + tokens
-        old_slots, old_valid = self.entries(slots.shape[0], slots.device)
-        slots, valid = torch.cat((old_slots, slots), dim=1), torch.cat((old_valid, valid), dim=1)
-        self._set_prefix(slots, valid, self.dense and dense, logical)
-        return slots, valid, self.dense
+    @property
+    def entries(self) -> Entries:
+        """All that is stored."""
+        if self.recorded is None:
+            assert self.keys is not None
+            return Entries.complete(self.keys.shape[0], self.stored, self.keys.device, None)
+        return self.recorded.then(self.stored - self.recorded.slots.shape[1])
 
     def reset(self) -> None:
         super().reset()
-        self.slots = self.valid = self.shift = None
-        self.dense = self.unpadded = True
-        self.logical_prefix = 0
+        self.recorded = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens (assisted decoding). A negative number, as in transformers.
 
         Raises:
-            UsageError: it would cut into the part of the prompt where tokens were dropped.
+            UsageError: it would reach into the part of the prompt where tokens were dropped.
         """
         if tokens_to_remove > 0:
             DynamicLayer().crop(tokens_to_remove)  # transformers' own error, from 5.18 on; before, a number of tokens to leave
             tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
         remove = -tokens_to_remove
-        from_prefix = remove - self._tail()
-        if remove and self.slots is not None and self.valid is not None and from_prefix > 0:
-            kept = self.slots.shape[1] - from_prefix
-            expected = torch.arange(self.logical_prefix - from_prefix, self.logical_prefix, device=self.slots.device)
-            if kept < 0 or not on_host((self.slots[:, kept:] == expected).all() & self.valid[:, kept:].all()):
-                raise UsageError(
-                    f"cannot crop {remove} tokens: the cut would reach a part of the prompt whose visual tokens were "
-                    "pruned; crop less, or start the conversation anew."
-                )
-            self._set_prefix(self.slots[:, :kept], self.valid[:, :kept], self.dense, self.logical_prefix - from_prefix)
+        if remove and self.recorded is not None:
+            reaching = remove - (self.stored - self.recorded.slots.shape[1])
+            if reaching > 0:
+                cropped = self.recorded.crop(reaching)
+                if cropped is None:
+                    raise UsageError(
+                        f"cannot crop {remove} tokens: this would reach a part of the prompt whose visual tokens were "
+                        "pruned; crop less, or start the conversation anew."
+                    )
+                self.recorded = cropped
         super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self._select(beam_idx)
+        self.recorded = None if self.recorded is None else self.recorded.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._select(indices)
+        self.recorded = None if self.recorded is None else self.recorded.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.slots is not None and self.valid is not None:
-            self.slots = self.slots.repeat_interleave(repeats, dim=0)
-            self.valid = self.valid.repeat_interleave(repeats, dim=0)
-        if self.shift is not None:
-            self.shift = self.shift.repeat_interleave(repeats, dim=0)
+        self.recorded = None if self.recorded is None else self.recorded.repeat(repeats)
 
-    def _select(self, indices: Tensor) -> None:
-        if self.slots is not None and self.valid is not None:
-            indices = indices.to(self.slots.device)
-            self.slots, self.valid = self.slots[indices], self.valid[indices]
-        if self.shift is not None:
-            self.shift = self.shift[indices.to(self.shift.device)]
+
+class FirstPrunedLayer(PrunedLayer):
+    """The first of a section's layers. It refuses what comes from a model that does not know what was dropped, for all."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the coming tokens.
+
+        Raises:
+            UsageError: the recipe was removed, so that nobody knows which tokens are missing; or several tokens come past the
+                hooks of a wrapped model, which record what is stored before it is.
+        """
+        stored, coming = self.stored, key_states.shape[-2]
+        if stored and self.owner is not None and self.owner.plan is None:
+            raise UsageError(
+                "this conversation was pruned, and the recipe it began with has been removed from the model: go on inside the "
+                "`with` block (before run.remove()), wrap the model with that recipe again, or start with an empty cache."
+            )
+        if stored and coming > 1 and self.recorded is not None and self.recorded.slots.shape[1] != stored + coming:
+            raise UsageError(
+                "this conversation was pruned by a wrapped model, and goes on in one that is not: go on in the model it began "
+                "in, or start with an empty cache."
+            )
+        return super().update(key_states, value_states, *args, **kwargs)
 
 
 def hand_over(cache: Cache | None, owner: Owner) -> None:
@@ -238,46 +257,41 @@ def keep_only(layers: Sequence[PrunedLayer], alive: Tensor, past: int, counts: S
         past: tokens of the conversation before that call; their entries stay.
         counts: entries of each row that stay, if they are known.
     """
-    first = layers[0]
-    slots, valid = first.entries(alive.shape[0], alive.device)
+    entries, length = layers[0].entries, layers[0].stored
+    slots, valid = entries.slots, entries.valid
     here = (slots - past).clamp(0, alive.shape[1] - 1)
     stays = Reduction.keeping(valid & ((slots < past) | alive.gather(1, here)), counts)
-    logical, slots = first.get_seq_length(), slots.gather(1, stays.rows)
-    stored = [x for layer in layers for x in (layer.keys, layer.values) if x is not None]
-    shorter = stays.gather_all(*stored)
+    slots = slots.gather(1, stays.rows)
+    shorter = Entries(slots, stays.valid, stays.dense, entries.tokens, entries.unpadded, entries.shift)
+    moved = stays.gather_all(*(x for layer in layers for x in (layer.keys, layer.values) if x is not None))
     for number, layer in enumerate(layers):
         if layer.marks is not None and layer.marks.codes is not None:
-            layer.marks.codes = layer.marks.padded(layer._stored())
+            layer.marks.codes = layer.marks.padded(length)
             layer.marks.entries(stays.rows, stays.rows.shape[1])
-        layer.keys, layer.values = shorter[2 * number], shorter[2 * number + 1]
-        layer._set_prefix(slots, stays.valid, stays.dense, logical)
+        layer.keys, layer.values, layer.recorded = moved[2 * number], moved[2 * number + 1], shorter
 
 
-def check_same_cuts(cache: Cache | None, cuts: tuple[int, ...]) -> None:
+def check_same_stages(cache: Cache | None, stages: tuple[int, ...]) -> None:
     """Refuse to go on with a conversation that was pruned at other layers.
 
     Raises:
         UsageError: the cache's pruned layers begin elsewhere.
     """
     last = cache.layers[-1] if cache is not None and cache.layers else None  # pruned if any layer is
-    if isinstance(last, PrunedLayer) and last.cuts != cuts:
+    if isinstance(last, PrunedLayer) and last.stages != stages:
         raise UsageError(
-            f"the conversation in this cache was pruned at layer(s) {', '.join(map(str, last.cuts))}, this recipe cuts at "
-            f"{', '.join(map(str, cuts))}: go on with the recipe it began with, or start with an empty cache."
+            f"the conversation in this cache was pruned at layer(s) {', '.join(map(str, last.stages))}, this recipe prunes at "
+            f"{', '.join(map(str, stages))}: go on with the recipe it began with, or start with an empty cache."
         )
 
 
-def pruned_layer(
-    cache: Cache,
-    index: int,
-    cuts: tuple[int, ...],
-    real: Tensor | None = None,
-    unpadded: bool | None = None,
-) -> PrunedLayer:
-    """The cache's layer `index` as a `PrunedLayer`, put in place of an ordinary one on first use.
+def pruned_layer(cache: Cache, index: int, stages: tuple[int, ...], complete: Callable[[DynamicLayer], Entries]) -> PrunedLayer:
+    """The cache's layer `index` as a `PrunedLayer`, which takes the place of an ordinary one on first use.
 
-    `real` `[batch, tokens so far or more]`, the 2-D attention mask, tells padding in what an ordinary layer already holds;
-    `unpadded` that there is none, if that is known.
+    Args:
+        cache, index: the layer.
+        stages: layers of the recipe's stages.
+        complete: gives the entries of an ordinary layer that was filled.
 
     Raises:
         UsageError: the cache is of a kind whose layers cannot have different lengths.
@@ -285,9 +299,16 @@ def pruned_layer(
     layer = _plain_layer(cache, index, "pruning inside the language model")
     if isinstance(layer, PrunedLayer):
         return layer
-    adopted = cache.layers[index] = PrunedLayer.adopt(layer, cuts, real, unpadded)
-    adopted.owner = owner_of(cache)
-    return adopted
+    pruned = FirstPrunedLayer(stages) if index in stages else PrunedLayer(stages)
+    pruned.marks = layer.marks if isinstance(layer, MarkedLayer) else None
+    if layer.get_seq_length():
+        assert layer.keys is not None
+        assert layer.values is not None
+        pruned.lazy_initialization(layer.keys, layer.values)
+        pruned.keys, pruned.values, pruned.recorded = layer.keys, layer.values, complete(layer)
+    pruned.owner = owner_of(cache)
+    cache.layers[index] = pruned
+    return pruned
 
 
 def marked_layer(cache: Cache, index: int) -> MarkedLayer:

@@ -1,18 +1,18 @@
-"""What happened in one call: the state while it runs, the record afterwards, and the report a person reads."""
+"""The state of one forward pass. It travels from hook to hook as a keyword argument, so that threads never share it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
-from vlmprune.live.layout import Bools, Layout, Prompt
-from vlmprune.live.record import Prefill
+from vlmprune.live.cache import Entries
+from vlmprune.live.layout import Bools, Layout, Tokens
+from vlmprune.live.record import Judged, Prefill
 from vlmprune.live.rows import Reduction
+from vlmprune.live.section import Section
 from vlmprune.schedule import Budget
 
 
@@ -28,16 +28,65 @@ class Projections(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """What one stage left: per picture, the indices that remain, and the features merged into them (or None); `emptied` where
-    places of others are left without a token."""
+    """What one stage left: per image, the indices that remain, and the features merged into them (or None); `emptied` where
+    places of others are left without a token; `judged` per image what was decided together, for `run.explain`, or None."""
 
-    remaining: list[Tensor]
-    features: list[Tensor | None]
+    remaining: tuple[Tensor, ...]
+    features: tuple[Tensor | None, ...]
     emptied: bool = False
+    judged: Sequence[tuple[Judged, ...]] | None = None
+
+    @property
+    def merges(self) -> bool:
+        """Tokens of some image were merged."""
+        return any(features is not None for features in self.features)
 
     def detached(self) -> Chosen:
         """The same, to be kept: nothing that outlives a layer may hold the graph that a backward pass runs through."""
-        return Chosen(self.remaining, [None if features is None else features.detach() for features in self.features])
+        if not self.merges:
+            return self
+        return replace(self, features=tuple(None if x is None else x.detach() for x in self.features))
+
+
+@dataclass(eq=False)
+class Prompt:
+    """What a call with images has beside what every call has.
+
+    Attributes:
+        tokens: the call's tokens, on the host.
+        layout: where visual tokens are.
+        end: `[batch]` place of the prompt's last token.
+        candidates: per image, how many of its tokens the call's mask does not hide: what budgets count from.
+        entered: per image, how many of its tokens entered the language model.
+        newlines: `[batch, sequence]` row separators among the image placeholders, on the host; None if there are none.
+        tower: per image, what the vision tower knew of each token, `[visual, …]` by probe.
+        crops: per image `[visual, 2]`, number and side of the crop each token belongs to, −1 where it was dropped inside the
+            tower, on the host; empty where nobody asks or the tower has no crops.
+        embeddings: `[batch, sequence, dim]` what entered the language model, where a method looks back at it.
+        attention: per decoder layer, `[batch, head, segment, key]` attention of the last prompt token to this call's rows; of
+            each sample, where several are packed into a row.
+        projections: per decoder layer, queries, keys and values.
+        text: the prompt's text after its last image, as rows of the call's sequence.
+        text_attention: per decoder layer, `[batch, head, text, key]` attention of these rows.
+        chosen: per stage, what it left; filled from the start when generation without a cache runs the same prompt again.
+        replayed: the choices are those of an earlier run of the same prompt.
+    """
+
+    tokens: Tokens
+    layout: Layout
+    end: Tensor
+    candidates: list[int] = field(default_factory=list)
+    entered: list[int] = field(default_factory=list)
+    newlines: Bools | None = None
+    tower: list[dict[str, Tensor]] = field(default_factory=list)
+    crops: list[Any] = field(default_factory=list)
+    embeddings: Tensor | None = None
+    attention: dict[int, Tensor] = field(default_factory=dict)
+    projections: dict[int, Projections] = field(default_factory=dict)
+    text: Reduction | None = None
+    text_attention: dict[int, Tensor] = field(default_factory=dict)
+    chosen: dict[int, Chosen] = field(default_factory=dict)
+    replayed: bool = False
 
 
 @dataclass(eq=False)
@@ -47,14 +96,14 @@ class Steps:
     Attributes:
         entered: per edited layer, what it was given and what it found. It stays until the call is over, so that gradient
             checkpointing, which runs a layer again in the backward pass, finds what the first run found.
-        rows: which rows are edited, per kind of rows and number of tokens a layer computes.
+        rows: which rows are edited, per kind of rows, number of tokens a layer computes, and section.
         blind: the prompt without its pictures, where a method compares with it.
         of_blind: this is that prompt's own call.
         apart: the samples that are packed into rows, each in a row of its own; None if they are not.
     """
 
     entered: dict[int, Any] = field(default_factory=dict)
-    rows: dict[tuple[str, int], Reduction | None] = field(default_factory=dict)
+    rows: dict[Any, Reduction | None] = field(default_factory=dict)
     blind: Any = None
     of_blind: bool = False
     apart: Any = None
@@ -62,54 +111,31 @@ class Steps:
 
 @dataclass(eq=False)
 class Call:
-    """State of one forward pass; travels from hook to hook as a keyword argument, so that threads never share it.
+    """One forward pass.
 
     Attributes:
         owner, plan: whose conversation this is, and what is done to it: the plan that the conversation began with, or None.
-        enabled, budget, blocks: what the caller had said when the call began.
+        enabled, budget, blocks: the caller's settings when the call began.
         labels: copies of the labels that were given, each with how many rows before it a label is predicted from.
         recomputes: gradient checkpointing runs layers of this call again, in the backward pass.
-        before: per decoder layer, the call as it was when the layer was entered, under gradient checkpointing. Before
-            transformers 5.23 hooks run again when a layer is recomputed, and must start from what they started from.
         tail: tokens at the end that are not part of the prompt (candidates of assisted decoding; tokens generated without a
             cache).
-        asked: tokens at the end whose logits were asked for, or 0.
-        pictures: visual tokens of each picture that the call brings, or None.
-        layout: where visual tokens are; None if this call prunes nothing.
-        prompt: the call's tokens, on the host.
+        logits_wanted: tokens at the end whose logits were asked for, or 0.
+        images: visual tokens of each image that the call brings, or None.
         mask: 2-D attention mask over all tokens so far, or None.
         custom: layers are given a mask of which every cell counts (4-D, block mask, or one for packed samples).
         past: tokens in the cache before this call.
-        prompt_end: `[batch]` place of the prompt's last token.
-        remaining: per picture, indices that are still there.
-        candidates: per picture, how many of its tokens the call's mask does not hide: what budgets count from.
-        entered: per picture, how many of its tokens entered the language model.
-        newlines: `[batch, sequence]` row separators among the image placeholders, on the host; None if there are none.
-        alive: `[batch, sequence]` bool, what was not dropped yet.
-        counts: of each row, how many tokens that is, on the host.
-        tower: per picture, what the vision tower knew of each token, `[visual, …]` by probe.
-        views: per picture `[visual, 2]`, number and side of the view each token belongs to, −1 where it was dropped inside the
-            tower, on the host; empty where nobody asks or the tower has no views.
-        reduction: what the current layer computes; None while nothing was dropped.
-        embeddings: `[batch, sequence, dim]` what entered the language model, where a method looks back at it.
-        attention: per decoder layer, `[batch, head, segment, key]` attention of the last prompt token to this call's rows; of
-            each sample, where several are packed into a row.
-        projections: per decoder layer, queries, keys and values.
-        text: the prompt's text after its last picture, as rows of the call's sequence.
-        text_attention: per decoder layer, `[batch, head, text, key]` attention of these rows.
-        masks: per group of layers between two stages, the mask of that group.
+        batch, sequence: shape of the call, where it is a prompt.
+        prompt: what a call with images has beside; None for any other, and where nothing is done.
+        record: what is recorded of a prompt.
+        sections: the sections so far, in order; the first begins before all layers.
+        section: that of the layer that runs.
+        autocast: whether the model was called inside `torch.autocast`, and its dtype.
         idle: nothing is left to do for this call.
         padded_step: a decoding step whose token some samples hide.
-        rotary: rotary embeddings of the rows that are computed, by the identity of the full ones (models may have several)
-            and by group of layers.
-        shift: `[batch, sequence]` by how many places each token moves up ("compact" positions); None if none does.
-        chosen: per stage, what remains of every picture and the features that were merged into it; filled from the start when
-            generation without a cache runs the same prompt again.
-        autocast: whether the model was called inside `torch.autocast`, and its dtype.
-        replayed: the choices are those of an earlier run of the same prompt.
-        every_row: all rows of a turn that cuts nothing.
+        every_row, complete: made by sections once for all.
         steps: what redistribution carries.
-        again: without a cache, the prompt that this call runs again; an `attach.Uncached`.
+        again: without a cache, the prompt that this call runs again; a `plan.Uncached`.
         uncached: per layer, what redistribution marked, where there is no cache to keep it.
         resumed: `uncached` is that of an earlier run of the same prompt.
     """
@@ -121,57 +147,31 @@ class Call:
     blocks: tuple[Any, ...] = ()
     labels: tuple[tuple[Tensor, int], ...] = ()
     recomputes: bool = False
-    before: dict[int, Call] = field(default_factory=dict)
     tail: int = 0
-    asked: int = 0
-    pictures: Sequence[int] | None = None
-    layout: Layout | None = None
-    prompt: Prompt | None = None
+    logits_wanted: int = 0
+    images: Sequence[int] | None = None
     mask: Tensor | None = None
     custom: bool = False
     past: int = 0
     batch: int = 0
     sequence: int = 0
-    prompt_end: Tensor | None = None
-    remaining: list[Tensor] = field(default_factory=list)
-    candidates: list[int] = field(default_factory=list)
-    entered: list[int] = field(default_factory=list)
-    newlines: Bools | None = None
-    alive: Tensor | None = None
-    counts: list[int] = field(default_factory=list)
-    tower: list[dict[str, Tensor]] = field(default_factory=list)
-    views: list[Any] = field(default_factory=list)
-    reduction: Reduction | None = None
-    embeddings: Tensor | None = None
-    attention: dict[int, Tensor] = field(default_factory=dict)
-    projections: dict[int, Projections] = field(default_factory=dict)
-    text: Reduction | None = None
-    text_attention: dict[int, Tensor] = field(default_factory=dict)
-    masks: dict[int, Tensor | BlockMask | None] = field(default_factory=dict)
-    rotary: dict[tuple[int, int], tuple[Any, Any]] = field(default_factory=dict)
-    shift: Tensor | None = None
-    chosen: dict[int, Chosen] = field(default_factory=dict)
+    prompt: Prompt | None = None
+    record: Prefill | None = None
+    section: Section = field(default_factory=Section)
+    sections: list[Section] = field(default_factory=list)
     autocast: tuple[bool, Any] = (False, None)
-    replayed: bool = False
+    idle: bool = False
+    padded_step: bool = False
     every_row: Reduction | None = None
+    complete: Entries | None = None
     steps: Steps = field(default_factory=Steps)
     again: Any = None
     uncached: dict[int, Any] = field(default_factory=dict)
     resumed: bool = False
-    record: Prefill | None = None
-    idle: bool = False
-    padded_step: bool = False
 
-    def branch(self) -> Call:
-        """The call as it is now: what happens to it later does not reach the copy, nor the other way round."""
-        copied = copy(self)
-        names = ("remaining", "entered", "counts", "attention", "projections", "text_attention", "masks", "rotary", "chosen")
-        for name in names:
-            setattr(copied, name, copy(getattr(self, name)))
-        copied.steps = replace(self.steps, rows=dict(self.steps.rows))
-        if (record := self.record) is not None:
-            copied.record = replace(
-                record, kept=[*record.kept], keep=dict(record.keep), entering=[*record.entering], stored=[*record.stored],
-                selection=[*record.selection],
-            )  # fmt: skip
-        return copied
+    def __post_init__(self) -> None:
+        self.sections = [self.section]
+
+    def section_of(self, layer: int) -> Section:
+        """The section that a layer belongs to."""
+        return next(section for section in reversed(self.sections) if section.start <= layer)

@@ -12,6 +12,7 @@ from torch import nn
 
 from vlmprune.errors import UsageError
 from vlmprune.live.context import Contexts
+from vlmprune.live.explain import Explanation, explain, not_asked
 from vlmprune.live.hooks import Attachment, attachment_of, check_unshared
 from vlmprune.live.owner import Owner
 from vlmprune.live.plan import Plan
@@ -23,13 +24,15 @@ from vlmprune.recipe import Recipe
 from vlmprune.schedule import Budget
 
 
-def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str) -> Run:
+def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str, explain: bool = False) -> Run:
     """Prune visual tokens of a loaded Hugging Face VLM, and redistribute its attention, in place and reversibly.
 
     Args:
         model: a stock model of a supported family, with any weights, dtype and device. It keeps its class and API. PEFT, DDP,
             FSDP, `torch.compile` and the like may be around it: the model inside is wrapped, and calls through them are pruned.
         methods: methods, recipes or recipe strings (`"fastv:layer=2,fraction=0.25"`).
+        explain: keep the scores by which stages decide, for `run.explain(…)`. A method that ranks tokens computes them once
+            more for that.
 
     Returns:
         The handle: `remove()` or leaving a `with` block restores the model bit for bit. Wrapping again replaces, also while
@@ -39,7 +42,7 @@ def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str) -> R
         UsageError: no model, unknown family or method, a layer the model does not have, or a combination that is not supported;
             always here, before the first token.
     """
-    return Run(model, Recipe.of(*methods))
+    return Run(model, Recipe.of(*methods), explain)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -62,10 +65,11 @@ class Run:
         recipe: what is applied.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self.model, self.recipe = model_inside(model), recipe
+    def __init__(self, model: nn.Module, recipe: Recipe, explain: bool = False) -> None:
+        self.model, self.recipe, self._explains = model_inside(model), recipe, explain
         self._contexts = Contexts()
         plan = Plan(self.model, recipe, self._contexts)  # refuses what cannot work
+        plan.pruning.explains = explain
         check_unshared(plan)  # from here on the model changes
         self._plan: Plan | None = plan
         self._attachment: Attachment = attachment_of(plan.base, make=True)  # type: ignore[assignment]
@@ -140,7 +144,7 @@ class Run:
             yield self
 
     def _budget(self, plan: Plan, tokens: int | None, fraction: float | None) -> Budget:
-        cutting = [cut for cut in plan.cutting.cuts if plan.cutting.may_override(cut)]
+        cutting = [bound for bound in plan.pruning.stages if plan.pruning.may_override(bound)]
         if len(cutting) != 1:
             raise UsageError(
                 f"override needs a recipe with one stage, found {len(cutting)} ({self.recipe}): wrap again instead."
@@ -163,3 +167,22 @@ class Run:
         if (record := self.last) is None:
             raise no_prefill()
         return Report.of(record, str(self.recipe))
+
+    def explain(self, token: int, image: int = 0, sample: int = 0) -> Explanation:
+        """Why one visual token was dropped or kept in the caller's last prefill: stage by stage the method, the token's score
+        and rank, and the last score that was kept. `print` shows it in sentences.
+
+        Args:
+            token: index of the token in its picture, from 0, in raster order; LLaVA-NeXT's row separators do not count.
+            image: number of the picture in its sample, from 0.
+            sample: row of the batch, from 0.
+
+        Raises:
+            UsageError: the model was not wrapped with `explain=True`, the caller ran no prompt, the recipe drops nothing, or
+                there is no such token.
+        """
+        if not self._explains:
+            raise not_asked()
+        if (record := self.last) is None:
+            raise no_prefill()
+        return explain(record, token, image, sample)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vlmprune.errors import UsageError
 from vlmprune.live.attention import CALL_ARGUMENT, route_attention
-from vlmprune.live.cache import check_same_cuts, hand_over
+from vlmprune.live.cache import check_same_stages, hand_over
 from vlmprune.live.call import Call
 from vlmprune.live.context import now, open_blocks
 from vlmprune.live.decoder import take
@@ -217,9 +217,9 @@ class Attachment:
         # With pictures encoded beforehand, this is generate(), and it asks for the logits of the last prompt token and of
         # everything after it; in a plain call the number means nothing of the kind.
         given = kwargs.get("logits_to_keep", 0)
-        asked = given if isinstance(given, int) else 0
-        tail = max(asked - 1, 0) if kwargs.get("mm_encoder_outputs") else 0
-        call = Call(tail=tail, asked=asked)
+        wanted = given if isinstance(given, int) else 0
+        tail = max(wanted - 1, 0) if kwargs.get("mm_encoder_outputs") else 0
+        call = Call(tail=tail, logits_wanted=wanted)
         for name, offset in (("labels", 1), ("shift_labels", 0)):
             if isinstance(labels := kwargs.get(name), Tensor):
                 kwargs = {**kwargs, name: labels.clone()}
@@ -277,7 +277,7 @@ class Attachment:
         if self._has(owner):
             return owner
         if self.current is not None:
-            check_same_cuts(cache, self.current.plan.cutting.at)
+            check_same_stages(cache, self.current.plan.pruning.at)
             hand_over(cache, self.current)
         return self.current
 
@@ -365,7 +365,7 @@ class Attachment:
         tower, owner = self._thread.tower, self._thread.encoding
         self._thread.encoding = None
         if owner is not None and hasattr(output, "__dict__"):
-            output.vlmprune = made = Encoded(owner, cut=tower is not None and tower.cuts and tower.pruner is not None)
+            output.vlmprune = made = Encoded(owner, cut=tower is not None and tower.drops and tower.pruner is not None)
             self._on_the_way[threading.get_ident()] = ref(output)
             if made.cut:
                 self._cut = [found for found in self._cut if found() is not None] + [ref(output)]

@@ -3,7 +3,7 @@
 Everything that depends on a prompt's shape is decided here once, so that neither methods nor hooks assume one image, one
 batch row, or a fixed number of prefix tokens.
 
-A prompt is read from the device to the host once, before the first layer (`Prompt.read`). Everything shapes depend on is known
+A prompt is read from the device to the host once, before the first layer (`Tokens.read`). Everything shapes depend on is known
 from there, so that nothing waits for the device while layers run. What is on the host is NumPy, what is on the device is torch.
 """
 
@@ -24,7 +24,7 @@ Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class Tokens:
     """The tokens of one call, on the host.
 
     Attributes:
@@ -43,7 +43,7 @@ class Prompt:
     segments: np.ndarray[Any, Any] | None = None
 
     @staticmethod
-    def read(ids: Tensor, mask: Tensor | None, image_token: int, tail: int) -> Prompt:
+    def read(ids: Tensor, mask: Tensor | None, image_token: int, tail: int) -> Tokens:
         """One transfer from the device, which waits for it.
 
         Args:
@@ -59,7 +59,7 @@ class Prompt:
             sequence = ids.shape[1]
             known, seen = on_host(torch.stack((ids, (mask[:, -sequence:] != 0).to(ids))))
             real = seen != 0
-        return Prompt.of(known, real, known == image_token, tail)
+        return Tokens.of(known, real, known == image_token, tail)
 
     @staticmethod
     def of(
@@ -68,10 +68,10 @@ class Prompt:
         placeholders: Bools,
         tail: int = 0,
         segments: np.ndarray[Any, Any] | None = None,
-    ) -> Prompt:
+    ) -> Tokens:
         """A prompt whose last token, of each row, is `tail` tokens before the last that is there."""
         end = np.where(real, np.arange(real.shape[1]), 0).max(axis=1) - tail
-        return Prompt(ids, real, placeholders, end, segments)
+        return Tokens(ids, real, placeholders, end, segments)
 
     @property
     def visual(self) -> Bools:
@@ -101,12 +101,12 @@ class Prompt:
         if self.segments is None:
             return self.end[:, None]
         count, place = int(self.segments.max()) + 1, np.arange(self.real.shape[1])
-        mine = (self.segments[:, None] == np.arange(count)[:, None]) & self.asked[:, None]
+        mine = (self.segments[:, None] == np.arange(count)[:, None]) & self.own[:, None]
         last = np.where(mine, place, -1).max(axis=2)
         return np.where(last < 0, self.end[:, None], last)
 
     @property
-    def asked(self) -> Bools:
+    def own(self) -> Bools:
         """`[batch, sequence]` tokens of the prompt itself: no padding, and nothing behind its end."""
         return self.real & (np.arange(self.real.shape[1]) <= self.end[:, None])
 
@@ -148,7 +148,7 @@ class Layout:
     counts: tuple[int, ...]
 
     @staticmethod
-    def find(prompt: Prompt, tokens_per_image: Sequence[int], device: torch.device) -> Layout:
+    def find(prompt: Tokens, tokens_per_image: Sequence[int], device: torch.device) -> Layout:
         """Split the visual tokens of a batch into pictures.
 
         Args:
@@ -217,7 +217,7 @@ def real_tokens(attention_mask: Tensor | None, batch: int, sequence: int, device
     return attention_mask[:, -sequence:].to(device=device, dtype=torch.bool)
 
 
-def _why(prompt: Prompt, there: int, wanted: int) -> str:
+def _why(prompt: Tokens, there: int, wanted: int) -> str:
     """What probably happened to the placeholders, and what to do."""
     last = prompt.placeholders[np.arange(len(prompt.end)), prompt.end]
     if there < wanted and last.any():

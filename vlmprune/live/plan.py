@@ -32,24 +32,24 @@ from vlmprune.cost import DecoderShape
 from vlmprune.device import on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.attention import CALL_ARGUMENT
-from vlmprune.live.cache import PrunedLayer, check_growing, hand_over
-from vlmprune.live.call import Call, Chosen
+from vlmprune.live.cache import check_growing, hand_over
+from vlmprune.live.call import Call, Chosen, Prompt
 from vlmprune.live.context import Contexts
 from vlmprune.live.decoder import Decoder, carried, carry, look_at
 from vlmprune.live.feature_index import FeatureIndex
 from vlmprune.live.links import Links
+from vlmprune.live.observed import see_attention
 from vlmprune.live.owner import Encoded, Owner, encoded_of
-from vlmprune.live.probes import recall_tower, see_attention
-from vlmprune.live.prompt import check_mask_goes_on, find_layout, look_at_mask, read_prompt, refuse_merged, visible_pictures
-from vlmprune.live.pruning import Cutting, timed
+from vlmprune.live.prompt import begin_prompt, check_mask_goes_on, look_at_mask, read_prompt, refuse_merged, visible_images
+from vlmprune.live.pruning import Pruning, timed
 from vlmprune.live.record import Clock, Prefill
 from vlmprune.live.redistribution import Steering
 from vlmprune.live.refusals import check_cuts, check_edits, check_tower
-from vlmprune.live.tower import TowerPass
-from vlmprune.methods.base import TowerPruner
+from vlmprune.live.tower import TowerPass, blocks_of_probes, look_up_tower, stage_in_tower
+from vlmprune.methods.tower import TowerPruner
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Budget
-from vlmprune.view import BEFORE_THE_CUT, FROM_TOWER, TowerFacts
+from vlmprune.view import BEFORE_THE_STAGE, TowerFacts, taken_in_tower
 
 untraced = torch.compiler.disable
 """What hooks do depends on the prompt: `torch.compile` runs them as they are, and compiles what is between them."""
@@ -99,12 +99,12 @@ class Plan:
         self._facts = _facts(family, base)
         self._steering = Steering(self.recipe.redistributors, family, self._facts, text)
         self.edited = frozenset(self._steering.by_layer)
-        self.cutting = Cutting(self.recipe, family, self._facts, base, text, len(layers))
+        self.pruning = Pruning(self.recipe, family, self._facts, base, text)
         self._plan()
         self._check(decoder)
         observed: list[tuple[Any, Callable[..., None]]] = []
-        for cut in self.cutting.cuts:
-            if cut.needs & BEFORE_THE_CUT:
+        for cut in self.pruning.stages:
+            if cut.needs & BEFORE_THE_STAGE:
                 index = cut.stage.layer - 1
                 seer = partial(Plan._see_attention, layer=index, needs=cut.needs)
                 observed.append((layers[index].get_submodule(family.attention), seer))
@@ -114,13 +114,13 @@ class Plan:
             self.observers.setdefault(module, []).append(observer)
         for index in self._steering.routed:
             self.editors[layers[index].get_submodule(family.attention)] = partial(self._steering.attend, index)
-        looking = [cut.stage.layer - 1 for cut in self.cutting.cuts if cut.needs & BEFORE_THE_CUT]
+        looking = [cut.stage.layer - 1 for cut in self.pruning.stages if cut.needs & BEFORE_THE_STAGE]
         self.carried = carried(decoder, (*looking, *self._steering.routed))
         self.links = Links(base, text, self._hooked(), {**self.observers, **self.editors}, self.recipe)
 
     def places(self) -> Iterator[Place]:
         """Where hooks are needed, beside those that every plan has."""
-        first = self.cutting.at[0] if self.cutting.at else len(self.layers)
+        first = self.pruning.at[0] if self.pruning.at else len(self.layers)
         for index in sorted({*range(first, len(self.layers)), *self.edited, *self.carried}):
             yield "layer", index
         yield from (("carried", index) for index in sorted(self.carried))
@@ -129,7 +129,7 @@ class Plan:
         tower = self.family.tower
         assert tower is not None
         yield "projector", 0
-        yield "first block", tower.whole(self._config)[0] if self._tower_cut is not None else 0
+        yield "first block", tower.full_attention_blocks(self._config)[0] if self._tower_cut is not None else 0
         if self._tower_cut is not None and self._tower_cut.stage.site == "vision":
             yield from (("block", index) for index in range(1, len(self._blocks())))
             if not self._facts.cls:
@@ -144,15 +144,14 @@ class Plan:
 
     def _plan(self) -> None:
         """What the recipe's methods look at in this model, and where."""
-        self._needs = self._steering.needs | self.cutting.needs
-        self._seen_in_tower = self._needs & FROM_TOWER
-        inside = [cut for cut in self.cutting.cuts if cut.stage.site == "vision" or "flow" in cut.needs]
-        self._tower_cut = inside[0] if inside else None
+        self._needs = self._steering.needs | self.pruning.needs
+        self._seen_in_tower = taken_in_tower(self._needs)
+        self._tower_cut = stage_in_tower(self.pruning.stages, self._needs)
         self._uses_tower = bool(self._seen_in_tower) or self._tower_cut is not None
 
     def _check(self, decoder: Decoder) -> None:
         """Refuse what cannot work, before the model is touched."""
-        check_cuts(self.recipe, decoder, self.cutting.cuts)
+        check_cuts(self.recipe, decoder, self.pruning.stages)
         check_edits(decoder, self._steering)
         if self._uses_tower:
             check_tower(self.recipe, decoder, self._facts, self._tower_cut, self._last_block)
@@ -168,18 +167,9 @@ class Plan:
         tower = self.family.tower
         assert tower is not None
         blocks, feature = self._blocks(), tower.feature_block(self._config)
-        probes: dict[int, list[str]] = {}
-        for name, index in (
-            ("attention_from_cls", feature),
-            ("attention_from_cls_first", 0),
-            ("attention_from_cls_early", max(len(blocks) // 4 - 1, 0)),
-            ("attention_from_cls_final", len(blocks) - 1),
-            ("tower_keys", feature),
-        ):
-            if name in self._seen_in_tower:
-                probes.setdefault(index, []).append(name)
+        probes = blocks_of_probes(self._seen_in_tower, feature, len(blocks))
         if self._tower_cut is not None:
-            for index in tower.whole(self._config):
+            for index in tower.full_attention_blocks(self._config):
                 if index < self._last_block():
                     probes.setdefault(index, [])
         return [
@@ -209,8 +199,8 @@ class Plan:
             last=self._last_block(),
             wanted=self._seen_in_tower if enabled else frozenset(),
             pruner=cut.method if cut is not None and isinstance(cut.method, TowerPruner) else None,
-            budget=self.cutting.budget_of(cut, budget) if cut is not None and inside else None,
-            cuts=inside,
+            budget=self.pruning.budget_of(cut, budget) if cut is not None and inside else None,
+            drops=inside,
             in_call=call is not None,
         )
 
@@ -239,10 +229,7 @@ class Plan:
         if tower.over:
             return
         with self._in_tower(query.device), torch.no_grad():
-            tower.see(index, query, key, value, scaling)
-            for probe in probes:
-                if probe in tower.wanted:
-                    tower.note(probe, query, key, scaling)
+            tower.watch(index, query, key, value, scaling, probes)
 
     def enter_block(
         self, index: int, module: nn.Module, tower: TowerPass, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -254,7 +241,7 @@ class Plan:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         with self._in_tower(hidden.device):
             if self._facts.cls:
-                hidden = tower.shorten_views(index, hidden)
+                hidden = tower.shorten_crops(index, hidden)
                 mask = tower.mask(self._config.vision_config._attn_implementation, hidden.dtype)
                 if len(args) > 1:  # transformers hands the mask over by position
                     return (hidden, mask, *args[2:]), kwargs
@@ -276,10 +263,10 @@ class Plan:
             # transformers casts features to the dtype of the words they are put among, and so must their names
             among = self.text.get_input_embeddings().weight.dtype
             lives = (restored.untyped_storage(), tower.output)
-            tower.known = self.memory.remember(
+            tower.observed = self.memory.add(
                 features.flatten(0, -2).to(among), tower.probes(features, args[0]), lives, differentiable=tower.in_call
             )
-        if tower.pruner is not None and tower.cuts and on_host(features.isnan().any()):
+        if tower.pruner is not None and tower.drops and on_host(features.isnan().any()):
             raise UsageError(
                 "the vision tower made NaN of a picture, which would pass for dropped patches: look at the pixel values, or "
                 "load the tower in a dtype with more range (bfloat16, float32)."
@@ -289,8 +276,8 @@ class Plan:
     def leave_tower(self, tower: TowerPass, output: Any) -> None:
         """What the tower returned lives as long as its features are wanted."""
         tower.output = None if tower.over else output
-        if tower.known is not None and hasattr(output, "__weakref__"):  # a projector inside the tower
-            tower.known.lives.append(ref(output))
+        if tower.observed is not None and hasattr(output, "__weakref__"):  # a projector inside the tower
+            tower.observed.holders.append(ref(output))
 
     @contextmanager
     def _in_tower(self, device: torch.device) -> Iterator[None]:
@@ -316,7 +303,7 @@ class Plan:
     ) -> None:
         """Observer of the attention before a cut; prefills only, and not where the choice is made already."""
         call: Call | None = kwargs.get(CALL_ARGUMENT)
-        if call is not None and call.layout is not None and self.cutting.chooses_at(layer + 1, call):
+        if call is not None and call.prompt is not None and self.pruning.chooses_at(layer + 1, call, call.prompt):
             with timed(call, query.device, f"attention in layer {layer}"), torch.no_grad():
                 see_attention(call, layer, needs, query, key, value, attention_mask, scaling)
 
@@ -324,7 +311,7 @@ class Plan:
 
     def may_change(self, pictures: Sequence[int] | None, budget: Budget | None) -> bool:
         """Whether pictures with so many tokens (None: of any size) would be computed otherwise than without this plan."""
-        return bool(self.edited) or self.cutting.may_drop(pictures, budget)
+        return bool(self.edited) or self.pruning.may_drop(pictures, budget)
 
     def begin(self, call: Call, owner: Owner, kwargs: dict[str, Any]) -> None:
         """A call that follows this plan enters the base model, with `kwargs`. `owner` owns its conversation."""
@@ -358,7 +345,7 @@ class Plan:
         try:
             self._find_pictures(call, kwargs)
         except UsageError:
-            if self.may_change(call.pictures, call.budget):
+            if self.may_change(call.images, call.budget):
                 raise
             look_at_mask(call, kwargs)
 
@@ -368,7 +355,7 @@ class Plan:
                 "videos are not pruned yet: pass the frames as pictures, or run this prompt inside "
                 "`with run.override(enabled=False):`."
             )
-        counts = call.pictures = _encoded_counts(kwargs) or self.family.tokens_per_image(kwargs, self._config)
+        counts = call.images = _encoded_counts(kwargs) or self.family.tokens_per_image(kwargs, self._config)
         self.links.check(whole=counts is not None)
         if counts is None:
             refuse_merged(kwargs, self.text)
@@ -377,54 +364,54 @@ class Plan:
             return  # the model itself refuses this
         cache = kwargs.get("past_key_values")
         steered = dict.fromkeys(method.name for method in self._steering.by_layer.values())
-        if steered or self.cutting.may_drop(counts, call.budget):
+        if steered or self.pruning.may_drop(counts, call.budget):
             check_growing(cache, "attention redistribution" if steered else "pruning inside the language model")
-        self._replay_uncached(call, ids, kwargs.get("mm_encoder_outputs"), cached=cache is not None)
-        prompt = read_prompt(call, kwargs, self.family.image_token(self._config), self.text, self._needs, tuple(steered))
-        find_layout(call, prompt, counts, ids.device)
+        self._check_forgetting(call, kwargs.get("mm_encoder_outputs"), cached=cache is not None)
+        if (known := call.again) is not None:
+            call.tail += ids.shape[1] - known.ids.shape[1]
+            call.uncached, call.resumed = known.marks, bool(known.marks)
+        tokens = read_prompt(call, kwargs, self.family.image_token(self._config), self.text, self._needs, tuple(steered))
+        begin_prompt(call, tokens, counts, ids.device)
+        if known is not None and call.prompt is not None:
+            call.prompt.chosen, call.prompt.replayed = known.chosen, bool(known.chosen)
 
-    def _replay_uncached(self, call: Call, ids: Tensor, encoded: Any, cached: bool) -> None:
-        """Generation without a cache runs the whole prompt again for every token, with the same encoded pictures: the choice
-        made at the first token stays."""
-        forgets = self.cutting.cache_cut
+    def _check_forgetting(self, call: Call, encoded: Any, cached: bool) -> None:
+        """Refuse a stage that forgets tokens in the cache where there is none, or where the prompt has candidates behind it."""
+        forgets = self.pruning.cache_stage
         if forgets is not None and (call.tail or (not cached and encoded is not None)):
             raise UsageError(
                 f"{forgets.method.name} forgets tokens in the KV cache after prefill, which needs use_cache=True and no "
                 "assisted decoding; or turn that stage off (cache_layer=-1)."
             )
-        if (known := call.again) is not None:
-            call.tail += ids.shape[1] - known.ids.shape[1]
-            call.chosen, call.replayed = known.chosen, bool(known.chosen)
-            call.uncached, call.resumed = known.marks, bool(known.marks)
 
     def enter_text(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if call.layout is None:
+        prompt = call.prompt
+        if prompt is None:
             self._refuse_what_the_tower_left(call, kwargs.get("inputs_embeds"))
             if call.past == 0 and call.enabled and kwargs.get("inputs_embeds") is not None:
                 self._without_picture(call, kwargs["inputs_embeds"])
-            if not self.cutting.decodes_without_padding(call, kwargs):
+            if not self.pruning.decodes_without_padding(call, kwargs):
                 return None
             call.idle = True
             return args, {**kwargs, "attention_mask": None}
         embeddings: Tensor = kwargs["inputs_embeds"]
-        self._set_newlines_apart(call, embeddings)
-        images = call.layout.images
-        call.remaining = visible_pictures(call)
-        call.alive, call.counts = call.layout.real, list(call.layout.counts)
-        call.candidates = list(map(len, call.remaining))
-        call.entered = list(call.candidates)
-        visual = sum(map(len, images))
-        call.record = self._begin_record(call, visual, embeddings, hidden=visual - sum(call.candidates))
+        self._set_newlines_apart(prompt, embeddings)
+        remaining = visible_images(prompt)
+        prompt.candidates = [len(index) for index in remaining]
+        prompt.entered = list(prompt.candidates)
+        self.pruning.begin(call, remaining, prompt.layout.real, prompt.layout.counts)
+        visual = sum(len(image) for image in prompt.layout.images)
+        call.record = self._begin_record(call, visual, embeddings, hidden=visual - sum(prompt.candidates))
         with timed(call, embeddings.device, "what the tower knew"):
-            if self._seen_in_tower and (self._steering.needs or self.cutting.may_drop(call.candidates, call.budget)):
-                recall_tower(call, self.memory, embeddings)
+            if self._seen_in_tower and (self._steering.needs or self.pruning.may_drop(prompt.candidates, call.budget)):
+                look_up_tower(call, self.memory, embeddings)
             if self._needs & {"embeddings", "text_embeddings"}:
-                call.embeddings = embeddings
+                prompt.embeddings = embeddings
             self._steering.enter_text(call, embeddings)
         # With padding, the model would make a mask of the whole prompt, [batch, 1, n, n], which no layer would see. Without
         # cache and mask, however, it would take positions with padding for packed sequences, and make a mask for these.
         cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache", self.text.config.use_cache)
-        unseen = (cached or kwargs.get("position_ids") is None) and self.cutting.shortens_at_once(call) and not call.custom
+        unseen = (cached or kwargs.get("position_ids") is None) and self.pruning.shortens_at_once(call) and not call.custom
         return (args, {**kwargs, "attention_mask": None}) if unseen else None
 
     def _without_picture(self, call: Call, embeddings: Tensor) -> None:
@@ -442,7 +429,7 @@ class Plan:
             shape=self._shape,
             itemsize=embeddings.element_size(),
             neutral=self._steering.neutral,
-            newlines=0 if call.newlines is None else int(call.newlines.sum()),
+            newlines=0 if call.prompt is None or call.prompt.newlines is None else int(call.prompt.newlines.sum()),
             hidden=hidden,
         )
         record.prefill.start = Clock.now(embeddings.device)
@@ -460,58 +447,40 @@ class Plan:
                 "run.enabled is False now: encode them again."
             )
 
-    def _set_newlines_apart(self, call: Call, embeddings: Tensor) -> None:
-        """Row separators stand among a picture's placeholders but show nothing: they count as text."""
+    def _set_newlines_apart(self, prompt: Prompt, embeddings: Tensor) -> None:
+        """Row separators are among an image's placeholders but show nothing: they count as text."""
         if self.family.newline is None:
             return
-        assert call.layout is not None
-        assert call.prompt is not None
         newline, device = getattr(self.base, self.family.newline), embeddings.device.type
         if torch.is_autocast_enabled(device):  # transformers packs it among features of that dtype
             newline = newline.to(torch.get_autocast_dtype(device))
-        call.newlines = on_host((embeddings == newline.to(embeddings)).all(dim=-1)) & call.prompt.placeholders
-        call.layout = call.layout.without(call.newlines)
+        prompt.newlines = on_host((embeddings == newline.to(embeddings)).all(dim=-1)) & prompt.tokens.placeholders
+        prompt.layout = prompt.layout.without(prompt.newlines)
 
     def enter_layer(self, index: int, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a decoder layer is given: cut at a stage, and shorter arguments behind one; then what redistribution notes."""
-        enabled, changed = call.enabled, None
+        """What a decoder layer is given: from a stage on, a shorter sequence. Redistribution records what it edits."""
+        changed = None
         if module.training:
             call.recomputes |= _is_recomputed(module)
-        if self.cutting.at and index >= self.cutting.at[0] and not call.idle:
-            call = _as_it_was(call, index, module)
-            changed = self._at_layer(index, module, call, args, kwargs)
-            args, kwargs = (args, kwargs) if changed is None else changed
-        if enabled and index in self.edited:
+        if not call.idle and self.pruning.at and index >= self.pruning.at[0]:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            given = self.pruning.enter_layer(index, module, call, hidden, kwargs)
+            if given is not None:
+                hidden, kwargs = given
+                args, kwargs = changed = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        if call.enabled and index in self.edited:
             hidden = args[0] if args else kwargs["hidden_states"]
             self._steering.enter_layer(index, call, hidden, kwargs.get("past_key_values"))
         return (args, carry(kwargs)) if index in self.carried else changed
 
-    def _at_layer(self, index: int, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
-        if call.layout is not None:
-            hidden = self.cutting.shorten(index, module, call, hidden, kwargs)
-        if call.reduction is None:
-            layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
-            if not isinstance(layer, PrunedLayer):
-                return None
-            every = layer.dense and layer.shift is None and not call.custom
-            if hidden.shape[1] == 1 and every and call.layout is None and not call.padded_step:
-                # Decoding without padding: every stored entry is visible, no mask is needed.
-                return None if kwargs.get("attention_mask") is None else (args, {**kwargs, "attention_mask": None})
-        changed = self.cutting.arguments(index, call, hidden, cache, kwargs)
-        if args:
-            return (hidden, *args[1:]), changed
-        return args, {**changed, "hidden_states": hidden}
-
     def _leave_out_labels(self, call: Call) -> None:
         """A label is predicted from the row before it. Where that row was not computed, the label does not count."""
-        if call.reduction is None:
+        alive = call.sections[-1].alive
+        if call.sections[-1].rows is None or alive is None:
             return
-        assert call.alive is not None
         lost = 0
         for labels, offset in call.labels:
-            missing = ~call.alive[:, : call.alive.shape[1] - offset].to(labels.device)
+            missing = ~alive[:, : alive.shape[1] - offset].to(labels.device)
             found = (labels[:, offset:] != IGNORED) & missing
             labels[:, offset:].masked_fill_(found, IGNORED)
             lost += int(on_host(found.sum()))
@@ -525,14 +494,14 @@ class Plan:
 
     def leave_text(self, call: Call, record: Prefill, output: Any) -> Any:
         hidden: Tensor = output[0]
-        if call.reduction is not None:
-            output.last_hidden_state = call.reduction.scatter(hidden, call.sequence)
-        # Layers before the first cut, and all of them if nothing was cut, ran in full.
-        full = self._shape.layers - len(record.entering)
-        record.entering[:0] = [call.sequence] * full
-        record.stored[:0] = [call.past + call.sequence] * full
+        if (rows := call.sections[-1].rows) is not None:
+            output.last_hidden_state = rows.scatter(hidden, call.sequence)
+        for layer in range(self._shape.layers):
+            section = call.section_of(layer)
+            record.entering.append(call.sequence if section.rows is None else section.rows.rows.shape[1])
+            record.stored.append(call.past + call.sequence if section.stored is None else section.stored)
         record.resident, record.peak = list(record.stored), sum(record.stored)
-        self.cutting.forget(call, output.get("past_key_values"))  # made by the model itself in a plain call
+        self.pruning.forget(call, output.get("past_key_values"))  # made by the model itself in a plain call
         record.prefill.end = Clock.now(hidden.device)
         hand_over(output.get("past_key_values"), call.owner)
         self._leave_out_labels(call)
@@ -594,16 +563,16 @@ def _facts(family: Any, base: nn.Module) -> TowerFacts:
     return family.facts if refusal is None else replace(family.facts, cls=False, refusal=refusal)
 
 
-def _as_it_was(state: Any, index: int, module: nn.Module) -> Any:
-    """The state of a call or of a pass through the tower, as it was when layer `index` was entered for the first time.
+def _as_it_was(tower: TowerPass, index: int, module: nn.Module) -> TowerPass:
+    """A pass through the tower, as it was when block `index` was entered for the first time.
 
-    Before transformers 5.23, gradient checkpointing runs a layer's hooks again when it recomputes the layer.
+    Before transformers 5.23, gradient checkpointing runs a block's hooks again when it recomputes the block.
     """
-    if (before := state.before.get(index)) is not None:
+    if (before := tower.before.get(index)) is not None:
         return before.branch()
     if _is_recomputed(module):
-        state.before[index] = state.branch()
-    return state
+        tower.before[index] = tower.branch()
+    return tower
 
 
 def _is_recomputed(module: nn.Module) -> bool:

@@ -29,9 +29,9 @@ from vlmprune.adapters.family import has_mrope
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.cache import PrunedLayer
-from vlmprune.live.call import Call
-from vlmprune.live.feature_index import row_names
-from vlmprune.live.layout import Bools, Layout, Prompt
+from vlmprune.live.call import Call, Prompt
+from vlmprune.live.feature_index import hash_rows
+from vlmprune.live.layout import Bools, Layout, Tokens
 from vlmprune.live.masks import not_hidden, shown
 from vlmprune.view import TEXT_ROWS
 
@@ -64,7 +64,8 @@ def check_mask_goes_on(call: Call, cache: Cache | None) -> None:
         UsageError: there is no mask, and something is hidden.
     """
     last = cache.layers[-1] if call.past and cache is not None and cache.layers else None
-    if isinstance(last, PrunedLayer) and not last.unpadded and call.mask is None and not call.custom:
+    hidden = isinstance(last, PrunedLayer) and last.recorded is not None and not last.recorded.unpadded
+    if hidden and call.mask is None and not call.custom:
         raise UsageError(
             "the attention mask of earlier turns hid tokens, which were dropped with the first cut, and this call has none: "
             "pass attention_mask, [batch, tokens of the whole conversation]."
@@ -79,7 +80,7 @@ def full_mask(kwargs: Mapping[str, Any]) -> Any:
 
 def read_prompt(
     call: Call, kwargs: Mapping[str, Any], image_token: int, text: Any, needs: frozenset[str], steered: Sequence[str]
-) -> Prompt:
+) -> Tokens:
     """Read the tokens of a call with pictures; notes in `call` what their mask says.
 
     Args:
@@ -130,20 +131,23 @@ def read_prompt(
         call.custom = True
         segments, real = on_host(packed).astype(int), np.ones(tuple(ids.shape), dtype=bool)
     else:
-        prompt = Prompt.read(ids, call.mask, image_token, call.tail)
+        prompt = Tokens.read(ids, call.mask, image_token, call.tail)
         if placeholders is None:
             return prompt
-        return Prompt.of(prompt.ids, prompt.real, on_host(placeholders), call.tail)
+        return Tokens.of(prompt.ids, prompt.real, on_host(placeholders), call.tail)
     known = on_host(ids)
     there = known == image_token if placeholders is None else on_host(placeholders)
-    return Prompt.of(known, real, there, call.tail, None if segments is None else _with_pictures(segments, there))
+    return Tokens.of(known, real, there, call.tail, None if segments is None else _with_pictures(segments, there))
 
 
-def find_layout(call: Call, prompt: Prompt, counts: Sequence[int], device: torch.device) -> None:
-    """Put down in `call` where the pictures of a prompt are."""
-    call.batch, call.sequence = prompt.real.shape
-    call.prompt, call.layout = prompt, Layout.find(prompt, counts, device)
-    call.prompt_end = on_device(prompt.end, device)
+def begin_prompt(call: Call, tokens: Tokens, counts: Sequence[int], device: torch.device) -> None:
+    """Find the images of a call, and begin its prompt.
+
+    Args:
+        counts: visual tokens of each image.
+    """
+    call.batch, call.sequence = tokens.real.shape
+    call.prompt = Prompt(tokens, Layout.find(tokens, counts, device), on_device(tokens.end, device))
 
 
 def packed_samples(kwargs: Mapping[str, Any], ids: Tensor, config: Any, flash: bool) -> Tensor | None:
@@ -180,20 +184,18 @@ def strange_embeddings(kwargs: Mapping[str, Any], text: Any) -> int:
     if embeddings is None or kwargs.get("input_ids") is not None or embeddings.shape[1] == 1:
         return 0
     words = text.get_input_embeddings().weight.detach().to(embeddings.device, embeddings.dtype)
-    return int(on_host((~torch.isin(row_names(embeddings.flatten(0, 1)), row_names(words))).sum()))
+    return int(on_host((~torch.isin(hash_rows(embeddings.flatten(0, 1)), hash_rows(words))).sum()))
 
 
-def visible_pictures(call: Call) -> list[Tensor]:
-    """Per picture, the indices of its tokens that the call's mask does not hide."""
-    assert call.layout is not None
-    assert call.prompt is not None
-    real = call.prompt.real
-    return [
+def visible_images(prompt: Prompt) -> tuple[Tensor, ...]:
+    """Per image, the indices of its tokens that the call's mask does not hide."""
+    real = prompt.tokens.real
+    return tuple(
         torch.arange(len(image), device=image.positions.device)
         if (there := real[image.sample, image.places]).all()
         else on_device(there.nonzero()[0], image.positions.device)
-        for image in call.layout.images
-    ]
+        for image in prompt.layout.images
+    )
 
 
 def _tokens(kwargs: Mapping[str, Any], image_token: int, text: Any, needs: frozenset[str]) -> tuple[Tensor, Tensor | None]:
@@ -205,7 +207,7 @@ def _tokens(kwargs: Mapping[str, Any], image_token: int, text: Any, needs: froze
     if "text_ids" in needs:
         raise UsageError("the method reads the words of the question, which inputs_embeds does not tell: pass input_ids.")
     placeholder = text.get_input_embeddings()(torch.full((), image_token, device=embeddings.device))
-    return row_names(embeddings.flatten(0, 1)).view(embeddings.shape[:2]), (embeddings == placeholder).all(dim=-1)
+    return hash_rows(embeddings.flatten(0, 1)).view(embeddings.shape[:2]), (embeddings == placeholder).all(dim=-1)
 
 
 def _said_by(seen: Tensor, past: int) -> Tensor:

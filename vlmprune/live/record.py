@@ -43,6 +43,25 @@ class Clock:
 
 
 @dataclass(frozen=True, eq=False)
+class Judged:
+    """What one stage decided about the tokens of a picture, or of one of its crops; kept only under `wrap(…, explain=True)`.
+
+    Attributes:
+        index: `[visual]` the tokens that were there, as indices into the picture's tokens.
+        asked: False where the budget keeps everything or nothing, and the method was not asked.
+        score: `[visual]` the numbers the method ranked them by, or None.
+        order: `[kept]` tokens in the order in which they were picked, or None.
+        joined: `[visual]` the token that each was merged into, its own index for a kept one, −1 for none; or None.
+    """
+
+    index: Tensor
+    asked: bool = True
+    score: Tensor | None = None
+    order: Tensor | None = None
+    joined: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Kept:
     """What one stage kept of one picture.
 
@@ -54,6 +73,8 @@ class Kept:
         original: tokens the picture had before any pruning.
         index: `[kept]` rising indices into the picture's tokens.
         features: `[kept, dim]` hidden states that took the places of the kept tokens (merging), or None.
+        judged: what was decided together, crops in their order; empty unless the model was wrapped with `explain=True`.
+        how: how the method decides, in words; empty likewise.
     """
 
     layer: int
@@ -64,6 +85,8 @@ class Kept:
     original: int
     index: Tensor
     features: Tensor | None = None
+    judged: tuple[Judged, ...] = ()
+    how: str = ""
 
 
 @dataclass(frozen=True, eq=False)

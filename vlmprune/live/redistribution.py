@@ -33,7 +33,7 @@ from vlmprune.live.layout import real_tokens
 from vlmprune.live.links import check_routes
 from vlmprune.live.marks import Marks
 from vlmprune.live.masks import pruned_mask
-from vlmprune.live.probes import prompt_end, rows_now
+from vlmprune.live.prompt_rows import prompt_end, rows_now
 from vlmprune.live.record import Steered
 from vlmprune.live.rows import Reduction
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, Picture, Redistributor, Scene, ScoreEditor
@@ -159,24 +159,27 @@ class Steering:
 
     def enter_text(self, call: Call, embeddings: Tensor) -> None:
         """A prompt with a picture begins: prepare the text-only stream."""
-        if self.by_layer and call.prompt is not None and call.prompt.segments is not None:
+        if self.by_layer and call.prompt is not None and call.prompt.tokens.segments is not None:
             call.steps.apart = apart = Apart.of_packed(call)
             return self.enter_text(apart.now(call), apart.take(embeddings, 1))
         if self._last_blind < 0 or call.past or call.resumed:
             return
-        assert call.layout is not None
         assert call.prompt is not None
-        text = call.prompt.asked & ~call.prompt.visual
-        if (lone := call.prompt.visual.any(axis=1) & ~text.any(axis=1)).any():
+        text = call.prompt.tokens.own & ~call.prompt.tokens.visual
+        if (lone := call.prompt.tokens.visual.any(axis=1) & ~text.any(axis=1)).any():
             row = int(lone.argmax())
-            hides = " that the mask does not hide" if (~call.prompt.real & ~call.prompt.placeholders)[row].any() else ""
+            hides = (
+                " that the mask does not hide"
+                if (~call.prompt.tokens.real & ~call.prompt.tokens.placeholders)[row].any()
+                else ""
+            )
             raise UsageError(
                 f"vhr compares with the prompt without its picture, but a prompt is only a picture: row {row} has no "
                 f"text{hides}; add a question."
             )
         # A row that is hidden as a whole has no text either, and no picture: whatever stands for it scales nothing.
         counts = np.maximum(text.sum(axis=1), 1).tolist()
-        words = Reduction.keeping(on_device(text, call.layout.real.device), counts)
+        words = Reduction.keeping(on_device(text, call.prompt.layout.real.device), counts)
         hidden = words.gather(embeddings)
         slots = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
         valid = words.valid.to(hidden.device)
@@ -193,7 +196,7 @@ class Steering:
             "use_cache": False,
             CALL_ARGUMENT: (alone := Call(owner=call.owner, plan=call.plan, steps=Steps(of_blind=True))),
         }
-        pictured = on_device(np.asarray(call.prompt.visual.any(axis=1)), hidden.device)
+        pictured = on_device(np.asarray(call.prompt.tokens.visual.any(axis=1)), hidden.device)
         call.steps.blind = alone.steps.blind = Blind(hidden, kwargs, pictured)
 
     def enter_layer(self, index: int, call: Call, hidden: Tensor, cache: Any) -> None:
@@ -204,12 +207,12 @@ class Steering:
         """
         if (apart := call.steps.apart) is not None:
             return self.enter_layer(index, apart.now(call), apart.take(hidden, 1), cache)
-        if call.layout is None and holds_words_only(cache, index, begins=not call.past):
+        if call.prompt is None and holds_words_only(cache, index, begins=not call.past):
             return None
         layer = None if cache is None else marked_layer(cache, index)
         holder = call.uncached.setdefault(index, _Holder()) if layer is None else layer
         name = self._names[self.by_layer[index].name]
-        if not call.past and call.layout is None:  # a chat that begins with words: nothing is marked yet
+        if not call.past and call.prompt is None:  # a chat that begins with words: nothing is marked yet
             anchor = _first_row(call, hidden) if self._anchors(index) else None
             holder.marks = Marks(name, torch.zeros(hidden.shape[0], 1, 0, dtype=torch.int8), anchor=anchor, idle=True)
         if call.past and (holder.marks is None or holder.marks.by != name):
@@ -301,13 +304,13 @@ class Steering:
         """In a layer's first run: what is padding, what is marked, and which rows are edited."""
         call, marks = entered.call, entered.holder.marks
         entered.valid = _keys_valid(call, entered, key)
-        if call.layout is not None and not (call.resumed and marks is not None):
+        if call.prompt is not None and not (call.resumed and marks is not None):
             with torch.autocast(query.device.type, enabled=False):
                 self._mark(method, call, entered, query, key, scaling, entered.valid)
             marks = entered.holder.marks
         assert marks is not None
         if not marks.idle:
-            name = method.rows, query.shape[2]
+            name = method.rows, query.shape[2], call.section.start
             if name not in call.steps.rows:
                 call.steps.rows[name] = _find_rows(call, method, query.shape[0], query.shape[2], query.device)
             entered.rows = call.steps.rows[name]
@@ -382,8 +385,8 @@ class Steering:
         # A prompt without a picture marks nothing, nor does it beside prompts that have one.
         assert call.prompt is not None
         codes = method.codes(see)
-        if not call.prompt.visual.any(axis=1).all():
-            codes = codes * on_device(np.asarray(call.prompt.visual.any(axis=1)), codes.device)[:, None, None]
+        if not call.prompt.tokens.visual.any(axis=1).all():
+            codes = codes * on_device(np.asarray(call.prompt.tokens.visual.any(axis=1)), codes.device)[:, None, None]
         if before is not None and before.codes is not None and past:
             heads = max(before.codes.shape[1], codes.shape[1])
             earlier = before.padded(past).to(codes.device)
@@ -438,7 +441,7 @@ class Steering:
 def _first_row(call: Call, hidden: Tensor) -> Tensor:
     """`[batch, dim]` fp32 residual of the first token of every conversation that begins with this call."""
     batch, tokens, _ = hidden.shape
-    own = call.layout is not None
+    own = call.prompt is not None
     real = _prompt(call, hidden.device)[0] if own else real_tokens(call.mask, batch, tokens, hidden.device)
     samples = torch.arange(batch, device=hidden.device)
     return hidden[samples, real.to(torch.int8).argmax(dim=1)].detach().float()
@@ -446,26 +449,26 @@ def _first_row(call: Call, hidden: Tensor) -> Tensor:
 
 def _prompt(call: Call, device: torch.device) -> tuple[Tensor, Tensor]:
     """`[batch, token]` bool of what the current layer computes: the prompt's tokens, and visual ones among them."""
-    assert call.layout is not None
-    assert call.prompt_end is not None
-    place = torch.arange(call.sequence, device=call.layout.real.device)
-    prompt = call.layout.real & (place <= call.prompt_end[:, None])
+    assert call.prompt is not None
+    assert call.prompt.end is not None
+    place = torch.arange(call.sequence, device=call.prompt.layout.real.device)
+    prompt = call.prompt.layout.real & (place <= call.prompt.end[:, None])
     visual = torch.zeros_like(prompt)
-    for image in call.layout.images:
+    for image in call.prompt.layout.images:
         visual[image.sample, image.positions] = True
-    visual &= call.layout.real
+    visual &= call.prompt.layout.real
     return _computed(call, prompt).to(device), _computed(call, visual).to(device)
 
 
 def _computed(call: Call, x: Tensor) -> Tensor:
     """`[batch, token]` of what the current layer computes from `[batch, sequence]` bool; False on padding."""
-    return x if call.reduction is None else x.gather(1, call.reduction.rows) & call.reduction.valid
+    return x if call.section.rows is None else x.gather(1, call.section.rows.rows) & call.section.rows.valid
 
 
 def _find_rows(call: Call, method: Redistributor, batch: int, tokens: int, device: torch.device) -> Reduction | None:
     """The rows a method edits among `tokens` query rows; None for all of them."""
-    if call.layout is None:  # decoding, candidates of assisted decoding, or a turn without a picture: all behind the picture
-        wanted = max(call.asked, 1)
+    if call.prompt is None:  # decoding, candidates of assisted decoding, or a turn without a picture: all behind the picture
+        wanted = max(call.logits_wanted, 1)
         if method.rows != "last" or wanted >= tokens:
             return None
         rows = torch.arange(tokens - wanted, tokens, device=device).expand(batch, wanted)
@@ -473,15 +476,15 @@ def _find_rows(call: Call, method: Redistributor, batch: int, tokens: int, devic
     if method.rows == "all":
         return None
     assert call.prompt is not None
-    begin, place = call.prompt.end, np.arange(call.sequence)
+    begin, place = call.prompt.tokens.end, np.arange(call.sequence)
     if method.rows == "behind":
         # Behind all placeholders of the last picture: LLaVA-NeXT's end with a row separator, which is no text behind it.
         # A prompt without a picture has nothing behind one; a later turn stands behind the pictures of earlier turns.
-        begin = np.where(call.prompt.visual, place + 1, 0).max(axis=1)
+        begin = np.where(call.prompt.tokens.visual, place + 1, 0).max(axis=1)
         begin[begin == 0] = 0 if call.past else call.sequence
-    wanted_rows = call.prompt.real & (place >= begin[:, None])
+    wanted_rows = call.prompt.tokens.real & (place >= begin[:, None])
     edited = Reduction.keeping(
-        _computed(call, on_device(wanted_rows, call.layout.real.device)), wanted_rows.sum(axis=1).tolist()
+        _computed(call, on_device(wanted_rows, call.prompt.layout.real.device)), wanted_rows.sum(axis=1).tolist()
     )
     return Reduction(edited.rows.to(device), edited.valid.to(device), edited.dense)
 
@@ -490,9 +493,10 @@ def _keys_valid(call: Call, entered: Entered, key: Tensor) -> Tensor | None:
     """`[batch, key]` bool, False on padding; None where there is none."""
     keys = key.shape[2]
     if isinstance(entered.layer, PrunedLayer):
-        return None if entered.layer.dense else entered.layer.entries(key.shape[0], key.device)[1]
-    if call.reduction is not None:
-        return None if call.reduction.dense else call.reduction.valid.to(key.device)
+        entries = entered.layer.entries
+        return None if entries.dense else entries.valid.to(key.device)
+    if call.section.rows is not None:
+        return None if call.section.rows.dense else call.section.rows.valid.to(key.device)
     return None if call.mask is None else call.mask[:, :keys].to(key.device, torch.bool)
 
 
@@ -509,8 +513,10 @@ def _overwritten(output: Tensor, edited: Tensor, rows: Reduction | None, changed
 
 
 def _pictures(call: Call, device: torch.device) -> list[Picture]:
-    assert call.layout is not None
+    assert call.prompt is not None
     return [
         Picture(image.sample, rows_now(call, number, index).to(device), index, len(image), tower)
-        for number, (image, index, tower) in enumerate(zip(call.layout.images, call.remaining, call.tower, strict=True))
+        for number, (image, index, tower) in enumerate(
+            zip(call.prompt.layout.images, call.section.remaining, call.prompt.tower, strict=True)
+        )
     ]

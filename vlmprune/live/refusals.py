@@ -10,18 +10,18 @@ from torch import Tensor
 
 from vlmprune.adapters.family import has_mrope
 from vlmprune.errors import UsageError
+from vlmprune.live.choosing import BoundStage
 from vlmprune.live.decoder import KNOWN, Decoder
-from vlmprune.live.pruning import Cut
 from vlmprune.live.redistribution import Steering
 from vlmprune.methods import Pruner
 from vlmprune.methods.checks import check_needs
 from vlmprune.methods.redistributing import HeadScaler
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Schedule, scaled_layer
-from vlmprune.view import BEFORE_THE_CUT, PROBES, TowerFacts
+from vlmprune.view import BEFORE_THE_STAGE, TowerFacts, known_probes
 
 
-def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[Cut]) -> None:
+def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[BoundStage]) -> None:
     """The stages of a recipe, in the language model.
 
     Raises:
@@ -29,7 +29,7 @@ def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[Cut]) -> None:
     """
     text_config, layers = decoder.text.config, len(decoder.layers)
     for cut in cuts:
-        check_needs(cut.method.name, cut.needs, PROBES)
+        check_needs(cut.method.name, cut.needs, known_probes())
         if cut.stage.layer >= layers:
             raise UsageError(
                 f"{cut.method.name} cuts at layer {cut.stage.layer}, but the model has layers 0 to {layers - 1}: "
@@ -47,14 +47,14 @@ def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[Cut]) -> None:
             )
     for cut in cuts:
         ahead = "attention_of_layer" in cut.needs
-        if not (cut.needs & BEFORE_THE_CUT or ahead):
+        if not (cut.needs & BEFORE_THE_STAGE or ahead):
             continue
         if "flash" in text_config._attn_implementation:
             raise UsageError(
                 f"{cut.method.name} looks at attention in the language model, which {text_config._attn_implementation!r} does "
                 'not offer yet: call model.set_attn_implementation("sdpa").'
             )
-        if cut.needs & BEFORE_THE_CUT:
+        if cut.needs & BEFORE_THE_STAGE:
             _check_attention(decoder, cut.stage.layer - 1, cut.method.name, told=True)
         if ahead:
             _check_attention(decoder, cut.stage.layer, cut.method.name, told=False)
@@ -96,7 +96,9 @@ def check_edits(decoder: Decoder, steering: Steering) -> None:
         )
 
 
-def check_tower(recipe: Recipe, decoder: Decoder, facts: TowerFacts, inside: Cut | None, last_block: Callable[[], int]) -> None:
+def check_tower(
+    recipe: Recipe, decoder: Decoder, facts: TowerFacts, inside: BoundStage | None, last_block: Callable[[], int]
+) -> None:
     """What a recipe does in the vision tower, or looks at there.
 
     Args:
@@ -147,10 +149,10 @@ def _check_attention(decoder: Decoder, index: int, method: str, told: bool, weig
         )
 
 
-def _fitting(recipe: Recipe, cut: Cut, depth: int) -> str:
+def _fitting(recipe: Recipe, cut: BoundStage, depth: int) -> str:
     """What to do about a stage behind the last layer: the same method with its layers scaled to the model's depth."""
     method = cut.method
-    stages = [stage for stage in method.cuts if stage.site == "llm"]
+    stages = [stage for stage in method.stages if stage.site == "llm"]
     room = range(method.first_layer, depth)
     if len(stages) > max(len(room), 1):
         fewer = [replace(stage, layer=layer) for stage, layer in zip(stages, room, strict=False)]
@@ -171,15 +173,15 @@ def _fitting(recipe: Recipe, cut: Cut, depth: int) -> str:
     return f"choose among them, for example {text}." if fits and readable else "choose among them."
 
 
-def _scaled(method: Pruner, cut: Cut, depth: int) -> Pruner:
-    layers = [stage.layer for stage in method.cuts]
+def _scaled(method: Pruner, cut: BoundStage, depth: int) -> Pruner:
+    layers = [stage.layer for stage in method.stages]
     if cut.stage.layer not in layers or cut.stage.site == "cache":  # a stage that a parameter names
         names = [field.name for field in fields(method) if getattr(method, field.name) == cut.stage.layer]
         values: dict[str, Any] = {name: max(scaled_layer(cut.stage.layer, depth), 1) for name in names}
         return replace(method, **values)
     fitted: list[int] = []
-    for stage in method.cuts:
+    for stage in method.stages:
         first = 0 if stage.layer == 0 else max(method.first_layer, 1)
         fitted.append(max(scaled_layer(stage.layer, depth), first, *(fitted[-1:] and [fitted[-1] + (stage.site == "llm")])))
-    stages = tuple(replace(stage, layer=layer) for stage, layer in zip(method.cuts, fitted, strict=True))
+    stages = tuple(replace(stage, layer=layer) for stage, layer in zip(method.stages, fitted, strict=True))
     return replace(method, schedule=Schedule(stages))

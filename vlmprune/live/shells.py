@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlmprune.adapters.registry import FAMILIES
 from vlmprune.errors import UsageError
@@ -16,31 +16,52 @@ LOAD = "load one, for example with transformers.AutoModelForImageTextToText.from
 
 
 def model_inside(given: Any) -> nn.Module:
-    """A loaded model, with shells around it or without.
+    """The vision-language model in what a caller passed, with shells around it or without.
 
     Args:
         given: a Hugging Face model, or one inside PEFT, DistributedDataParallel, DataParallel on one device, FSDP, DeepSpeed
             or `torch.compile`.
 
     Raises:
-        UsageError: it is none, and what it is; a text-only model; or a shell whose calls hooks cannot follow.
+        UsageError: it is something else (the sentence says what, and what to pass), a text-only model, or a shell whose calls
+            hooks cannot follow.
     """
-    model = given
-    while (inner := _inside(model)) is not None:
-        model = inner
-    if not isinstance(model, nn.Module):
-        raise UsageError(_no_model(model))
+    model = _without_shells(given)
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     if kind is None:
         raise UsageError(
-            f"expected a Hugging Face vision-language model, found {_named(given)}, which has no config.model_type: {LOAD}."
+            f"expected a Hugging Face vision-language model, found {_named(given)}, which has no config.model_type (models of "
+            f"timm and open_clip are vision towers without a language model): {LOAD}."
         )
     if kind not in FAMILIES and not _sees(config):
         raise UsageError(
             f"expected a vision-language model, found {_named(model)} (model_type {kind!r}), which has no vision tower, and so "
             f"no visual tokens; if it is a part of one, wrap the whole model; supported are {', '.join(sorted(FAMILIES))}."
         )
+    return model
+
+
+def decoder_inside(given: Any) -> nn.Module:
+    """The decoder in a model, with shells around it or without; a text-only model has one, too.
+
+    Raises:
+        UsageError: it is no model (the sentence says what it is, and what to pass), or a shell whose calls hooks cannot follow.
+    """
+    model: Any = _without_shells(given)
+    while not hasattr(model, "layers") and callable(getattr(model, "get_decoder", None)):
+        if (inner := model.get_decoder()) is model or inner is None:
+            break
+        model = inner
+    return model
+
+
+def _without_shells(given: Any) -> nn.Module:
+    model = given
+    while (inner := _inside(model)) is not None:
+        model = inner
+    if not isinstance(model, nn.Module):
+        raise UsageError(_no_model(model))
     return model
 
 
@@ -78,19 +99,46 @@ def _sees(config: Any) -> bool:
 
 def _named(found: Any) -> str:
     name = type(found).__name__
-    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def _no_model(found: Any) -> str:
-    expected = "expected a loaded vision-language model, found"
+    """One sentence: what was found instead of a model, and what to pass."""
+    return f"expected a loaded vision-language model, found {_instead_of_model(found)}."
+
+
+def _instead_of_model(found: Any) -> str:
     if found is None:
-        return f"{expected} None: {LOAD}."
+        return f"None: {LOAD}"
     if isinstance(found, str) or hasattr(found, "__fspath__"):
-        return f"{expected} the name {str(found)!r}: {LOAD}."
+        return f"the name {str(found)!r}: {LOAD}"
     if isinstance(found, type):
         load = f"{found.__name__}.from_pretrained(…)" if hasattr(found, "from_pretrained") else "an instance"
-        return f"{expected} the class {found.__name__}: pass {load}."
-    inner = getattr(found, "model", None)
-    if isinstance(inner, nn.Module):
-        return f"{expected} {_named(found)}: pass the model in it, its attribute .model."
-    return f"{expected} {_named(found)}: {LOAD}."
+        return f"the class {found.__name__}: pass {load}"
+    if isinstance(found, list | tuple | set | dict):
+        return _collection(found)
+    if isinstance(getattr(found, "model", None), nn.Module):  # a pipeline, a trainer, a handle of `wrap`
+        return f"{_named(found)}: pass the model in it, its attribute .model"
+    if any(
+        getattr(found, part, None) is not None
+        for part in ("image_processor", "tokenizer", "convert_ids_to_tokens", "preprocess")
+    ):
+        return f"{_named(found)}, which prepares the inputs of a model: pass the model itself; {LOAD}"
+    if hasattr(found, "model_type"):
+        return f"{_named(found)}, which describes a model and has no weights: {LOAD}"
+    if callable(found) and hasattr(found, "__qualname__"):
+        return f"the function {found.__qualname__}: call it, and pass the model that it returns"
+    return f"{_named(found)}: {LOAD}"
+
+
+def _collection(found: list[Any] | tuple[Any, ...] | set[Any] | dict[Any, Any]) -> str:
+    values = list(found.values()) if isinstance(found, dict) else list(found)
+    models = [value for value in values if isinstance(value, nn.Module)]
+    held = f"{_named(found)} of {len(values)}"
+    if len(models) == 1:
+        return f"{held}, one of which is a model ({type(models[0]).__name__}): pass that one"
+    if models:
+        return f"{held}, with {len(models)} models: wrap each of them, one call per model"
+    if isinstance(found, dict) and values and all(isinstance(value, Tensor) for value in values):
+        return f"{held} tensors, which are weights without a model: {LOAD}"
+    return f"{held}, with no model in it: {LOAD}"

@@ -1,36 +1,135 @@
-"""Inside the vision tower: what is seen there, what is dropped there, and how both reach the language model.
+"""Inside the vision tower: what is observed there, what is dropped there, and how both reach the language model.
 
-Two facts of transformers decide the form. Between tower and language model, features are cut up, un-padded, copied for beams
-and cached by the user, so nothing that is told beside them stays in step. And the number of features must match the prompt.
-Hence
+Two facts of transformers decide the form. Between the tower and the language model, features are cut up, un-padded, copied for
+beams and cached by the user, so that nothing passed along beside them would stay aligned. And the number of features must match
+the prompt's placeholders. Hence
 
-* what the tower knew of a token is filed under the token's own features (`FeatureIndex`);
-* a view that was shortened inside the tower leaves the projector at full length, with NaN in the rows of dropped patches; a cut
-  before the first decoder layer removes them. Forgetting that cut would be loud.
+* what was observed of a token is looked up by a hash of the token's features (`FeatureIndex`);
+* a crop that was shortened inside the tower leaves the projector at full length, with NaN in the rows of dropped patches. A
+  stage before the first decoder layer removes these rows. Were it forgotten, every output would be NaN.
+
+A picture that is not cut up is its own only crop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from vlmprune.device import on_device
+from vlmprune.device import on_device, on_host
+from vlmprune.errors import UsageError
 from vlmprune.kernels.attention_mass import attention_mass
-from vlmprune.live.feature_index import (
-    Known,
-)
+from vlmprune.live.call import Call
+from vlmprune.live.feature_index import FeatureIndex, Observed
 from vlmprune.live.masks import block_mask
 from vlmprune.live.rows import Reduction
-from vlmprune.methods.base import Block, TowerPruner, TowerState
-from vlmprune.schedule import Budget
-from vlmprune.view import WITH_CLS, TowerFacts
+from vlmprune.methods.base import Pruner
+from vlmprune.methods.tower import Block, TowerPruner, TowerState
+from vlmprune.schedule import Budget, Stage
+from vlmprune.view import PROBES, TowerFacts, known_probes
+
+CROP, SIDE = "crop", "side"
+"""Recorded with the probe `cell`: the number of the crop that a token belongs to, and that crop's side."""
+
+
+class PlannedStage(Protocol):
+    """One stage of a recipe in a model: its method, and the probes that it lists."""
+
+    @property
+    def stage(self) -> Stage: ...
+    @property
+    def method(self) -> Pruner: ...
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+
+S = TypeVar("S", bound=PlannedStage)
+
+
+def stage_in_tower(stages: Sequence[S], needs: frozenset[str]) -> S | None:
+    """The stage whose method works inside the vision tower: it drops patches there, or provides a probe that is needed.
+
+    Args:
+        stages: of a recipe, in their order.
+        needs: all probes that the recipe's methods list.
+
+    Raises:
+        UsageError: two methods would work there, or none provides a probe that another method lists.
+    """
+    inside = [stage for stage in stages if stage.stage.site == "vision" or (needs & _provided(stage.method))]
+    names = list(dict.fromkeys(stage.method.name for stage in inside))
+    if len(names) > 1:
+        raise UsageError(f"{' and '.join(names)} both work inside the vision tower, where only one method can: leave one out.")
+    known = known_probes()
+    for name in sorted(needs):
+        if name in known and known[name].taken == "tower method" and not any(name in _provided(s.method) for s in inside):
+            raise UsageError(
+                f"the probe {name!r} is made inside the vision tower by a method that is not in this recipe: add that method, "
+                "or choose another probe."
+            )
+    return inside[0] if inside else None
+
+
+def _provided(method: Pruner) -> frozenset[str]:
+    made = method.provides if isinstance(method, TowerPruner) else None
+    return frozenset() if made is None else frozenset({made.name})
+
+
+# -- probes of blocks --------------------------------------------------------------------------------------------------------
+
+
+def _attention_from_cls(block: Block) -> Tensor:
+    visible = None if block.valid is None else block.valid[:, None]
+    attention = attention_mass(block.query[:, :, :1], block.key, block.scaling, visible)[:, :, 1:]
+    return attention.transpose(1, 2)  # [crop, patch, head]
+
+
+def _tower_keys(block: Block) -> Tensor:
+    return block.key[:, :, 1:].float().mean(dim=1)  # [crop, patch, dim]
+
+
+FROM_BLOCK: dict[str, Callable[[Block], Tensor]] = {
+    "tower_keys": _tower_keys,
+    **dict.fromkeys((name for name in PROBES if name.startswith("attention_from_cls")), _attention_from_cls),
+}
+"""How each probe is taken from the attention of its block (`Probe.part`), `[crop, patch, …]`, in a tower with CLS tokens."""
+
+
+def blocks_of_probes(needs: Iterable[str], feature: int, blocks: int) -> dict[int, list[str]]:
+    """The blocks that probes are taken from, by number.
+
+    Args:
+        needs: probes.
+        feature: the block whose output feeds the projector.
+        blocks: how many there are.
+    """
+    numbers = {"first": 0, "early": max(blocks // 4 - 1, 0), "feature": feature, "final": blocks - 1}
+    found: dict[int, list[str]] = {}
+    for name, probe in PROBES.items():
+        if name in needs and probe.taken == "tower block":
+            found.setdefault(numbers[probe.part], []).append(name)
+    return found
+
+
+def look_up_tower(call: Call, index: FeatureIndex, embeddings: Tensor) -> None:
+    """Fetch the tower's probes of every picture of a call, by what enters the language model."""
+    prompt = call.prompt
+    assert prompt is not None
+    images = prompt.layout.images
+    prompt.tower = index.find([embeddings[image.sample, image.positions.to(embeddings.device)] for image in images])
+    if images and CROP in prompt.tower[0]:
+        crops = on_host(torch.cat([torch.stack((tower[CROP], tower[SIDE]), dim=1) for tower in prompt.tower]))
+        prompt.crops = np.split(crops, np.cumsum(list(map(len, images)))[:-1])
+
+
+# -- a pass ------------------------------------------------------------------------------------------------------------------
 
 
 class TowerPass:
@@ -38,18 +137,18 @@ class TowerPass:
 
     Args:
         plan: the plan that this pass follows.
-        facts: what is known of the tower.
+        facts: traits of the tower.
         last: block whose output feeds the projector.
         wanted: probes to take.
         pruner: the method that works inside the tower, or None.
-        budget: what that method shall keep of each view.
-        cuts: False where the method only watches.
+        budget: what that method shall keep of each crop.
+        drops: False if the method only watches.
         in_call: the prompt follows in the same call.
 
     Attributes:
-        over: the pass has left the projector. What runs in the tower from then on is run again, by gradient checkpointing.
+        over: the pass has left the projector. If a block runs later, gradient checkpointing recomputes it.
         before: per block, the pass as it was when the block was entered; see `Call.before`.
-        known: what the memory holds of this pass, or None.
+        observed: this pass's entry in the feature index, or None.
         output: what the tower returned, or None.
     """
 
@@ -61,24 +160,24 @@ class TowerPass:
         wanted: frozenset[str],
         pruner: TowerPruner | None,
         budget: Budget | None,
-        cuts: bool,
+        drops: bool,
         in_call: bool = False,
     ) -> None:
         self.plan, self.facts, self.last, self.wanted = plan, facts, last, wanted
-        self.pruner, self.budget, self.cuts, self.in_call = pruner, budget, cuts, in_call
+        self.pruner, self.budget, self.drops, self.in_call = pruner, budget, drops, in_call
         self.states: list[TowerState] = []
         self.before: dict[int, TowerPass] = {}
-        self.known: Known | None = None
+        self.observed: Observed | None = None
         self.output: Any = None
         self.shortened = self.over = False
-        self._segment = (-1, -1)  # block and view that were watched last, in a packed tower
+        self._watched = (-1, -1)  # block and picture that were watched last, in a packed tower
 
-    def begin(self, lengths: Sequence[int], views: int, device: torch.device) -> None:
-        """The shape of what enters the first block: `[view, 1 + patch]`; a packed tower (Qwen-VL) has one view after another,
-        in `lengths`. A second call changes nothing."""
+    def begin(self, lengths: Sequence[int], crops: int, device: torch.device) -> None:
+        """Set the shape of what enters the first block: `crops` of `[1 + patch]` tokens; or, in a packed tower (Qwen-VL), one
+        picture after another, with `lengths` patches. A second call changes nothing."""
         if self.states:
             return
-        self.lengths, self.views, self.device = list(lengths), views, device
+        self.lengths, self.crops, self.device = list(lengths), crops, device
         self.states = [self._state(length, self.budget) for length in lengths]
 
     @property
@@ -87,60 +186,61 @@ class TowerPass:
         return bool(self.before)
 
     def branch(self) -> TowerPass:
-        """The pass as it is now: what happens to it later does not reach the copy, nor the other way round."""
+        """The pass as it is now: later changes to it do not reach the copy, nor changes to the copy the pass."""
         copied = copy(self)
         copied.states = [replace(state, carried=dict(state.carried)) for state in self.states]
         return copied
 
     def _state(self, patches: int, budget: Budget | None) -> TowerState:
-        views = 1 if self.packed else self.views
-        tokens = patches // self.facts.unit
-        target = (tokens if budget is None else budget.resolve(tokens)) * self.facts.unit
-        cells = torch.arange(patches, device=self.device).expand(views, patches)
+        crops = 1 if self.packed else self.crops
+        tokens = patches // self.facts.patches_per_token
+        target = (tokens if budget is None else budget.resolve(tokens)) * self.facts.patches_per_token
+        cells = torch.arange(patches, device=self.device).expand(crops, patches)
         return TowerState(facts=self.facts, target=target, cells=cells, side=round(patches**0.5))
 
     @property
     def packed(self) -> bool:
-        """Views stand one after the other in one sequence without CLS tokens."""
+        """Whether pictures follow each other in one sequence, without CLS tokens."""
         return not self.facts.cls
 
     # -- attention of a block --------------------------------------------------------------------------------------------
 
-    def see(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
-        """Attention of block `index`, `[view, head, token, dim]` each; in a packed tower one view at a time, in their order."""
+    def watch(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, probes: Sequence[str] = ()) -> None:
+        """Look at the attention of block `index`, `[crop, head, token, dim]` each; a packed tower calls this once per picture,
+        in their order."""
         key, value = key.to(query.dtype), value.to(query.dtype)  # `torch.autocast` leaves them in different ones
-        state = self.states[0]
-        if self.packed:
-            view = self._segment[1] + 1 if self._segment[0] == index else 0
-            self._segment = (index, view)
-            state = self.states[view]
-        valid = None
-        if self.facts.cls and state.valid is not None:
-            valid = torch.nn.functional.pad(state.valid, (1, 0), value=True)
-        if self.pruner is not None and (not self.cuts or state.cells.shape[1] > state.target):
-            block = Block(index, self.last, query, key, value, scaling, self.facts.cls, valid)
+        state = self.states[self._picture(index)]
+        block = Block(index, self.last, query, key, value, scaling, self.facts.cls, self._visible(state))
+        if self.pruner is not None and (not self.drops or state.cells.shape[1] > state.target):
             self.pruner.watch(block, state)
+        for name in probes:
+            if name in self.wanted:
+                state.carried[name] = FROM_BLOCK[name](block)
 
-    def note(self, probe: str, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Take a probe of a tower with CLS tokens from one block's attention."""
-        if probe == "tower_keys":
-            self.states[0].carried[probe] = key[:, :, 1:].float().mean(dim=1)  # [view, patch, dim]
-            return
-        valid = self.states[0].valid
-        visible = None if valid is None else torch.nn.functional.pad(valid, (1, 0), value=True)[:, None]
-        attention = attention_mass(query[:, :, :1], key, scaling, visible)[:, :, 1:]
-        self.states[0].carried[probe] = attention.transpose(1, 2)  # [view, patch, head]
+    def _picture(self, index: int) -> int:
+        """Which picture of a packed tower is watched now, in block `index`."""
+        if not self.packed:
+            return 0
+        picture = self._watched[1] + 1 if self._watched[0] == index else 0
+        self._watched = (index, picture)
+        return picture
+
+    def _visible(self, state: TowerState) -> Tensor | None:
+        """`[crop, 1 + patch]` bool, False on padding; None if there is none."""
+        if state.valid is None or not self.facts.cls:
+            return None
+        return torch.nn.functional.pad(state.valid, (1, 0), value=True)
 
     # -- shortening ------------------------------------------------------------------------------------------------------
 
-    def shorten_views(self, index: int, hidden: Tensor) -> Tensor:
-        """What enters block `index` of a tower with CLS tokens: `[view, 1 + patch, dim]` -> `[view, 1 + kept, dim]`."""
+    def shorten_crops(self, index: int, hidden: Tensor) -> Tensor:
+        """What enters block `index` of a tower with CLS tokens: `[crop, 1 + patch, dim]` -> `[crop, 1 + kept, dim]`."""
         assert self.pruner is not None
         (state,) = self.states
-        alive = self.pruner.cut(index - 1, self.last, hidden[:, 1:], state)
-        if alive is None:
+        left = self.pruner.drop(index - 1, self.last, hidden[:, 1:], state)
+        if left is None:
             return hidden
-        stays, patches = alive
+        stays, patches = left
         return torch.cat((hidden[:, :1], self._apply(state, stays, patches)), dim=1)
 
     def shorten_packed(self, index: int, hidden: Tensor) -> Tensor:
@@ -149,8 +249,8 @@ class TowerPass:
         lengths = [state.cells.shape[1] for state in self.states]
         pieces = []
         for state, patches in zip(self.states, hidden.split(lengths), strict=True):
-            alive = self.pruner.cut(index - 1, self.last, patches[None], state)
-            pieces.append(patches if alive is None else self._apply(state, *alive)[0])
+            left = self.pruner.drop(index - 1, self.last, patches[None], state)
+            pieces.append(patches if left is None else self._apply(state, *left)[0])
         return torch.cat(pieces) if self.shortened else hidden
 
     def packed_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -170,17 +270,14 @@ class TowerPass:
         self.shortened = True
         state.valid = None if reduction.dense else reduction.valid
         state.cells = state.cells.gather(1, reduction.rows)
-        view = torch.arange(len(state.cells), device=state.cells.device)[:, None]
-        state.carried = {name: carried[view, reduction.rows] for name, carried in state.carried.items()}
+        crop = torch.arange(len(state.cells), device=state.cells.device)[:, None]
+        state.carried = {name: carried[crop, reduction.rows] for name, carried in state.carried.items()}
         return reduction.gather(patches)
 
     def mask(self, implementation: str, dtype: torch.dtype) -> Tensor | BlockMask | None:
-        """The attention mask of views of different lengths, in the form the implementation expects; None without padding."""
-        valid = self.states[0].valid
-        if valid is None:
-            return None
-        visible = torch.nn.functional.pad(valid, (1, 0), value=True)
-        if "flash" in implementation:
+        """The attention mask of crops of different lengths, in the form the implementation expects; None without padding."""
+        visible = self._visible(self.states[0])
+        if visible is None or "flash" in implementation:
             return visible
         if implementation == "flex_attention":
             return block_mask(visible.shape[1], visible, causal=False)
@@ -189,29 +286,38 @@ class TowerPass:
             return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
         return visible
 
-    # -- behind the projector --------------------------------------------------------------------------------------------
+    # -- after the projector ---------------------------------------------------------------------------------------------
 
     def probes(self, projected: Tensor, entering: Tensor) -> dict[str, Tensor]:
         """The probes, one row per row of `projected` `[…, dim]`, from what entered the projector."""
-        found = {name: carried for name, carried in self.states[0].carried.items() if name in self.wanted & WITH_CLS}
+        found = {name: self._carried(name) for name in self.wanted - {"tower_features", "cell"}}
         if "tower_features" in self.wanted:
             found["tower_features"] = entering
-        if "flow" in self.wanted:
-            flow = torch.cat([state.carried["flow"][0] for state in self.states])
-            found["flow"] = flow.unflatten(0, (-1, self.facts.unit)).mean(dim=1)
         if "cell" in self.wanted:
             found |= self._places()
         rows = projected.flatten(0, -2).shape[0]
         return {name: value.reshape(rows, *value.shape[projected.ndim - 1 :]) for name, value in found.items()}
 
+    def _carried(self, name: str) -> Tensor:
+        """`[crop, patch, …]` what blocks recorded of each patch; in a packed tower the mean over the patches of each token."""
+        if any(name not in state.carried for state in self.states):
+            made = "the method" if self.pruner is None else self.pruner.name
+            raise UsageError(
+                f"{made} provides the probe {name!r}, but its watch(block, state) left no state.carried[{name!r}]."
+            )
+        if not self.packed:
+            return self.states[0].carried[name]
+        patches = torch.cat([state.carried[name][0] for state in self.states])
+        return patches.unflatten(0, (-1, self.facts.patches_per_token)).mean(dim=1)
+
     def _places(self) -> dict[str, Tensor]:
-        """Raster index, number of the view, and side of the view of every row; packed towers have no views."""
+        """Cell, number of the crop, and side of the crop of every row; packed towers have no crops."""
         if self.packed:
-            units = [state.cells.shape[1] // self.facts.unit for state in self.states]
-            return {"cell": torch.cat([torch.arange(count, device=self.device) for count in units])}
+            tokens = [state.cells.shape[1] // self.facts.patches_per_token for state in self.states]
+            return {"cell": torch.cat([torch.arange(count, device=self.device) for count in tokens])}
         (state,) = self.states
-        view = torch.arange(len(state.cells), device=self.device)[:, None].expand_as(state.cells)
-        return {"cell": state.cells, "view": view, "side": torch.full_like(view, state.side)}
+        crop = torch.arange(len(state.cells), device=self.device)[:, None].expand_as(state.cells)
+        return {"cell": state.cells, CROP: crop, SIDE: torch.full_like(crop, state.side)}
 
     def restore(self, projected: Tensor) -> Tensor:
         """Put the survivors back at their places among all, NaN elsewhere."""
@@ -222,10 +328,10 @@ class TowerPass:
             full = projected.new_full((len(projected), self.lengths[0] + 1, projected.shape[-1]), torch.nan)
             target = state.cells if state.valid is None else torch.where(state.valid, state.cells, self.lengths[0])
             return full.scatter(1, target[..., None].expand_as(projected), projected)[:, :-1]
-        unit, pieces = self.facts.unit, []
-        kept = [state.cells.shape[1] // unit for state in self.states]
+        merged, pieces = self.facts.patches_per_token, []
+        kept = [state.cells.shape[1] // merged for state in self.states]
         for patches, tokens in zip(self.lengths, projected.split(kept), strict=True):
-            # FlowCut's Qwen code merges each four consecutive survivors and gives them the first places of the picture.
-            missing = tokens.new_full((patches // unit - len(tokens), tokens.shape[-1]), torch.nan)
+            # The projector merges consecutive patches, wherever they were: its tokens take the first places of the picture.
+            missing = tokens.new_full((patches // merged - len(tokens), tokens.shape[-1]), torch.nan)
             pieces.append(torch.cat((tokens, missing)))
         return torch.cat(pieces)

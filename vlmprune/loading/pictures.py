@@ -1,4 +1,4 @@
-"""Reading a picture as transformers' own `load_image` does (turned upright, then RGB), and saying what that changed."""
+"""Read a picture as `load_image` of transformers does (upright, RGB, 8 bits), and report what was lost on the way."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vlmprune.errors import UsageError, first_line
 
 WIDE = ("I", "F")
-"""Modes of Pillow with one channel of more than 8 bits; `I;16` and its kin begin with one of them."""
+"""First letters of the modes of Pillow with one channel of more than 8 bits: `I`, `I;16`, `F`, …"""
 
 SCHEMES = ("http", "https", "ftp", "s3", "gs", "hf", "data", "file")
 
 
-def open_picture(path: str | Path, tell: Callable[[str], object] = warnings.warn) -> Image.Image:
+def open_picture(path: str | Path, report: Callable[[str], object] = warnings.warn) -> Image.Image:
     """Read a picture: upright RGB, 8 bits per channel, equal to `transformers.image_utils.load_image(path)`.
 
     Args:
         path: of the file.
-        tell: called with one sentence for everything that its values lost on the way.
+        report: called with one sentence for every loss: depth, transparency, further frames, a colour profile.
 
     Raises:
-        UsageError: there is no such file, or it is no picture that can be read; says why.
+        UsageError: there is no such file, or it cannot be read as a picture; says why.
     """
     scheme, _, rest = str(path).partition(":")
     if scheme.lower() in SCHEMES:
-        slashes = "" if scheme.lower() == "data" else "//"  # a path has lost one of them
+        slashes = "" if scheme.lower() == "data" else "//"  # `Path` drops one of them
         address = f"{scheme}:{slashes}{rest.lstrip('/')}"
         address = address if len(address) <= 80 else address[:77] + "…"
         raise UsageError(f"{address} is an address: download the picture and give the path of the file.")
@@ -41,9 +41,9 @@ def open_picture(path: str | Path, tell: Callable[[str], object] = warnings.warn
         raise UsageError(f"there is no picture at {path}: give the path of an image file.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's on damaged EXIF data, palettes and size; what matters is in the notes
+            warnings.simplefilter("ignore")  # of Pillow, about EXIF data, palettes and size; `_losses` reports what matters
             with Image.open(path) as stored:
-                depth = _bits(stored, path)  # only known before the pixels are read
+                depth = _bits(stored, path)  # Pillow forgets it once the pixels are read
                 upright = ImageOps.exif_transpose(stored)
                 image = upright.convert("RGB")
                 losses = list(_losses(stored, upright, image, depth))
@@ -53,7 +53,7 @@ def open_picture(path: str | Path, tell: Callable[[str], object] = warnings.warn
         ) from error
     except UnidentifiedImageError as error:
         what = "is empty" if not path.stat().st_size else "is not a picture that can be read"
-        raise UsageError(f"{path} {what}: give a PNG, JPEG or another format that Pillow knows.") from error
+        raise UsageError(f"{path} {what}: give a PNG, a JPEG or another format that Pillow can read.") from error
     except PermissionError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}): change its permissions.") from error
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, struct.error) as error:
@@ -61,12 +61,12 @@ def open_picture(path: str | Path, tell: Callable[[str], object] = warnings.warn
             f"{path} is not a picture that can be read ({first_line(error)}): it is cut off or damaged."
         ) from error
     for loss in losses:
-        tell(f"{path}: {loss}.")
+        report(f"{path}: {loss}.")
     return image
 
 
 def summary(notes: Iterable[str]) -> list[str]:
-    """The sentences on several pictures, equal ones together."""
+    """The sentences about several pictures, with equal ones put together."""
     named: dict[str, list[str]] = {}
     for note in notes:
         path, _, loss = note.partition(": ")
@@ -78,8 +78,11 @@ def summary(notes: Iterable[str]) -> list[str]:
 
 
 def _bits(stored: Image.Image, path: Path) -> int:
-    """Bits per channel in the file. Pillow reads colour of more than 8 as 8 bits and does not say so: what is left of it in its
-    decoders' arguments, its tags and the file's first bytes tells."""
+    """Bits per channel in the file.
+
+    Pillow reads colours of more than 8 bits as 8 bits, and has no attribute for the depth in the file. It is found in the
+    arguments of Pillow's decoder, in the tags, or in the first bytes of the file.
+    """
     tiles = getattr(stored, "tile", ())
     if stored.format == "TIFF":
         return max(stored.tag_v2.get(258, (8,)))  # type: ignore[attr-defined]  # BitsPerSample
@@ -94,7 +97,7 @@ def _bits(stored: Image.Image, path: Path) -> int:
 
 
 def _bits_in_head(head: bytes) -> int:
-    """Bits per channel by a JPEG 2000's segment SIZ (its first component), or by an AVIF's box `av1C`."""
+    """Bits per channel of a JPEG 2000 (first component in its segment SIZ) or of an AVIF (its box `av1C`)."""
     if (start := head.find(b"\xff\x4f\xff\x51")) >= 0 and len(head) > start + 42:
         return (head[start + 42] & 0x7F) + 1
     if (start := head.find(b"av1C")) >= 0 and len(head) > start + 6:
@@ -104,7 +107,7 @@ def _bits_in_head(head: bytes) -> int:
 
 
 def _losses(stored: Image.Image, upright: Image.Image, image: Image.Image, depth: int) -> Iterable[str]:
-    """What of the picture is not in `image`."""
+    """A sentence for everything in the file that `image` does not hold."""
     if upright.mode.startswith(WIDE):
         before = np.asarray(upright).astype(np.float64)
         after = np.asarray(image)[..., 0].astype(np.float64)
@@ -127,7 +130,7 @@ def _losses(stored: Image.Image, upright: Image.Image, image: Image.Image, depth
                 "(as transformers' load_image does): put it on a background for another result"
             )
     frames = getattr(stored, "n_frames", 1)
-    if frames > 1 and stored.format != "MPO":  # what a phone's MPO holds beside the photo is no other picture
+    if frames > 1 and stored.format != "MPO":  # further frames of a phone's MPO are depth maps or previews of the same photo
         yield f"it has {frames} frames or pages; the first is used"
     if upright.mode in ("CMYK", "LAB"):
         yield f"its {upright.mode} colours were made RGB without their colour profile (as transformers' load_image does)"

@@ -1,8 +1,8 @@
-"""What somebody else wrote is looked at: the class of a method when one is made, its numbers when it has made them."""
+"""Checks of methods that users write: of the class when a method is made, of its numbers when it returns them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,17 @@ def check_class(method: type, *wanted: tuple[str, type, str]) -> None:
                 f"the method {method.__name__} needs a class attribute {attribute} ({kind.__name__}), {said}: write "
                 f"{attribute} = {example}."
             )
+
+
+def check_renamed(method: type, renamed: Mapping[str, str]) -> None:
+    """Refuse a class that defines something under a name of earlier versions. `renamed`: new names by old ones.
+
+    Raises:
+        UsageError: says the new name.
+    """
+    for old, new in renamed.items():
+        if hasattr(method, old):
+            raise UsageError(f"the method {method.__name__} defines {old}, which is called {new} now: rename it.")
 
 
 def check_needs(method: str, needs: Any, known: Iterable[str]) -> None:

@@ -1,11 +1,20 @@
-"""A method's parameter: its default and what it may be, as data. It is checked, and `vlmprune methods NAME` prints it."""
+"""A method's parameter, as data: its default, and what it may be. `vlmprune methods NAME` prints it; other values are refused.
+
+In the class of a method:
+
+    alpha: float = number(0.5, low=0, high=1)
+    tokens: int | None = number(None, low=0, whole=True)
+    distance: Literal["l2", "l2sq"] = choice("l2", "l2sq")
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Any
+
+from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.schedule import plain
 
 ALLOWED = "allowed"
 """Key of a field's metadata."""
@@ -13,31 +22,98 @@ ALLOWED = "allowed"
 
 @dataclass(frozen=True)
 class Range:
-    """A number in [low, high]; `whole` ones only, if it says so."""
+    """A number in [low, high]; `whole`: without a fraction; `below`: high itself is not allowed."""
 
-    low: float
+    low: float = -inf
     high: float = inf
     whole: bool = False
+    below: bool = False
 
     def __str__(self) -> str:
         if self.high == inf:
             return "any" if self.low == -inf else f"≥ {self.low:g}"
-        return f"{self.low:g} to {self.high:g}"
+        return f"{self.low:g} to {'below ' if self.below else ''}{self.high:g}"
+
+    def check(self, method: str, parameter: str, value: Any) -> None:
+        """Refuse a value outside.
+
+        Raises:
+            UsageError: says the range and what was found.
+        """
+        kind = int if self.whole else (int, float)
+        inside = not isinstance(value, bool) and isinstance(value, kind) and self.low <= value <= self.high
+        if not inside or (self.below and value == self.high):
+            what = "a whole number" if self.whole else "a number"
+            where = f" in [{self.low:g}, {self.high:g}{')' if self.below else ']'}" if self.high < inf else f" >= {self.low:g}"
+            where = "" if self.low == -inf else where
+            raise UsageError(f"{method}: {parameter} must be {what}{where}, found {shown(value)}.")
 
 
-def number(default: float | None, low: float = -inf, high: float = inf, whole: bool = False) -> Any:
-    """A field for a number in [low, high]; where the default is None, None is allowed as well."""
-    return field(default=default, metadata={ALLOWED: Range(low, high, whole)})
+class Choices(tuple[Any, ...]):
+    """One of a few values."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self))
+
+    def check(self, method: str, parameter: str, value: Any) -> None:
+        """Refuse a value that is none of them.
+
+        Raises:
+            UsageError: names the nearest.
+        """
+        if not any(_kind(value) is _kind(one) and value == one for one in self):
+            found = value if isinstance(value, str) else shown(value)
+            raise unknown(f"value of {parameter} in {method}", found, map(str, self))
+
+
+def _kind(value: Any) -> type:
+    """Its type; one for all numbers."""
+    return float if isinstance(value, int | float) and not isinstance(value, bool) else type(value)
+
+
+Limits = Range | Choices
+
+
+def number(default: float | None, low: float = -inf, high: float = inf, whole: bool = False, below: bool = False) -> Any:
+    """A field for a number in [low, high], or in [low, high) if `below`; a default of None allows None as well."""
+    return field(default=default, metadata={ALLOWED: Range(low, high, whole, below)})
 
 
 def choice(default: Any, *others: Any) -> Any:
     """A field for one of a few values."""
-    return field(default=default, metadata={ALLOWED: (default, *others)})
+    return field(default=default, metadata={ALLOWED: Choices((default, *others))})
 
 
-def limited(method: Any) -> Iterator[tuple[str, Range | tuple[Any, ...]]]:
-    """Names of a method's parameters that have limits and a value, with the limits."""
+def limits_of(method: Any, parameter: str) -> Limits | None:
+    """What a parameter may be, of a method or its class; None if its class says nothing."""
+    found: Limits | None = method.__dataclass_fields__[parameter].metadata.get(ALLOWED)
+    return found
+
+
+def settle(method: Any, **given: Any) -> None:
+    """Store NumPy's numbers in a method's fields as Python's own, and refuse what lies outside the limits.
+
+    Args:
+        method: just made.
+        given: parameters that are no fields (`InitVar`).
+
+    Raises:
+        UsageError: says the limits and what was found.
+    """
     for parameter in fields(method):
-        allowed = parameter.metadata.get(ALLOWED)
-        if allowed is not None and not (parameter.default is None and getattr(method, parameter.name) is None):
-            yield parameter.name, allowed
+        object.__setattr__(method, parameter.name, plain(getattr(method, parameter.name)))
+    check(method, **{parameter.name: getattr(method, parameter.name) for parameter in fields(method)}, **given)
+
+
+def check(method: Any, **values: Any) -> None:
+    """Refuse values outside the limits of a method's parameters.
+
+    Raises:
+        UsageError: says the limits and what was found.
+    """
+    for parameter, value in values.items():
+        limits, default = limits_of(method, parameter), method.__dataclass_fields__[parameter].default
+        if limits is not None and not (value is None and default is None):
+            limits.check(method.name, parameter, plain(value))

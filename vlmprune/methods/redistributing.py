@@ -11,17 +11,17 @@ marked is marked at a prompt, and stays with the conversation: generated tokens 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import InitVar, dataclass, fields
+from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.errors import UsageError, unknown
 from vlmprune.methods.checks import check_class, check_needs
-from vlmprune.methods.parameters import Range, limited
-from vlmprune.schedule import plain, scaled_layer
+from vlmprune.methods.parameters import settle
+from vlmprune.schedule import scaled_layer
 from vlmprune.view import FROM_TOWER
 
 M = TypeVar("M", bound="Redistributor")
@@ -129,15 +129,13 @@ class Redistributor:
     def __post_init__(self, preset: str | None) -> None:
         check_class(type(self), ("name", str, "'mine'"), ("rows", str, "'all'"), ("default_layers", str, "':'"))
         check_needs(self.name, self.needs, FROM_TOWER)
-        for parameter in fields(self):
-            object.__setattr__(self, parameter.name, plain(getattr(self, parameter.name)))
         if preset is not None:
             if preset not in self.presets:
                 raise unknown(f"preset of {self.name}", str(preset), self.presets)
             for key, value in self.presets[preset].items():
                 if key not in self._given:
                     object.__setattr__(self, key, value)
-        self._check_parameters()
+        settle(self)
         several = isinstance(self.layers, list | tuple | range | np.ndarray)
         object.__setattr__(self, "layers", "|".join(map(str, self.layers)) if several else str(self.layers))
         _pieces(self.name, self.layers)
@@ -173,28 +171,6 @@ class Redistributor:
                 f"{depth - 1}, none of them: choose with layers=…{_example(self.name, self.default_layers, depth)}."
             )
         return tuple(sorted(chosen))
-
-    def _check_parameters(self) -> None:
-        """Refuse a parameter outside its limits.
-
-        Raises:
-            UsageError: says the limits and what was found.
-        """
-        for parameter, allowed in limited(self):
-            if isinstance(allowed, Range):
-                self._in_range(parameter, allowed.low, allowed.high)
-            elif getattr(self, parameter) not in allowed:
-                raise unknown(f"value of {parameter} in {self.name}", str(getattr(self, parameter)), map(str, allowed))
-
-    def _in_range(self, parameter: str, low: float, high: float) -> None:
-        """Refuse a number outside [low, high].
-
-        Raises:
-            UsageError: says the range and what was found.
-        """
-        value = getattr(self, parameter)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise UsageError(f"{self.name}: {parameter} must be a number in [{low:g}, {high:g}], found {shown(value)}.")
 
 
 class GroupEditor(Redistributor):

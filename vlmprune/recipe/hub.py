@@ -1,4 +1,4 @@
-"""Asking the hub, once and with little patience: transformers would retry in silence for a minute."""
+"""Ask the Hugging Face hub once and wait a few seconds: transformers itself would retry in silence for a minute."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Repository:
     """A repository that can be read.
 
     Attributes:
-        files: names of its files; of those in the cache, if the hub could not be asked.
+        files: names of its files; if the hub cannot be reached, of those in the cache on this machine.
         options: keyword arguments for every `from_pretrained`.
-        folder: of the cache, if the hub could not be asked.
-        unreached: why it could not, else empty.
+        folder: of the cache, if the hub cannot be reached.
+        unreached: why the hub cannot be reached; empty if it can.
     """
 
     files: frozenset[str]
@@ -32,11 +32,13 @@ class Repository:
     unreached: str = ""
 
 
-def ask(name: str, file: str, what: str) -> Repository:
-    """Look a repository up. Where the hub cannot be asked, the cache will do if it has `file`.
+def look_up(name: str, file: str, what: str) -> Repository:
+    """Find a repository on the hub; or, if the hub cannot be reached, in its cache on this machine.
 
     Args:
-        what: is looked for, for the error's sentence: "model", "recipe".
+        name: hub id.
+        file: must be in the cache, if the cache is to be used.
+        what: is looked for, for the error's sentence: "model" or "recipe".
 
     Raises:
         UsageError: it cannot be read; says whether there is no network, no such repository, or no access.
@@ -44,22 +46,22 @@ def ask(name: str, file: str, what: str) -> Repository:
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    stored: Any = None
+    cached: Any = None
     try:
-        stored = try_to_load_from_cache(name, file)
+        cached = try_to_load_from_cache(name, file)
         if constants.HF_HUB_OFFLINE:
             raise UnreachableError("HF_HUB_OFFLINE is set")
-        info = _soon(lambda: HfApi().model_info(name, timeout=PATIENCE / 2))
+        info = _within_patience(lambda: HfApi().model_info(name, timeout=PATIENCE / 2))
     except HFValidationError as error:
         raise UsageError(
             f"no {what} at {name!r}: there is no such folder, and it cannot be a hub id; give a folder."
         ) from error
     except UnreachableError as error:
-        if isinstance(stored, str):
-            return _in_cache(Path(stored), f"the hub cannot be asked ({error})")
+        if isinstance(cached, str):
+            return _in_cache(Path(cached), f"the hub cannot be asked ({error})")
         raise UsageError(
-            f"no {what} at {name!r}: there is no such folder, and the hub cannot be asked ({error}) nor does its cache on this "
-            f"machine have the {what}; give a folder, or try again with network."
+            f"no {what} at {name!r}: there is no such folder, the hub cannot be asked ({error}), and its cache on this machine "
+            f"does not have the {what}; give a folder, or try again with network."
         ) from error
     except GatedRepoError as error:
         raise UsageError(
@@ -72,12 +74,37 @@ def ask(name: str, file: str, what: str) -> Repository:
         code = error.response.status_code
         if code in (401, 403):
             raise _hidden(name, what) from error
-        if isinstance(stored, str):
-            return _in_cache(Path(stored), f"the hub answered with error {code}")
+        if isinstance(cached, str):
+            return _in_cache(Path(cached), f"the hub answered with error {code}")
         raise UsageError(
             f"no {what} at {name!r}: the hub answered with error {code}; try again later or give a folder."
         ) from error
     return Repository(frozenset(sibling.rfilename for sibling in info.siblings or ()))
+
+
+def download(name: str, file: str, what: str) -> Path:
+    """One file of a repository, in the cache on this machine.
+
+    Args:
+        name: hub id.
+        file: name of the file.
+        what: it holds, for the error's sentence: "model" or "recipe".
+
+    Raises:
+        UsageError: the repository cannot be read, or lacks the file.
+    """
+    repository = look_up(name, file, what)
+    if file not in repository.files:
+        raise UsageError(f"no {what} at {name!r}: the repository has no {file}; save one there, or give a folder.")
+    if repository.folder is not None:
+        return repository.folder / file
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UsageError(f"{file} of {name!r} cannot be downloaded: {first_line(error)}; try again.") from error
 
 
 def _in_cache(file: Path, why: str) -> Repository:
@@ -96,8 +123,12 @@ class UnreachableError(Exception):
     """The hub did not answer."""
 
 
-def _soon(ask: Callable[[], Any]) -> Any:
-    """The answer of the hub, or `UnreachableError` after `PATIENCE` (finding a host's address has no time limit of its own)."""
+def _within_patience(ask: Callable[[], Any]) -> Any:
+    """Call `ask` in a thread of its own, because the look-up of a host's address has no time limit.
+
+    Raises:
+        UnreachableError: no answer within `PATIENCE` seconds, or no network.
+    """
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
@@ -105,7 +136,7 @@ def _soon(ask: Callable[[], Any]) -> Any:
     def work() -> None:
         try:
             answers.put((ask(), None))
-        except BaseException as error:  # handed to the caller's thread
+        except BaseException as error:  # raised in the caller's thread
             answers.put((None, error))
 
     threading.Thread(target=work, daemon=True).start()
@@ -115,7 +146,7 @@ def _soon(ask: Callable[[], Any]) -> Any:
         raise UnreachableError(f"no answer within {PATIENCE:g} s") from None
     if error is None:
         return answer
-    # The hub's client is httpx or httpx2, by version; its errors below HTTP are of no class that both share.
+    # The hub's client is httpx or httpx2, by version, and the two share no class for errors below HTTP.
     transport = type(error).__module__.startswith("httpx") and not isinstance(error, HfHubHTTPError)
     if transport or isinstance(error, OfflineModeIsEnabled):
         raise UnreachableError(f"no network: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Quantities for people: a number of at most four digits, and the unit that makes it short."""
+"""Quantities for people: at most four digits, and the unit in which the number is short."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ MILLISECONDS = (("min", 60e3), ("s", 1e3), ("ms", 1), ("µs", 1e-3))
 
 
 def size(count: float) -> str:
-    """Bytes, as "1.5 MiB"."""
+    """A number of bytes: "1.5 MiB"."""
     return _with_unit(count, BYTES)
 
 
 def operations(count: float) -> str:
-    """Floating-point operations, as "8.82 TFLOPs"."""
+    """A number of floating-point operations: "8.82 TFLOPs"."""
     return _with_unit(count, FLOPS)
 
 
 def duration(ms: float) -> str:
-    """Milliseconds, as "1.2 s"."""
+    """A time, given in milliseconds: "1.2 s"."""
     return _with_unit(ms, MILLISECONDS)
 
 
 def share(part: float, whole: float, form: Callable[[float], str]) -> str:
-    """What is left of a whole, as "2 GiB of 4 GiB (50.0%)"; `form` is one of the functions above."""
+    """A part of a whole: "2 GiB of 4 GiB (50.0%)". `form` is one of the functions above."""
     text = f"{form(part)} of {form(whole)}"
     return f"{text} ({part / whole:.1%})" if whole else text
 
 
 def plain(value: Any) -> Any:
-    """Nested data with lists for tuples, as JSON gives it back."""
+    """Nested data with lists in place of tuples, so that it equals what a JSON file of it gives back."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def _with_unit(value: float, units: tuple[tuple[str, float], ...]) -> str:
-    # 999.96 KiB is shown as 1000 KiB, not as 1.0e+03: the unit is the largest of which there is at least one.
+    # The largest unit of which there is at least one: 1023.96 KiB is 1024 KiB, never 1.02e+03 KiB.
     name, one = next(((name, one) for name, one in units if abs(value) >= one), units[-1])
     number = value / one
     return f"{number:.0f} {name}" if abs(number) >= 999.5 or number == int(number) else f"{number:.3g} {name}"

@@ -1,8 +1,8 @@
 """A vision-language model small enough for a repository and a CPU, with the scenes it was trained on.
 
-The model is an ordinary ``LlavaForConditionalGeneration`` of about three million parameters, trained from scratch by
-``python -m vlmprune.tiny.train`` on procedurally drawn scenes. It answers questions in seven skills well enough that
-losing visual tokens shows, which makes it a test-bed for pruning where nothing can be downloaded.
+The model is an ordinary `LlavaForConditionalGeneration` with about three million parameters. `python -m vlmprune.tiny.train`
+trained it from scratch on drawn scenes. It answers questions in seven skills well enough that lost visual tokens cost accuracy.
+So it is a test-bed for pruning that needs no download.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ def load(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load the tiny model and its processor from disk, without network and without torchvision.
 
-    ``dtype`` is float32 unless given: the weights are stored in bfloat16, but a CPU computes faster and more
-    accurately in float32. Further keyword arguments go to ``from_pretrained``, e.g. ``attn_implementation="eager"``.
+    Args:
+        device: where the model goes.
+        dtype: float32 if None. The weights are stored in bfloat16, but a CPU computes faster and more accurately in float32.
+        checkpoint: folder of the weights.
+        kwargs: further arguments of `from_pretrained`, for example `attn_implementation="eager"`.
     """
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration

@@ -23,7 +23,7 @@ LONGEST_ANSWER = 3
 
 @dataclass(frozen=True)
 class Record:
-    """One answered question; records with the same ``image`` number come from the same picture."""
+    """One answered question. Records with the same `image` number are about the same picture."""
 
     image: int
     skill: str
@@ -37,7 +37,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of ``n`` answers that are exactly right, with a 95 % bootstrap interval; a point where all answers are alike."""
+    """Share of `n` answers that are exactly right, with a 95 % bootstrap interval (one point if all answers are alike)."""
 
     value: float
     n: int
@@ -57,8 +57,8 @@ def answer(
 ) -> list[str]:
     """Answer each (picture, question) by greedy decoding in left-padded batches.
 
-    Only ``processor(...)`` and ``model.generate(...)`` are called, so any model or wrapper with that interface works.
-    Further keyword arguments go to ``generate``.
+    It calls only `processor(...)` and `model.generate(...)`, so any model or wrapper with this interface works. Further keyword
+    arguments go to `generate`.
     """
     import torch
 
@@ -81,7 +81,7 @@ def answer(
 
 
 def accuracy(records: Sequence[Record], seed: int = 0) -> Accuracy:
-    """Accuracy over records; the interval resamples pictures, because questions about one picture are not independent."""
+    """Accuracy over records. The interval resamples pictures, because questions about one picture are not independent."""
     if not records:
         return Accuracy(float("nan"), 0, float("nan"), float("nan"))
     right: dict[int, list[bool]] = defaultdict(list)
@@ -95,7 +95,7 @@ def accuracy(records: Sequence[Record], seed: int = 0) -> Accuracy:
 
 
 def accuracy_by_skill(records: Iterable[Record], seed: int = 0) -> dict[str, Accuracy]:
-    """Accuracy of every skill that occurs in the records, in the order of ``SKILLS``."""
+    """Accuracy of every skill that occurs in the records, in the order of `SKILLS`."""
     records = list(records)
     chosen = {skill: [record for record in records if record.skill == skill] for skill in SKILLS}
     return {skill: accuracy(own, seed) for skill, own in chosen.items() if own}

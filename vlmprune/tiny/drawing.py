@@ -1,7 +1,7 @@
 """Pixels of a scene: cluttered backgrounds, coloured shapes and signs with digits.
 
-Shapes and digits are kept as small anti-aliased masks that are computed once, so that a scene takes well under a
-millisecond and training can draw every image anew instead of storing a data set.
+Shapes and digits are small anti-aliased masks, which are computed once. A scene then takes well under a millisecond, and
+training draws every picture when it needs it instead of storing a data set.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _NOISE_CELLS = 6
 
 @cache
 def shape_mask(shape: str, radius: int) -> np.ndarray:
-    """Coverage in [0, 1] of a shape with the given radius: ``[2 * radius + 1, 2 * radius + 1, 1]``, read-only."""
+    """Coverage in [0, 1] of a shape with the given radius: `[2 * radius + 1, 2 * radius + 1, 1]`, read-only."""
     side = (2 * radius + 1) * _SUPERSAMPLING
     canvas = Image.new("L", (side, side), 0)
     pen = ImageDraw.Draw(canvas)
@@ -89,7 +89,7 @@ def shape_mask(shape: str, radius: int) -> np.ndarray:
 
 @cache
 def glyph_mask(digit: str, size: tuple[int, int]) -> np.ndarray:
-    """Ink in [0, 1] of one digit at ``size = (width, height)``: ``[height, width, 1]``, read-only."""
+    """Ink in [0, 1] of one digit at `size = (width, height)`: `[height, width, 1]`, read-only."""
     rows = [[255 * int(bit) for bit in row] for row in _FONT[digit].split()]
     bitmap = Image.fromarray(np.array(rows, np.uint8))
     mask = np.asarray(bitmap.resize(size, Image.Resampling.BILINEAR), np.float32)[..., None] / 255
@@ -99,13 +99,13 @@ def glyph_mask(digit: str, size: tuple[int, int]) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _upscaling() -> np.ndarray:
-    """Linear interpolation from a coarse noise grid to pixels: ``[SIZE, _NOISE_CELLS]``."""
+    """Linear interpolation from a coarse noise grid to pixels: `[SIZE, _NOISE_CELLS]`."""
     at = np.linspace(0, _NOISE_CELLS - 1, SIZE)
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(_NOISE_CELLS)[None])).astype(np.float32)
 
 
 def background(rng: random.Random, noise: np.random.Generator) -> np.ndarray:
-    """A grey, softly varying surface with muted strokes and dots: float32 ``[SIZE, SIZE, 3]`` in 0..255."""
+    """A grey, softly varying surface with muted strokes and dots: float32 `[SIZE, SIZE, 3]` in 0..255."""
     grey = rng.uniform(70, 190)
     tint = np.array([rng.gauss(0, 8) for _ in range(3)], np.float32)
     coarse = noise.standard_normal((3, _NOISE_CELLS, _NOISE_CELLS), np.float32) * 14
@@ -126,7 +126,7 @@ def background(rng: random.Random, noise: np.random.Generator) -> np.ndarray:
 
 
 def paint_shape(canvas: np.ndarray, shape: str, colour: str, x: int, y: int, radius: int, rng: random.Random) -> None:
-    """Paint a shape centred on pixel ``(x, y)`` into the canvas, its colour slightly off the palette's."""
+    """Paint a shape centred on pixel `(x, y)` into the canvas, its colour slightly off the palette's."""
     mask = shape_mask(shape, radius)
     ink = np.array([c + rng.uniform(-_JITTER, _JITTER) for c in PALETTE[colour]], np.float32)
     area = canvas[y - radius : y + radius + 1, x - radius : x + radius + 1]
@@ -141,7 +141,7 @@ def paint_sign(
     glyph: tuple[int, int],
     rng: random.Random,
 ) -> None:
-    """Paint a white plate over ``box = (left, top, right, bottom)`` and a dark digit at each top-left corner."""
+    """Paint a white plate over `box = (left, top, right, bottom)` and a dark digit at each top-left corner."""
     left, top, right, bottom = box
     canvas[top:bottom, left:right] = rng.uniform(225, 255)
     ink = rng.uniform(0, 55)

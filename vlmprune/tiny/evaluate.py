@@ -1,4 +1,4 @@
-"""Accuracy of the tiny model per skill on held-out scenes: ``python -m vlmprune.tiny.evaluate``."""
+"""Accuracy of the tiny model per skill on held-out scenes: `python -m vlmprune.tiny.evaluate`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _wording(question: Question) -> str:
 
 
 def blind_baseline(known: Iterable[Scene], scenes: Iterable[Scene]) -> dict[str, Accuracy]:
-    """Accuracy without looking: give the answer that is most frequent in ``known`` for the question's wording."""
+    """Accuracy without looking: give the answer that is most frequent in `known` for the question's wording."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for scene in known:
         for question in scene.questions:

@@ -1,4 +1,4 @@
-"""Questions in seven skills about the objects and the sign of a scene, with answers that follow from them."""
+"""Questions in seven skills about the objects and the sign of a scene, with their answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _APART = 10
 
 @dataclass(frozen=True)
 class Noun:
-    """The word (by its index in the question) that completes a noun phrase, and the objects (by index) it means."""
+    """The last word of a noun phrase, by its index in the question, and the objects, by index, that the phrase means."""
 
     word: int
     objects: tuple[int, ...]
@@ -36,7 +36,7 @@ class Noun:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene; ``answer`` is the exact text expected from the model."""
+    """A question about a scene. `answer` is the exact text that the model should give."""
 
     skill: str
     text: str
@@ -57,7 +57,7 @@ def _article(word: str) -> str:
 
 
 def _unique(objects: Sequence[Object], key: Callable[[Object], str]) -> list[int]:
-    """Indices of the objects that nothing else shares ``key`` with."""
+    """Indices of the objects whose `key` no other object has."""
     counts = Counter(map(key, objects))
     return [index for index, thing in enumerate(objects) if counts[key(thing)] == 1]
 
@@ -69,7 +69,7 @@ def _existence(objects: Sequence[Object], sign: Sign | None, rng: random.Random)
     if objects and rng.random() < 0.5:
         colour, shape = rng.choice(sorted(present))
     else:
-        # Most absent combinations borrow a colour or a shape from the picture, so that neither alone gives them away.
+        # Most absent combinations share a colour or a shape with the picture, so that neither alone decides the answer.
         absent = [(c, s) for c in PALETTE for s in SHAPES if (c, s) not in present]
         colours, shapes = {c for c, _ in present}, {s for _, s in present}
         close = [(c, s) for c, s in absent if c in colours or s in shapes]
@@ -101,7 +101,7 @@ def _counting(objects: Sequence[Object], sign: Sign | None, rng: random.Random) 
     for shape in SHAPES:
         plural = "crosses" if shape == "cross" else f"{shape}s"
         groups[plural] = tuple(i for i, thing in enumerate(objects) if thing.shape == shape)
-    # First a count, then something that occurs as often: otherwise nearly every answer would be 0 or 1.
+    # Draw the count first, then something with this count: otherwise nearly every answer would be 0 or 1.
     count = rng.choice(sorted({len(group) for group in groups.values()}))
     phrase = rng.choice([name for name, group in groups.items() if len(group) == count])
     noun = Noun(1 + len(phrase.split()), groups[phrase])
@@ -164,7 +164,7 @@ def ask(skill: str, objects: Sequence[Object], sign: Sign | None, rng: random.Ra
 
 
 def ask_each_skill(objects: Sequence[Object], sign: Sign | None, rng: random.Random, per_skill: int) -> tuple[Question, ...]:
-    """Up to ``per_skill`` different questions of every skill."""
+    """Up to `per_skill` different questions of every skill."""
     asked: dict[str, Question] = {}
     for skill in SKILLS:
         for _ in range(per_skill):

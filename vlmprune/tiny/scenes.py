@@ -1,7 +1,7 @@
-"""Procedural scenes: a few coloured shapes and a sign on clutter, with questions whose answers are known.
+"""Drawn scenes: a few coloured shapes and a sign on clutter, with questions and their answers.
 
-Everything about a scene follows from its integer seed. Training draws seeds below ``TRAINING_SEEDS``; the held-out
-splits lie above it, so no training picture can ever be an evaluation picture.
+A scene depends only on its integer seed. Training draws seeds below `TRAINING_SEEDS`, held-out splits have seeds above it, so
+that no training picture is an evaluation picture.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ COLOURS: tuple[str, ...] = tuple(PALETTE)
 PATCH = 8
 """Side of one visual token's patch in pixels."""
 GRID = SIZE // PATCH
-"""Patches per side; a picture becomes ``GRID * GRID`` visual tokens in row-major order."""
+"""Patches per side; a picture becomes `GRID * GRID` visual tokens in row-major order."""
 
 TRAINING_SEEDS = 1 << 59
 SPLITS: dict[str, int] = {"dev": 1 << 60, "test": 1 << 61}
-"""First seed of each held-out split: choose a recipe on ``dev``, report on ``test``."""
+"""First seed of each held-out split: choose a recipe on `dev`, report on `test`."""
 
 RADII = range(6, 10)
 _MARGIN = 1
 COVERED = 12
-"""Pixels of an object's disc or of a sign's plate from which on a patch counts as showing it."""
+"""A patch shows an object or a sign if it has at least this many pixels of the disc or plate."""
 
 
 @dataclass(frozen=True)
 class Object:
-    """A coloured shape; ``x`` and ``y`` are its centre in pixels from the top left."""
+    """A coloured shape; `x` and `y` are its centre in pixels from the top left."""
 
     shape: str
     colour: str
@@ -55,7 +55,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Sign:
-    """A plate with three digits; ``box`` is (left, top, right, bottom), ``corners`` the digits' top-left pixels."""
+    """A plate with three digits; `box` is (left, top, right, bottom), `corners` the digits' top-left pixels."""
 
     digits: str
     box: tuple[int, int, int, int]
@@ -65,7 +65,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Layout:
-    """How crowded a scene is: how many objects and signs are drawn, and how likely the sign is."""
+    """How crowded a scene is: lowest and highest number of objects, number of signs, and probability of each sign."""
 
     objects: tuple[int, int] = (2, 6)
     signs: int = 1
@@ -88,7 +88,7 @@ class Scene:
         return self.signs[0] if self.signs else None
 
     def patch_kinds(self) -> np.ndarray:
-        """Per patch 0 for background, 1 for an object, 2 for a sign: int8 ``[GRID * GRID]``."""
+        """Per patch 0 for background, 1 for an object, 2 for a sign: int8 `[GRID * GRID]`."""
         objects, signs = coverage(self.objects, self.signs)
         kinds = np.zeros(GRID * GRID, np.int8)
         kinds[(objects >= COVERED).any(0)] = 1
@@ -97,7 +97,7 @@ class Scene:
 
 
 def patch_centres() -> np.ndarray:
-    """Pixel coordinates (x, y) of every patch centre: float32 ``[GRID * GRID, 2]``."""
+    """Pixel coordinates (x, y) of every patch centre: float32 `[GRID * GRID, 2]`."""
     line = np.arange(GRID, dtype=np.float32) * PATCH + (PATCH - 1) / 2
     return np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
 
@@ -106,12 +106,12 @@ _PIXELS = np.arange(SIZE)
 
 
 def _by_patch(pixels: np.ndarray) -> np.ndarray:
-    """Number of set pixels per patch: bool ``[SIZE, SIZE]`` -> int ``[GRID * GRID]``."""
+    """Number of set pixels per patch: bool `[SIZE, SIZE]` -> int `[GRID * GRID]`."""
     return pixels.reshape(GRID, PATCH, GRID, PATCH).sum((1, 3)).reshape(-1)
 
 
 def coverage(objects: tuple[Object, ...], signs: tuple[Sign, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels of each patch inside each object's disc and each sign's plate: ``[objects, P]`` and ``[signs, P]``."""
+    """Pixels of each patch inside each object's disc and each sign's plate: `[objects, P]` and `[signs, P]`."""
     discs = np.zeros((len(objects), GRID * GRID), np.int64)
     for row, thing in enumerate(objects):
         across = (_PIXELS - thing.x) ** 2
@@ -142,7 +142,7 @@ def _place_sign(rng: random.Random, others: list[Sign]) -> Sign | None:
 
 
 def _place_object(rng: random.Random, shape: str, colour: str, others: list[Object], signs: list[Sign]) -> Object | None:
-    """An object at any pixel position that neither touches another one nor a sign."""
+    """An object at any pixel position that touches no other object and no sign."""
     radius = rng.choice(RADII)
     low, high = radius + _MARGIN, SIZE - 1 - radius - _MARGIN
     for _ in range(25):
@@ -162,7 +162,7 @@ def _some(values: tuple[str, ...], rng: random.Random) -> list[str]:
 
 
 def compose(seed: int, layout: Layout = Layout()) -> Scene:
-    """Draw the scene of a seed without asking anything about it."""
+    """Draw the scene of a seed, without questions."""
     rng = random.Random(seed)
     noise = np.random.default_rng(seed)
     signs: list[Sign] = []
@@ -191,6 +191,6 @@ def make_scene(seed: int) -> Scene:
 
 
 def held_out(n: int, split: str = "test") -> Iterator[Scene]:
-    """The first ``n`` scenes of a held-out split."""
+    """The first `n` scenes of a held-out split."""
     first = SPLITS[split]
     return (make_scene(first + index) for index in range(n))

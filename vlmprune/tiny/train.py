@@ -1,8 +1,8 @@
-"""Train the tiny model from scratch: ``python -m vlmprune.tiny.train``.
+"""Train the tiny model from scratch: `python -m vlmprune.tiny.train`.
 
-Two stages (see ``vlmprune.tiny.training``): the vision tower and projector learn to say per patch what is there, then
-the language model learns to answer on those frozen tokens. Everything is drawn from seeds and scheduled by steps, so a
-run that was killed continues with ``--resume`` exactly where its last saved state lies.
+Two stages (see `vlmprune.tiny.training`): first the vision tower and the projector learn a designed code for each patch, then
+the language model learns to answer from these frozen tokens. Data depend on seeds and the schedule on steps, so that
+`--resume` continues a killed run exactly from its last saved state.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def schedules() -> dict[str, Schedule]:
 
 
 def precision_of(choice: str) -> str:
-    """Resolve ``"auto"``: bfloat16 where the CPU multiplies it natively, float32 elsewhere (there it is slow)."""
+    """Resolve `"auto"`: bfloat16 where the CPU multiplies it natively, float32 elsewhere (there it is slow)."""
     if choice != "auto":
         return choice
     capabilities = _cpu_capabilities()
@@ -51,14 +51,14 @@ def precision_of(choice: str) -> str:
 
 
 def _cpu_capabilities() -> dict[str, Any]:
-    """What PyTorch knows about the CPU; nothing before PyTorch could tell."""
+    """PyTorch's description of the CPU; empty in versions without one."""
     import torch
 
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Write weights (rounded to bfloat16), tokenizer and processor for ``from_pretrained``; the model is not changed."""
+    """Write weights (rounded to bfloat16), tokenizer and processor for `from_pretrained`; the model is not changed."""
     import torch
 
     weights = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.state_dict().items()}
@@ -122,7 +122,7 @@ def _train(team: Team, options: argparse.Namespace) -> None:
 
 
 def provenance(options: argparse.Namespace) -> dict[str, Any]:
-    """How and where a checkpoint was made."""
+    """How, where and with which versions a checkpoint was made."""
     import numpy
     import torch
     import transformers
@@ -151,7 +151,7 @@ def provenance(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _reached(folder: Path, images: int, shift: int) -> dict[str, Accuracy]:
-    """Accuracy by skill on test scenes moved by ``shift`` pixels, computed with one thread."""
+    """Accuracy by skill on test scenes moved by `shift` pixels, computed with one thread."""
     import torch
 
     from vlmprune.tiny.answers import accuracy_by_skill
@@ -163,7 +163,7 @@ def _reached(folder: Path, images: int, shift: int) -> dict[str, Accuracy]:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Evaluate the finished checkpoint on the test split and write ``PROVENANCE.json`` beside it."""
+    """Evaluate the finished checkpoint on the test split and write `PROVENANCE.json` beside it."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 

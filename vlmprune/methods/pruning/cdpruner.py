@@ -52,13 +52,13 @@ class CDPruner(Pruner):
     needs = frozenset({"features", "text_features", "text_valid"})
     official_positions = "compact"
     default = at(layer=0, tokens=64)
-    per_view = True
+    chooses = "picks tokens one after the other, each the most relevant one that is unlike those before"
+    per_crop = True
     scales_over_picture = True
 
     relevance: Relevance | None = None
 
-    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
-        super().__post_init__(layer, tokens, fraction, preset)
+    def validate(self) -> None:
         if self.relevance is not None:
             check_relevance(self.name, self.relevance)
 
@@ -86,8 +86,11 @@ class CDPruner(Pruner):
         return scaled(likeness.sum(dim=-1) / see.text_valid.sum(dim=-1, keepdim=True))
 
     def select(self, see: View, keep: int) -> Tensor:
+        return self.order(see, keep).sort(dim=-1).values
+
+    def order(self, see: View, keep: int) -> Tensor:
         relevance = self.over_picture(see) if see.over_picture is None else see.over_picture
-        return determinant_order(see.features, relevance, keep).sort(dim=-1).values
+        return determinant_order(see.features, relevance, keep)
 
 
 def scaled(relevance: Tensor) -> Tensor:

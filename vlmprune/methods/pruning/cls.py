@@ -30,7 +30,7 @@ class CLS(ScorePruner):
     needs = frozenset({"attention_from_cls"})
     official_positions = "compact"
     default = at(layer=0, fraction=0.25)
-    per_view = True
+    per_crop = True
 
     def score(self, see: View) -> Tensor:  # [image, visual]
         return see.attention_from_cls.mean(dim=1)  # over heads

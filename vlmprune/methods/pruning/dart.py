@@ -37,6 +37,7 @@ class DART(Pruner):
     note = "exactly K tokens (its code: 4 more for K = 64, 128, 192); explicit pivot order"
     needs = frozenset({"keys", "text_keys", "text_valid", "normed_features", "normed_text_features"})
     default = at(layer=2, fraction=0.222)
+    chooses = "keeps what resembles its pivots least, pivot by pivot"
     first_layer = 1
 
     def select(self, see: View, keep: int) -> Tensor:

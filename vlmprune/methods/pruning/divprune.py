@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vlmprune.kernels.select_diverse import select_diverse
+from vlmprune.kernels.select_diverse import greedy_order, select_diverse
 from vlmprune.methods.base import Pruner
 from vlmprune.schedule import at
 from vlmprune.view import View
@@ -30,6 +30,10 @@ class DivPrune(Pruner):
     needs = frozenset({"features"})
     official_positions = "compact"
     default = at(layer=0, fraction=0.098)  # 56 of 576
+    chooses = "picks tokens one after the other, each the one farthest from those before"
 
     def select(self, see: View, keep: int) -> Tensor:
         return select_diverse(see.features, keep)
+
+    def order(self, see: View, keep: int) -> Tensor:
+        return greedy_order(see.features, keep)

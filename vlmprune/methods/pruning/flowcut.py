@@ -35,10 +35,11 @@ from torch import Tensor
 
 from vlmprune.errors import UsageError
 from vlmprune.kernels.flow_score import entropy_ratio, flow_score, share
-from vlmprune.methods.base import Block, TowerPruner, TowerState, alive_top, top
+from vlmprune.methods.base import alive_top, top
 from vlmprune.methods.parameters import choice, number
+from vlmprune.methods.tower import Block, TowerPruner, TowerState
 from vlmprune.schedule import Budget, Schedule, Stage
-from vlmprune.view import TowerFacts, View
+from vlmprune.view import Probe, TowerFacts, View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,46 +59,48 @@ class FlowCut(TowerPruner):
     note = "each view decides for itself; `unit` variant (Qwen2.5-VL) is ours"
     needs = frozenset({"query_of_last", "value_of_last", "keys", "values"})
     watches = "attention and values in the tower"
+    provides = Probe("flow", "[image, visual]", "C of each token, the mean over its patches", "tower method", fp32=True)
     official_positions = "compact (LLaVA), original (Qwen)"
+    chooses = "keeps the highest flow"
+    chooses_in_tower = "drops the lowest flow behind every second block"
     default = Schedule((Stage(0, Budget(tokens=128), "vision"),))
 
     semantic_scale: Literal["code", "paper"] = choice("code", "paper")
     variant_on_units: Literal["auto", "official", "unit"] = choice("auto", "official", "unit")
     decoder_layer: int = number(2, low=1, whole=True)
 
-    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
-        super().__post_init__(layer, tokens, fraction, preset)
-        if any(stage.site == "llm" and stage.layer == 0 for stage in self.cuts):
-            raise UsageError("flowcut cannot cut before layer 1: it looks at the layer before the cut, found layer=0.")
-        if any(stage.site == "vision" and not (stage.budget.tokens or stage.budget.fraction) for stage in self.cuts):
+    def validate(self) -> None:
+        if any(stage.site == "llm" and stage.layer == 0 for stage in self.stages):
+            raise UsageError("flowcut cannot prune before layer 1: it looks at the layer before its stage, found layer=0.")
+        if any(stage.site == "vision" and not (stage.budget.tokens or stage.budget.fraction) for stage in self.stages):
             raise UsageError("flowcut cannot drop every patch inside the vision tower: keep at least tokens=1.")
 
     def variant(self, facts: TowerFacts) -> str:
-        if all(stage.site == "llm" for stage in self.cuts):
+        if all(stage.site == "llm" for stage in self.stages):
             return "decoder only"
         if facts.cls:
             return "per view" if facts.crops else ""
         return ("unit" if facts.windows else "official") if self.variant_on_units == "auto" else self.variant_on_units
 
     def plan(self, facts: TowerFacts) -> Schedule:
-        first = self.cuts.stages[0]
+        first = self.stages[0]
         if first.site != "vision":
-            return self.cuts
-        if not facts.cls and facts.unit == 1:
+            return Schedule(self.stages)
+        if not facts.cls and facts.patches_per_token == 1:
             raise UsageError(f"flowcut needs a CLS token or merge units in the vision tower, but {facts.refusal}.")
         if self.variant(facts) == "official" and facts.windows:
             raise UsageError('flowcut: variant_on_units="official" breaks the windows of this vision tower: use "unit".')
-        if len(self.cuts) > 1 and self.variant(facts) == "unit":
+        if len(self.stages) > 1 and self.variant(facts) == "unit":
             raise UsageError("flowcut: its unit variant has no stage inside the tower: give tokens or fraction, without sites.")
-        if len(self.cuts) > 1 or (facts.cls and not facts.crops):
-            return self.cuts
+        if len(self.stages) > 1 or (facts.cls and not facts.crops):
+            return Schedule(self.stages)
         # K/2 in each of at most 5 views of one picture; a fraction counts from all of them.
         wider = first.budget.scaled(0.5, 2.5) if facts.cls else first.budget.scaled(2.0, 2.0)
         in_tower = replace(first, budget=wider, site="llm" if self.variant(facts) == "unit" else "vision")
         return Schedule((in_tower, Stage(self.decoder_layer, first.budget)))
 
     def needs_at(self, stage: Stage) -> frozenset[str]:
-        return frozenset({"flow"}) if stage.layer == 0 else self.needs
+        return frozenset({self.provides.name}) if stage.layer == 0 else self.needs
 
     # -- in the tower ----------------------------------------------------------------------------------------------------
 
@@ -115,7 +118,7 @@ class FlowCut(TowerPruner):
         past = state.carried.get("flow")
         state.carried |= {"flow": flow if past is None else 0.5 * past + 0.5 * flow, "relation": relation}
 
-    def cut(self, index: int, last: int, hidden: Tensor, state: TowerState) -> tuple[Tensor, Tensor] | None:
+    def drop(self, index: int, last: int, hidden: Tensor, state: TowerState) -> tuple[Tensor, Tensor] | None:
         remaining, patches = last - index - 1, hidden.shape[1]
         if remaining < 0 or remaining % 2 or patches <= state.target:
             return None
@@ -129,8 +132,11 @@ class FlowCut(TowerPruner):
     # -- before and in the decoder ---------------------------------------------------------------------------------------
 
     def select(self, see: View, keep: int) -> Tensor:
+        return top(self.scores(see), keep)
+
+    def scores(self, see: View) -> Tensor:
         if see.layer == 0:
-            return top(see.flow, keep)
+            return see.flow
         scale = see.query_of_last.shape[-1] ** -0.5
         relation, semantic, magnitude = flow_score(see.query_of_last, see.keys, see.values, see.value_of_last, scale, scale)
-        return top((share(relation) + share(semantic)) * magnitude, keep)
+        return (share(relation) + share(semantic)) * magnitude

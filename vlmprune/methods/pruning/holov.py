@@ -38,9 +38,13 @@ class HoloV(Pruner):
     needs = frozenset({"attention_from_cls", "features"})
     official_positions = "compact (LLaVA), original (Qwen)"
     default = at(layer=0, tokens=64)
+    chooses = "gives each part of the picture a quota, and keeps what CLS attends to most in it"
+
+    def scores(self, see: View) -> Tensor:
+        return see.attention_from_cls.float().mean(dim=1)  # within a part
 
     def select(self, see: View, keep: int) -> Tensor:
-        attention = see.attention_from_cls.float().mean(dim=1)  # [image, visual]
+        attention = self.scores(see)  # [image, visual]
         runs = min(RUNS, see.visual)
         sizes = [see.visual // runs + (run < see.visual % runs) for run in range(runs)]
         pieces = zip(attention.split(sizes, dim=1), see.features.split(sizes, dim=1), strict=True)

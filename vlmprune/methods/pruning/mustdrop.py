@@ -28,8 +28,9 @@ from torch.nn.functional import normalize
 
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
-from vlmprune.methods.base import Choice, TowerPruner, TowerState, alive_top, top
+from vlmprune.methods.base import Choice, alive_top, top
 from vlmprune.methods.parameters import number
+from vlmprune.methods.tower import TowerPruner, TowerState
 from vlmprune.schedule import Budget, Schedule, Stage, stages
 from vlmprune.view import TowerFacts, View
 
@@ -64,6 +65,8 @@ class MustDrop(TowerPruner):
     default = stages({3: 0.4, 7: 0.2, 11: 0.14, 15: 0.1})
     first_layer = 1
     official_positions = "compact"
+    chooses = "keeps the key set of the tower, and what the text attends to most"
+    chooses_in_tower = "merges windows of alike patches"
     presets = dict.fromkeys(THRESHOLDS, FILTERED)
 
     global_threshold: float | None = number(None, low=0)
@@ -99,9 +102,9 @@ class MustDrop(TowerPruner):
         super().plan(facts)
         everything = Budget(fraction=1.0)
         tower = (Stage(0, everything, "vision"),) if self.windows != 0 and (self.windows or self.merge <= 1) else ()
-        return Schedule((*tower, *self.cuts))
+        return Schedule((*tower, *self.stages))
 
-    def cut(self, index: int, last: int, hidden: Tensor, state: TowerState) -> tuple[Tensor, Tensor] | None:
+    def drop(self, index: int, last: int, hidden: Tensor, state: TowerState) -> tuple[Tensor, Tensor] | None:
         per_side = state.side // WINDOW
         if index or not per_side:
             return None
@@ -119,17 +122,21 @@ class MustDrop(TowerPruner):
         alive[:, middle] = True
         return alive, hidden
 
-    def select(self, see: View, keep: int) -> Tensor | Choice:
+    def scores(self, see: View) -> Tensor:
         keys = top(see.attention_from_cls_final.mean(dim=1), min(math.ceil(0.08 * see.entered), see.visual))
         key_set = torch.zeros(see.images, see.visual, dtype=torch.bool, device=keys.device).scatter(1, keys, True)
-        attention = see.attention_from_text.mean(dim=1)  # [image, text, visual]
-        mass = attention.sum(dim=1)
-        wanted = mass + key_set * (mass.sum(dim=-1, keepdim=True) + 1)  # the key set above all others
+        mass = see.attention_from_text.mean(dim=1).sum(dim=1)
+        return mass + key_set * (mass.sum(dim=-1, keepdim=True) + 1)  # the key set above all others
+
+    def select(self, see: View, keep: int) -> Tensor | Choice:
+        wanted = self.scores(see)
         if not self.thresholds:
             return top(wanted, keep)
-        weak = (mass < self.global_threshold * mass.sum(dim=-1, keepdim=True)) & (
-            attention.amax(dim=1) < self.individual_threshold
-        )
+        attention = see.attention_from_text.mean(dim=1)  # [image, text, visual]
+        mass = attention.sum(dim=1)
+        total = mass.sum(dim=-1, keepdim=True)
+        key_set = wanted > total
+        weak = (mass < self.global_threshold * total) & (attention.amax(dim=1) < self.individual_threshold)
         best = torch.zeros_like(key_set).scatter(1, top(wanted, keep), True)  # never more than the budget
         return Choice([on_device(row.nonzero()[0], best.device) for row in on_host((key_set | ~weak) & best)])
 

@@ -33,6 +33,7 @@ class Random(Pruner):
     needs = frozenset({"identity"})
     official_positions = "compact"
     default = at(layer=0, fraction=0.25)
+    chooses = "draws tokens at random"
 
     seed: int = number(0, whole=True)
 

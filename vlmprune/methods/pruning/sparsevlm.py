@@ -53,6 +53,7 @@ class SparseVLM(Pruner):
     }
     needs = frozenset({"embeddings", "text_embeddings", "text_valid", "attention_from_text", "features"})
     official_positions = "compact (1.5), original (2)"
+    chooses = "keeps the highest scores, and recycles some of the rest as clusters"
 
     version: float = choice(1.5, 2)
 
@@ -64,7 +65,7 @@ class SparseVLM(Pruner):
     def needs_at(self, stage: Stage) -> frozenset[str]:
         return self.needs if self.version == 1.5 else self.needs - {"features"} | {"rotary", "text_rotary"}
 
-    def select(self, see: View, keep: int) -> Tensor | Choice:
+    def scores(self, see: View) -> Tensor:
         rating = raters(see.embeddings, see.text_embeddings, see.text_valid)  # [image, text]
         attention = see.attention_from_text
         if self.version == 2:
@@ -72,14 +73,17 @@ class SparseVLM(Pruner):
         attention = attention.masked_fill(~rating[:, None, :, None], 0)
         if self.version == 2:
             attention = _strongest_heads(attention)
-        score = attention.sum(dim=(1, 2))  # the mean's divisors are the same for every token
+        return attention.sum(dim=(1, 2))  # the mean's divisors are the same for every token
+
+    def select(self, see: View, keep: int) -> Tensor | Choice:
+        score = self.scores(see)
         plain, clusters = _split(keep, see.visual) if self.version == 1.5 else (keep, 0)
         if not clusters:
             return top(score, keep)
         kept = top(score, plain)
-        centres, means = _recycle(see.features, score, kept, clusters)
+        centres, means, joined = _recycle(see.features, score, kept, clusters)
         index, order = torch.cat((kept, centres), dim=1).sort(dim=1)
-        return Choice(index, rows(torch.cat((rows(see.features, kept), means), dim=1), order))
+        return Choice(index, rows(torch.cat((rows(see.features, kept), means), dim=1), order), joined)
 
 
 def raters(visual: Tensor, text: Tensor, valid: Tensor) -> Tensor:
@@ -106,14 +110,16 @@ def _split(keep: int, visual: int) -> tuple[int, int]:
     return keep, 0
 
 
-def _recycle(features: Tensor, score: Tensor, kept: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Centres `[image, cluster]` and means `[image, cluster, dim]` of the best dropped tokens' clusters."""
+def _recycle(features: Tensor, score: Tensor, kept: Tensor, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Centres `[image, cluster]`, means `[image, cluster, dim]` of the best dropped tokens' clusters, and `Choice.joined`."""
     ranked = score.scatter(1, kept, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     chosen = ranked[:, : recycled(features.shape[1] - kept.shape[1])[0]]  # [image, n], best first
     x = rows(features, chosen)
     centre, home = density_peaks(x, clusters)
     total, count = gathered(x, home, clusters)
-    return chosen.gather(1, centre), (total / count).to(features.dtype)
+    centres = chosen.gather(1, centre)
+    joined = torch.full_like(ranked, -1).scatter(1, kept, kept).scatter(1, chosen, centres.gather(1, home))
+    return centres, (total / count).to(features.dtype), joined
 
 
 def _rotary_alone(text: Tensor, visual: Tensor) -> Tensor:

@@ -30,18 +30,20 @@ class ToMe(Pruner):
     note = "merges; on the language model's tokens, not in the tower"
     needs = frozenset({"features"})
     default = at(layer=0, fraction=0.25)
+    chooses = "merges the most similar pairs"
 
     def select(self, see: View, keep: int) -> Choice:
         x = see.features.float()
         weight = torch.ones(x.shape[:2], device=x.device)
-        place = torch.arange(see.visual, device=x.device).expand(see.images, see.visual)
+        joined = place = torch.arange(see.visual, device=x.device).expand(see.images, see.visual)
         while x.shape[1] > keep:
-            x, weight, place = _merge_once(x, weight, place, keep)
-        return Choice(place, x.to(see.features.dtype))
+            x, weight, place, joined = _merge_once(x, weight, place, joined, keep)
+        return Choice(place, x.to(see.features.dtype), joined)
 
 
-def _merge_once(x: Tensor, weight: Tensor, place: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One round: `[image, token, dim]`, `[image, token]` tokens each stands for, `[image, token]` where it stands."""
+def _merge_once(x: Tensor, weight: Tensor, place: Tensor, joined: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One round: `[image, token, dim]`, `[image, token]` tokens each stands for, `[image, token]` where it stands, and
+    `[image, visual]` the place of the token that each token of the picture is a part of."""
     a, b = x[:, ::2], x[:, 1::2]
     pairs = min(x.shape[1] - keep, x.shape[1] // 2)
     best, partner = most_similar(a, b)  # [image, a]
@@ -55,7 +57,9 @@ def _merge_once(x: Tensor, weight: Tensor, place: Tensor, keep: int) -> tuple[Te
         1, home[..., None].expand(-1, -1, b.shape[-1]), rows(a, gone) * moved[..., None]
     )
     weight_b = weight_b.scatter_add(1, home, moved)
+    into = torch.zeros_like(joined).scatter(1, place, place)
+    joined = into.scatter(1, place[:, ::2].gather(1, gone), place[:, 1::2].gather(1, home)).gather(1, joined)
     place = torch.cat((place[:, ::2].gather(1, stays), place[:, 1::2]), dim=1)
     place, order = place.sort(dim=1)
     x = rows(torch.cat((rows(a, stays), total / weight_b[..., None]), dim=1), order)
-    return x, torch.cat((weight_a.gather(1, stays), weight_b), dim=1).gather(1, order), place
+    return x, torch.cat((weight_a.gather(1, stays), weight_b), dim=1).gather(1, order), place, joined

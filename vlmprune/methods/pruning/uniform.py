@@ -23,6 +23,7 @@ class Uniform(Pruner):
     paper = "a baseline"
     needs = frozenset()
     default = at(layer=0, fraction=0.25)
+    chooses = "keeps every n-th token"
 
     def select(self, see: View, keep: int) -> Tensor:
         # In whole numbers: (2i + 1)·n / 2K, exact for every n and K.

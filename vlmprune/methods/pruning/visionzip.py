@@ -42,23 +42,27 @@ class VisionZip(Pruner):
     needs = frozenset({"attention_from_cls", "tower_keys", "tower_features", "features", "project"})
     official_positions = "compact"
     default = at(layer=0, tokens=64)
-    per_view = True
+    chooses = "keeps what CLS attends to most, and merges the rest into a few tokens"
+    per_crop = True
 
     contextual: int | None = number(None, low=0, whole=True)
 
     def plan(self, facts: TowerFacts) -> Schedule:
-        if any(stage.layer for stage in self.cuts):
+        if any(stage.layer for stage in self.stages):
             raise UsageError(
-                f"visionzip merges before the projector: its only place is layer=0, found {self.cuts.stages[-1].layer}."
+                f"visionzip merges before the projector: its only place is layer=0, found {self.stages[-1].layer}."
             )
         return super().plan(facts)
 
     def needs_at(self, stage: Stage) -> frozenset[str]:
         return self.needs
 
+    def scores(self, see: View) -> Tensor:
+        return see.attention_from_cls.sum(dim=1)  # over heads
+
     def select(self, see: View, keep: int) -> Choice:
         merged = min(math.floor(keep * 5 / 32 + 0.5) if self.contextual is None else self.contextual, keep)
-        dominant = top(see.attention_from_cls.sum(dim=1), keep - merged)  # over heads
+        dominant = top(self.scores(see), keep - merged)
         if not merged:
             return Choice(dominant)
         rest = others(dominant, see.visual)  # [image, R]
@@ -66,14 +70,15 @@ class VisionZip(Pruner):
         split = stride * merged
         targets = rest[:, :split:stride]
         joining = torch.cat((rest[:, :split].unflatten(1, (merged, stride))[:, :, 1:].flatten(1), rest[:, split:]), dim=1)
-        zipped = _join(see.tower_keys, see.tower_features, targets, joining)
+        zipped, home = _join(see.tower_keys, see.tower_features, targets, joining)
         index, order = torch.cat((dominant, targets), dim=1).sort(dim=1)
         features = torch.cat((rows(see.features, dominant), see.project(zipped)), dim=1)
-        return Choice(index, rows(features, order))
+        joined = torch.empty(see.images, see.visual, dtype=torch.long, device=index.device).scatter(1, index, index)
+        return Choice(index, rows(features, order), joined.scatter(1, joining, targets.gather(1, home)))
 
 
-def _join(keys: Tensor, features: Tensor, targets: Tensor, joining: Tensor) -> Tensor:
-    """`[image, target, dim]` features of the targets, plus the mean of those that joined each."""
+def _join(keys: Tensor, features: Tensor, targets: Tensor, joining: Tensor) -> tuple[Tensor, Tensor]:
+    """`[image, target, dim]` features of the targets, plus the mean of those that joined each; and which target each joined."""
     home = nearest(rows(keys, joining), rows(keys, targets))
     total, count = gathered(rows(features, joining), home, targets.shape[1])
-    return (rows(features, targets) + total / count.clamp_min(1)).to(features.dtype)
+    return (rows(features, targets) + total / count.clamp_min(1)).to(features.dtype), home

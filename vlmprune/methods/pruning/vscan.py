@@ -40,18 +40,21 @@ class VScan(Pruner):
     needs = frozenset({"attention_from_cls", "attention_from_cls_early", "features", "cell"})
     official_positions = "compact (LLaVA), original (Qwen)"
     default = stages({0: 96, 16: 32})
-    per_view = True
+    chooses = "scans windows first and the whole picture then, and merges the rest into what it keeps"
+    per_crop = True
 
     def needs_at(self, stage: Stage) -> frozenset[str]:
         return self.needs if stage.layer == 0 else frozenset({"attention_of_layer"})
 
+    def scores(self, see: View) -> Tensor:
+        return (see.attention_of_layer if see.layer else see.attention_from_cls).mean(dim=1)  # [image, visual]
+
     def select(self, see: View, keep: int) -> Tensor | Choice:
         if see.layer:
-            return top(see.attention_of_layer.mean(dim=1), keep)
+            return top(self.scores(see), keep)
         local = self._local(see, keep)
-        salient = see.attention_from_cls.mean(dim=1)  # [image, visual]
-        kept = top(salient.masked_fill(local, torch.inf), keep)
-        return Choice(kept, merge_into_nearest(see.features, kept))
+        kept = top(self.scores(see).masked_fill(local, torch.inf), keep)
+        return Choice(kept, *merge_into_nearest(see.features, kept))
 
     def _local(self, see: View, keep: int) -> Tensor:
         """`[image, visual]` bool of what the local scan keeps."""
@@ -66,8 +69,12 @@ class VScan(Pruner):
         return local
 
 
-def merge_into_nearest(features: Tensor, kept: Tensor) -> Tensor:
-    """`[image, keep, dim]`: kept tokens, each averaged with the others of `[image, visual, dim]` that are nearest to it."""
-    centres, joining = rows(features, kept), rows(features, others(kept, features.shape[1]))
-    total, count = gathered(joining, nearest(joining, centres), kept.shape[1])
-    return ((centres.float() + total) / (1 + count)).to(features.dtype)
+def merge_into_nearest(features: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """`[image, keep, dim]` kept tokens, each averaged with the others of `[image, visual, dim]` that are nearest to it; and
+    `Choice.joined`."""
+    rest = others(kept, features.shape[1])
+    centres, joining = rows(features, kept), rows(features, rest)
+    home = nearest(joining, centres)
+    total, count = gathered(joining, home, kept.shape[1])
+    joined = torch.empty(features.shape[:2], dtype=torch.long, device=kept.device).scatter(1, kept, kept)
+    return ((centres.float() + total) / (1 + count)).to(features.dtype), joined.scatter(1, rest, kept.gather(1, home))

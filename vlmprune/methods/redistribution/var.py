@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmprune.errors import UsageError, shown
-from vlmprune.methods.parameters import number
+from vlmprune.errors import UsageError
+from vlmprune.methods.parameters import check, number
 from vlmprune.methods.redistributing import GroupEditor, Scene
 from vlmprune.schedule import plain
 
@@ -79,7 +79,7 @@ class VAR(GroupEditor):
     keep: float = number(0.4, low=0, high=1)
     max_sink_share: float = number(0.2, low=0, high=1)
     min_image_mass: float = number(0.2, low=0, high=1)
-    sink_energy: float | None = number(None, low=0, high=1)
+    sink_energy: float | None = number(None, low=0, high=1, below=True)  # no token has all of its energy in one dimension
     tau: float | None = number(None, low=0, high=1e6)
     sink_dims: str = "auto"
     p: InitVar[float | None] = number(None, low=0, high=1)
@@ -90,14 +90,10 @@ class VAR(GroupEditor):
         for ours, paper, value in (("keep", "p", p), ("max_sink_share", "rho", rho)):
             if value is None:
                 continue
-            value = plain(value)
             if preset is not None or ours in self._given:
                 raise UsageError(f"var: {paper} is 1 − {ours}: give {paper}, {ours} or a preset; only one of these.")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise UsageError(f"var: {paper} must be a number in [0, 1], found {shown(value)}.")
-            object.__setattr__(self, ours, 1 - value)
-        if self.sink_energy == 1:
-            raise UsageError("var: sink_energy=1 is never reached, for no token has all of its energy in one dimension.")
+            check(self, **{paper: value})
+            object.__setattr__(self, ours, 1 - plain(value))
         dims = (
             "|".join(map(str, self.sink_dims))
             if isinstance(self.sink_dims, list | tuple | range | np.ndarray)

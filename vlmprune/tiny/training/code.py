@@ -1,12 +1,12 @@
-"""The designed code of a visual token: what each patch is to say, and in which direction of the embedding.
+"""The designed code of a visual token: which properties each patch encodes, and in which direction of the embedding.
 
-Every property has its own direction in the language model's embedding space, so that a linear map reads it. Coordinates
-are linear too, which makes comparing two objects a subtraction. No patch is told more than it should know:
+Every property has its own direction in the language model's embedding space, so that a linear map reads it. Coordinates are
+linear too, so that a comparison of two objects is a subtraction. A patch encodes only what is near it:
 
-* patches on an object know that it is an object and its colour,
-* patches near its centre (``CORE_REACH``) know also its shape and where its centre is,
-* only the patch with the centre pixel carries the flag that counting needs,
-* a patch near a digit (``GLYPH_REACH``) knows that digit and its place in the number, not the other digits.
+* patches on an object encode that there is an object, and its colour;
+* patches near its centre (`CORE_REACH`) also encode its shape and the place of its centre;
+* only the patch with the centre pixel has the flag that counting needs;
+* a patch near a digit (`GLYPH_REACH`) encodes that digit and its place in the number, not the other digits.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ SCALE = 4.0
 COORDINATE_GAIN = 1.5
 THIRD_GAIN = 0.7
 CORE_REACH = 7.5
-"""A patch whose centre is at most this far from an object's centre is to know the whole object."""
+"""A patch encodes the whole object if their centres are at most this many pixels apart."""
 GLYPH_REACH = 6.0
-"""A patch whose centre is at most this far (in x and in y) from a digit's centre is to know the digit."""
+"""A patch encodes a digit if their centres are at most this many pixels apart in x and in y."""
 DIGIT_SLOTS = 3
 
 
@@ -56,18 +56,23 @@ WIDTH = max(field.stop for field in FIELDS.values())
 
 
 def directions(embedding: int) -> Tensor:
-    """Orthonormal directions of the code's properties: ``[WIDTH, embedding]``, the same on every machine and run."""
+    """Orthonormal directions of the code's properties: `[WIDTH, embedding]`, the same on every machine and run."""
     gaussian = np.random.default_rng(20_261_122).standard_normal((embedding, WIDTH))
     return torch.from_numpy(np.linalg.qr(gaussian)[0].T.astype(np.float32).copy())
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the patches of one picture are to say.
+    """The code that the patches of one picture should have; `P` patches.
 
-    ``code`` is float ``[P, WIDTH]``; ``object_of`` is the index of the object a patch belongs to or -1; ``core`` and
-    ``centre`` mark the patches that know the whole object; ``slots`` is the digit per slot ``[P, 3]`` or -1; ``glyph``
-    is the digit nearest to the patch's centre or -1; ``clear`` is False where a patch touches something only barely.
+    Attributes:
+        code: `[P, WIDTH]` float.
+        object_of: `[P]` index of the object that a patch belongs to, or −1.
+        core: `[P]` bool, patches that encode the whole object.
+        centre: `[P]` bool, patches with the centre pixel of an object.
+        slots: `[P, 3]` digit in each slot of the number, or −1.
+        glyph: `[P]` digit nearest to the patch's centre, or −1.
+        clear: `[P]` bool, False where a patch contains only a few pixels of something.
     """
 
     code: np.ndarray

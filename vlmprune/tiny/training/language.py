@@ -1,9 +1,9 @@
 """Stage 2: the language model learns to answer, on frozen visual tokens.
 
-About fifteen questions share one picture: they are packed behind its visual tokens into one sequence in which every
-question sees the picture and itself only. Auxiliary losses, which fade out, start circuits that next-word prediction
-alone finds late or never: one head is to look from the last word of a noun phrase at the word before it, two heads of
-some layers from a word at the patches it means, and a linear probe is to find in that last word where the object is.
+About fifteen questions share one picture: they are packed behind its visual tokens into one sequence, in which every question
+attends to the picture and to itself only. Auxiliary losses, whose weight falls to zero, start circuits that next-word
+prediction alone finds late or never: one head attends from the last word of a noun phrase to the word before it, two heads of
+some layers attend from a word to the patches that it means, and a linear probe reads the object's place from that last word.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from vlmprune.tiny.training.packing import PREFIX, SINGULAR, Batch, Looks, pack,
 from vlmprune.tiny.training.vision import pixels, projected
 
 WORD_LAYER, NOUN_LAYER = 1, 3
-"""Layers whose first heads are helped to look at patches: from a colour or shape word at those that say it, and from the
-last word of a noun phrase at what it means. One layer later, the tokens that a digit follows are helped to look at it."""
+"""Layers with auxiliary losses on the first heads: attention from a colour or shape word to the patches that encode it, and
+from the last word of a noun phrase to the object that it means. One layer later: from the token before a digit to the digit."""
 _GROUNDED_HEADS = 2
 _HELP, _HELP_UNTIL = 0.3, 0.6
-"""Weight of the auxiliary losses at the start, and the share of the stage after which they have faded out."""
+"""Weight of the auxiliary losses at the start, and the share of the stage after which it is zero."""
 
 
 def initialise(model: LlavaForConditionalGeneration, seed: int) -> None:
-    """Start where attention compares like with like and copies what it finds.
+    """Weights with which attention compares like with like and copies the values.
 
-    Keys equal queries and output projections undo value projections; the words for colours, shapes and places point
-    where the visual tokens say them, on the way in and on the way out.
+    Keys equal queries, and output projections invert value projections. Embeddings and output weights of the words for colours,
+    shapes and places have the directions in which visual tokens encode them.
     """
     generator = torch.Generator().manual_seed(seed)
     language = model.model.language_model
@@ -64,10 +64,10 @@ def read(
     batch: Batch,
     on_layer: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Hidden states ``[B, Q, D]`` of packed questions behind visual tokens ``[B, P, D]``, before the final norm.
+    """Hidden states `[B, Q, D]` of packed questions behind visual tokens `[B, P, D]`, before the final norm.
 
-    Does what the stock forward does with a block mask, but lets ``on_layer(index, hidden, queries, keys)`` see each
-    layer's input ``[B, PREFIX + Q, D]``, the questions' scaled queries ``[B, H, Q, d]`` and all keys ``[B, H, PREFIX + Q, d]``.
+    It computes what the stock forward pass computes with a block mask. `on_layer(index, hidden, queries, keys)` receives each
+    layer's input `[B, PREFIX + Q, D]`, the questions' scaled queries `[B, H, Q, d]` and all keys `[B, H, PREFIX + Q, d]`.
     """
     language = model.model.language_model
     size = batch.ids.shape[0]
@@ -112,7 +112,7 @@ def _normed(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
 
 
 class LanguageStage:
-    """Loss of one batch of packed questions; see ``vlmprune.tiny.training.loop`` for the contract of a stage."""
+    """Loss of one batch of packed questions; see `vlmprune.tiny.training.loop` for the contract of a stage."""
 
     name = "language"
 
@@ -124,7 +124,7 @@ class LanguageStage:
         self.trained = nn.ModuleDict({"language": model.model.language_model, "lm_head": model.lm_head, "probe": self.probe})
 
     def visual(self, scenes: list[Scene]) -> Tensor:
-        """Visual tokens of the scenes from the frozen tower and projector: ``[B, P, D]``."""
+        """Visual tokens of the scenes from the frozen tower and projector: `[B, P, D]`."""
         with torch.no_grad():
             return projected(self.model, pixels(scenes))[0].float()
 
@@ -151,17 +151,17 @@ class LanguageStage:
         """Auxiliary losses of one layer."""
         if layer == WORD_LAYER:
             scores = _log_attention(queries, keys, batch, batch.words)[:, :_GROUNDED_HEADS, :PREFIX]
-            # Any patch that says the word will do, so what counts is the attention on all of them together.
+            # Any patch that encodes the word is right, so the loss is on the attention to all of them together.
             mass = scores.masked_fill(batch.words.wanted[:, None] == 0, -1e4).logsumexp(-1)
             before = _log_attention(queries, keys, batch, batch.nouns)[:, _GROUNDED_HEADS]
             column = PREFIX + batch.nouns.token - 1
             return {"word": -mass.mean(), "phrase": -before.gather(1, column[:, None]).mean()}
         if layer == NOUN_LAYER:
-            return {"noun": _looking_elsewhere(queries, keys, batch, batch.nouns)}
+            return {"noun": _attention_loss(queries, keys, batch, batch.nouns)}
         if layer == NOUN_LAYER + 1:
             terms = {}
             if len(batch.digits.token):
-                terms["digit"] = _looking_elsewhere(queries, keys, batch, batch.digits)
+                terms["digit"] = _attention_loss(queries, keys, batch, batch.digits)
             if len(batch.placed):
                 nouns = batch.nouns
                 guess = self.probe(hidden[nouns.picture[batch.placed], PREFIX + nouns.token[batch.placed]]).float()
@@ -171,13 +171,13 @@ class LanguageStage:
 
 
 def _log_attention(queries: Tensor, keys: Tensor, batch: Batch, looks: Looks) -> Tensor:
-    """Log-attention of the given tokens in all heads: ``[n, H, PREFIX + Q]``."""
+    """Log-attention of the given tokens in all heads: `[n, H, PREFIX + Q]`."""
     scores = queries.float() @ keys.float().mT
     return scores.masked_fill(~batch.mask, -1e4).log_softmax(-1)[looks.picture, :, looks.token]
 
 
-def _looking_elsewhere(queries: Tensor, keys: Tensor, batch: Batch, looks: Looks) -> Tensor:
-    """Cross-entropy between the attention of the grounded heads and where they should look."""
+def _attention_loss(queries: Tensor, keys: Tensor, batch: Batch, looks: Looks) -> Tensor:
+    """Cross-entropy between the attention of the grounded heads and the wanted attention."""
     scores = _log_attention(queries, keys, batch, looks)[:, :_GROUNDED_HEADS, :PREFIX]
     return -(scores * looks.wanted[:, None]).sum(-1).mean()
 

@@ -30,11 +30,11 @@ class Stage(Protocol):
 
     @property
     def trained(self) -> nn.Module:
-        """Every module the stage may change."""
+        """Every module that the stage may change."""
         ...
 
     def loss(self, seed: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """Loss of the batch of ``seed`` and numbers worth reporting; ``progress`` runs from 0 to 1 over the stage."""
+        """Loss of the batch of `seed`, and numbers to report; `progress` rises from 0 to 1 over the stage."""
         ...
 
 
@@ -51,7 +51,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Team:
-    """This process's place among the data-parallel workers."""
+    """This process among the data-parallel workers."""
 
     rank: int
     size: int
@@ -69,13 +69,13 @@ class Team:
 
 
 def batch_seed(seed: int, stage: str, step: int, rank: int) -> int:
-    """First scene seed of a batch; depends on nothing but its arguments, so a resumed run sees the same data."""
+    """First scene seed of a batch; it depends on its arguments only, so that a resumed run has the same data."""
     words = np.random.SeedSequence([seed, *stage.encode(), step, rank]).generate_state(1, np.uint64)
     return int(words[0]) % (TRAINING_SEEDS - (1 << 20))
 
 
 def precision_context(precision: str) -> contextlib.AbstractContextManager:
-    """Autocast to bfloat16 for ``"bf16"``, nothing for ``"fp32"``."""
+    """Autocast to bfloat16 for `"bf16"`, nothing for `"fp32"`."""
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -91,7 +91,7 @@ def run_stage(
     save_every: int,
     log: Path,
 ) -> None:
-    """Train one stage from its start, or from ``state`` as passed to ``save`` by an earlier run."""
+    """Train one stage from its start, or from `state` as passed to `save` by an earlier run."""
     matrices, others = split_parameters(stage.trained)
     optimiser = Optimiser(
         matrices, others, schedule.muon_lr, schedule.adam_lr, schedule.weight_decay, schedule.steps, schedule.decay_from
@@ -124,7 +124,7 @@ def run_stage(
 
 
 class _Means:
-    """Means of reported numbers since they were last taken."""
+    """Means of reported numbers since the last `take`."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}
@@ -140,7 +140,7 @@ class _Means:
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that a killed run leaves either the old or the new one."""
+    """Write a file such that a killed run leaves the old one or the new one, whole."""
     fresh = path.with_suffix(".new")
     write(fresh)
     os.replace(fresh, path)
@@ -148,7 +148,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def joined(rank: int, size: int, meeting_point: Path) -> Iterator[Team]:
-    """Join the other workers through a file; one compute thread each, since they share the cores."""
+    """Join the other workers through a file; each has one compute thread, because they share the cores."""
     torch.set_num_threads(1)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)

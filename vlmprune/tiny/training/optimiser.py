@@ -1,8 +1,7 @@
 """Muon for hidden matrices and AdamW for everything else, with one learning-rate schedule for both.
 
-Muon (Jordan et al., 2024) replaces the momentum of a matrix by its nearest semi-orthogonal matrix before the step, so
-that every direction of the matrix is trained at the same rate. On this model it needs several times fewer steps than
-AdamW alone.
+Muon (Jordan et al., 2024) replaces the momentum of a matrix by the nearest semi-orthogonal matrix before the step, so that
+every direction of the matrix is trained at the same rate. On this model it needs several times fewer steps than AdamW.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Approximate the nearest semi-orthogonal matrix of each: ``[n, rows, columns]`` with ``rows <= columns``."""
+    """Approximate the nearest semi-orthogonal matrix of each: `[n, rows, columns]` with `rows <= columns`."""
     a, b, c = _NEWTON_SCHULZ
     x = matrices / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     for _ in range(steps):
@@ -56,7 +55,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimiser:
-    """Muon on ``matrices`` and AdamW on ``others``; the rate warms up, stays, and falls linearly to 2 %."""
+    """Muon on `matrices` and AdamW on `others`; the rate rises, stays, and falls linearly to 2 %."""
 
     def __init__(
         self,
@@ -83,7 +82,7 @@ class Optimiser:
         return min(1.0, (step + 1) / warm_up, 0.02 + 0.98 * max(0.0, left))
 
     def step(self, step: int) -> None:
-        """Apply the gradients of training step ``step`` (counted from 0) and clear them."""
+        """Apply the gradients of training step `step` (counted from 0) and clear them."""
         for part, base in zip(self._parts, self._base, strict=True):
             for group in part.param_groups:
                 group["lr"] = base * self._rate(step)

@@ -1,4 +1,4 @@
-"""Many questions about each picture, laid out as one sequence, with what the auxiliary losses want to see."""
+"""Many questions about each picture, packed into one sequence, with the targets of the auxiliary losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmprune.tiny.training.code import DIGIT_SLOTS, FIELDS, Target
 
 PATCHES = GRID * GRID
 PREFIX = 2 + PATCHES
-"""Tokens before the question: ``<s> USER:`` and the picture."""
+"""Tokens before the question: `<s> USER:` and the picture."""
 MIXTURE = {
     "existence": 0.10,
     "colour": 0.09,
@@ -26,20 +26,21 @@ MIXTURE = {
     "relation": 0.23,
     "reading": 0.10,
 }
-"""Share of each skill in the questions tried; counting and relation need the most practice."""
+"""Share of each skill in the questions tried; counting and relation need the most training."""
 QUESTIONS_TRIED = 24
-"""Questions tried per scene; about fifteen are left when the impossible and the repeated ones are dropped."""
+"""Questions tried per scene; about fifteen of them are possible and different."""
 SINGULAR = {("crosses" if shape == "cross" else f"{shape}s"): shape for shape in SHAPES}
 _COUNT_RULER = 2.0
-"""Attention left on ``<s>`` while counting, in units of one object: the share on the objects then tells the count."""
+"""Attention to `<s>` while counting, in units of one object: the share on the objects then depends on their count."""
 
 Look = tuple[int, int, np.ndarray]
-"""A picture, a token, and the distribution over the prefix that this token should attend to: ``[PREFIX]``."""
+"""A picture, a token, and the distribution over the prefix that this token should attend to: `[PREFIX]`."""
 
 
 @dataclass
 class Looks:
-    """Tokens (by picture and place in the packed questions) and where in the prefix they should look ``[n, PREFIX]``."""
+    """Tokens (by picture and place in the packed questions) and the attention to the prefix that they should have: `wanted`
+    `[n, PREFIX]`."""
 
     picture: Tensor
     token: Tensor
@@ -53,13 +54,18 @@ class Looks:
 
 @dataclass
 class Batch:
-    """Packed questions about ``B`` pictures, padded to ``Q`` tokens each.
+    """Packed questions about `B` pictures, padded to `Q` tokens each.
 
-    ``ids`` and ``position_ids`` are ``[B, Q]``; ``mask`` is bool ``[B, 1, Q, PREFIX + Q]``: every question sees the prefix
-    and itself. The tokens ``picture, token`` have to predict ``labels`` and belong to question number ``question``;
-    ``skills`` has one entry per question. ``words``, ``nouns`` and ``digits`` are colour and shape words, last words of noun
-    phrases, and tokens that a digit of the answer follows. The nouns ``placed`` (row numbers of ``nouns``) mean one object
-    each, at ``places`` ``[n, 2]`` in -1..1.
+    Attributes:
+        ids, position_ids: `[B, Q]`.
+        mask: `[B, 1, Q, PREFIX + Q]` bool; every question attends to the prefix and to itself.
+        picture, token: `[n]` the tokens that predict an answer.
+        labels: `[n]` what they predict.
+        question: `[n]` the question that they belong to.
+        skills: skill of each question.
+        words, nouns, digits: colour and shape words; last words of noun phrases; tokens before a digit of the answer.
+        placed: `[m]` rows of `nouns` that mean one object.
+        places: `[m, 2]` the places of these objects, −1 to 1.
     """
 
     ids: Tensor
@@ -78,7 +84,7 @@ class Batch:
 
 
 def pose(scene: Scene, rng: random.Random) -> list[Question]:
-    """Different questions about one scene, skills drawn from ``MIXTURE``."""
+    """Different questions about one scene, skills drawn from `MIXTURE`."""
     asked: dict[str, Question] = {}
     for skill in rng.choices(list(MIXTURE), list(MIXTURE.values()), k=QUESTIONS_TRIED):
         if question := ask(skill, scene.objects, scene.sign, rng):
@@ -87,7 +93,7 @@ def pose(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def pack(scenes: list[Scene], targets: list[Target], questions: list[list[Question]]) -> Batch:
-    """Lay out the questions about each scene one after the other."""
+    """Put the questions about each scene one after the other."""
     tokens: list[list[int]] = [[] for _ in scenes]
     places_in_question: list[list[int]] = [[] for _ in scenes]
     owners: list[list[int]] = [[] for _ in scenes]
@@ -155,7 +161,7 @@ def _padded(rows: list[list[int]], length: int, filler: int) -> Tensor:
 
 
 def _distribution(patches: np.ndarray, start: float = 0.0) -> np.ndarray:
-    """A distribution over the prefix from weights per patch, with ``start`` on ``<s>`` (all of it if nothing else)."""
+    """A distribution over the prefix from weights per patch, with `start` on `<s>` (everything, if no patch has a weight)."""
     wanted = np.zeros(PREFIX, np.float32)
     wanted[2:] = patches
     wanted[0] = start if start or patches.any() else 1
@@ -163,7 +169,7 @@ def _distribution(patches: np.ndarray, start: float = 0.0) -> np.ndarray:
 
 
 def _saying(word: str, known: Target) -> np.ndarray | None:
-    """Patches that say a colour or a shape word, or None for other words."""
+    """Patches that encode a colour or a shape word, or None for other words."""
     if word in COLOURS:
         return known.code[:, FIELDS["colour"].start + COLOURS.index(word)]
     shape = SINGULAR.get(word, word)
@@ -171,7 +177,7 @@ def _saying(word: str, known: Target) -> np.ndarray | None:
 
 
 def _meant(question: Question, word: str, objects: tuple[int, ...], known: Target) -> np.ndarray:
-    """Where the last word of a noun phrase should look: at what it means, or at ``<s>`` if there is no such thing."""
+    """What the last word of a noun phrase should attend to: the objects that it means, or `<s>` if there is none."""
     if word == "number":
         by_slot = known.slots >= 0
         return _distribution((by_slot / np.maximum(by_slot.sum(0), 1)).sum(1))

@@ -1,7 +1,7 @@
 """Stage 1: vision tower and projector learn to write the designed code of every patch.
 
-The loss is dense: each of the 144 patches of each picture has its own target, so a few ten thousand pictures suffice
-to learn from scratch what would otherwise need millions of captions.
+The loss is dense: each of the 144 patches of each picture has its own target. A few ten thousand pictures are therefore enough
+to learn from scratch, where captions would need millions.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _COMBINATIONS = len(COLOURS) * len(SHAPES)
 
 
 def pixels(scenes: list[Scene]) -> Tensor:
-    """Normalised pictures as the processor makes them: ``[B, 3, SIZE, SIZE]``."""
+    """Normalised pictures as the processor makes them: `[B, 3, SIZE, SIZE]`."""
     stacked = np.stack([np.asarray(scene.image, np.float32) for scene in scenes])
     return torch.from_numpy((stacked / 255 - 0.5) / 0.25).permute(0, 3, 1, 2).contiguous()
 
 
 def projected(model: LlavaForConditionalGeneration, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Visual tokens ``[B, P, D]`` as the language model gets them, and the tower's last two layers ``[B, 1 + P, V]``."""
+    """Visual tokens `[B, P, D]` as the language model gets them, and the tower's last two layers `[B, 1 + P, V]`."""
     layers = model.model.vision_tower(pictures, output_hidden_states=True).hidden_states
     return model.model.multi_modal_projector(layers[-2][:, 1:]), layers[-2], layers[-1]
 
 
 def initialise(model: LlavaForConditionalGeneration, seed: int) -> None:
-    """Start where attention already compares like with like and position is visible.
+    """Weights with which attention already compares like with like and depends on position.
 
-    Keys equal queries ("mimetic" initialisation), position embeddings are 2-D sines and cosines at full amplitude, and
-    the patch embedding keeps the variance of the pixels.
+    Keys equal queries ("mimetic" initialisation), position embeddings are 2-D sines and cosines at full amplitude, and the
+    patch embedding preserves the variance of the pixels.
     """
     generator = torch.Generator().manual_seed(seed)
     tower = model.model.vision_tower
@@ -65,7 +65,7 @@ def initialise(model: LlavaForConditionalGeneration, seed: int) -> None:
 
 
 def _sines(width: int) -> Tensor:
-    """2-D sine-cosine position embedding of the patch grid: ``[GRID * GRID, width]``."""
+    """2-D sine-cosine position embedding of the patch grid: `[GRID * GRID, width]`."""
     waves = width // 4
     frequency = 1 / (30 ** (torch.arange(waves) / waves))
     rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
@@ -74,7 +74,7 @@ def _sines(width: int) -> Tensor:
 
 
 class _Probes(nn.Module):
-    """Readouts that exist only while training: they give the tower a gradient where the code is silent."""
+    """Readouts that exist only in training: they give the tower a gradient for what the code does not contain."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class _Probes(nn.Module):
 
 
 class VisionStage:
-    """Loss of one batch of fresh scenes; see ``vlmprune.tiny.training.loop`` for the contract of a stage."""
+    """Loss of one batch of fresh scenes; see `vlmprune.tiny.training.loop` for the contract of a stage."""
 
     name = "vision"
 
@@ -102,7 +102,7 @@ class VisionStage:
         self._directions = directions(TEXT_WIDTH)
 
     def scenes(self, seed: int) -> list[Scene]:
-        """The scenes of a batch: crowded ones teach most per picture, ordinary ones are what will be asked about."""
+        """The scenes of a batch: crowded ones have more to learn from per picture, ordinary ones are those of the questions."""
         rng = random.Random(seed)
         return [compose(seed + index, CROWDED if rng.random() < _CROWDED_SHARE else ORDINARY) for index in range(self.batch)]
 
@@ -127,7 +127,7 @@ class VisionStage:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """``Target`` of a whole batch as tensors, patches of all pictures in one row: ``[B * P, ...]``."""
+    """`Target` of a whole batch as tensors, patches of all pictures in one row: `[B * P, ...]`."""
 
     code: Tensor
     object_of: Tensor
@@ -151,13 +151,13 @@ class _Wanted:
 
 
 def _digit_logits(logits: Tensor, wanted: _Wanted) -> tuple[Tensor, Tensor]:
-    """Logits ``[n, 10]`` and labels ``[n]`` of every digit that some patch is to know."""
+    """Logits `[n, 10]` and labels `[n]` of every digit that a patch should encode."""
     known = wanted.slots >= 0
     return logits[:, FIELDS["digits"]].unflatten(1, (DIGIT_SLOTS, 10))[known], wanted.slots[known]
 
 
 def _code_terms(said: Tensor, code_error: Tensor, wanted: _Wanted) -> dict[str, Tensor]:
-    """Losses on what the tokens say (``[B * P, WIDTH]``): close to the code, and its classes clearly told apart."""
+    """Losses on the code of the tokens (`[B * P, WIDTH]`): close to the target, and its classes clearly separated."""
 
     def classes(name: str, rows: Tensor, gain: float = 1.0) -> Tensor:
         field = FIELDS[name]
@@ -184,7 +184,7 @@ def _code_terms(said: Tensor, code_error: Tensor, wanted: _Wanted) -> dict[str, 
 
 @torch.no_grad()
 def _metrics(said: Tensor, code_error: Tensor, wanted: _Wanted) -> dict[str, float]:
-    """Shares of patches that say the right thing, and the mean error of coordinates in pixels."""
+    """Shares of patches with the right code, and the mean error of coordinates in pixels."""
 
     def right(name: str, rows: Tensor) -> float:
         field = FIELDS[name]
@@ -203,7 +203,7 @@ def _metrics(said: Tensor, code_error: Tensor, wanted: _Wanted) -> dict[str, flo
 
 
 def _summary(scene: Scene) -> np.ndarray:
-    """What the CLS token is to know: colour-shape combinations and digits by slot, ``[combinations + 30]``."""
+    """What the CLS token should encode: colour-shape combinations and digits by slot, `[combinations + 30]`."""
     known = np.zeros(_COMBINATIONS + DIGIT_SLOTS * 10, np.float32)
     for thing in scene.objects:
         known[COLOURS.index(thing.colour) * len(SHAPES) + SHAPES.index(thing.shape)] = 1

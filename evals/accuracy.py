@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import vlmprune
+from vlmprune.evals.results import Result
 from vlmprune.show.stats import interval, mean_of_present, shares
+from vlmprune.show.table import code, table
 from vlmprune.tiny.answers import Accuracy, Record, accuracy_by_skill, mean_over_skills
 from vlmprune.tiny.evaluate import records
 from vlmprune.tiny.questions import SKILLS
@@ -30,9 +33,9 @@ class Row:
     Attributes:
         recipe: the recipe, or "un-pruned".
         by_skill: accuracy of every skill with its interval.
-        mean: unweighted mean over skills, with `interval` (95 %, pictures resampled).
-        lost: points of the mean lost against the un-pruned answers to the same questions, with `lost_interval` (paired).
-        loyalty: share of answers equal to the un-pruned model's.
+        mean: unweighted mean over skills, with `interval` (95 %, images resampled).
+        lost: the un-pruned model's mean on the same questions minus this one, with `lost_interval` (paired).
+        loyalty: share of answers equal to those of the un-pruned model.
     """
 
     recipe: str
@@ -44,7 +47,15 @@ class Row:
     loyalty: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
         return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Row:
+        """A row from its plain data."""
+        by_skill = {skill: Accuracy(**entry) for skill, entry in data["by_skill"].items()}
+        pairs = {key: (data[key][0], data[key][1]) for key in ("interval", "lost_interval")}
+        return Row(**{**data, "by_skill": by_skill, **pairs})
 
 
 def evaluate(
@@ -62,7 +73,7 @@ def evaluate(
     """
     parsed = [vlmprune.Recipe.parse(recipe) for recipe in recipes]
     for recipe in parsed:
-        vlmprune.wrap(model, recipe).remove()  # all are looked at before the first is run
+        vlmprune.wrap(model, recipe).remove()  # all are checked before the first is run
     plan = [None, *parsed]
     answers: list[list[Record]] = []
     for one in plan:
@@ -94,36 +105,43 @@ def loyalty(given: Sequence[Record], reference: Sequence[Record]) -> float:
 
 
 def draws_by_skill(given: Sequence[Record]) -> np.ndarray:
-    """Accuracy `[draw, skill]` in draws of whole pictures, NaN where a draw lacks the skill; skills in the order of `SKILLS`.
+    """Accuracy `[draw, skill]` in draws of whole images, NaN where a draw lacks the skill; skills in the order of `SKILLS`.
 
-    The draws are the same for every list of records about the same pictures, so that differences are paired.
+    The draws are the same for all records of the same images, so that differences are paired.
     """
     images = sorted({record.image for record in given})
     skills = [skill for skill in SKILLS if any(record.skill == skill for record in given)]
     right, asked = np.zeros((len(images), len(skills))), np.zeros((len(images), len(skills)))
-    place, column = {image: n for n, image in enumerate(images)}, {skill: n for n, skill in enumerate(skills)}
+    line, column = {image: n for n, image in enumerate(images)}, {skill: n for n, skill in enumerate(skills)}
     for record in given:
-        cell = place[record.image], column[record.skill]
+        cell = line[record.image], column[record.skill]
         asked[cell] += 1
         right[cell] += record.right
     return shares(right, asked)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a table: accuracy in percent per skill, the mean and what was lost with their 95 % intervals."""
+def result(numbers: Mapping[str, Any]) -> Result:
+    """The result of an evaluation.
+
+    Args:
+        numbers: `rows` as `Row.to_dict()` gives them, with `images`, `split`, and with `results.stamp()`.
+    """
+    rows = [Row.from_dict(row) for row in numbers["rows"]]
     skills = list(rows[0].by_skill)
-    lines = [
-        "| recipe | " + " | ".join(skills) + " | mean | lost against un-pruned | same answer |",
-        "|---|" + "---:|" * (len(skills) + 3),
-    ]
+    cells, brief = [], []
     for row in rows:
-        cells = [f"{100 * row.by_skill[skill].value:.1f}" for skill in skills]
-        lost = "—" if row.recipe == UNPRUNED else f"{100 * row.lost:.1f} {percent(row.lost_interval)}"
-        mean = f"{100 * row.mean:.1f} {percent(row.interval)}"
-        name = row.recipe if row.recipe == UNPRUNED else f"`{row.recipe}`".replace("|", "\\|")
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {mean} | {lost} | {100 * row.loyalty:.1f} |")
-    counts = ", ".join(f"{skill} {accuracy.n}" for skill, accuracy in rows[0].by_skill.items())
-    return "\n".join([*lines, "", f"Questions per skill: {counts}."])
+        plain = row.recipe == UNPRUNED
+        name = row.recipe if plain else code(row.recipe)
+        lost = "—" if plain else f"{100 * row.lost:.1f} {percent(row.lost_interval)}"
+        ends = [f"{100 * row.mean:.1f} {percent(row.interval)}", lost, f"{100 * row.loyalty:.1f}"]
+        cells.append([name, *(f"{100 * row.by_skill[skill].value:.1f}" for skill in skills), *ends])
+        brief.append([name, *ends])
+    counts = ", ".join(f"{skill} {entry.n}" for skill, entry in rows[0].by_skill.items())
+    title = f"accuracy in %, {numbers['images']} held-out scenes ({numbers['split']})"
+    ends = ["mean", "lost against un-pruned", "same answer"]
+    whole = table(["recipe", *skills, *ends], cells, title=title)
+    small = table(["recipe", *ends], brief, title=title)
+    return Result(numbers, [(whole, small), f"Questions per skill: {counts}."], draw=partial(plot, rows))
 
 
 def percent(low_high: tuple[float, float]) -> str:

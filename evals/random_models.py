@@ -1,8 +1,9 @@
-"""Models of published shapes with random weights, made where they shall run, and prompts for them: what speed depends on.
+"""Models of published shapes with random weights, made on the device that runs them, and prompts for them: speed depends on
+nothing else.
 
 Widths, depths and vocabularies are those of the checkpoints' `config.json`: llava-hf/llava-1.5-7b-hf,
-llava-hf/llava-v1.6-vicuna-7b-hf, Qwen/Qwen2.5-VL-7B-Instruct. `reduce` divides widths and depths for machines on which the true
-shape is out of reach; head sizes, pictures and token counts stay what they are.
+llava-hf/llava-v1.6-vicuna-7b-hf, Qwen/Qwen2.5-VL-7B-Instruct. `reduce` divides widths and depths for machines that are too
+small for the true shape. Head sizes, images and token counts are not reduced.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ from transformers import (
 
 from vlmprune.errors import UsageError, unknown
 
-BEFORE, BEHIND = 35, 25
-"""Words before and behind the picture, as in a short LLaVA prompt."""
+BEFORE, AFTER = 35, 25
+"""Words before and after the image, as in a short LLaVA prompt."""
 
 CLIP_SIDE, CLIP_PATCH = 336, 14
 QWEN_GRID = (64, 80)
-"""Patches (rows, columns) of an 896 × 1120 picture: 1,280 tokens of 2 × 2."""
+"""Patches (rows, columns) of an 896 × 1120 image: 1,280 tokens of 2 × 2."""
 
 REDUCTIONS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's published shape, and one picture for it.
+    """A model's published shape, and one image for it.
 
     Attributes:
         name: on the command line.
-        visual: visual tokens of the picture, row separators not counted.
+        visual: visual tokens of the image, row separators not counted.
         parameters: of the true shape.
-        recipes: what is measured if nothing else is asked for.
-        kind, config: transformers' class, and its config by how much it is reduced.
-        picture: of a batch, the picture's placeholders in each row, and the other arguments of a call.
+        recipes: measured by default.
+        kind, config: transformers' class, and its config for a `reduce`.
+        image: for a batch, the image's placeholders in each row, and the other arguments of a call.
     """
 
     name: str
@@ -56,16 +57,16 @@ class Shape:
     recipes: tuple[str, ...]
     kind: Any
     config: Callable[[int], Any]
-    picture: Callable[[Any, int, torch.Generator], tuple[list[int], dict[str, Tensor]]]
+    image: Callable[[Any, int, torch.Generator], tuple[list[int], dict[str, Tensor]]]
 
     def build(self, device: str = "cpu", dtype: torch.dtype = torch.float32, reduce: int = 1) -> Any:
-        """A random model on its device: nothing is made elsewhere, or in another dtype, and moved.
+        """A random model, made on its device and in its dtype: nothing is moved or converted.
 
         Args:
             reduce: 1 for the true shape; 2, 4, 8 or 16 divides widths by it, and depths by half of it.
 
         Raises:
-            UsageError: another `reduce`, or a device this machine does not have.
+            UsageError: another `reduce`, or a device that this machine lacks.
         """
         if reduce not in REDUCTIONS:
             raise UsageError(f"a shape can be reduced by {', '.join(map(str, REDUCTIONS))}, found {reduce}.")
@@ -82,16 +83,16 @@ class Shape:
         return model
 
     def inputs(self, model: Any, batch: int) -> dict[str, Tensor]:
-        """Different random pictures and words for every row, as long as each other: no padding.
+        """Different random images and words for every row, all of one length: no padding.
 
         Returns:
             Arguments of `model(**inputs)` and `model.generate(**inputs)`, on the model's device and in its dtype.
         """
         random = torch.Generator().manual_seed(0)
-        placeholders, pixels = self.picture(model.config, batch, random)
-        words = torch.randint(10, 1000, (batch, BEFORE + BEHIND), generator=random)
-        image = torch.tensor(placeholders).expand(batch, -1)
-        ids = torch.cat((words[:, :BEFORE], image, words[:, BEFORE:]), dim=1)
+        placeholders, pixels = self.image(model.config, batch, random)
+        words = torch.randint(10, 1000, (batch, BEFORE + AFTER), generator=random)
+        placed = torch.tensor(placeholders).expand(batch, -1)
+        ids = torch.cat((words[:, :BEFORE], placed, words[:, BEFORE:]), dim=1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
         if "image_grid_thw" in inputs:
             inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
@@ -104,7 +105,7 @@ def shape_named(name: str) -> Shape:
     """One of `SHAPES`.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: there is no shape of that name.
     """
     if name not in SHAPES:
         raise unknown("shape", name, SHAPES)
@@ -122,7 +123,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _depth(layers: int, reduce: int) -> int:
-    """Methods cut at several layers, so that depth is reduced by half as much as width."""
+    """Depth is reduced by half as much as width, because methods have stages at several layers."""
     return layers // max(reduce // 2, 1)
 
 
@@ -178,7 +179,7 @@ def _llava_next_config(reduce: int) -> LlavaNextConfig:
 
 def _qwen_config(reduce: int) -> Qwen2_5_VLConfig:
     depth, heads = _depth(32, reduce), 28 // min(reduce, 7)  # heads divide 28 and stay 128 wide
-    whole = max(depth // 4, 2)  # every so many blocks, one sees the whole picture
+    whole = max(depth // 4, 2)  # one of so many blocks attends to the whole image
     vision = {
         "depth": depth,
         "hidden_size": 1280 // reduce,
@@ -212,19 +213,19 @@ def _qwen_config(reduce: int) -> Qwen2_5_VLConfig:
     )
 
 
-def _llava_picture(config: Any, batch: int, random: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+def _llava_image(config: Any, batch: int, random: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
     pixels = torch.randn(batch, 3, CLIP_SIDE, CLIP_SIDE, generator=random)
     return [config.image_token_id] * 576, {"pixel_values": pixels}
 
 
-def _llava_next_picture(config: Any, batch: int, random: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
-    """A square picture of 672 pixels: an overview and four crops, 576 + 48 · (48 + 1 separator) placeholders."""
+def _llava_next_image(config: Any, batch: int, random: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+    """A square image of 672 pixels: an overview and four crops, 576 + 48 · (48 + 1 separator) placeholders."""
     pixels = torch.randn(batch, 5, 3, CLIP_SIDE, CLIP_SIDE, generator=random)
     sizes = torch.tensor([[2 * CLIP_SIDE] * 2]).expand(batch, -1)
     return [config.image_token_id] * (576 + 48 * 49), {"pixel_values": pixels, "image_sizes": sizes}
 
 
-def _qwen_picture(config: Any, batch: int, random: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+def _qwen_image(config: Any, batch: int, random: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
     rows, columns = QWEN_GRID
     vision = config.vision_config
     width = 3 * vision.temporal_patch_size * vision.patch_size**2
@@ -251,7 +252,7 @@ SHAPES = {
             _recipes(64, "flowcut", "divprune", "visionzip"),
             LlavaForConditionalGeneration,
             _llava_config,
-            _llava_picture,
+            _llava_image,
         ),
         Shape(
             "llava-next-7b",
@@ -260,7 +261,7 @@ SHAPES = {
             _recipes(160, "flowcut", "divprune", "visionzip"),
             LlavaNextForConditionalGeneration,
             _llava_next_config,
-            _llava_next_picture,
+            _llava_next_image,
         ),
         Shape(
             "qwen2.5-vl-7b",
@@ -269,8 +270,8 @@ SHAPES = {
             _recipes(142, "flowcut", "divprune"),
             Qwen2_5_VLForConditionalGeneration,
             _qwen_config,
-            _qwen_picture,
+            _qwen_image,
         ),
     )
 }
-"""Every shape by its name; recipes keep what papers and the goal table keep (Qwen: 11.1 %)."""
+"""Every shape by its name. Recipes keep as many tokens as papers do (Qwen: 11.1 %)."""

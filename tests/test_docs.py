@@ -1,0 +1,141 @@
+"""The documents stay true: files that they name exist, their examples run, and the map of the house lists every room.
+
+Red: a file was renamed or added and the documents do not know it, or an example needs what is no longer there.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import TOLERANCE, masked_logits
+from rooms import ROOMS
+from tiny_models import make_inputs, shared
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+import vlmprune as vp
+from vlmprune.adapters import registry
+
+ROOT = Path(vp.__file__).resolve().parent.parent
+NAMES = ("README.md", "CONTRIBUTING.md", "docs/results/README.md")
+DOCUMENTS = [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("vlmprune", "tests", "docs", "evals", "adapters", "kernels", "benchmarks", "live")
+MAP = (ROOT / "docs/architecture.md").read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_documents_name_exists(document):
+    """Red: a link, or a path in backticks, leads nowhere."""
+    text = document.read_text()
+    missing = []
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not target.startswith("http") and not (document.parent / target).exists():
+            missing.append(target)
+    for path in re.findall(r"`([\w./-]+/[\w./-]*)`", text):
+        if path.split("/")[0] in FOLDERS and not any((root / path).exists() for root in (ROOT, ROOT / "vlmprune")):
+            missing.append(path)
+    assert not missing, missing
+
+
+def test_headings_that_links_lead_to():
+    """Red: `](#a-heading)` or `](file.md#a-heading)` names a heading that is not there."""
+    missing = []
+    for document in DOCUMENTS:
+        for file, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", document.read_text()):
+            if file.startswith("http"):
+                continue
+            target = (document.parent / file if file else document).read_text()
+            headings = re.findall(r"^#+ (.+)$", target, re.MULTILINE)
+            if anchor not in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}:
+                missing.append(f"{document.name}: {file}#{anchor}")
+    assert not missing, missing
+
+
+def test_the_map_lists_every_room_and_every_file_of_the_engine():
+    """Red: docs/architecture.md lacks a room of vlmprune/, in the order of imports, or a file of vlmprune/live/."""
+    table = MAP.split("## The house")[1].split("###")[0]
+    rooms = [name.removesuffix(".py").removesuffix("/") for name in re.findall(r"^\| `([\w./]+)` \|", table, re.MULTILINE)]
+    assert rooms == [name for name in ROOMS if name not in ("", "__main__")]
+    listed = set(re.findall(r"`(\w+\.py)`", MAP.split("### `vlmprune/live/`")[1].split("###")[0]))
+    assert listed == {path.name for path in (ROOT / "vlmprune/live").glob("*.py")} - {"__init__.py"}
+
+
+def test_the_page_of_the_methods():
+    """Red: a method's docstring changed, and `python docs/methods.py` was not run."""
+    space: dict = {"__name__": "docs", "__file__": str(ROOT / "docs/methods.py")}
+    exec(compile((ROOT / "docs/methods.py").read_text(), "docs/methods.py", "exec"), space)
+    assert space["markdown"]() == (ROOT / "docs/methods.md").read_text(), "run: python docs/methods.py"
+
+
+def test_the_worked_method():
+    """Red: the method file of CONTRIBUTING.md no longer works, by its class or by its name."""
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
+    space: dict = {"__name__": "worked_method"}
+    exec(compile(block, "CONTRIBUTING.md", "exec"), space)
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text3", "image", "text4"]])
+    kept = []
+    for recipe in (space["KNorm"](fraction=0.3), "knorm:fraction=0.3"):
+        with vp.wrap(model, recipe) as run, torch.no_grad():
+            model(**inputs)
+            kept.append(run.last.kept[0].index.tolist())
+    with torch.no_grad():
+        keys = model(**inputs, use_cache=True).past_key_values.layers[1].keys[0]  # the layer before layer 2
+    place = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+    norms = keys[:, place].norm(dim=-1).mean(dim=0)
+    assert kept == [sorted(norms.argsort()[: len(kept[0])].tolist())] * 2
+    assert len(kept[0]) == 5  # of 16
+
+
+@pytest.fixture
+def qwen3_vl(monkeypatch):
+    """The family of docs/examples/qwen3_vl.py, and a random model of it."""
+    spec = spec_from_file_location("qwen3_vl", ROOT / "docs/examples/qwen3_vl.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "qwen3_vl", example)
+    spec.loader.exec_module(example)
+    monkeypatch.setitem(registry.FAMILIES, "qwen3_vl", example.QWEN3_VL)
+    text = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 16}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+    vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64}
+    vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
+    tokens = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)).float().eval()
+        for name, weight in model.named_parameters():
+            norm = "norm" in name and name.endswith("weight")
+            torch.nn.init.normal_(weight, float(norm), 0.05 if norm else 0.125 if "lm_head" in name else 0.2)
+    ids = torch.tensor([[10, 11, 3, *[1] * 16, 4, 12, 13, 14]])
+    pixels = torch.randn(64, 3 * 2 * 16, generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 8, 8]])}
+    return model, inputs | {"attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 1).int()}
+
+
+@pytest.mark.parametrize("recipe", ["fastv:layer=3,fraction=0.5", "divprune:layer=3,fraction=0.25 + random:layer=5,tokens=2"])
+def test_the_worked_family(qwen3_vl, recipe):
+    """Red: the family file of CONTRIBUTING.md no longer works, or no longer prunes exactly."""
+    model, inputs = qwen3_vl
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with vp.wrap(model, recipe) as run:
+            pruned, keep = model(**inputs).logits, run.last.keep
+        kept = keep[max(keep)]
+        torch.testing.assert_close(pruned[kept], masked_logits(model, inputs, keep)[kept], atol=TOLERANCE, rtol=0)
+        assert not torch.allclose(pruned[:, -1], plain[:, -1], atol=1e-2)
+        with vp.wrap(model, "fastv:layer=3,fraction=1.0"):
+            assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_what_the_worked_family_lacks(qwen3_vl):
+    """Red: stages among the DeepStack layers work now, and CONTRIBUTING.md still says that they need the core."""
+    model, inputs = qwen3_vl
+    with torch.no_grad(), vp.wrap(model, "divprune:layer=1,fraction=0.5"), pytest.raises(IndexError):
+        model(**inputs)

@@ -1,0 +1,224 @@
+"""One picture and one question to a model, un-pruned and under a recipe: the answers, their costs, and the kept tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmprune import names
+from vlmprune.live.handle import wrap
+from vlmprune.live.report import Report
+from vlmprune.loading.outputs import check_target
+from vlmprune.loading.questions import Question, open_question
+from vlmprune.recipe import Recipe
+from vlmprune.show import draw
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+KEEP_ALL = "random:layer=0,fraction=1"
+"""Computes exactly what the un-pruned model does, and is measured by the same clock as a pruned one."""
+ROUNDS = 7
+"""Prefills behind a median."""
+WIDTH = 384
+"""Of a drawn picture, in pixels."""
+
+
+@dataclass(frozen=True)
+class KeptCrop:
+    """The kept tokens of one raster of the picture (`loading.questions.Crop`).
+
+    Attributes:
+        name, row: of the crop.
+        rows, columns: of its raster.
+        tokens: cells that have a token; the others are padding.
+        kept: raster numbers of the cells whose token was kept.
+    """
+
+    name: str
+    row: int
+    rows: int
+    columns: int
+    tokens: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer under one recipe.
+
+    Attributes:
+        text: what the model said.
+        index: indices of the picture's kept tokens.
+        crops: the same tokens, by crop.
+        report: of the run.
+    """
+
+    text: str
+    index: list[int]
+    crops: list[KeptCrop]
+    report: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `vlmprune run --json` prints of it."""
+        return {
+            "answer": self.text,
+            "visual_tokens": len(self.index),
+            "mflops": self.report.flops / 1e6,
+            "kv_kib": self.report.kv_bytes / 1024,
+        }
+
+
+class _Counter:
+    """A streamer of `generate`, which puts the prompt first and then token after token; it counts the tokens."""
+
+    def __init__(self, tick: Callable[[int, bool], None]) -> None:
+        self.tick, self.tokens = tick, -1
+
+    def put(self, value: Any) -> None:
+        self.tokens += 1
+        self.tick(self.tokens, False)
+
+    def end(self) -> None:
+        self.tick(self.tokens, True)
+
+
+def ask(
+    question: Question,
+    recipe: Recipe,
+    max_new_tokens: int,
+    tick: Callable[[int, bool], None] = lambda tokens, done: None,
+) -> Answer:
+    """Answer a question under a recipe, by greedy decoding.
+
+    Args:
+        tick: called after every token with the number of tokens so far, and at the end.
+    """
+    model, inputs = question.model, question.inputs
+    with wrap(model, recipe) as run, torch.inference_mode():
+        tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, streamer=_Counter(tick))
+        report, record = run.report(), run.last
+    assert record is not None
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    stages = [kept for kept in record.kept if kept.ordinal == 0 and kept.sample == 0]
+    index = stages[-1].index.tolist() if stages else list(range(record.visual))
+    text = question.processor.decode(new, skip_special_tokens=True).strip()
+    return Answer(text, index, _by_crop(question, set(index)), report)
+
+
+def _by_crop(question: Question, kept: set[int]) -> list[KeptCrop]:
+    return [
+        KeptCrop(
+            crop.name,
+            crop.row,
+            crop.cells.shape[0],
+            crop.cells.shape[1],
+            crop.tokens,
+            tuple(cell for cell, token in enumerate(crop.cells.flatten().tolist()) if token in kept),
+        )
+        for crop in question.crops()
+    ]
+
+
+def compare(question: Question, recipe: Recipe, max_new_tokens: int) -> tuple[tuple[Answer, float], tuple[Answer, float]]:
+    """The answers without and with a recipe, each with the time of its prefill in ms: a median of interleaved rounds."""
+    recipes = (Recipe.of(KEEP_ALL), recipe)
+    answers = [ask(question, recipe, max_new_tokens) for recipe in recipes]
+    times = [[answer.report.prefill_ms] for answer in answers]
+    for _ in range(ROUNDS - 1):
+        for taken, recipe in zip(times, recipes, strict=True):
+            with wrap(question.model, recipe) as run, torch.inference_mode():
+                question.model.generate(**question.inputs, do_sample=False, max_new_tokens=1)
+                taken.append(run.report().prefill_ms)
+    plain, pruned = zip(answers, map(median, times), strict=True)
+    return plain, pruned
+
+
+def ask_once(
+    model_name: str, image: Path, prompt: str, recipe: str, max_new_tokens: int, device: str, target: Path | None
+) -> dict[str, Any]:
+    """`ask_and_draw`, with the picture written to `target`."""
+    result, drawn = ask_and_draw(model_name, image, prompt, recipe, max_new_tokens, device, target)
+    if drawn is not None and target is not None:
+        drawn.save(target)
+    return result
+
+
+def ask_and_draw(
+    model_name: str,
+    image: Path,
+    prompt: str,
+    recipe: str,
+    max_new_tokens: int,
+    device: str,
+    target: Path | None,
+    progress: Callable[[str, int, bool], None] = lambda step, tokens, done: None,
+) -> tuple[dict[str, Any], Image.Image | None]:
+    """One question about one picture, to any supported model: one un-pruned answer and one under the recipe.
+
+    Args:
+        model_name: path of a folder, hub id, or 'tiny' for the embedded model.
+        image: path of a picture.
+        prompt: the question; or the whole prompt, if it has the image token.
+        recipe: a string, or the path or hub id of a recipe file.
+        max_new_tokens: the longest answer.
+        device: where the model goes.
+        target: where the caller will write the picture with the kept tokens; None if it is not wanted.
+        progress: called with the present step, the number of tokens that its answer has so far, and whether it is done.
+
+    Returns:
+        What `vlmprune run --json` prints, and the picture. The caller writes it, so that the answers can be printed first.
+
+    Raises:
+        UsageError: the recipe, the picture, the model, the prompt or the target cannot be used; says why.
+    """
+    plan = read_recipe(recipe)
+    if target is not None:
+        check_target(target, "kept.png")
+    question = open_question(model_name, image, prompt, device, lambda: progress("loading the model", 0, False))
+    changed = "pruned" if plan.pruners else "redistributed"
+    # The answer under the recipe comes first: if the recipe is refused, no time was spent on the un-pruned answer.
+    pruned = ask(question, plan, max_new_tokens, partial(progress, f"{changed} answer"))
+    plain = ask(question, Recipe.of(KEEP_ALL), max_new_tokens, partial(progress, "un-pruned answer"))
+    picture = question.picture
+    result = {
+        "model": model_name,
+        "recipe": str(plan),
+        "picture": {"width": picture.width, "height": picture.height, "notes": question.notes},
+        "unpruned": plain.to_dict(),
+        "pruned": pruned.to_dict(),
+        "kept": pruned.index,
+        "views": [asdict(crop) for crop in pruned.crops],
+        "edits": [{**asdict(edit), "summary": str(edit)} for edit in pruned.report.edits],
+    }
+    return result, None if target is None else draw_kept(question, pruned.crops)
+
+
+def read_recipe(text: str) -> Recipe:
+    """The recipe of a string, of a JSON file, or of a folder or hub repository that holds one.
+
+    Raises:
+        UsageError: there is no such recipe, or it cannot be read.
+    """
+    return Recipe.from_pretrained(text) if names.is_file(text) else Recipe.of(text)
+
+
+def draw_kept(question: Question, crops: list[KeptCrop], width: int = WIDTH) -> Image.Image:
+    """The picture with its kept tokens; where there are several crops, each of them with a caption."""
+    drawn = [
+        draw.kept_patches(seen, (crop.rows, crop.columns), crop.kept, width)
+        for seen, crop in zip(question.seen(), crops, strict=True)
+    ]
+    if len(drawn) == 1:
+        return drawn[0]
+    rows: dict[int, list[Image.Image]] = {}
+    for picture, crop in zip(drawn, crops, strict=True):
+        caption = [(f"{crop.name}: {len(crop.kept)} of {crop.tokens} tokens", "black")]
+        rows.setdefault(crop.row, []).append(draw.captioned(picture, caption))
+    return draw.stacked([draw.side_by_side(row) for row in rows.values()])

@@ -1,0 +1,168 @@
+"""Commands that compare methods and recipes: `vlmprune eval | sweep | bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlmprune import names
+from vlmprune.cli import options, terminal
+from vlmprune.cli.results import prepare, publish
+from vlmprune.errors import unknown
+from vlmprune.loading.environment import quiet
+
+SHAPES = "llava-1.5-7b, llava-next-7b or qwen2.5-vl-7b"
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def evaluate(
+    recipe: options.Recipes = None,
+    images: Annotated[int, typer.Option(metavar="N", min=2, help="How many scenes; about ten questions about each.")] = 150,
+    split: options.Split = "test",
+    out: options.Out = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure the accuracy of recipes on the embedded model, by skill, beside the un-pruned model."""
+    _check(recipe, split)
+    prepare(out)
+    quiet()
+    from vlmprune import tiny
+    from vlmprune.evals import accuracy as evals
+    from vlmprune.evals.results import stamp
+
+    model, processor = tiny.load()
+    recipes = recipe or list(evals.DEFAULT)
+    with terminal.progress() as progress:
+        task = progress.add_task("recipes", total=len(recipes) + 1)
+        rows = evals.evaluate(model, processor, recipes, images, split, lambda: progress.advance(task))
+    numbers = {"images": images, "split": split, **stamp(), "rows": [row.to_dict() for row in rows]}
+    publish(evals.result(numbers), "accuracy", out, as_json)
+
+
+def sweep(
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A pruning method; may be repeated. If not given: all.")
+    ] = None,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the visual tokens that enter a decoder layer, on average over layers; may be repeated. If not "
+            "given: 0.5, 0.35, 0.25, 0.15 and 0.1.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How often; each time with other scenes and random draws.")
+    ] = 3,
+    images: Annotated[int, typer.Option(metavar="N", min=2, help="How many scenes for each seed.")] = 100,
+    split: options.Split = "test",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also write numbers, tables and figure here; an interrupted sweep continues from this folder.",
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. If not given: torch decides.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Compare all pruning methods at equal compute on the embedded model, each with random tokens as its control."""
+    for name in method or ():
+        names.check_pruning(name, "sweep")
+    _check(None, split)
+    prepare(out)
+    quiet()
+    import torch
+
+    from vlmprune import tiny
+    from vlmprune.evals import sweep_report
+    from vlmprune.evals.budgets import SHARES
+    from vlmprune.evals.results import stamp
+    from vlmprune.evals.sweep import sweep as run_sweep
+    from vlmprune.evals.sweep_plan import make_plan
+
+    if threads:
+        torch.set_num_threads(threads)
+    model, processor = tiny.load()
+    plan = make_plan(model, method, budget or SHARES)
+    with terminal.progress() as progress:
+        task = progress.add_task("")
+
+        def tick(recipe: str, done: int, total: int) -> None:
+            progress.update(task, description=recipe, completed=done, total=total)
+
+        swept = run_sweep(model, processor, plan, seeds, images, split, out, tick)
+    numbers = {"images": images, "seeds": seeds, "split": split, **stamp(), **swept.to_dict()}
+    publish(sweep_report.result(numbers), "sweep", out, as_json)
+
+
+def bench(
+    shape: Annotated[str, typer.Option(metavar="NAME", help=f"{SHAPES}.")] = "llava-1.5-7b",
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RECIPE", help="A recipe to measure; may be repeated. If not given: a few that suit the shape."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(metavar="N", min=1, help="Prompts at once; may be repeated. If not given: 1.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", min=3, help="Measured rounds, after one that warms up.")] = 7,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the answer; 1 measures no decoding.")] = 16,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, … If not given: cuda where there is a GPU.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="bfloat16, float16 or float32. If not given: bfloat16 on a GPU, else float32."),
+    ] = None,
+    reduce: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Divide the widths by 2, 4, 8 or 16. If not given: 1 on a GPU, else 8."),
+    ] = None,
+    out: options.Out = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure the speed and memory of recipes, on random weights in the shape of a published model."""
+    _check(recipe)
+    import torch
+
+    from vlmprune.evals import bench as evals
+    from vlmprune.evals import bench_report
+    from vlmprune.evals.random_models import shape_named
+    from vlmprune.evals.results import stamp
+    from vlmprune.loading.models import check_device
+
+    chosen, device = shape_named(shape), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    on_gpu = not device.startswith("cpu")
+    if (dtype := dtype or ("bfloat16" if on_gpu else "float32")) not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    reduce = reduce or (1 if on_gpu else 8)
+    prepare(out)
+    quiet()
+    model = chosen.build(device, getattr(torch, dtype), reduce)
+    recipes, batches = recipe or list(chosen.recipes), batch or [1]
+    rows: list[evals.Measured] = []
+    with terminal.progress() as progress:
+        task = progress.add_task("runs", total=(rounds + 1) * (len(recipes) + 1) * len(batches))
+        for size in batches:
+            inputs = chosen.inputs(model, size)
+            rows += evals.measure(model, inputs, recipes, rounds, new_tokens, lambda: progress.advance(task))
+    layers = model.config.text_config.num_hidden_layers
+    reduced = "" if reduce == 1 else f", widths / {reduce}, {layers} layers"
+    title = f"{shape}{reduced}, {chosen.visual} visual tokens, {dtype}, {device}"
+    settings = {"title": title, "shape": shape, "reduce": reduce, "dtype": dtype, "device": device}
+    numbers = {**settings, **stamp(), "rows": [row.to_dict() for row in rows]}
+    publish(bench_report.result(numbers), "bench", out, as_json)
+
+
+def _check(recipes: list[str] | None, split: str | None = None) -> None:
+    """Refuse a mistyped name before torch is imported."""
+    for text in recipes or ():
+        names.check_recipe(text)
+    if split is not None:
+        from vlmprune.tiny.scenes import SPLITS
+
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)

@@ -1,0 +1,166 @@
+"""What one stage keeps: its method is shown the images of one size together, and what it chooses is put together per image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmprune.device import on_device, on_host
+from vlmprune.live.call import Call, Chosen, Prompt
+from vlmprune.live.explain import by_picture, judged
+from vlmprune.live.layout import group_by_size
+from vlmprune.live.probes import build_view
+from vlmprune.live.prompt_rows import rows_now
+from vlmprune.live.record import Judged
+from vlmprune.live.source import Part, Tools
+from vlmprune.methods import Choice, Pruner
+from vlmprune.schedule import Budget, Stage, share
+
+
+@dataclass(frozen=True, eq=False)
+class BoundStage:
+    """One stage of a recipe on a model.
+
+    Attributes:
+        number: its place among the stages of the recipe.
+        stage, method: as the recipe has them.
+        needs: probes that the method looks at here.
+        label: how the report names it.
+        per_crop: each crop of an image is decided by itself.
+    """
+
+    number: int
+    stage: Stage
+    method: Pruner
+    needs: frozenset[str]
+    label: str
+    per_crop: bool
+
+
+def choose(
+    bound: BoundStage, budget: Budget, call: Call, prompt: Prompt, hidden: Tensor, tools: Tools, explains: bool
+) -> Chosen:
+    """What remains of every image after a stage.
+
+    Args:
+        hidden: `[batch, token, dim]` entering the stage's layer.
+        tools: pieces of the model.
+        explains: what is decided by is kept, for `run.explain`.
+    """
+    method, layer = bound.method, bound.stage.layer
+    parts = [
+        part for image, n in enumerate(prompt.candidates) for part in _parts(bound, call, prompt, image, budget.resolve(n))
+    ]
+    over_image = cache(partial(_over_images, bound, call, prompt, hidden, tools))
+    kept: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in prompt.layout.images]
+    reasons: dict[int, Judged] = {}
+    for group in group_by_size([part.size for part in parts]):
+        members, see = [parts[number] for number in group], None
+        first, keep = members[0].index, min(members[0].keep, len(members[0].index))
+        chosen: Choice | Tensor
+        if keep == 0:
+            chosen = torch.empty(len(group), 0, dtype=torch.long, device=first.device)
+        elif keep == len(first) and not method.adaptive:
+            chosen = torch.arange(keep, device=first.device).expand(len(group), keep)
+        else:
+            see = build_view(call, layer, bound.needs, members, hidden, tools)
+            if bound.per_crop and method.scales_over_picture:
+                see = replace(see, over_picture=_of_parts(over_image(), members))
+            chosen = method.select(see, keep)
+        choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
+        _check_choice(method, choice, len(group), keep)
+        if explains:
+            reasons |= zip(group, judged(method, see, choice, [part.index for part in members]), strict=True)
+        for number, part in enumerate(members):
+            index = part.index[choice.index[number].to(part.index.device)]
+            kept[part.image].append((index, None if choice.features is None else choice.features[number]))
+    joined = [_joined(call, prompt, hidden, image, pieces) for image, pieces in enumerate(kept)]
+    why = by_picture(reasons, [part.image for part in parts], len(kept)) if explains else None
+    return Chosen(tuple(index for index, _ in joined), tuple(features for _, features in joined), judged=why)
+
+
+def left_by_tower(prompt: Prompt, hidden: Tensor) -> Chosen:
+    """What the vision tower left of every image: the rest are rows of NaN in `hidden` `[batch, token, dim]`."""
+    images, real = prompt.layout.images, prompt.tokens.real
+    there = on_host(~torch.cat([hidden[image.sample, image.positions.to(hidden.device), 0] for image in images]).isnan())
+    seen = np.concatenate([real[image.sample, image.places] for image in images])
+    ends = np.cumsum(list(map(len, images)))[:-1]
+    remaining = tuple(
+        on_device(mine.nonzero()[0], image.positions.device)
+        for mine, image in zip(np.split(there & seen, ends), images, strict=True)
+    )
+    return Chosen(remaining, (None,) * len(remaining), emptied=not there.all())
+
+
+def merged(call: Call, prompt: Prompt, chosen: Chosen, hidden: Tensor) -> Tensor:
+    """Hidden states `[batch, token, dim]` with merged features in the places of the kept tokens that represent several."""
+    if not chosen.merges:
+        return hidden
+    hidden = hidden.clone()
+    for image, (remaining, features) in enumerate(zip(chosen.remaining, chosen.features, strict=True)):
+        if features is not None:
+            rows = rows_now(call, image, remaining).to(hidden.device)
+            hidden[prompt.layout.images[image].sample, rows] = features.to(hidden)
+    return hidden
+
+
+def _parts(bound: BoundStage, call: Call, prompt: Prompt, image: int, keep: int) -> list[Part]:
+    """What is decided together of one image: all of it, or each of its crops with its share of the budget."""
+    index, original, entered = call.section.remaining[image], len(prompt.layout.images[image]), prompt.entered[image]
+    if not bound.per_crop or keep >= len(index):
+        return [Part(image, index, original, entered, keep)]
+    crop = prompt.crops[image][:, 0]
+    numbers, sizes = np.unique(crop[crop >= 0], return_counts=True)  # −1: dropped inside the tower
+    there = np.arange(original) if len(index) == original else on_host(index)
+    left = [on_device(there[crop[there] == number], index.device) for number in numbers]
+    shares = share(keep, sizes.tolist(), list(map(len, left)))
+    return [Part(image, here, size, entered, kept) for here, size, kept in zip(left, sizes.tolist(), shares, strict=True)]
+
+
+def _over_images(bound: BoundStage, call: Call, prompt: Prompt, hidden: Tensor, tools: Tools) -> list[Tensor]:
+    """Per image `[original]`, what a method that decides crop by crop scales over all of them; 0 where dropped."""
+    images, remaining = prompt.layout.images, call.section.remaining
+    wholes = [
+        Part(number, index, len(image), prompt.entered[number], 0)
+        for number, (image, index) in enumerate(zip(images, remaining, strict=True))
+    ]
+    found: dict[int, Tensor] = {}
+    for group in group_by_size([whole.size for whole in wholes]):
+        members = [wholes[number] for number in group]
+        numbers = bound.method.over_picture(build_view(call, bound.stage.layer, bound.needs, members, hidden, tools))
+        for whole, own in zip(members, numbers, strict=True):
+            found[whole.image] = own.new_zeros(whole.original).index_put((whole.index.to(own.device),), own)
+    return [found[image] for image in range(len(wholes))]
+
+
+def _of_parts(over_image: list[Tensor], members: list[Part]) -> Tensor:
+    """`[image, visual]` of some parts of what was made of their whole images."""
+    return torch.stack([over_image[part.image][part.index.to(over_image[part.image].device)] for part in members])
+
+
+def _joined(
+    call: Call, prompt: Prompt, hidden: Tensor, image: int, pieces: list[tuple[Tensor, Tensor | None]]
+) -> tuple[Tensor, Tensor | None]:
+    """The parts of one image in one, in rising order; parts that merged nothing stay as they are."""
+    if len(pieces) == 1:
+        return pieces[0]
+    index, order = torch.cat([index for index, _ in pieces]).sort()
+    if all(features is None for _, features in pieces):
+        return index, None
+    entered = hidden[prompt.layout.images[image].sample]
+    own: Callable[[Tensor], Tensor] = lambda index: entered[rows_now(call, image, index).to(entered.device)]  # noqa: E731
+    features = torch.cat([own(index) if features is None else features for index, features in pieces])
+    return index, features[order.to(features.device)]
+
+
+def _check_choice(method: Pruner, choice: Choice, images: int, keep: int) -> None:
+    """A method that chooses another number than it was asked for is a bug of the method."""
+    counts = [len(row) for row in choice.index]
+    wrong = len(counts) != images or any(count > keep if method.adaptive else count != keep for count in counts)
+    if wrong or (choice.features is not None and list(choice.features.shape[:2]) != [images, keep]):
+        raise RuntimeError(f"{method.name}.select chose {counts} tokens of {images} pictures, expected {keep} of each.")

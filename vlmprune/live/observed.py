@@ -1,0 +1,101 @@
+"""Attention that methods look at: of the decoder layer before a stage, and of the stage's own layer, computed ahead of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache
+
+from vlmprune.adapters.family import Family
+from vlmprune.kernels.attention_mass import attention_rows
+from vlmprune.live.attention import rows_attention
+from vlmprune.live.cache import PrunedLayer
+from vlmprune.live.call import Call, Projections
+from vlmprune.live.decoder import attention_of
+from vlmprune.live.masks import shown_cells
+from vlmprune.live.prompt_rows import in_shortened, prompt_ends, text_after_pictures
+from vlmprune.view import PROJECTIONS, TEXT_ROWS
+
+
+def see_attention(
+    call: Call,
+    layer: int,
+    needs: frozenset[str],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    scaling: float,
+) -> None:
+    """Note what a method wants to know of the attention in the layer before a cut."""
+    prompt = call.prompt
+    assert prompt is not None
+    # Inside `torch.autocast`, rotated queries and keys are fp32, and values have the dtype of what the model returns.
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    here = query.shape[2]  # what an earlier turn left in the cache stands before these keys, and is no candidate
+    last = prompt_ends(call, here).to(query.device)
+    if "attention_from_last" in needs:
+        prompt.attention[layer] = rows_attention(query, key, attention_mask, scaling, last)[..., -here:]
+    if needs & TEXT_ROWS:
+        rows = in_shortened(call, text_after_pictures(call).rows).to(query.device)
+        prompt.text_attention[layer] = rows_attention(query, key, attention_mask, scaling, rows)[..., -here:]
+    if needs & PROJECTIONS:
+        key, value = key[:, :, -here:], value[:, :, -here:]
+        samples = torch.arange(len(last), device=last.device)[:, None]
+        prompt.projections[layer] = Projections(query[samples, :, last], value[samples, :, last], key, value)
+
+
+def attention_ahead(
+    call: Call,
+    family: Family,
+    layer: Any,
+    index: int,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    cache: Cache | None,
+    mask: Any = None,
+) -> Tensor:
+    """`[batch, head, segment, token]` attention of the last prompt token that a decoder layer would pay to what enters it.
+
+    Queries and keys are those of the layer's own code (norms, projections, rotary embedding), run up to its attention.
+
+    Args:
+        layer, index: the decoder layer that has not run yet, and its number.
+        hidden: `[batch, token, dim]` entering it.
+        rotary: its rotary embeddings, `[batch or 1, token, head_dim]` each.
+        cache: what earlier turns left; it takes its share of the attention.
+        mask: the layer's own, where every cell of it counts.
+    """
+    prompt = call.prompt
+    assert prompt is not None
+    batch, tokens, _ = hidden.shape
+    row = prompt_ends(call, tokens).to(hidden.device)
+    given = {"attention_mask": None, "position_ids": None, "past_key_values": None, "use_cache": False}
+    own = attention_of(layer, family.attention, hidden, position_embeddings=rotary, **given)
+    key, row = own.key, row.to(own.key.device)
+    query = own.query.gather(2, row[:, None, :, None].expand(-1, own.query.shape[1], -1, own.query.shape[3]))
+    valid = prompt.layout.real if call.section.rows is None else call.section.rows.valid
+    valid = valid.to(key.device)
+    visible = valid[:, None] & (torch.arange(tokens, device=key.device) <= row[..., None])
+    if call.past and cache is not None:
+        stored: Any = cache.layers[index]
+        if isinstance(stored, PrunedLayer):
+            before = stored.entries.valid.to(key.device)
+        elif call.mask is not None:
+            before = call.mask[:, : call.past].to(key.device, torch.bool)
+        else:
+            before = torch.ones(batch, call.past, dtype=torch.bool, device=key.device)
+        key, visible = torch.cat((stored.keys, key), dim=2), torch.cat((before[:, None], visible), dim=2)
+    if mask is not None:
+        here = (
+            torch.arange(tokens, device=row.device).expand(batch, -1) if call.section.rows is None else call.section.rows.rows
+        )
+        there = here.to(row.device) + call.past
+        if call.past and cache is not None:
+            slots = stored.entries.slots if isinstance(stored, PrunedLayer) else torch.arange(call.past)[None]
+            there = torch.cat((slots.to(row.device).expand(batch, -1), there), dim=1)
+        visible &= shown_cells(mask, (there - call.past).gather(1, row + there.shape[1] - tokens), there)
+    return attention_rows(query, key, own.scaling, visible)[..., -tokens:]

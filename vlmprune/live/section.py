@@ -1,0 +1,189 @@
+"""What the decoder layers between two stages compute and store: decided once, and read by every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from vlmprune.device import on_host
+from vlmprune.live.cache import Entries, PrunedLayer, pruned_layer
+from vlmprune.live.layout import real_tokens
+from vlmprune.live.masks import part_of_mask, pruned_mask
+from vlmprune.live.rows import Reduction
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    from vlmprune.live.call import Call
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines `[batch or 1, token, head_dim]`."""
+Mask = Tensor | BlockMask | None
+"""In the form that an attention implementation expects."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """What is the same in all calls of a language model.
+
+    Attributes:
+        config: of the language model.
+        rotary: its rotary embedding: cosines and sines of positions `[batch, token]`.
+        stages: the layers of the recipe's stages.
+    """
+
+    config: Any
+    rotary: Callable[[Tensor, Tensor], Rotary]
+    stages: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Section:
+    """The decoder layers from one stage to the next, in one call.
+
+    A stage opens it, and decides what survives. What its layers are given follows from that: it is made at the first of them,
+    and handed to the others.
+
+    Attributes:
+        start: its first layer; −1 for the layers before all stages.
+        remaining: per image, `[kept]` indices of its tokens that are still there.
+        alive: `[batch, sequence]` bool, the tokens of the call that are still computed; None in a call without an image.
+        counts: how many these are in each row, on the host.
+        rows: the same as places in the call's sequence; None while nothing was dropped.
+        shift: `[batch, sequence]` by how much each position becomes smaller ("compact"), or None.
+        newlines: the row separators of LLaVA-NeXT are still there.
+        stored: entries per row in the KV cache of its layers, or None where they store whatever they compute.
+    """
+
+    start: int = -1
+    remaining: tuple[Tensor, ...] = ()
+    alive: Tensor | None = None
+    counts: tuple[int, ...] = ()
+    rows: Reduction | None = None
+    shift: Tensor | None = None
+    newlines: bool = True
+    stored: int | None = None
+    _rotary: dict[tuple[int, int], tuple[Rotary, Rotary, Tensor | None]] = field(default_factory=dict)
+    _before: tuple[Entries | None, int] | None = None
+    _after: Entries | None = None
+    _mask: list[Mask] = field(default_factory=list)
+
+    def at(self, start: int) -> Section:
+        """The same survivors from layer `start` on."""
+        return Section(
+            start, self.remaining, self.alive, self.counts, self.rows, self.shift, self.newlines, _rotary=self._rotary
+        )
+
+    # -- what a layer is given -------------------------------------------------------------------------------------------
+
+    def arguments(self, index: int, call: Call, hidden: Tensor, kwargs: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
+        """The keyword arguments of layer `index`, which computes fewer tokens than the conversation has.
+
+        Args:
+            hidden: `[batch, token, dim]` entering it.
+            kwargs: as the model gives them.
+        """
+        cache: Cache | None = kwargs.get("past_key_values")
+        layer = None if cache is None else pruned_layer(cache, index, decoder.stages, partial(complete_entries, call))
+        rotary = self.rotary(hidden, layer, kwargs, decoder)
+        step = layer is not None and self.rows is None and hidden.shape[1] == 1 and not (call.padded_step or call.custom)
+        if not step:
+            self._store(call, layer, hidden)
+        if not self._mask:
+            make = self._mask_of_step if step else self._mask_of_rows
+            self._mask.append(make(call, layer, hidden, kwargs, decoder.config._attn_implementation))
+        # position_ids serve only flash attention's search for packed sequences, which gaps would mislead.
+        return {**kwargs, "position_ids": None, "position_embeddings": rotary, "attention_mask": self._mask[0]}
+
+    def rotary(self, hidden: Tensor, layer: PrunedLayer | None, kwargs: dict[str, Any], decoder: Decoder) -> Rotary:
+        """The rotary embeddings of the rows that a layer computes; some models give different ones to different layers."""
+        full: Rotary = kwargs["position_embeddings"]
+        earlier = None if layer is None or layer.recorded is None else layer.recorded.shift
+        if self.rows is None and self.shift is None and earlier is None:
+            return full
+        if (made := self._rotary.get((id(full[0]), id(earlier)))) is not None:
+            return made[0]
+        shift = earlier if earlier is None else earlier[:, None]
+        if self.shift is not None:
+            shift = self.shift + (0 if shift is None else shift)
+        moved = full if shift is None else decoder.rotary(hidden, kwargs["position_ids"] - shift)
+        own = moved if self.rows is None else (self.rows.gather(moved[0]), self.rows.gather(moved[1]))
+        return self.hand_on(own, full, earlier)
+
+    def hand_on(self, own: Rotary, full: Rotary, earlier: Tensor | None = None) -> Rotary:
+        """Give `own` to the layers that the model gives `full`, and whose cached tokens have moved by `earlier` `[batch]`."""
+        self._rotary[id(full[0]), id(earlier)] = own, full, earlier  # held, so that their identities stay theirs
+        return own
+
+    def _store(self, call: Call, layer: PrunedLayer | None, hidden: Tensor) -> None:
+        """Record in the cache layer what the coming `update` will store; a decoding step is stored without that."""
+        before = (None, 0) if layer is None else (layer.recorded, layer.stored)
+        if self._after is None or self._before != before:  # the other layers of the section store the same
+            self._before, self._after = before, self._entries_after(call, layer, hidden)
+            self.stored = self._after.slots.shape[1]
+        if layer is not None:
+            layer.recorded = self._after
+
+    def _entries_after(self, call: Call, layer: PrunedLayer | None, hidden: Tensor) -> Entries:
+        rows, device = self.rows or every_row(call, hidden), hidden.device
+        tokens = call.sequence or hidden.shape[1]
+        new = Entries(
+            rows.rows.to(device) + call.past,
+            rows.valid.to(device),
+            rows.dense,
+            tokens,
+            unpadded=rows.dense if call.prompt is None else bool(call.prompt.tokens.real.all()),
+            shift=None if self.shift is None else self.shift[:, -1],
+        )
+        return layer.entries.joined(new) if layer is not None and layer.stored else new
+
+    def _mask_of_step(self, call: Call, layer: Any, hidden: Tensor, kwargs: dict[str, Any], implementation: str) -> Mask:
+        """Of a decoding step, whose token the cache appends by itself."""
+        keys = layer.entries.then(1)
+        return pruned_mask(
+            keys.slots[:, -1:], keys.valid[:, -1:], keys.slots, keys.valid, keys.dense, implementation, hidden.dtype
+        )
+
+    def _mask_of_rows(self, call: Call, layer: Any, hidden: Tensor, kwargs: dict[str, Any], implementation: str) -> Mask:
+        rows, device, keys = self.rows or every_row(call, hidden), hidden.device, self._after
+        assert keys is not None
+        slots, valid = rows.rows.to(device) + call.past, rows.valid.to(device)
+        own = kwargs.get("attention_mask") if call.custom else None
+        if own is not None:
+            return part_of_mask(own, rows.rows.to(device), valid, keys.slots, keys.valid)
+        seen, dense = _seen_now(call, keys)
+        return pruned_mask(slots, valid, keys.slots, seen, dense, implementation, hidden.dtype)
+
+
+def every_row(call: Call, hidden: Tensor) -> Reduction:
+    """All rows of a call that drops nothing, after a conversation that was pruned; padding is not valid."""
+    if call.every_row is None:
+        batch, sequence = hidden.shape[:2]
+        rows = torch.arange(sequence, device=hidden.device).expand(batch, sequence)
+        valid = real_tokens(call.mask, batch, sequence, hidden.device)
+        call.every_row = Reduction(rows, valid, call.mask is None or bool(on_host(valid.all())))
+    return call.every_row
+
+
+def complete_entries(call: Call, layer: DynamicLayer, unpadded: bool | None = None) -> Entries:
+    """The entries of a layer that dropped nothing so far; the same for all such layers."""
+    length = layer.get_seq_length()
+    if call.complete is None or call.complete.tokens != length:
+        assert layer.keys is not None
+        call.complete = Entries.complete(layer.keys.shape[0], length, layer.keys.device, call.mask, unpadded)
+    return call.complete
+
+
+def _seen_now(call: Call, keys: Entries) -> tuple[Tensor, bool]:
+    """Which entries this turn's 2-D mask shows, `[batch, stored]`, and whether all: it may hide what earlier turns saw."""
+    if not call.past or call.mask is None or call.mask.shape[1] < call.past + 1:
+        return keys.valid, keys.dense
+    place = keys.slots.clamp(max=call.mask.shape[1] - 1)
+    seen = keys.valid & (call.mask != 0).to(place.device).gather(1, place)
+    return seen, bool(on_host(seen.all()))

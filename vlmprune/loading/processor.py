@@ -1,0 +1,65 @@
+"""Load the processor of a model, and check that the two belong together."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from vlmprune.errors import UsageError
+from vlmprune.loading.config import IMAGE_PART
+from vlmprune.loading.source import Source
+
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def load_processor(source: Source, config: Any) -> Any:
+    """The processor. Its part for videos needs torchvision, and is left out where torchvision is missing.
+
+    Raises:
+        UsageError: there is none, a part of it is missing or broken, or it belongs to another model.
+    """
+    from transformers import AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    if absent := [names[0] for names in (IMAGE_PART, TOKENIZER) if not source.files & set(names)]:
+        lacks = " and ".join(absent)
+        raise source.lacking(lacks, source.without_processor(f"it lacks {lacks}"))
+    usual: Any = PROCESSOR_MAPPING.get(type(config), None)
+    reader: Any = AutoProcessor
+    if usual is not None and "video_processor" in usual.get_attributes() and find_spec("torchvision") is None:
+        reader = _for_images(usual)
+    processor = source.load("processor", lambda: reader.from_pretrained(source.place, **source.options))
+    _check_fits(source, processor, config)
+    return processor
+
+
+def _check_fits(source: Source, processor: Any, config: Any) -> None:
+    """Refuse a processor without its parts, or one that writes another image token than the model reads."""
+    from vlmprune.adapters.registry import family_of
+
+    for part in ("image_processor", "tokenizer"):
+        if getattr(processor, part, None) is None:
+            raise source.without_processor(f"found only {type(processor).__name__}")
+    token, wanted_id = processor.image_token, family_of(config).image_token(config)
+    if (found_id := processor.tokenizer.convert_tokens_to_ids(token)) != wanted_id:
+        raise UsageError(
+            f"the processor and the model of {source.name!r} do not belong together: {token} is token {found_id} in the "
+            f"processor, and {wanted_id} in config.json; save the base model's processor into the same folder."
+        )
+    if getattr(processor, "patch_size", 0) is None:
+        raise UsageError(
+            f"the processor of {source.name!r} has no patch_size (an old transformers saved it): set processor.patch_size = "
+            f"{getattr(config.vision_config, 'patch_size', 14)} and save it again."
+        )
+
+
+def _for_images(processor: Any) -> Any:
+    """The class of a processor, without its part for videos."""
+
+    class ForImages(processor):
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+    ForImages.__name__ = ForImages.__qualname__ = processor.__name__  # saved folders name the class
+    return ForImages
