@@ -5,7 +5,7 @@ OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The tests that also run on the oldest supported transformers: pruned ≡ masked, every strategy of generate, gradients, threads.
-CORE := tests/test_exact.py tests/test_generation.py tests/test_gradients.py tests/test_server.py tests/test_oldest.py
+CORE := $(addprefix tests/promises/test_,exact.py generate.py conversations.py threads.py gradients.py server.py) tests/test_oldest.py
 LESS := -k "not qwen and not keeps_nothing"  # half of them, to save time: the two LLaVA families
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import TOLERANCE, masked_logits
-from test_architecture import ROOMS
+from rooms import ROOMS
 from tiny_models import make_inputs, shared
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
