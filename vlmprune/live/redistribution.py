@@ -155,6 +155,11 @@ class Steering:
             )
         self._dims[method.name] = dims
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the methods that change something."""
+        return tuple(dict.fromkeys(method.name for method in self.by_layer.values()))
+
     # -- hooks -----------------------------------------------------------------------------------------------------------
 
     def enter_text(self, call: Call, embeddings: Tensor) -> None:
@@ -230,6 +235,13 @@ class Steering:
     def _anchors(self, index: int) -> bool:
         """Whether the method of a layer compares with the conversation's first token."""
         return getattr(self.by_layer[index], "sink_dims", None) == "cosine"
+
+    def leave(self, call: Call) -> None:
+        """A prompt is over. What recomputed layers need stays as long as the call."""
+        if not call.recomputes:
+            call.steps.entered.clear()
+        if call.steps.blind is not None:
+            call.steps.blind.kwargs.clear()  # they hold a call that holds them
 
     # -- the editor of an attention module -------------------------------------------------------------------------------
 
