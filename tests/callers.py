@@ -58,7 +58,7 @@ def words(rows: int, count: int, seed: int) -> torch.Tensor:
 
 
 def next_turn(inputs: dict, sequences: torch.Tensor, cache, new_ids: torch.Tensor) -> dict:
-    """Inputs of the next turn: everything so far and ``new_ids``; the cache knows all but the last generated token."""
+    """Inputs of the next turn: everything so far and `new_ids`; the cache knows all but the last generated token."""
     ids = torch.cat([sequences, new_ids], 1)
     mask = torch.ones_like(ids)
     mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
@@ -83,7 +83,7 @@ def interleaved(first: dict, later: dict, rows: int) -> dict:
 def in_threads(*jobs, meet_in=()):
     """Results of the jobs, run at the same time; the first exception is raised here.
 
-    In every forward of the modules ``meet_in``, the threads wait for each other, so that they are surely inside the same
+    In every forward of the modules `meet_in`, the threads wait for each other, so that they are surely inside the same
     model at once: all jobs must then call these modules equally often.
     """
     results: list = [None] * len(jobs)

@@ -3,6 +3,7 @@
     python tests/planted.py                       # all bugs, about 15 minutes on one core
     python tests/planted.py --only rotary         # those whose name contains the word
     python tests/planted.py --check               # only whether each bug still applies, in a second
+    python tests/planted.py --table               # the table of docs/guards.md
 
 A bug is a replacement of text in one file. Where the text is no longer there, the bug must be written again for the code as it
 is now, or taken out with the code it was about: "NO LONGER APPLIES" counts as a failure. So does a bug that no test notices.
@@ -12,6 +13,7 @@ is now, or taken out with the code it was about: "NO LONGER APPLIES" counts as a
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import shutil
@@ -22,7 +24,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+PRELOADED = (
+    "torch._dynamo",
+    "torch.nn.attention.flex_attention",
+    *(f"transformers.models.{family}.modeling_{family}" for family in ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl")),
+)
+"""Loaded once, before the first bug."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +150,8 @@ BUGS = (
         "masks between stages",
         "a section is given the mask of the one before",
         f"{LIVE}/pruning.py",
-        "tuple(counts), rows, shift, newlines)\n        return True\n",
-        "tuple(counts), rows, shift, newlines, _mask=section._mask)\n        return True\n",
+        "            again = call.section.at(index)\n",
+        "            again = replace(call.section.at(index), _mask=call.sections[-1]._mask)\n",
         MASKED,
         "pdrop and llava",
     ),
@@ -227,8 +237,8 @@ BUGS = (
         "plain calls",
         "logits_to_keep is taken for guesses",
         f"{LIVE}/hooks.py",
-        'tail = max(wanted - 1, 0) if kwargs.get("mm_encoder_outputs") else 0',
-        "tail = max(wanted - 1, 0)",
+        'max(wanted - 1, 0) if kwargs.get("mm_encoder_outputs") else 0',
+        "max(wanted - 1, 0)",
         ("test_logits_to_keep_changes_nothing_else",),
     ),
     Bug(
@@ -305,8 +315,8 @@ BUGS = (
     Bug(
         "removal",
         "a hook stays",
-        f"{LIVE}/hooks.py",
-        "                self._places.pop(name)()\n",
+        f"{LIVE}/attachment.py",
+        "                self._places.pop(name).remove()\n",
         "                self._places.pop(name)\n",
         ("test_remove_leaves_no_trace",),
         "llava",
@@ -368,7 +378,7 @@ BUGS = (
         f"{METHODS}/pruning/fastv.py",
         "see.attention_from_last.mean(dim=1)",
         "see.attention_from_last.amax(dim=1)",
-        ("test_fastv_keeps_what_eager_attention_says", "test_fastv", "test_mean_over_heads"),
+        ("test_fastv_keeps_what_eager_attention_says", "test_fastv"),
         "fastv",
     ),
     Bug(
@@ -397,20 +407,27 @@ BUGS = (
     ),
     Bug(
         "fp32 scores",
-        "scores are compared in the model's dtype",
-        f"{METHODS}/pruning/cls.py",
-        "see.attention_from_cls.mean(dim=1)",
-        "see.attention_from_cls.mean(dim=1).bfloat16()",
-        ("test_scores_are_fp32",),
-        "cls",
+        "similarities are computed in the model's dtype, on a CPU",
+        "kernels/select_diverse/cpu.py",
+        "    unit = normalize(features.detach().to(wide(features)), dim=-1)\n",
+        "    unit = normalize(features.detach(), dim=-1).to(wide(features))\n",
+        ("test_divprune_computes_in_fp32",),
     ),
     Bug(
         "DivPrune",
-        "duplicates are picked again",
+        "duplicates are picked again, by the equations",
         "kernels/select_diverse/reference.py",
         "        apart[rows, pick] = -torch.inf\n",
         "        pass\n",
-        ("test_greedy_order", "test_the_cpus_picks_are_the_references", "test_divprune_never_picks_a_token_twice"),
+        ("test_divprune_takes_no_token_twice",),
+    ),
+    Bug(
+        "DivPrune",
+        "duplicates are picked again, on a CPU",
+        "kernels/select_diverse/cpu.py",
+        "        apart[pick] = -torch.inf\n        standing = apart\n",
+        "        standing = apart\n",
+        ("test_divprune_takes_no_token_twice",),
     ),
     Bug(
         "DivPrune",
@@ -530,17 +547,15 @@ BUGS = (
         f"{LIVE}/tower.py",
         "            return full.scatter(1, target[..., None].expand_as(projected), projected)[:, :-1]\n",
         "            full[:, : projected.shape[1]] = projected\n            return full[:, :-1]\n",
-        ("test_budgets_are_exact_for_every_picture", "test_generation_equals_masked"),
-        "llava and flowcut",
+        ("test_flowcut_drops_patches_in_the_tower",),
     ),
     Bug(
         "the tower",
-        "padding of shorter views is visible",
+        "padding of shorter crops is visible",
         f"{LIVE}/tower.py",
         "        state.valid = None if reduction.dense else reduction.valid\n",
         "        state.valid = None\n",
-        ("test_a_batch_equals_its_rows_alone",),
-        "llava and flowcut",
+        ("test_flowcut_drops_patches_in_the_tower", "test_flowcut_pads_views_only_as_far_as_it_must"),
     ),
     # --- budgets, records, reports ------------------------------------------------------------------------------------
     Bug(
@@ -773,6 +788,16 @@ def copied(to: Path) -> Path:
     return to
 
 
+def table() -> str:
+    """The table of `docs/guards.md`."""
+    lines = ["| guard | broken by | red |", "|---|---|---|"]
+    for guard in dict.fromkeys(bug.guard for bug in BUGS):
+        bugs = [bug for bug in BUGS if bug.guard == guard]
+        tests = dict.fromkeys(name for bug in bugs for name in bug.red)
+        lines.append(f"| {guard} | {'; '.join(bug.name for bug in bugs)} | {', '.join(f'`{name}`' for name in tests)} |")
+    return "\n".join(lines)
+
+
 def verdict(tree: Path, bug: Bug, there: dict[str, list[str]]) -> str:
     """ "red", or what is wrong."""
     tests = [f"{file}::{name}" for name in bug.red for file in there.get(name, ())]
@@ -784,36 +809,50 @@ def verdict(tree: Path, bug: Bug, there: dict[str, list[str]]) -> str:
         return f"NO LONGER APPLIES: its text stands {text.count(bug.old)} times in {bug.file}"
     file.write_text(text.replace(bug.old, bug.new))
     try:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", *tests]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        ran = subprocess.run(
-            [*command, *(["-k", bug.only] if bug.only else [])],
-            cwd=tree,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        code, said = run_tests(tree, [*tests, *(["-k", bug.only] if bug.only else [])])
     finally:
         file.write_text(text)
-    if ran.returncode == 1:
-        first = re.search(r"^(?:FAILED|ERROR) (\S+)", ran.stdout, re.MULTILINE)
+    if code == 1:
+        first = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
         return f"red: {first[1] if first else 'a test'}"
-    return "SURVIVED" if ran.returncode == 0 else f"DID NOT RUN (pytest {ran.returncode}): {ran.stdout[-300:]}"
+    return "SURVIVED" if code == 0 else f"DID NOT RUN (pytest {code}): {said[-300:]}"
+
+
+def run_tests(tree: Path, arguments: list[str]) -> tuple[int, str]:
+    """Pytest's exit status and output, in a fork of this process, which has loaded torch and transformers but not vlmprune."""
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if not child:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            os.chdir(tree)
+            sys.path.insert(0, str(tree))
+            os._exit(int(pytest.main(["-q", "-x", "-n0", "-p", "no:cacheprovider", *arguments])))
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        return os.waitstatus_to_exitcode(status), output.read()
 
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--only", default="", help="bugs whose guard or name contains this")
     arguments.add_argument("--check", action="store_true", help="look at the texts only, run nothing")
+    arguments.add_argument("--table", action="store_true", help="print the table of docs/guards.md")
     given = arguments.parse_args()
+    if given.table:
+        print(table())
+        return 0
     chosen = [bug for bug in BUGS if given.only in f"{bug.guard}: {bug.name}"]
     if given.check:
         lost = [bug for bug in chosen if (ROOT / bug.file).read_text().count(bug.old) != 1]
-        lost += [bug for bug in chosen if not set(bug.red) & functions(ROOT).keys()]
+        lost += [bug for bug in chosen if not set(bug.red) <= functions(ROOT).keys()]
         for bug in lost:
             print(f"NO LONGER APPLIES: {bug.guard}: {bug.name} ({bug.file}; {', '.join(bug.red)})")
         return bool(lost)
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    for name in PRELOADED:
+        importlib.import_module(name)
+    assert "vlmprune" not in sys.modules
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = copied(Path(folder))

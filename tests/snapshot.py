@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 class Snapshot:
     """Everything reachable from a model that a hook library could touch, by identity.
 
-    Holds references to the objects, so that their ids cannot be reused.  ``rope_deltas`` is left out: Qwen's own
+    Holds references to the objects, so that their ids cannot be reused.  `rope_deltas` is left out: Qwen's own
     forward writes it.  Transformers' registries may gain vlmprune's own key, but nothing else.
     """
 

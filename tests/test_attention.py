@@ -64,7 +64,7 @@ def test_flex_takes_a_mask_of_blocks():
 
 
 def test_flex_without_padding_works_on_any_device():
-    """Red: layers on another device (``device_map``) look up padding where the mask was made; there is none to look up."""
+    """Red: layers on another device (`device_map`) look up padding where the mask was made; there is none to look up."""
     dense = pruned_mask(SLOTS[:1], VALID[:1], SLOTS[:1], VALID[:1], True, "flex_attention", torch.float32)
     assert create_mask(dense.mask_mod, 1, 1, 4, 4, "meta").shape == (1, 1, 4, 4)
     ragged = pruned_mask(SLOTS, VALID, SLOTS, VALID, False, "flex_attention", torch.float32)

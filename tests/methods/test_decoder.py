@@ -36,7 +36,7 @@ class Peek(vp.Pruner):
 def peeked(model, recipe: tuple, inputs: dict) -> tuple[vp.Run, list[View], dict]:
     """One call: the handle, what was told, and what entered the language model and its layers before any hook of ours.
 
-    The positions are those that ``generate`` gives: a plain call would count padding.
+    The positions are those that `generate` gives: a plain call would count padding.
     """
     text, found = model.model.language_model, {}
     inputs = {**inputs, "position_ids": prompt_positions(model, inputs)}

@@ -62,7 +62,7 @@ PICTURE = (0, 0)
 # --- deeper models than the shared ones, and prompts for them ---------------------------------------------------------
 @functools.cache
 def deep(family: str, attn: str = "sdpa"):
-    """A tiny model with a tower deep enough that several cuts differ between pictures. Wrap it only in a ``with``."""
+    """A tiny model with a tower deep enough that several cuts differ between pictures. Wrap it only in a `with`."""
     cls, make = tiny_models._MODELS[family]
 
     def config():
@@ -117,7 +117,7 @@ class Prompts:
     """Inputs of a call, and where its pictures are.
 
     Attributes:
-        inputs: for ``model(**inputs)``.
+        inputs: for `model(**inputs)`.
         pixels: each picture's own pixels.
         columns: for each picture its row and the positions of its placeholders.
         sizes: each picture's size: pixels (LLaVA-NeXT) or merged tokens (Qwen), rows first.

@@ -33,9 +33,9 @@ TOLERANCE = 5e-5
 class Effect:
     """All that a pruned run may do to the tokens of one prompt.
 
-    ``keep_cache`` is what rows behind the prompt see in addition to ``keep``; ``merged`` holds, per stage's layer,
-    (row, columns, hidden states) that take these places before the layer runs; the stages in ``compact`` move
-    everything behind a token they drop one position up; ``real`` [batch, sequence] is False on padding; ``start`` is
+    `keep_cache` is what rows behind the prompt see in addition to `keep`; `merged` holds, per stage's layer,
+    (row, columns, hidden states) that take these places before the layer runs; the stages in `compact` move
+    everything behind a token they drop one position up; `real` [batch, sequence] is False on padding; `start` is
     the prompt's first column in the conversation.
     """
 
@@ -52,7 +52,7 @@ class Effect:
         return self.start + (masks[0].shape[1] if masks else 0)
 
     def renumbered(self, layer: int) -> torch.Tensor | None:
-        """Tokens [batch, sequence] whose place was closed up before ``layer``."""
+        """Tokens [batch, sequence] whose place was closed up before `layer`."""
         if not self.compact:
             return None
         before, gone = self.real, torch.zeros_like(self.real)
@@ -91,9 +91,9 @@ def effects_of(claims: Claims) -> list[Effect]:
 
 
 def effect_of(model, inputs: dict, run, entered: torch.Tensor | None = None, start: int = 0) -> Effect:
-    """The effect of a run's last prefill: of ``inputs``, at column ``start``, whose rows it may have repeated (beams).
+    """The effect of a run's last prefill: of `inputs`, at column `start`, whose rows it may have repeated (beams).
 
-    ``entered`` [batch, sequence, dim] is what entered the language model (:class:`Entering`), for methods that work
+    `entered` [batch, sequence, dim] is what entered the language model (`Entering`), for methods that work
     inside the vision tower.
     """
     last, length = run.last, inputs["input_ids"].shape[1]
@@ -142,7 +142,7 @@ class Entering:
 
 
 def visible_cells(effects: Sequence[Effect], layer: int, rows: int, first: int, columns: int) -> torch.Tensor:
-    """[rows, query, column]: what the queries from column ``first`` on may look at in ``layer``."""
+    """[rows, query, column]: what the queries from column `first` on may look at in `layer`."""
     visible = torch.ones(rows, columns - first, columns, dtype=torch.bool)
     for effect in effects:
         behind = min(max(effect.end - first, 0), columns - first)
@@ -161,7 +161,7 @@ def repeated(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def closed_up(effects: Sequence[Effect], layer: int, rows: int, columns: int) -> torch.Tensor | None:
-    """[rows, column]: by how many positions each token has moved up in ``layer``; None if none has."""
+    """[rows, column]: by how many positions each token has moved up in `layer`; None if none has."""
     moved = torch.zeros(rows, columns, dtype=torch.long)
     for effect in effects:
         gone = effect.renumbered(layer)
@@ -172,9 +172,9 @@ def closed_up(effects: Sequence[Effect], layer: int, rows: int, columns: int) ->
 
 
 def altered(model, effects: Sequence[Effect], index: int, args: tuple, kwargs: dict, allowed: torch.Tensor):
-    """The arguments of decoder layer ``index`` under the effects.
+    """The arguments of decoder layer `index` under the effects.
 
-    ``allowed`` [rows or 1, 1, query, column] is what the stock model's queries, the last columns, may look at.
+    `allowed` [rows or 1, 1, query, column] is what the stock model's queries, the last columns, may look at.
     """
     hidden = args[0]
     rows, queries = hidden.shape[:2]
@@ -197,9 +197,9 @@ def altered(model, effects: Sequence[Effect], index: int, args: tuple, kwargs: d
 
 
 class LiveMaskOracle:
-    """Context manager: ``model`` computes under the claims, in prefill and in every later step, dropping nothing.
+    """Context manager: `model` computes under the claims, in prefill and in every later step, dropping nothing.
 
-    Works for plain forwards and for every strategy of ``generate`` that uses a ``DynamicCache`` or no cache.
+    Works for plain forwards and for every strategy of `generate` that uses a `DynamicCache` or no cache.
     """
 
     def __init__(self, model, claims: Claims):
@@ -237,16 +237,16 @@ class LiveMaskOracle:
 
 @torch.no_grad()
 def masked_logits(model, inputs: dict, keep: Claims, extra_ids: torch.Tensor | None = None, **flags) -> torch.Tensor:
-    """Logits [batch, sequence (+ extra), vocabulary] of a full forward without cache, columns outside ``keep`` hidden.
+    """Logits [batch, sequence (+ extra), vocabulary] of a full forward without cache, columns outside `keep` hidden.
 
-    ``extra_ids`` [batch, n] are teacher-forced behind the (left-padded) prompt.
+    `extra_ids` [batch, n] are teacher-forced behind the (left-padded) prompt.
     """
     return masked_forward(model, inputs, keep, extra_ids, **flags).logits
 
 
 @torch.no_grad()
 def masked_forward(model, inputs: dict, keep: Claims, extra_ids: torch.Tensor | None = None, **flags):
-    """As :func:`masked_logits`, returning the whole output (``output_attentions=True`` for eager models)."""
+    """As :func:`masked_logits`, returning the whole output (`output_attentions=True` for eager models)."""
     return masked_output(model, inputs, keep, extra_ids, **flags)
 
 
@@ -294,7 +294,7 @@ def _forward_with_hooks(model, make_hook, **inputs):
 
 
 def as_mask(model, allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | BlockMask:
-    """``allowed`` [rows or 1, 1, query, column] in the form that the model's attention takes."""
+    """`allowed` [rows or 1, 1, query, column] in the form that the model's attention takes."""
     implementation = model.config._attn_implementation
     if implementation == "sdpa":
         return allowed

@@ -14,7 +14,7 @@ def naively_dropped_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of one unpadded sample whose hidden rows really are cut at each stage, and the columns that remain.
 
-    ``extra_ids`` [1, n] are teacher-forced behind the prompt.  Stages renumber positions all or not at all.
+    `extra_ids` [1, n] are teacher-forced behind the prompt.  Stages renumber positions all or not at all.
     """
     ids = inputs["input_ids"]
     assert ids.shape[0] == 1
@@ -72,7 +72,7 @@ def random_keep(model, inputs: dict, fractions: dict[int, float], seed: int = 0)
 
 @torch.no_grad()
 def fastv_scores(eager_model, inputs: dict, layer: int, keep: Keep | None = None) -> torch.Tensor:
-    """Attention [batch, sequence] from the last prompt token in decoder layer ``layer - 1``, mean over heads."""
+    """Attention [batch, sequence] from the last prompt token in decoder layer `layer - 1`, mean over heads."""
     attentions = masked_forward(eager_model, inputs, keep or {}, output_attentions=True).attentions
     return attentions[layer - 1].mean(1)[:, -1]
 

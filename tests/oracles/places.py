@@ -11,7 +11,7 @@ def decoder_layers(model) -> torch.nn.ModuleList:
 
 
 def prompt_positions(model, inputs: dict) -> torch.Tensor:
-    """The position ids that ``generate`` would start with: [batch, sequence], or [4, batch, sequence] with M-RoPE."""
+    """The position ids that `generate` would start with: [batch, sequence], or [4, batch, sequence] with M-RoPE."""
     ids = inputs["input_ids"]
     known = {name: value for name, value in inputs.items() if name not in ("input_ids", "pixel_values")}
     known.setdefault("attention_mask", torch.ones_like(ids))

@@ -10,7 +10,7 @@ from oracles.places import columns_of_image, image_columns, visual_columns
 
 @torch.no_grad()
 def generate_logits(model, inputs: dict, new_tokens: int = 6, **strategy):
-    """``generate`` with its raw logits; returns (output, generated ids [batch, n], logits [batch, n, vocabulary])."""
+    """`generate` with its raw logits; returns (output, generated ids [batch, n], logits [batch, n, vocabulary])."""
     output = model.generate(**inputs, max_new_tokens=new_tokens, return_dict_in_generate=True, output_logits=True, **strategy)
     return output, output.sequences[:, -new_tokens:], torch.stack(output.logits, 1)
 
@@ -20,7 +20,7 @@ def rows_with_pictures(model, inputs: dict) -> torch.Tensor:
 
 
 def assert_equals_masked(model, inputs: dict, keep: Claims, generated: torch.Tensor, logits: torch.Tensor) -> None:
-    """Every step's ``logits`` equal the masked oracle's, and the un-pruned model's do not."""
+    """Every step's `logits` equal the masked oracle's, and the un-pruned model's do not."""
     prompt = inputs["input_ids"].shape[1]
     expected = masked_logits(model, inputs, keep, generated[:, :-1])[:, prompt - 1 :]
     unpruned = masked_logits(model, inputs, {}, generated[:, :-1])[:, prompt - 1 :]
@@ -37,9 +37,9 @@ def expected_counts(lengths: list[list[int]], budget: float | int) -> list[list[
 
 
 def keep_from_record(model, inputs: dict, last) -> Keep:
-    """``last.keep`` rebuilt from ``last.kept`` (indices per image) and the prompt alone.
+    """`last.keep` rebuilt from `last.kept` (indices per image) and the prompt alone.
 
-    LLaVA-NeXT's row separators are text, which nothing but ``newlines_kept = False`` drops.
+    LLaVA-NeXT's row separators are text, which nothing but `newlines_kept = False` drops.
     """
     real = inputs["attention_mask"].bool()
     keep = {}

@@ -143,7 +143,7 @@ def one_sentence(refusal: Exception) -> None:
 
 @dataclass(frozen=True)
 class Ran:
-    """One greedy generation of ``BATCH``, which several tests look at."""
+    """One greedy generation of `BATCH`, which several tests look at."""
 
     inputs: dict
     effect: Effect

@@ -147,7 +147,7 @@ def test_two_interleaved_conversations(family):
 @families
 @recipes
 def test_pruned_conversation_goes_on_while_disabled(family, recipe):
-    """Red: ``enabled = False`` forgets that the cache of an earlier turn has gaps."""
+    """Red: `enabled = False` forgets that the cache of an earlier turn has gaps."""
     model = shared(family)
     inputs = make_inputs(family, model, RAGGED)
     with vp.wrap(model, recipe) as run:
@@ -196,7 +196,7 @@ def test_picture_after_an_unpruned_turn(recipe):
 
 
 def test_cache_outlives_the_wrap():
-    """Red: a conversation begun under pruning gives wrong tokens after ``remove()``: it must be right, or raise."""
+    """Red: a conversation begun under pruning gives wrong tokens after `remove()`: it must be right, or raise."""
     model = shared("llava")
     inputs = make_inputs("llava", model, ONE)
     with vp.wrap(model, KINDS["before the model"]) as run:

@@ -252,7 +252,7 @@ def test_forward_without_attention_mask(family, attn):
 @pytest.mark.parametrize("batch", ["one image", "ragged"])
 @pytest.mark.parametrize("chunks", [(1, 1, 1), (2, 1, 3)], ids=str)
 def test_decode_by_plain_forwards(family, attn, batch, chunks):
-    """Red: only ``generate`` continues a pruned cache correctly, ``model(..., past_key_values=cache)`` does not."""
+    """Red: only `generate` continues a pruned cache correctly, `model(..., past_key_values=cache)` does not."""
     model = shared(family, attn)
     inputs = make_inputs(family, model, BATCHES[batch])
     rows, prompt = inputs["input_ids"].shape

@@ -322,7 +322,7 @@ def test_a_cache_stage_goes_on_with_later_guesses(recipe):
 @over([("llava", MUSTDROP), ("llava_next", THRESHOLDS), ("llava", "pdrop:layer=2|4,fraction=0.5|0.25,positions=compact")])
 @pytest.mark.parametrize("row", [None, 1], ids=["batch", "one row"])
 def test_plain_forwards_equal_generate(family, recipe, row):
-    """Red: only ``generate`` cuts the cache after prefill, or only it goes on at the right positions."""
+    """Red: only `generate` cuts the cache after prefill, or only it goes on at the right positions."""
     model = shared(family)
     inputs = make_inputs(family, model, BATCH) if row is None else make_single(family, model, BATCH, row)
     it = run_on(model, inputs, recipe)

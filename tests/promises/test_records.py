@@ -51,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 @over(CASES)
 def test_the_record_is_the_decision(family, recipe):
-    """Red: ``keep``, ``kept`` and the row separators contradict each other, or a picture's indices do not rise."""
+    """Red: `keep`, `kept` and the row separators contradict each other, or a picture's indices do not rise."""
     model, it = shared(family), ran(family, recipe)
     rebuilt = keep_from_record(model, it.inputs, it.last)
     assert rebuilt.keys() == it.last.keep.keys()

@@ -142,7 +142,7 @@ class Raises(LogitsProcessor):
 @every_recipe
 @pytest.mark.parametrize("at", [1, 3])
 def test_exception_while_decoding(models, family, recipe, at):
-    """Red: a failed ``generate`` leaves the model wrapped, or leaves half a call's state for the next one."""
+    """Red: a failed `generate` leaves the model wrapped, or leaves half a call's state for the next one."""
     model = models[family]
     inputs = make_inputs(family, model, SAMPLES)
     expected, before = state(family, model), Snapshot(model)
@@ -258,7 +258,7 @@ def test_wrapping_again_after_removal(models, family):
 
 @families
 def test_disabled_is_bit_identical(models, family):
-    """Red: ``enabled = False`` still prunes, gathers or changes a mask."""
+    """Red: `enabled = False` still prunes, gathers or changes a mask."""
     model = models[family]
     expected = state(family, model)
     with vp.wrap(model, "fastv:layer=2|4,fraction=0.5|0.2") as run:

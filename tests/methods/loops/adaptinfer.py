@@ -24,10 +24,10 @@ def adaptinfer(among, seen, keep: int) -> list[int]:
 def change_point(values) -> int:
     """Where a curve over layers changes most: the last index before its best single l2 breakpoint.
 
-    ``values``: for AdaptInfer one token's attention, summed cumulatively over layers by the caller.  The breakpoint c in
+    `values`: for AdaptInfer one token's attention, summed cumulatively over layers by the caller.  The breakpoint c in
     1..L-1 splits it into values[:c] and values[c:] with the smallest squared error around the two means; returned is c - 1,
     "breakpoint - 1" of the paper's procedure.
-    Ours: c may leave a segment of one value and the lower c wins a tie (``ruptures.Binseg`` demands at least two values a
+    Ours: c may leave a segment of one value and the lower c wins a tie (`ruptures.Binseg` demands at least two values a
     side, and takes the higher).
     """
     values = floats(values)

@@ -8,13 +8,13 @@ from methods.loops.plain import cosine, floats, ranking
 def dart(keys_visual, keys_text, normed_visual, normed_text, keep: int) -> list:
     """Tokens that duplicate the pivots least (code).
 
-    ``keys_*`` [kv head, tokens, dim]: the previous layer's cached keys; ``normed_*`` [tokens, d]: the hidden states that enter
+    `keys_*` [kv head, tokens, dim]: the previous layer's cached keys; `normed_*` [tokens, d]: the hidden states that enter
     the layer, through the model's final norm; text = everything behind the image.
     Code: pivots are the 4 visual and 4 text tokens of the largest L1 norm over all kv heads; each pivot in turn adds the
     visual tokens not yet taken of the lowest cosine with it; text pivots are then dropped.
-    Ours: pivots in the order visual by falling norm, then text by falling norm (the code iterates a set); exactly ``keep``:
+    Ours: pivots in the order visual by falling norm, then text by falling norm (the code iterates a set); exactly `keep`:
     every pivot adds (keep - visual pivots) // pivots, and the remainder goes one each to the first pivots.  Fewer pivots where
-    there are fewer tokens (or a smaller ``keep``) than 4.
+    there are fewer tokens (or a smaller `keep`) than 4.
     """
     keys_visual, keys_text = floats(keys_visual), floats(keys_text)
     visual, text = floats(normed_visual), floats(normed_text)
@@ -35,11 +35,11 @@ def dart(keys_visual, keys_text, normed_visual, normed_text, keep: int) -> list:
 
 
 def dart_official_count(keep: int) -> int:
-    """Tokens that the official code keeps where it is told to keep ``keep``: every pivot adds int(keep / 8), beside the four
+    """Tokens that the official code keeps where it is told to keep `keep`: every pivot adds int(keep / 8), beside the four
     visual pivots themselves."""
     return 4 + 8 * (keep // 8)
 
 
 def dart_lightcompress_count(n: int, ratio: float) -> int:
-    """Tokens that ModelTC/LightCompress's port keeps of ``n`` at reduction ``ratio``: 4 + 8 int(n (1 - ratio) / 8)."""
+    """Tokens that ModelTC/LightCompress's port keeps of `n` at reduction `ratio`: 4 + 8 int(n (1 - ratio) / 8)."""
     return 4 + 8 * int(n * (1 - ratio) / 8)

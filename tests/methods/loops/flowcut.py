@@ -12,7 +12,7 @@ from methods.loops.plain import dot, floats, mean, mean_of, normalised, softmax,
 def flowcut_terms(query_g, keys, value_g, values, scaling: float, semantic_scaling: float) -> tuple[list, list, list]:
     """Relation, semantic and magnitude of every token, as lists of n numbers (FlowCut).
 
-    ``query_g`` and ``value_g`` [head, dim] belong to the global token, ``keys`` and ``values`` [head, n, dim] to the tokens.
+    `query_g` and `value_g` [head, dim] belong to the global token, `keys` and `values` [head, n, dim] to the tokens.
     Paper: a_j = mean over heads of softmax_j(scaling q.k_j), s_j = mean over heads of softmax_j(semantic_scaling v.v_j),
     both over the n tokens given; whether CLS is among them is the caller's business.
     Code: d_j = L1 norm of the mean of v_j over heads (the paper leaves the order of mean and norm open).
@@ -42,7 +42,7 @@ def flowcut_smoothed(before: list | None, now: list) -> list:
 
 
 def flowcut_entropy_ratio(a) -> float:
-    """r_H = entropy of the renormalised ``a`` over log n (FlowCut).
+    """r_H = entropy of the renormalised `a` over log n (FlowCut).
 
     Ours: 0 log 0 is 0, where the LLaVA code gives NaN and the Qwen code adds 1e-7.  One token, or no mass at all, counts as
     uniform (1.0), so that it prunes nothing.
@@ -58,11 +58,11 @@ def flowcut_entropy_ratio(a) -> float:
 
 
 def flowcut_prune_count(n: int, target: int, remaining: int, r_h: float) -> int:
-    """How many of ``n`` patches an active block drops (FlowCut).
+    """How many of `n` patches an active block drops (FlowCut).
 
     Paper and code: round((n - target) / sqrt(remaining) (1 - r_h^2)), with Python's (and torch's) rounding of halves to even;
-    ``n`` and ``target`` count patches, without the CLS slot.  Code: the last active block (``remaining`` = 0) drops down to
-    exactly ``target``, and no block ever goes below it.
+    `n` and `target` count patches, without the CLS slot.  Code: the last active block (`remaining` = 0) drops down to
+    exactly `target`, and no block ever goes below it.
     """
     if n <= target:
         return 0
@@ -72,7 +72,7 @@ def flowcut_prune_count(n: int, target: int, remaining: int, r_h: float) -> int:
 
 
 def flowcut_counts(n: int, target: int, blocks: int = 24, r_h: float = 0.9) -> list:
-    """Patches left behind every active block if the entropy ratio were ``r_h`` throughout (FlowCut).
+    """Patches left behind every active block if the entropy ratio were `r_h` throughout (FlowCut).
 
     Code: R = sel - index - 1 with sel = blocks - 2, the block whose output feeds the projector; active where R is even.
     """
@@ -86,12 +86,12 @@ def flowcut_counts(n: int, target: int, blocks: int = 24, r_h: float = 0.9) -> l
 
 
 def flowcut_clip(tower, pixels, keep: int, feature_block: int, semantic_scale: str = "code") -> tuple[list, torch.Tensor]:
-    """FlowCut inside a stock ``CLIPVisionModel`` for one picture (code): survivors' raster ids and features.
+    """FlowCut inside a stock `CLIPVisionModel` for one picture (code): survivors' raster ids and features.
 
-    ``pixels`` [3, H, W].  The features are those that leave block ``feature_block`` (22 of 24 in LLaVA), without CLS.
+    `pixels` [3, H, W].  The features are those that leave block `feature_block` (22 of 24 in LLaVA), without CLS.
     Code: relation and semantic softmax run over CLS and patches and are then cut to the patches; a block's score is updated
-    while more than ``keep`` patches are left; block i is active if R = feature_block - i - 1 is even.
-    ``semantic_scale``: "code" has no scale in the semantic softmax, "paper" has 1 / sqrt(dim); CLS is inside in both.
+    while more than `keep` patches are left; block i is active if R = feature_block - i - 1 is even.
+    `semantic_scale`: "code" has no scale in the semantic softmax, "paper" has 1 / sqrt(dim); CLS is inside in both.
     Ours: the number of drops is this picture's own, never a batch's maximum; any number of blocks; in float64 throughout.
     """
     tower = copy.deepcopy(tower).double().eval()
@@ -132,9 +132,9 @@ def flowcut_clip(tower, pixels, keep: int, feature_block: int, semantic_scale: s
 def flowcut_llm(query_last, keys, value_last, values, scaling: float, keep: int) -> list:
     """Which visual tokens FlowCut keeps inside the language model (section 3.5, LLaVA-NeXT code).
 
-    ``query_last`` [head, dim] and ``value_last`` [head or kv head, dim] are the last prompt token's, ``keys`` and ``values``
+    `query_last` [head, dim] and `value_last` [head or kv head, dim] are the last prompt token's, `keys` and `values`
     [kv head, n, dim] the visual tokens'; with fewer kv heads each is repeated, as in GQA.
-    Code: both softmaxes over the visual tokens only, here both with ``scaling``; norm of the head-mean; sums normalised (the
+    Code: both softmaxes over the visual tokens only, here both with `scaling`; norm of the head-mean; sums normalised (the
     Qwen code forgets to).
     """
     query_last, keys, value_last, values = floats(query_last), floats(keys), floats(value_last), floats(values)
@@ -154,10 +154,10 @@ def pooled(x) -> list:
 def flowcut_unit_scores(blocks: list, scaling: float, unit: int = 4) -> list:
     """Score of every merge unit of a tower without CLS (ours, on the paper's formulas).
 
-    ``blocks``: the tower's (q, k, v), each [head, n, dim] of one picture, in depth order; n a multiple of ``unit``.
+    `blocks`: the tower's (q, k, v), each [head, n, dim] of one picture, in depth order; n a multiple of `unit`.
     Paper: the global token is the mean-pooled one, S and its smoothing as everywhere.  Ours: pooled q for the relation (after
     RoPE, as the Qwen code does), pooled v for the semantic term, whose scale is 1 / sqrt(dim); a unit's score is the mean of
-    its consecutive ``unit`` rows; nothing is dropped inside the tower.
+    its consecutive `unit` rows; nothing is dropped inside the tower.
     """
     cumulative = None
     for q, k, v in blocks:

@@ -10,7 +10,7 @@ from methods.loops.plain import dot, floats, length, mean, ranking, top
 def holov(cls_attention_mean, features, keep: int, runs: int = 16) -> list:
     """HoloV (code obananas/HoloV llava/model/utils.py): quotas per run of the flat sequence, then attention.
 
-    ``cls_attention_mean`` [n]: head mean of the CLS row of block -2; ``features`` [n, d] behind the projector.
+    `cls_attention_mean` [n]: head mean of the CLS row of block -2; `features` [n, d] behind the projector.
     Code: the first n % runs runs are one token longer, empty ones vanish.  In a run, cosines of x / (|x| + 1e-6) with the
     diagonal counted as 0; their variance around sum / (m - 1), also over m - 1; rescaled to the mean of 1000 |attention| over
     (mean variance + 1e-6); a run's score is the mean of 1000 attention + 0.09 rescaled variance.  Quota = floor(keep score /

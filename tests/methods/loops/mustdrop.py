@@ -35,7 +35,7 @@ def mustdrop_merged(hidden, rows: int, columns: int, merged: list) -> tuple[list
 def mustdrop_merge(hidden, rows: int, columns: int, threshold: float = 0.8) -> tuple[list, dict]:
     """Windows to merge and the tokens they become (MustDrop stage 1): ids in raster order, {id: mean}.
 
-    ``hidden`` [patches, dim] leaves the tower's first block.  Paper and code: windows with a score >= threshold, each replaced
+    `hidden` [patches, dim] leaves the tower's first block.  Paper and code: windows with a score >= threshold, each replaced
     by the plain mean of its nine patches.  Ours: this picture's own number of windows (the code takes the batch's minimum),
     listed in raster order (the code lists them by score).
     """
@@ -44,9 +44,9 @@ def mustdrop_merge(hidden, rows: int, columns: int, threshold: float = 0.8) -> t
 
 
 def mustdrop_merge_count(hidden, rows: int, columns: int, windows: int) -> tuple[list, dict]:
-    """As ``mustdrop_merge``, but merging exactly the ``windows`` most similar windows.
+    """As `mustdrop_merge`, but merging exactly the `windows` most similar windows.
 
-    Ours, after the fixed count (``fix_r``) of LightCompress's re-implementation.
+    Ours, after the fixed count (`fix_r`) of LightCompress's re-implementation.
     """
     return mustdrop_merged(hidden, rows, columns, top(mustdrop_window_scores(hidden, rows, columns), windows))
 
@@ -54,7 +54,7 @@ def mustdrop_merge_count(hidden, rows: int, columns: int, windows: int) -> tuple
 def mustdrop_key_set(cls_attention) -> list:
     """Tokens that the later stages must keep: the top ceil(0.08 P') by CLS attention (code).
 
-    ``cls_attention``: mean over heads of the last block's CLS row (block 23 of 24), one number per token left by stage 1.
+    `cls_attention`: mean over heads of the last block's CLS row (block 23 of 24), one number per token left by stage 1.
     """
     cls_attention = floats(cls_attention)
     return top(cls_attention, math.ceil(0.08 * len(cls_attention)))
@@ -63,7 +63,7 @@ def mustdrop_key_set(cls_attention) -> list:
 def mustdrop_filter(attention, key_set: list, g: float, u: float) -> list:
     """Tokens kept by the dual attention filter (code).
 
-    ``attention`` [text, visual]: mean over heads, all text after the image.  Token j goes iff its column sum is < g times the
+    `attention` [text, visual]: mean over heads, all text after the image.  Token j goes iff its column sum is < g times the
     sum of all columns AND its largest entry is < u; the key set stays in any case.
     """
     attention = floats(attention)
@@ -77,9 +77,9 @@ def mustdrop_filter(attention, key_set: list, g: float, u: float) -> list:
 
 
 def mustdrop_top(attention, key_set: list, keep: int) -> list:
-    """Exactly ``keep`` tokens: the key set, then the best by column sum (the target-count mode is ours).
+    """Exactly `keep` tokens: the key set, then the best by column sum (the target-count mode is ours).
 
-    A key set larger than ``keep`` is itself cut to its best by column sum.
+    A key set larger than `keep` is itself cut to its best by column sum.
     """
     attention = floats(attention)
     sums = [sum(column) for column in zip(*attention, strict=True)]

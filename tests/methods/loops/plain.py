@@ -62,5 +62,5 @@ def ranking(scores) -> list:
 
 
 def top(scores, keep: int) -> list:
-    """The ``keep`` indices of the highest scores, ascending."""
+    """The `keep` indices of the highest scores, ascending."""
     return sorted(ranking(scores)[:keep])

@@ -12,7 +12,7 @@ def sparsevlm_raters(visual, text) -> list:
     """Text tokens that rate the picture (code): those whose mean over visual tokens v of
     softmax over text tokens t of (v . t) lies above the mean of these means.
 
-    ``visual`` [n, d] and ``text`` [t, d] enter the first layer; no scale.  Ours: if none lies above (one text token, or all
+    `visual` [n, d] and `text` [t, d] enter the first layer; no scale.  Ours: if none lies above (one text token, or all
     alike), all of them rate; the code would average over nothing.
     """
     visual, text = floats(visual), floats(text)
@@ -41,10 +41,10 @@ def sparsevlm_recycle_count(visual: int, kept: int) -> int:
 
 
 def sparsevlm_cluster(x, clusters: int) -> tuple[list, list]:
-    """Density-peaks clustering of ``x`` [n, d]: centres (indices, best first) and each token's cluster number.
+    """Density-peaks clustering of `x` [n, d]: centres (indices, best first) and each token's cluster number.
 
     Constants from the code (Gumpest/SparseVLMs llava/model/language_model/utils.py, cluster_and_merge):
-    distance = L2 / sqrt(d); density = exp(-mean of the squared distances to the ``clusters`` nearest tokens), the token itself
+    distance = L2 / sqrt(d); density = exp(-mean of the squared distances to the `clusters` nearest tokens), the token itself
     at distance 0 among them (so k = the number of clusters); peak distance = the distance to the nearest denser token, for the
     densest the largest distance in the whole matrix; centres = the top of density x peak distance; every token joins the
     nearest centre, a centre itself.
@@ -94,7 +94,7 @@ def sparsevlm_rope_bias(cos_text, sin_text, cos_visual, sin_visual) -> list:
 
     Code (Gumpest/SparseVLMs llava/model/language_model/modelling_sparse_llama.py, the USE_VERSION=2_0 branch): rotate a query
     of ones at the text position p and a key of ones at the visual position r, take their dot product over sqrt(dim).
-    ``cos_*`` and ``sin_*`` [tokens, dim] are the rotary tables (both halves alike).  With frequencies w_m this is
+    `cos_*` and `sin_*` [tokens, dim] are the rotary tables (both halves alike).  With frequencies w_m this is
     B(p, r) = 2 / sqrt(dim) * sum over m of cos((p - r) w_m), so it depends on the distance only; it falls with distance and
     is not positive everywhere (dim 128, base 10000: below 0 first at distance 1707).  Positions are the original ones.
     """
@@ -119,9 +119,9 @@ def sparsevlm_v2_correct(attention, bias: list) -> list:
 
 
 def sparsevlm_v2_scores(attention, raters: list, heads: int = 14) -> list:
-    """Mean over raters and over the ``heads`` heads with the largest total rater-to-visual mass (v2 code).
+    """Mean over raters and over the `heads` heads with the largest total rater-to-visual mass (v2 code).
 
-    ``attention`` [head, text, visual] is already corrected (``sparsevlm_v2_correct``).  Ours: with fewer heads than asked for,
+    `attention` [head, text, visual] is already corrected (`sparsevlm_v2_correct`).  Ours: with fewer heads than asked for,
     all of them.
     """
     attention = floats(attention)

@@ -7,7 +7,7 @@ from methods.loops.plain import cosine, floats, ranking
 
 
 def tome(features, keep: int) -> tuple[list, torch.Tensor]:
-    """Bipartite soft matching, repeated until ``keep`` tokens are left: kept positions, merged features [keep, d].
+    """Bipartite soft matching, repeated until `keep` tokens are left: kept positions, merged features [keep, d].
 
     Code (facebookresearch/ToMe tome/merge.py): the even tokens of the current sequence are set A, the odd ones set B; each A
     draws an edge to the B of the highest cosine; the r best edges are merged, at most half the tokens (n // 2) at a time; a

@@ -9,11 +9,11 @@ from methods.loops.plain import cosine, floats, mean_of, ranking, top
 def visionzip(cls_attention, keys, features, keep: int, contextual: int) -> tuple[list, list, torch.Tensor]:
     """VisionZip (code): dominant ids, target ids (both raster order), contextual features [contextual, dim].
 
-    ``cls_attention`` [head, patch] and ``keys`` [head, patch, dim] of block -2, ``features`` [patch, dim] that leave it.
+    `cls_attention` [head, patch] and `keys` [head, patch, dim] of block -2, `features` [patch, dim] that leave it.
     Code: dominant by CLS attention summed over heads; of the R others in raster order every max(1, R // contextual)-th one is
-    a target, the first ``contextual`` of them; the rest join the target of the highest cosine of head-mean keys; contextual
+    a target, the first `contextual` of them; the rest join the target of the highest cosine of head-mean keys; contextual
     token = target + mean of its members (their sum, not their mean; a target without members stays as it is).
-    Ours: ``keep`` counts patches only, so dominant = keep - contextual (the code's first dominant slot is CLS).
+    Ours: `keep` counts patches only, so dominant = keep - contextual (the code's first dominant slot is CLS).
     """
     cls_attention, keys, features = floats(cls_attention), floats(keys), floats(features)
     scores = [sum(column) for column in zip(*cls_attention, strict=True)]

@@ -9,11 +9,11 @@ from methods.loops.plain import cosine, floats, mean_of, ranking, top
 def vscan(cls_local, cls_global, features, rows: int, columns: int, keep: int) -> tuple[list, torch.Tensor]:
     """VScan's stage before the language model (code): kept ids and their features [keep, d] after merging.
 
-    ``cls_local`` [n] and ``cls_global`` [n]: head-mean CLS rows of block 5 and of block -2; ``features`` [n, d] behind the
-    projector.  Code: (keep // 2) // 16 patches per window by ``cls_local``, 4 x 4 windows; the rest by ``cls_global`` among
+    `cls_local` [n] and `cls_global` [n]: head-mean CLS rows of block 5 and of block -2; `features` [n, d] behind the
+    projector.  Code: (keep // 2) // 16 patches per window by `cls_local`, 4 x 4 windows; the rest by `cls_global` among
     the patches not yet taken; every patch not kept is added to the kept one of the highest cosine (of the features before
     merging), which is then divided by 1 + the number added.
-    Ours: window = (row * 4 // rows, column * 4 // columns), which is the code's on its 24 x 24 grid; exactly ``keep``, so what
+    Ours: window = (row * 4 // rows, column * 4 // columns), which is the code's on its 24 x 24 grid; exactly `keep`, so what
     the windows leave of keep // 2 (or lack) goes to the global pick.
     """
     cls_local, cls_global, features = floats(cls_local), floats(cls_global), floats(features)
