@@ -7,10 +7,12 @@ import gc
 import json
 from weakref import ref
 
-import loops
 import numpy as np
 import pytest
 import torch
+from methods.loops import plain
+from methods.loops.flowcut import flowcut_score, flowcut_terms
+from methods.loops.sparsevlm import sparsevlm_raters, sparsevlm_scores
 from tiny_models import ALL_FAMILIES, build, make_inputs, shared
 
 import vlmprune as vp
@@ -42,7 +44,7 @@ def recording(method: vp.Pruner):
 
 def fastv(see, image):
     heads = see.attention_from_last[image].tolist()
-    return [loops.mean([head[token] for head in heads]) for token in range(see.visual)]
+    return [plain.mean([head[token] for head in heads]) for token in range(see.visual)]
 
 
 def adaptinfer(see, image):
@@ -62,14 +64,14 @@ def flowcut(see, image):
     share = see.query_of_last.shape[1] // see.keys.shape[1]
     keys, values = (x[image].repeat_interleave(share, dim=0) for x in (see.keys, see.values))
     value = see.value_of_last[image].repeat_interleave(share, dim=0)
-    return loops.flowcut_score(*loops.flowcut_terms(see.query_of_last[image], keys, value, values, scaling, scaling))
+    return flowcut_score(*flowcut_terms(see.query_of_last[image], keys, value, values, scaling, scaling))
 
 
 def sparsevlm(see, image):
     text = see.text_valid[image]
     visual, words = see.embeddings[image], see.text_embeddings[image][text]
-    raters = loops.sparsevlm_raters(visual, words)
-    means = loops.sparsevlm_scores(see.attention_from_text[image][:, text], raters)
+    raters = sparsevlm_raters(visual, words)
+    means = sparsevlm_scores(see.attention_from_text[image][:, text], raters)
     return [mean * len(raters) * see.attention_from_text.shape[1] for mean in means]  # the method ranks by sums
 
 
@@ -93,7 +95,7 @@ def test_scores_and_ranks_are_those_of_the_papers_loops(name):
         see, image = next(images)
         expected = loop(see, image)
         kept = next(k for k in run.last.kept if (k.sample, k.ordinal) == (sample, ordinal)).index.tolist()
-        ranking = loops.ranking(expected)
+        ranking = plain.ranking(expected)
         found = [run.explain(token=token, image=ordinal, sample=sample).verdicts for token in range(see.visual)]
         for token, (verdict,) in enumerate(found):
             assert verdict.score == pytest.approx(expected[token], rel=1e-4)
@@ -482,4 +484,4 @@ def test_on_the_command_line(monkeypatch, capsys, tmp_path):
     assert first["lines"][0] + " Its cell is row 4, column 9 of the picture." in out
     assert first["lines"][1] in out
     assert vlmprune(monkeypatch, *asked, "--why", 144) == 2
-    assert "there is no token 144: picture 0 of sample 0 has 144" in capsys.readouterr().err
+    assert "there is no token 144: the picture has 144" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from test_reversible import Snapshot
+from snapshot import Snapshot
 from text_models import EAGER, build_llava, text
 from tiny_models import ALL_FAMILIES, FIRST_WORD, LAYERS, VOCAB, build, implementations_of, make_inputs, shared
 from torch import nn

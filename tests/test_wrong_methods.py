@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.test_clip_relevance import TEMPLATES, ids, relevance
+from methods.clip import TEMPLATES, ids, relevance
 from tiny_models import build, make_inputs, shared
 
 import vlmprune as vp

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from oracles import TOLERANCE, generate_logits
-from redistribution.test_exact import CASES, RECIPES, SAMPLES, VAR
+from redistribution.recipes import CASES, RECIPES, SAMPLES, VAR
 from tiny_models import FLEX, VOCAB, build, make_inputs, make_single, shared
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

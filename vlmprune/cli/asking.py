@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmprune import names
-from vlmprune.cli.why import explained
+from vlmprune.cli.why import check_tokens, explained
+from vlmprune.errors import UsageError
 from vlmprune.live.handle import wrap
 from vlmprune.live.report import Report
 from vlmprune.loading.outputs import check_target
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 KEEP_ALL = "random:layer=0,fraction=1"
 """Computes exactly what the un-pruned model does, and is measured by the same clock as a pruned one."""
 ROUNDS = 7
-"""Prefills behind a median."""
+"""Prefills in a median."""
 WIDTH = 384
 """Of a drawn picture, in pixels."""
 
@@ -102,8 +103,8 @@ def ask(
     """Answer a question under a recipe, by greedy decoding.
 
     Args:
-        why: tokens of the picture to explain.
         tick: called after every token with the number of tokens so far, and at the end.
+        why: tokens of the picture to explain.
     """
     model, inputs = question.model, question.inputs
     with wrap(model, recipe, explain=bool(why)) as run, torch.inference_mode():
@@ -183,12 +184,16 @@ def ask_and_draw(
         What `vlmprune run --json` prints, and the picture. The caller writes it, so that the answers can be printed first.
 
     Raises:
-        UsageError: the recipe, the picture, the model, the prompt or the target cannot be used; says why.
+        UsageError: the recipe, the picture, the model, the prompt or the target cannot be used, or a token to explain does not
+            exist; says why.
     """
     plan = read_recipe(recipe)
+    if why and not plan.pruners:
+        raise UsageError(f"the recipe {plan} drops no visual tokens, so that there is nothing to explain: leave out --why.")
     if target is not None:
         check_target(target, "kept.png")
     question = open_question(model_name, image, prompt, device, lambda: progress("loading the model", 0, False))
+    check_tokens(question, why)
     changed = "pruned" if plan.pruners else "redistributed"
     # The answer under the recipe comes first: if the recipe is refused, no time was spent on the un-pruned answer.
     pruned = ask(question, plan, max_new_tokens, partial(progress, f"{changed} answer"), why)

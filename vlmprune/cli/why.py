@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlmprune.errors import UsageError
+
 if TYPE_CHECKING:
     from vlmprune.live.handle import Run
     from vlmprune.loading.questions import Question
@@ -17,18 +19,26 @@ Why = Annotated[
         "--why",
         metavar="TOKEN",
         min=0,
-        help="Also say why the recipe kept or dropped this token of the picture: stage, score, rank; may be repeated. Tokens "
-        "are numbered from 0, row by row.",
+        help="Also explain why this visual token was kept or dropped: stage, score, rank; may be repeated. Tokens are numbered "
+        "from 0, row by row.",
     ),
 ]
 
 
-def explained(run: Run, question: Question, tokens: Sequence[int]) -> list[dict[str, Any]]:
-    """What `run --json` prints of each token: the explanation, and the token's cell in the raster it belongs to.
+def check_tokens(question: Question, wanted: Sequence[int]) -> None:
+    """Refuse tokens that the picture does not have, before the model answers.
 
     Raises:
-        UsageError: the picture has no such token, or the recipe drops none.
+        UsageError: says how many tokens the picture has.
     """
+    tokens = sum(crop.tokens for crop in question.crops()) if wanted else 0
+    for token in wanted:
+        if not 0 <= token < tokens:
+            raise UsageError(f"there is no token {token}: the picture has {tokens}, numbered 0 to {tokens - 1}.")
+
+
+def explained(run: Run, question: Question, tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """What `run --json` prints of each token: the explanation, and the token's cell in its raster."""
     crops = question.crops() if tokens else []
     found = []
     for token in tokens:
@@ -40,7 +50,7 @@ def explained(run: Run, question: Question, tokens: Sequence[int]) -> list[dict[
 
 
 def lines(explanation: dict[str, Any]) -> list[str]:
-    """The same for a reader."""
+    """The explanation as lines for a terminal."""
     first, *others = explanation["lines"]
     cell = explanation["cell"]
     where = "" if cell is None else f" Its cell is row {cell['row']}, column {cell['column']} of the {cell['crop']}."
