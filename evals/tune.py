@@ -37,7 +37,8 @@ from torch import Tensor
 
 import vlmprune
 from vlmprune import Budget, Schedule, Stage
-from vlmprune.evals.budgets import PaperSchedule, compute_average, nominal_average
+from vlmprune.cost import compute_average, nominal_average
+from vlmprune.evals.budgets import PaperSchedule
 from vlmprune.evals.calibration import Sample, next_logits, run_whole
 from vlmprune.evals.results import Result
 from vlmprune.show.stats import bounds, times_drawn

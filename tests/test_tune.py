@@ -14,8 +14,8 @@ from tiny_models import LAYERS, make_single, shared
 
 import vlmprune as vp
 from vlmprune import cli, tiny
+from vlmprune.cost import nominal_average
 from vlmprune.evals import tune
-from vlmprune.evals.budgets import nominal_average
 from vlmprune.evals.calibration import Sample, Whole, scenes
 from vlmprune.schedule import Budget
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.cost import compute_average, nominal_average
 from vlmprune.errors import UsageError
 from vlmprune.live.record import Clock, Kept, Prefill, Steered
 from vlmprune.methods.redistributing import spans
@@ -115,12 +116,6 @@ class Report:
         for kept in record.kept:
             stages.setdefault((kept.site, kept.layer, kept.method), []).append(kept)
         left = {layer: sum(len(k.index) for k in kept) for (site, layer, _), kept in stages.items() if site != "cache"}
-        entering_visual, after = [], record.visual
-        for layer in range(shape.layers):
-            after = left.get(layer, after)
-            entering_visual.append(after)
-        # A stage at layer l shortens the output of layer l − 1: that is the "nominal" way of counting.
-        leaving_visual = [*entering_visual[1:], entering_visual[-1]]
         return Report(
             recipe=recipe,
             batch=batch,
@@ -133,8 +128,8 @@ class Report:
                 for (site, layer, method), kept in stages.items()
             ),
             entering=tuple(record.entering),
-            visual_compute_average=sum(entering_visual) / shape.layers / batch,
-            visual_nominal_average=sum(leaving_visual) / shape.layers / batch,
+            visual_compute_average=compute_average(record.visual, shape.layers, left) / batch,
+            visual_nominal_average=nominal_average(record.visual, shape.layers, left) / batch,
             flops=batch * sum(map(shape.layer_flops, record.entering, record.stored)),
             flops_unpruned=batch * shape.layers * shape.layer_flops(full, record.past + full),
             kv_bytes=batch * sum(shape.layer_kv_bytes(keys, record.itemsize) for keys in record.resident),
