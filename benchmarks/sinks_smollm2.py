@@ -136,8 +136,8 @@ def main(
         for index in method.layers_of(len(decoder.layers)):
             query, key, value, scaling = seen[index]
             prompt = torch.ones_like(visual)
-            scene = Scene(observed.hidden[index], prompt, visual, torch.tensor([0]), None, (), EXPECTED, None, torch.Tensor)
-            codes = method.codes(scene)
+            scene = Scene(observed.hidden[index], prompt, visual, torch.tensor([0]), None, (), torch.Tensor)
+            codes = method.groups(scene)
             groups = (codes[..., None] == torch.arange(4)).float()
             mine, factors, masses = grouped_attention(
                 query[:, :, rows], key, value, scaling, rows[None], None, groups, method.coefficients

@@ -155,7 +155,7 @@ def _run_to_attention(copied: Any, attention: Any, args: tuple[Any, ...], kwargs
     if reached is None:
         raise UsageError(
             f"{type(copied).__name__} computes its attention without transformers' attention functions, where methods look at "
-            "it: choose a method that does not look at attention, for example divprune."
+            "it: choose a method that does not look at attention; `vlmprune methods` says what each one looks at."
         )
     (query, key, value, mask), rest = reached
     scaling = rest.pop("scaling", None)

@@ -407,7 +407,7 @@ def _enter_block(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: d
 
 def _enter_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     call: Call | None = kwargs.get(CALL_ARGUMENT)
-    if call is None or call.plan is None or (call.idle and index not in call.plan.edited):
+    if call is None or call.plan is None or (call.idle and (call.edits.ready or index not in call.plan.edited)):
         return None
     return _in_layer(index, module, call, args, kwargs)
 

@@ -43,7 +43,7 @@ from vlmprune.live.owner import Encoded, Owner, encoded_of
 from vlmprune.live.prompt import begin_prompt, check_mask_goes_on, look_at_mask, read_prompt, refuse_merged, visible_images
 from vlmprune.live.pruning import Pruning, timed
 from vlmprune.live.record import Clock, Prefill
-from vlmprune.live.redistribution import Steering
+from vlmprune.live.redistribution import Redistribution
 from vlmprune.live.refusals import check_cuts, check_edits, check_tower
 from vlmprune.live.tower import TowerPass, blocks_of_probes, look_up_tower, stage_in_tower
 from vlmprune.methods.tower import TowerPruner
@@ -97,8 +97,8 @@ class Plan:
         self.family, self.base, self.text, self.layers, self._config = family, base, text, layers, base.config
         self._shape = DecoderShape.of(text.config)
         self._facts = _facts(family, base)
-        self._steering = Steering(self.recipe.redistributors, family, self._facts, text)
-        self.edited = frozenset(self._steering.by_layer)
+        self._redistribution = Redistribution(self.recipe.redistributors, family, self._facts, text)
+        self.edited = frozenset(self._redistribution.by_layer)
         self.pruning = Pruning(self.recipe, family, self._facts, base, text)
         self._plan()
         self._check(decoder)
@@ -112,10 +112,10 @@ class Plan:
             observed += self._observed_blocks()
         for module, observer in observed:
             self.observers.setdefault(module, []).append(observer)
-        for index in self._steering.routed:
-            self.editors[layers[index].get_submodule(family.attention)] = partial(self._steering.attend, index)
+        for index in self._redistribution.routed:
+            self.editors[layers[index].get_submodule(family.attention)] = partial(self._redistribution.attend, index)
         looking = [cut.stage.layer - 1 for cut in self.pruning.stages if cut.needs & BEFORE_THE_STAGE]
-        self.carried = carried(decoder, (*looking, *self._steering.routed))
+        self.carried = carried(decoder, (*looking, *self._redistribution.routed))
         self.links = Links(base, text, self._hooked(), {**self.observers, **self.editors}, self.recipe)
 
     def places(self) -> Iterator[Place]:
@@ -144,7 +144,7 @@ class Plan:
 
     def _plan(self) -> None:
         """What the recipe's methods look at in this model, and where."""
-        self._needs = self._steering.needs | self.pruning.needs
+        self._needs = self._redistribution.needs | self.pruning.needs
         self._seen_in_tower = taken_in_tower(self._needs)
         self._tower_cut = stage_in_tower(self.pruning.stages, self._needs)
         self._uses_tower = bool(self._seen_in_tower) or self._tower_cut is not None
@@ -152,7 +152,7 @@ class Plan:
     def _check(self, decoder: Decoder) -> None:
         """Refuse what cannot work, before the model is touched."""
         check_cuts(self.recipe, decoder, self.pruning.stages)
-        check_edits(decoder, self._steering)
+        check_edits(decoder, self._redistribution)
         if self._uses_tower:
             check_tower(self.recipe, decoder, self._facts, self._tower_cut, self._last_block)
 
@@ -363,7 +363,7 @@ class Plan:
         if (ids := told_by(kwargs)) is None:
             return  # the model itself refuses this
         cache = kwargs.get("past_key_values")
-        steered = dict.fromkeys(method.name for method in self._steering.by_layer.values())
+        steered = dict.fromkeys(method.name for method in self._redistribution.by_layer.values())
         if steered or self.pruning.may_drop(counts, call.budget):
             check_growing(cache, "attention redistribution" if steered else "pruning inside the language model")
         self._check_forgetting(call, kwargs.get("mm_encoder_outputs"), cached=cache is not None)
@@ -390,6 +390,9 @@ class Plan:
             self._refuse_what_the_tower_left(call, kwargs.get("inputs_embeds"))
             if call.past == 0 and call.enabled and kwargs.get("inputs_embeds") is not None:
                 self._without_picture(call, kwargs["inputs_embeds"])
+            if call.enabled and self.edited and not self.carried:
+                self._redistribution.enter_step(call, kwargs.get("past_key_values"))
+                call.idle = call.edits.ready and not self.pruning.at
             if not self.pruning.decodes_without_padding(call, kwargs):
                 return None
             call.idle = True
@@ -403,11 +406,11 @@ class Plan:
         visual = sum(len(image) for image in prompt.layout.images)
         call.record = self._begin_record(call, visual, embeddings, hidden=visual - sum(prompt.candidates))
         with timed(call, embeddings.device, "what the tower knew"):
-            if self._seen_in_tower and (self._steering.needs or self.pruning.may_drop(prompt.candidates, call.budget)):
+            if self._seen_in_tower and (self._redistribution.needs or self.pruning.may_drop(prompt.candidates, call.budget)):
                 look_up_tower(call, self.memory, embeddings)
             if self._needs & {"embeddings", "text_embeddings"}:
                 prompt.embeddings = embeddings
-            self._steering.enter_text(call, embeddings)
+            self._redistribution.enter_text(call, embeddings)
         # With padding, the model would make a mask of the whole prompt, [batch, 1, n, n], which no layer would see. Without
         # cache and mask, however, it would take positions with padding for packed sequences, and make a mask for these.
         cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache", self.text.config.use_cache)
@@ -428,7 +431,7 @@ class Plan:
             visual=visual,
             shape=self._shape,
             itemsize=embeddings.element_size(),
-            neutral=self._steering.neutral,
+            neutral=self._redistribution.neutral,
             newlines=0 if call.prompt is None or call.prompt.newlines is None else int(call.prompt.newlines.sum()),
             hidden=hidden,
         )
@@ -468,9 +471,9 @@ class Plan:
             if given is not None:
                 hidden, kwargs = given
                 args, kwargs = changed = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-        if call.enabled and index in self.edited:
+        if call.enabled and index in self.edited and not call.edits.ready:
             hidden = args[0] if args else kwargs["hidden_states"]
-            self._steering.enter_layer(index, call, hidden, kwargs.get("past_key_values"))
+            self._redistribution.enter_layer(index, call, hidden, kwargs.get("past_key_values"))
         return (args, carry(kwargs)) if index in self.carried else changed
 
     def _leave_out_labels(self, call: Call) -> None:
@@ -506,9 +509,9 @@ class Plan:
         hand_over(output.get("past_key_values"), call.owner)
         self._leave_out_labels(call)
         if not call.recomputes:
-            call.steps.entered.clear()
-        if call.steps.blind is not None:
-            call.steps.blind.kwargs.clear()  # they hold a call that holds them
+            call.edits.inputs.clear()
+        if call.edits.text_only is not None:
+            call.edits.text_only.close()
         self.contexts.note(record, call.blocks)
         return output
 

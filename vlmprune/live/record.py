@@ -90,11 +90,11 @@ class Kept:
 
 
 @dataclass(frozen=True, eq=False)
-class Steered:
+class Edit:
     """What a redistribution method did to a prompt in one layer.
 
     Attributes:
-        codes: `[batch, 1 or head, key]` group of every stored token, 0 for ordinary ones; None if the method marks none.
+        groups: `[batch, 1 or head, key]` group of every stored token, 0 for ordinary ones; None if the method marks none.
         factors, masses: `[batch, head, row, 1 + group]` of the edited rows; None if the method has none.
         valid: `[batch, row]` bool, False on rows that pad a shorter text; None if all count.
         heads: `[batch, head]` factors on the outputs of heads; None if the method scales none.
@@ -102,7 +102,7 @@ class Steered:
 
     layer: int
     method: str
-    codes: Tensor | None = None
+    groups: Tensor | None = None
     factors: Tensor | None = None
     masses: Tensor | None = None
     valid: Tensor | None = None
@@ -139,7 +139,7 @@ class Prefill:
         stored: per decoder layer, entries per row in the KV cache after it.
         resident: the same when prefill is over; smaller where a cache stage forgot some.
         peak: the most entries per row that all layers together ever stored.
-        steered: what redistribution did, per layer.
+        edits: what redistribution did, per layer.
         neutral: redistribution methods whose parameters are such that they change nothing.
         itemsize: bytes per number.
         prefill, selection: time in the language model, and in deciding and shortening within it.
@@ -163,7 +163,7 @@ class Prefill:
     stored: list[int] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
     peak: int = 0
-    steered: list[Steered] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
     prefill: Clock = field(default_factory=Clock)
     selection: list[Clock] = field(default_factory=list)
     tower: list[Clock] = field(default_factory=list)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmprune.cost import compute_average, nominal_average
 from vlmprune.errors import UsageError
-from vlmprune.live.record import Clock, Kept, Prefill, Steered
+from vlmprune.live.record import Clock, Edit, Kept, Prefill
 from vlmprune.methods.redistributing import spans
 from vlmprune.schedule import Budget, Site, Stage
 from vlmprune.show import units
@@ -47,17 +47,17 @@ class EditReport:
     scaled: float | None = None
 
     @staticmethod
-    def of(method: str, steered: list[Steered]) -> EditReport:
-        codes = [s.codes for s in steered if s.codes is not None]
-        heads = [s.heads for s in steered if s.heads is not None]
-        groups = max((int(c.max()) for c in codes), default=0)
-        marked = tuple(_mean([(c == group).sum(dim=-1).float().mean() for c in codes]) for group in range(1, groups + 1))
+    def of(method: str, edits: list[Edit]) -> EditReport:
+        marks = [s.groups for s in edits if s.groups is not None]
+        heads = [s.heads for s in edits if s.heads is not None]
+        groups = max((int(c.max()) for c in marks), default=0)
+        marked = tuple(_mean([(c == group).sum(dim=-1).float().mean() for c in marks]) for group in range(1, groups + 1))
         return EditReport(
             method=method,
-            layers=tuple(s.layer for s in steered),
+            layers=tuple(s.layer for s in edits),
             marked=marked,
-            edited=_over_rows([(s.changed, s.valid) for s in steered]),
-            moved=_over_rows([(s.moved, s.valid) for s in steered]),
+            edited=_over_rows([(s.changed, s.valid) for s in edits]),
+            moved=_over_rows([(s.moved, s.valid) for s in edits]),
             scaled=_mean([(factors != 1).float().mean() for factors in heads]) if heads else None,
         )
 
@@ -138,8 +138,8 @@ class Report:
             prefill_ms=record.prefill.ms,
             selection_ms=sum(clock.ms for clock in record.selection),
             edits=tuple(
-                EditReport.of(name, [s for s in record.steered if s.method == name])
-                for name in dict.fromkeys(s.method for s in record.steered)
+                EditReport.of(name, [s for s in record.edits if s.method == name])
+                for name in dict.fromkeys(s.method for s in record.edits)
             ),
             overhead=_by_place([*record.tower, *record.selection]),
             hidden=record.hidden,

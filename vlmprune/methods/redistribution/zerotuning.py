@@ -32,7 +32,7 @@ class ZeroTuning(GroupEditor):
     note = "all heads of the given layers: no search"
     rows = "all"
     default_layers = ":"
-    groups = 1
+    group_count = 1
 
     gain: float = number(1.0, low=0, high=1e4)
 
@@ -40,7 +40,7 @@ class ZeroTuning(GroupEditor):
     def neutral(self) -> bool:
         return self.gain == 1
 
-    def codes(self, see: Scene) -> Tensor:
+    def groups(self, see: Scene) -> Tensor:
         return first_token(see, see.prompt.shape[0])
 
     def coefficients(self, mass: Tensor, present: Tensor | None = None) -> Tensor:
