@@ -25,14 +25,13 @@ EXCEPTIONS = {
         "vlmprune.view": "the annotation of a method's argument",
     },
     "evals/sinks.py": {
-        "vlmprune.methods.redistributing": "layers in words",
         "vlmprune.methods.sink_dims": "the table of known sink dimensions, which it compares with what it finds",
     },
     "benchmarks/gpu_kernels.py": {"vlmprune.kernels": "it measures the kernels"},
     "benchmarks/select_diverse.py": {"vlmprune.kernels": "it measures this kernel's reference"},
     "benchmarks/sinks_smollm2.py": {
         "vlmprune.kernels": "it compares this kernel with an explicit edit",
-        "vlmprune.methods.redistributing": "it gives a method a made-up image, for which there is no VLM; layers in words",
+        "vlmprune.methods.redistributing": "it gives a method a made-up image, for which there is no VLM",
         "vlmprune.methods.redistribution.var": "the groups of tokens that it compares",
     },
 }

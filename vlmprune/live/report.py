@@ -11,7 +11,6 @@ from torch import Tensor
 from vlmprune.cost import compute_average, nominal_average
 from vlmprune.errors import UsageError
 from vlmprune.live.record import Clock, Edit, Kept, Prefill
-from vlmprune.methods.redistributing import spans
 from vlmprune.schedule import Budget, Site, Stage
 from vlmprune.show import units
 
@@ -62,7 +61,7 @@ class EditReport:
         )
 
     def __str__(self) -> str:
-        parts = [f"layers {spans(self.layers)}" if len(self.layers) > 1 else f"layer {self.layers[0]}"]
+        parts = [f"layers {units.spans(self.layers)}" if len(self.layers) > 1 else f"layer {self.layers[0]}"]
         if self.scaled is not None:
             return f"{parts[0]}, {self.scaled:.1%} of heads scaled"
         parts.append(f"{' / '.join(f'{count:.1f}' for count in self.marked) or 'no'} tokens marked")
