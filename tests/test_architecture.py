@@ -184,7 +184,7 @@ def test_public_names_exist():
 
 
 def test_wrap_is_a_function_whatever_is_imported_first():
-    code = "import vlmprune.live.hooks, vlmprune; assert callable(vlmprune.wrap)"
+    code = "import vlmprune.live.attachment, vlmprune; assert callable(vlmprune.wrap)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

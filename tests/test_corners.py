@@ -260,7 +260,7 @@ def test_tower_memory_forgets_the_oldest(monkeypatch):
     with vp.wrap(model, "cls:fraction=0.5") as run:
         for seed in range(4):
             model(**make_inputs("llava", model, [["image", "image", "text3"]], seed))
-        memory = run._owner().plan.memory
+        memory = run._owner().plan.tower.memory
         assert len(memory._all) == len(memory._own.entries) == 2
         model(**make_inputs("llava", model, [["image"] * 5 + ["text3"]]))  # more than is remembered: its own pass always is
         assert len(memory._all) == len(memory._own.entries) == 1

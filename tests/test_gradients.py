@@ -37,7 +37,7 @@ from redistribution.test_exact import paint_sets
 from tiny_models import LAYERS, make_single
 
 import vlmprune as vp
-from vlmprune.live.hooks import attachment_of
+from vlmprune.live.attachment import attachment_of
 
 NEAR, NEARER = 1e-5, 1e-9
 """Relative errors of a gradient's norm, in float32 and in float64; rounding alone reaches 1e-6 and 1e-10."""

@@ -922,7 +922,7 @@ def test_pictures_of_a_replaced_recipe_stay_its_own(model):
 
 def test_removing_waits_and_gives_up_in_a_sentence(model, monkeypatch):
     """Red: hooks are pulled out of another thread's forward pass, which ends in an error about sizes, or half edited."""
-    monkeypatch.setattr("vlmprune.live.hooks.PATIENCE", 0.3)
+    monkeypatch.setattr("vlmprune.live.attachment.PATIENCE", 0.3)
     ask(model)
     before = hooks_of(model)  # transformers has its own
     inside, go = threading.Event(), threading.Event()

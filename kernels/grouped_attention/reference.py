@@ -49,8 +49,8 @@ def grouped_attention(
     dtype = torch.promote_types(query.dtype, torch.float32)
     if not query.dtype == key.dtype == value.dtype == groups.dtype == dtype:
         query, key, value, groups = query.to(dtype), key.to(dtype), value.to(dtype), groups.to(dtype)
-    batch, heads, rows, _ = query.shape
-    keys, marked, kinds = key.shape[2], *groups.shape[2:]
+    batch, heads, rows, dim = query.shape
+    kv_lead, keys, marked, kinds = batch * key.shape[1], key.shape[2], *groups.shape[2:]
     if (step := max(CHUNK // (batch * heads * keys), 1)) < rows:
         pieces = [
             grouped_attention(some, key, value, scaling, places, valid, groups, coefficients)
@@ -58,7 +58,9 @@ def grouped_attention(
         ]
         outs, factors, masses = zip(*pieces, strict=True)
         return torch.cat(outs, dim=1), torch.cat(factors, dim=2), torch.cat(masses, dim=2)
-    scores = _scores(query, key, scaling)
+    # Query heads that share a key head are rows of one product, so that keys and values are never repeated.
+    lines = (query * scaling).reshape(kv_lead, -1, dim)
+    scores = torch.bmm(lines, key.reshape(kv_lead, keys, dim).transpose(1, 2)).view(batch, heads, rows, keys)
     if position is not None or valid is not None:
         scores = _seen(scores, position, valid)
     attention = scores.softmax(dim=-1)
@@ -78,7 +80,8 @@ def grouped_attention(
         early *= change
         if marked < keys:
             attention[..., marked:] *= factor[..., :1]
-    return _mixed(attention, value), factor, mass
+    out = torch.bmm(attention.view(kv_lead, -1, keys), value.reshape(kv_lead, keys, -1))
+    return out.view(batch, heads, rows, -1).transpose(1, 2), factor, mass
 
 
 def scored_attention(
@@ -95,15 +98,16 @@ def scored_attention(
     dtype = torch.promote_types(query.dtype, torch.float32)
     if not query.dtype == key.dtype == value.dtype == weight.dtype == dtype:
         query, key, value, weight = query.to(dtype), key.to(dtype), value.to(dtype), weight.to(dtype)
-    batch, heads, rows, _ = query.shape
-    keys, marked = key.shape[2], weight.shape[1]
+    batch, heads, rows, dim = query.shape
+    kv_lead, keys, marked = batch * key.shape[1], key.shape[2], weight.shape[1]
     if (step := max(CHUNK // (batch * heads * keys), 1)) < rows:
         pieces = [
             scored_attention(some, key, value, scaling, places, valid, weight)
             for some, places in _pieces(query, position, step)
         ]
         return torch.cat(pieces, dim=1)
-    scores, weight = _scores(query, key, scaling), weight[:, None, None]
+    lines, weight = (query * scaling).reshape(kv_lead, -1, dim), weight[:, None, None]
+    scores = torch.bmm(lines, key.reshape(kv_lead, keys, dim).transpose(1, 2)).view(batch, heads, rows, keys)
     early = scores if marked == keys else scores[..., :marked]
     if scores.requires_grad:
         raised = torch.addcmul(early, weight, early.abs())
@@ -112,7 +116,8 @@ def scored_attention(
         early.addcmul_(weight, early.abs())
     if position is not None or valid is not None:
         scores = _seen(scores, position, valid)
-    return _mixed(scores.softmax(dim=-1), value)
+    out = torch.bmm(scores.softmax(dim=-1).view(kv_lead, -1, keys), value.reshape(kv_lead, keys, -1))
+    return out.view(batch, heads, rows, -1).transpose(1, 2)
 
 
 def column_means(query: Tensor, key: Tensor, scaling: float, position: Tensor, valid: Tensor | None, counted: Tensor) -> Tensor:
@@ -136,22 +141,6 @@ def column_means(query: Tensor, key: Tensor, scaling: float, position: Tensor, v
         total = total + torch.einsum("bhrk,br->bhk", attention, counts)
         seen = seen + ((keys <= places[..., None]) * counts[..., None]).sum(dim=1)
     return total / seen.clamp_min(1)[:, None]
-
-
-def _scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """`[batch, head, row, key]`. Query heads that share a key head are rows of one product, so that keys are never repeated."""
-    batch, heads, rows, dim = query.shape
-    kv_heads, keys = key.shape[1:3]
-    lines = (query * scaling).reshape(batch * kv_heads, -1, dim)
-    return torch.bmm(lines, key.reshape(batch * kv_heads, keys, dim).transpose(1, 2)).view(batch, heads, rows, keys)
-
-
-def _mixed(attention: Tensor, value: Tensor) -> Tensor:
-    """`[batch, row, head, dim]` of values, by attention `[batch, head, row, key]`."""
-    batch, heads, rows, keys = attention.shape
-    lead = batch * value.shape[1]
-    out = torch.bmm(attention.reshape(lead, -1, keys), value.reshape(lead, keys, -1))
-    return out.view(batch, heads, rows, -1).transpose(1, 2)
 
 
 def _pieces(query: Tensor, position: Tensor | None, step: int) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -23,11 +23,14 @@ from vlmprune.live.masks import (
     visible_in_rows,
 )
 
-KEY = "vlmprune"
+ATTENTION_KEY = "vlmprune"
 """Our key in transformers' registry of attention functions, which is made for additions; it must not contain "flash"."""
 
 CALL_ARGUMENT = "vlmprune"
 """Name of the keyword argument that carries the `Call`, in a vision tower the `TowerPass`."""
+
+WITHOUT_CONFIG = ("sdpa", "eager")
+"""Implementations that do not look at the config of the module they run for."""
 
 Observer = Callable[..., None]
 """Called as observer(query, key, value, attention_mask, scaling=…, **kwargs), shapes as in `rows_attention`."""
@@ -73,13 +76,6 @@ class Route:
     module: nn.Module
     users: list[tuple[Observer, ...]] = field(default_factory=list)
 
-    def own(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The model's own attention: output `[batch, query, head, dim]` and weights, or None."""
-        # "eager" is not in the registry: every modelling file brings its own.
-        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        own = ALL_ATTENTION_FUNCTIONS.get_interface(self.original._attn_implementation, eager)
-        return own(self.stock, *args, **kwargs)
-
 
 class _Stock:
     """A module with its own config: flash attention looks up which of its kernels to run there."""
@@ -93,20 +89,29 @@ class _Stock:
 
 def routed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """The model's own attention, seen by observers and overwritten by an editor: those that the running call's plan has for
-    this module (registered under `KEY`)."""
-    config: Any = module.config
-    route: Route = config.vlmprune_route
-    own = partial(route.own, module, query, key, value, attention_mask, **kwargs)
+    this module (registered under `ATTENTION_KEY`)."""
+    route: Route = vars(module.config)["vlmprune_route"]  # past the config's own look-up, which is slow
     for observers in tuple(route.users):
         for observer in observers:
             observer(query, key, value, attention_mask, **kwargs)
-    plan = getattr(kwargs.get(CALL_ARGUMENT), "plan", None)
-    if plan is None:
-        return own()
-    for observer in plan.observers.get(module, ()):
-        observer(plan, query, key, value, attention_mask, **kwargs)
-    editor = plan.editors.get(module)
-    return own() if editor is None else editor(own, query, key, value, **kwargs)
+    call = kwargs.get(CALL_ARGUMENT)
+    if (plan := getattr(call, "plan", None)) is None:
+        return _own(route, module, query, key, value, attention_mask, **kwargs)
+    if not getattr(call, "idle", False):
+        for observer in plan.observers.get(module, ()):
+            observer(plan, query, key, value, attention_mask, **kwargs)
+    if (editor := plan.editors.get(module)) is None:
+        return _own(route, module, query, key, value, attention_mask, **kwargs)
+    return editor(partial(_own, route, module, query, key, value, attention_mask, **kwargs), query, key, value, **kwargs)
+
+
+def _own(route: Route, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The model's own attention: output `[batch, query, head, dim]` and weights, or None."""
+    implementation = route.original._attn_implementation
+    # "eager" is not in the registry: every modelling file brings its own.
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    shown = module if implementation in WITHOUT_CONFIG else route.stock
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)(shown, *args, **kwargs)
 
 
 def route_attention(module: nn.Module, observers: Sequence[Observer] = ()) -> Callable[[], None]:
@@ -116,7 +121,7 @@ def route_attention(module: nn.Module, observers: Sequence[Observer] = ()) -> Ca
     implementation (which may be switched meanwhile), and no other layer notices. Several users (a recipe, `vlmprune.observe`)
     share one route, may leave in any order, and the last one restores the config.
     """
-    AttentionInterface.register(KEY, routed_attention)
+    AttentionInterface.register(ATTENTION_KEY, routed_attention)
     mine = tuple(observers)
     with _routing:
         route: Route | None = getattr(module.config, "vlmprune_route", None)
@@ -124,7 +129,7 @@ def route_attention(module: nn.Module, observers: Sequence[Observer] = ()) -> Ca
             original: Any = module.config
             config = copy.copy(original)
             config.vlmprune_route = route = Route(original, _Stock(module, original), module)
-            config._attn_implementation_internal = KEY
+            config._attn_implementation_internal = ATTENTION_KEY
             module.config = config
         route.users.append(mine)
 

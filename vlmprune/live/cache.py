@@ -215,7 +215,7 @@ class PrunedLayer(MarkedLayer):
 
 
 class FirstPrunedLayer(PrunedLayer):
-    """The first of a section's layers. It refuses what comes from a model that does not know what was dropped, for all."""
+    """The first pruned layer of a cache. For all of them, it refuses what comes from a model that ignores what was dropped."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the coming tokens.
@@ -224,7 +224,8 @@ class FirstPrunedLayer(PrunedLayer):
             UsageError: the recipe was removed, so that nobody knows which tokens are missing; or several tokens come past the
                 hooks of a wrapped model, which record what is stored before it is.
         """
-        stored, coming = self.stored, key_states.shape[-2]
+        stored = 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
+        coming = key_states.shape[-2]
         if stored and self.owner is not None and self.owner.plan is None:
             raise UsageError(
                 "this conversation was pruned, and the recipe it began with has been removed from the model: go on inside the "
@@ -298,7 +299,8 @@ def pruned_layer(cache: Cache, index: int, stages: tuple[int, ...], complete: Ca
     layer = _plain_layer(cache, index, "pruning inside the language model")
     if isinstance(layer, PrunedLayer):
         return layer
-    pruned = FirstPrunedLayer(stages) if index in stages else PrunedLayer(stages)
+    first = not any(isinstance(before, PrunedLayer) for before in cache.layers[:index])
+    pruned = FirstPrunedLayer(stages) if first else PrunedLayer(stages)
     pruned.marks = layer.marks if isinstance(layer, MarkedLayer) else None
     if layer.get_seq_length():
         assert layer.keys is not None

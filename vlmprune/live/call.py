@@ -116,7 +116,7 @@ class Call:
         padded_step: a decoding step whose token some samples hide.
         every_row, complete: made by sections once for all.
         edits: what redistribution carries.
-        again: without a cache, the prompt that this call runs again; a `plan.Uncached`.
+        again: without a cache, the prompt that this call runs again; a `prefill.Uncached`.
         uncached: per layer, the empty cache layer that keeps the marks of redistribution, where there is no cache.
         resumed: `uncached` is that of an earlier run of the same prompt.
     """
@@ -150,9 +150,14 @@ class Call:
     uncached: dict[int, MarkedLayer] = field(default_factory=dict)
     resumed: bool = False
 
-    def __post_init__(self) -> None:
-        self.sections = [self.section]
-
     def section_of(self, layer: int) -> Section:
         """The section that a layer belongs to."""
+        if not self.sections:
+            self.sections.append(self.section)
         return next(section for section in reversed(self.sections) if section.start <= layer)
+
+    def layers_by_section(self, layers: int) -> list[tuple[Section, int]]:
+        """The sections in order, each with its number of layers, of `layers` in all."""
+        sections = self.sections or [self.section]
+        ends = [*(section.start for section in sections[1:]), layers]
+        return [(section, end - max(section.start, 0)) for section, end in zip(sections, ends, strict=True)]

@@ -11,9 +11,9 @@ from weakref import ReferenceType, ref
 from torch import nn
 
 from vlmprune.errors import UsageError
+from vlmprune.live.attachment import Attachment, attachment_of, check_unshared
 from vlmprune.live.context import Contexts
 from vlmprune.live.explain import Explanation, explain, not_asked
-from vlmprune.live.hooks import Attachment, attachment_of, check_unshared
 from vlmprune.live.owner import Owner
 from vlmprune.live.plan import Plan
 from vlmprune.live.record import Prefill

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vlmprune.errors import UsageError
-from vlmprune.live.attention import KEY
+from vlmprune.live.attention import ATTENTION_KEY
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,9 @@ class Links:
         modules: what carries hooks.
         routed: attention modules that are led through ours.
         recipe: for sentences.
+
+    Attributes:
+        way: of every module on the way to the language model, where it is: among its parent's modules, and by which name.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Links:
         found = [_chain(base, paths[module]) for module in (text, *modules, *self._routed) if module in paths]
         self._links = {link.path: link for links in found for link in links}
         self._text = found[0] if found else []
+        self.way = tuple((link.parent._modules, link.name, link.child) for link in self._text)
 
     def check(self, whole: bool) -> None:
         """Refuse to go on past a part that was replaced; the way to the language model alone, if not `whole`.
@@ -72,7 +76,7 @@ def check_routes(routed: Mapping[nn.Module, str], recipe: object) -> None:
     """
     for module, path in routed.items():
         config = module.config
-        if (found := config._attn_implementation_internal) != KEY:  # type: ignore[union-attr]
+        if (found := config._attn_implementation_internal) != ATTENTION_KEY:  # type: ignore[union-attr]
             raise UsageError(
                 f"the attention implementation of {path} was set to {found!r} in its own config after vlmprune.wrap, which "
                 f"leads past {recipe}: call vlmprune.unwrap(model), then model.set_attn_implementation({found!r}), which "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class Marks:
         membership: `[batch, 1 or head, entry, 1 + groups]`, 1 for the group that an entry is in and 0 for the others.
         present: `[batch, 1 or head, 1, 1 + groups]` bool, which groups have a marked entry.
         weight: `[batch, entry]` the fraction of their absolute value by which scores are raised.
+        step: the edit of a decoding step, made from the tables; it is neither copied nor stored with the marks.
         idle: no entry is marked, and the host knows it.
     """
 
@@ -40,7 +42,11 @@ class Marks:
     membership: Tensor | None = None
     present: Tensor | None = None
     weight: Tensor | None = None
+    step: Any = None
     idle: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "step": None}
 
     def members(self, count: int, entries: int, dtype: torch.dtype) -> Tensor:
         """`[batch, 1 or head, entries, 1 + count]` of `dtype`: `membership` of the first `entries`, in `count` groups. A GPU's
@@ -101,4 +107,4 @@ class Marks:
             self._forget_tables()
 
     def _forget_tables(self) -> None:
-        self.membership = self.present = self.weight = None
+        self.membership = self.present = self.weight = self.step = None

@@ -34,13 +34,13 @@ class Encoded:
 
     Attributes:
         owner: of the plan under which they were encoded.
-        cut: patches were dropped inside the tower, and rows of NaN stand for them: only that plan can use them.
+        shortened: patches were dropped inside the tower, with rows of NaN in their places: only that plan can use them.
         used: a prompt has taken them.
         prompts: the prompts that are run with them again for every token, without a cache; the latest.
     """
 
     owner: Owner | None
-    cut: bool = False
+    shortened: bool = False
     used: bool = False
     prompts: deque[Any] = field(default_factory=lambda: deque(maxlen=16))
 

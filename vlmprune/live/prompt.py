@@ -49,7 +49,7 @@ def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(signature(forward).parameters)[1:]
 
 
-def look_at_mask(call: Call, kwargs: Mapping[str, Any]) -> None:
+def read_mask(call: Call, kwargs: Mapping[str, Any]) -> None:
     """Note a call's mask: as 2-D, or that layers are given one of which every cell counts."""
     mask = full_mask(kwargs)
     call.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -84,7 +84,7 @@ def read_prompt(
     """Read the tokens of a call with pictures; notes in `call` what their mask says.
 
     Args:
-        call: the running forward pass, after `look_at_mask`.
+        call: the running forward pass, after `read_mask`.
         kwargs: the base model's arguments, all by name.
         image_token: id of the placeholder.
         text: the language model.
@@ -140,14 +140,14 @@ def read_prompt(
     return Tokens.of(known, real, there, call.tail, None if segments is None else _with_pictures(segments, there))
 
 
-def begin_prompt(call: Call, tokens: Tokens, counts: Sequence[int], device: torch.device) -> None:
-    """Find the images of a call, and begin its prompt.
+def begin_prompt(call: Call, tokens: Tokens, counts: Sequence[int], device: torch.device) -> Prompt:
+    """The prompt of a call with images.
 
     Args:
         counts: visual tokens of each image.
     """
     call.batch, call.sequence = tokens.real.shape
-    call.prompt = Prompt(tokens, Layout.find(tokens, counts, device), on_device(tokens.end, device))
+    return Prompt(tokens, Layout.find(tokens, counts, device), on_device(tokens.end, device))
 
 
 def packed_samples(kwargs: Mapping[str, Any], ids: Tensor, config: Any, flash: bool) -> Tensor | None:

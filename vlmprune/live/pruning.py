@@ -98,7 +98,7 @@ class Pruning:
 
     def chooses_at(self, layer: int, call: Call, prompt: Prompt) -> bool:
         """Whether a method will choose before a layer: it is asked where it keeps fewer tokens than are there."""
-        if prompt.replayed or call.sections[-1].start >= layer:
+        if prompt.replayed or (call.sections and call.sections[-1].start >= layer):
             return False
         for bound in self._running[layer]:
             budget = self.budget_of(bound, call.budget)
@@ -292,7 +292,8 @@ class Pruning:
 
     def forget(self, call: Call, cache_: Any) -> None:
         """After prefill, forget in the layers from the cache stage's on what the last stage dropped."""
-        bound, prompt, record, last = self.cache_stage, call.prompt, call.record, call.sections[-1]
+        bound, prompt, record = self.cache_stage, call.prompt, call.record
+        last = call.sections[-1] if call.sections else call.section
         if bound is None or cache_ is None or prompt is None or record is None or last.rows is None:
             return
         assert last.alive is not None

@@ -24,8 +24,9 @@ from vlmprune.errors import UsageError
 from vlmprune.kernels.grouped_attention import grouped_attention, scored_attention
 from vlmprune.live.apart import Apart
 from vlmprune.live.attention import CALL_ARGUMENT
-from vlmprune.live.cache import MarkedLayer, holds_words_only, marked_layer
+from vlmprune.live.cache import MarkedLayer, PrunedLayer, holds_words_only, marked_layer
 from vlmprune.live.call import Call
+from vlmprune.live.decoding_step import DecodingStep
 from vlmprune.live.edited_rows import find_rows, keys_valid, overwritten
 from vlmprune.live.edits import LayerInput
 from vlmprune.live.links import check_routes
@@ -81,6 +82,11 @@ class Redistribution:
         self._compared = max((index for index, m in self.by_layer.items() if isinstance(m, HeadScaler)), default=-1)
         self.routed = sorted({*self.by_layer, *range(self._compared + 1)})
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The methods that change something."""
+        return tuple(dict.fromkeys(method.name for method in self.by_layer.values()))
+
     # -- hooks -----------------------------------------------------------------------------------------------------------
 
     def enter_text(self, call: Call, embeddings: Tensor) -> None:
@@ -96,22 +102,39 @@ class Redistribution:
             layers, name = self._layers[: self._compared + 1], self.by_layer[self._compared].name
             call.edits.text_only = TextOnly.enter(call, embeddings, self._text, self._family, layers, name)
 
-    def enter_step(self, call: Call, cache: Any) -> None:
+    def enter_step(self, call: Call, kwargs: dict[str, Any]) -> None:
         """A later call without an image enters the language model: look up the marks of all layers at once. If a layer has none
         of this method, the hooks of the layers do it, and refuse or leave out what they find."""
-        if not call.past or cache is None:
+        embeddings, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        if not call.enabled or cache is None:
             return
-        layers, inputs = cache.layers, call.edits.inputs
+        layers, steps, idle = cache.layers, call.edits.steps, True
+        plain = embeddings is not None and self._sees_all(call, embeddings)
         for index, name in self._names.items():
             layer = layers[index] if index < len(layers) else None
-            if not isinstance(layer, MarkedLayer) or layer.marks is None or layer.marks.by != name:
-                inputs.clear()
+            if not isinstance(layer, MarkedLayer) or (marks := layer.marks) is None or marks.by != name:
+                steps.clear()
                 return
-            inputs[index] = LayerInput(index, call, None, layer)
-        if not all(step.layer.marks.idle for step in inputs.values() if step.layer.marks is not None):
+            steps[index] = layer
+            idle = idle and marks.idle
+            plain = plain and (not isinstance(layer, PrunedLayer) or layer.recorded is None or layer.recorded.dense)
+        if not idle:
             for name, routes in self._routes.items():
                 check_routes(routes, name)
         call.edits.ready = True
+        if not plain:
+            call.edits.inputs = {index: LayerInput(index, call, None, layer) for index, layer in steps.items()}
+            call.edits.steps = {}
+
+    def _sees_all(self, call: Call, embeddings: Tensor) -> bool:
+        """Whether a call decodes one token that sees every key, in the model's own dtype, with nothing to compute beside."""
+        if embeddings.shape[1] != 1 or self._compared >= 0 or call.padded_step or torch.is_grad_enabled():
+            return False
+        if getattr(self._text.config, "output_attentions", False) or torch.is_autocast_enabled(embeddings.device.type):
+            return False
+        mask = call.mask
+        # Read on a CPU only, where nothing waits.
+        return mask is None or (mask.device.type == "cpu" and mask.shape[1] == call.past + 1 and bool(mask.all()))
 
     def enter_layer(self, index: int, call: Call, hidden: Tensor, cache: Any) -> None:
         """Before an edited layer: note what enters it, and where its marks are kept.
@@ -133,6 +156,13 @@ class Redistribution:
             self._check_goes_on(layer.marks, name)
         if call.edits.inputs.get(index) is None or not call.recomputes:  # otherwise the layer runs again, and all is found
             call.edits.inputs[index] = LayerInput(index, call, hidden.detach(), layer)
+
+    def leave(self, call: Call) -> None:
+        """A prompt is over. What recomputed layers need stays as long as the call."""
+        if not call.recomputes:
+            call.edits.inputs.clear()
+        if call.edits.text_only is not None:
+            call.edits.text_only.close()
 
     def _check_goes_on(self, marks: Marks | None, name: str) -> None:
         """Refuse to edit a conversation that began otherwise, or attention that is not led through `attend` any more."""
@@ -173,31 +203,52 @@ class Redistribution:
         call: Call | None = kwargs.get(CALL_ARGUMENT)
         if call is None:
             return own()
-        edits, method = call.edits, self.by_layer.get(index)
+        edits = call.edits
+        if (layer := edits.steps.get(index)) is not None and (marks := layer.marks) is not None:
+            if marks.idle:
+                return own()
+            if query.dtype == value.dtype and not kwargs.get("output_attentions"):
+                if (step := marks.step) is None or step.dtype != query.dtype or step.entries < key.shape[2]:
+                    step = marks.step = DecodingStep.of(self.by_layer[index], marks, query, key, value)
+                return step(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+            edits.inputs[index] = LayerInput(index, call, None, layer)
+        method = self.by_layer.get(index)
         if edits.is_text_only:
             assert edits.text_only is not None
             return edits.text_only.attend(method, own())
         if edits.apart is not None:
             return self._attend_apart(index, call, own(), query, key, value, scaling, kwargs)
-        step = edits.inputs.get(index)
-        if step is not None and isinstance(method, HeadScaler):
-            return self._scaled(step, method, own())
+        given = edits.inputs.get(index)
+        if given is not None and isinstance(method, HeadScaler):
+            return self._scaled(given, method, own())
         if edits.text_only is not None:
             edits.text_only.advance(index)
-        if step is None or method is None:
-            return own()
+        return own() if given is None else self._edit(given, own, query, key, value, scaling, kwargs)
+
+    def _edit(
+        self,
+        given: LayerInput,
+        own: Callable[[], Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The same for a layer whose rows are edited: all of them, or some that take the places of the model's own."""
+        method = self.by_layer[given.index]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         # Inside `torch.autocast`, rotated queries and keys are fp32, and values have the dtype of what the model returns.
         returned = value.dtype
         if not query.dtype == key.dtype == returned:
             key, value = key.to(query.dtype), value.to(query.dtype)
-        first = not step.ran
+        first = not given.ran
         if first:
-            self._find(step, method, query, key, scaling)
-        marks, rows = step.layer.marks, step.rows
+            self._find(given, method, query, key, scaling)
+        marks, rows = given.layer.marks, given.rows
         assert marks is not None
         if marks.idle:
-            _record(step, method, marks, first)
+            _record(given, method, marks, first)
             return own()
         result = None
         if rows is not None or kwargs.get("output_attentions", getattr(self._text.config, "output_attentions", False)):
@@ -212,7 +263,7 @@ class Redistribution:
             position = torch.arange(past, key.shape[2], device=key.device)[None]
         device = query.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            edited, changed = _edited(step, method, marks, chosen, key, value, scaling, position, first)
+            edited, changed = _edited(given, method, marks, chosen, key, value, scaling, position, first)
         if result is None:
             return edited.to(returned).contiguous(), None
         return (overwritten(result[0], edited.to(result[0].dtype), rows, changed), *result[1:])
@@ -228,31 +279,31 @@ class Redistribution:
         edited = self.attend(index, lambda: (apart.take(result[0], 1), None), query, key, value, scaling, **mine)
         return (apart.put_back(result[0], edited[0]), *result[1:])
 
-    def _find(self, step: LayerInput, method: Redistributor, query: Tensor, key: Tensor, scaling: float) -> None:
+    def _find(self, given: LayerInput, method: Redistributor, query: Tensor, key: Tensor, scaling: float) -> None:
         """In a layer's first run: which keys are padding, what is marked, and which rows are edited."""
-        call, marks = step.call, step.layer.marks
-        step.valid = keys_valid(call, step.layer, key)
+        call, marks = given.call, given.layer.marks
+        given.valid = keys_valid(call, given.layer, key)
         if call.prompt is not None and not (call.resumed and marks is not None):
             assert isinstance(method, GroupEditor | ScoreEditor)
             with torch.autocast(query.device.type, enabled=False):
-                marks = mark_prompt(self._names[step.index], method, step, query, key, scaling)
-            step.layer.marks = marks
+                marks = mark_prompt(self._names[given.index], method, given, query, key, scaling)
+            given.layer.marks = marks
         assert marks is not None
         if not marks.idle and (call.prompt is not None or query.shape[2] > 1):
             kind = method.rows, query.shape[2], call.section.start
             if kind not in call.edits.rows:
                 call.edits.rows[kind] = find_rows(call, method.rows, query.shape[0], query.shape[2], query.device)
-            step.rows = call.edits.rows[kind]
-        step.hidden, step.ran = None, True
+            given.rows = call.edits.rows[kind]
+        given.hidden, given.ran = None, True
 
-    def _scaled(self, step: LayerInput, method: HeadScaler, result: Any) -> Any:
+    def _scaled(self, given: LayerInput, method: HeadScaler, result: Any) -> Any:
         """The model's own result, its heads scaled by factors that are found at the prompt."""
-        call, marks = step.call, step.layer.marks
+        call, marks = given.call, given.layer.marks
         if call.edits.text_only is not None and marks is None:
-            heads = call.edits.text_only.compare(step.index, call, result[0])
-            marks = step.layer.marks = Marks(self._names[step.index], heads=heads)
+            heads = call.edits.text_only.compare(given.index, call, result[0])
+            marks = given.layer.marks = Marks(self._names[given.index], heads=heads)
             if call.record is not None:
-                call.record.edits.append(Edit(step.index, method.name, heads=heads))
+                call.record.edits.append(Edit(given.index, method.name, heads=heads))
         assert marks is not None
         if marks.heads is None:  # the conversation began without an image
             return result
@@ -260,7 +311,7 @@ class Redistribution:
 
 
 def _edited(
-    step: LayerInput,
+    given: LayerInput,
     method: Redistributor,
     marks: Marks,
     query: Tensor,
@@ -273,22 +324,22 @@ def _edited(
     """`[batch, row, head, dim]` of the edited rows, and which heads of them differ from the model's own `[batch, row,
     head]`; None if all may."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    entries, valid, rows = key.shape[2], step.valid, step.rows
+    entries, valid, rows = key.shape[2], given.valid, given.rows
     if isinstance(method, ScoreEditor):
         weight = marks.weights(method.strengths, entries, dtype)
-        _record(step, method, marks, first)
+        _record(given, method, marks, first)
         return scored_attention(query, key, value, scaling, position, valid, weight), None
     assert isinstance(method, GroupEditor)
     members = marks.members(method.group_count, entries, dtype)
     coefficients = partial(method.coefficients, present=marks.present)
     out, factors, masses = grouped_attention(query, key, value, scaling, position, valid, members, coefficients)
-    if step.call.record is None:
+    if given.call.record is None:
         return out, None
-    _record(step, method, marks, first, factors.detach(), masses.detach(), None if rows is None else rows.valid)
+    _record(given, method, marks, first, factors.detach(), masses.detach(), None if rows is None else rows.valid)
     return out, (factors != 1).any(dim=-1).transpose(1, 2)
 
 
-def _record(step: LayerInput, method: Redistributor, marks: Marks, first: bool, *edit: Tensor | None) -> None:
-    record = step.call.record
+def _record(given: LayerInput, method: Redistributor, marks: Marks, first: bool, *edit: Tensor | None) -> None:
+    record = given.call.record
     if first and record is not None and marks.groups is not None and marks.groups.shape[-1]:  # otherwise words only
-        record.edits.append(Edit(step.index, method.name, marks.groups, *edit))
+        record.edits.append(Edit(given.index, method.name, marks.groups, *edit))

@@ -45,7 +45,7 @@ class ZeroTuning(GroupEditor):
 
     def coefficients(self, mass: Tensor, present: Tensor | None = None) -> Tensor:
         others, first = mass.unbind(dim=-1)
-        total = others + self.gain * first
-        possible = total > torch.finfo(mass.dtype).tiny
-        rest = torch.where(possible, 1 / torch.where(possible, total, 1), 1)
-        return torch.stack((rest, torch.where(possible, self.gain * rest, 1)), dim=-1)
+        total = torch.add(others, first, alpha=self.gain)
+        nothing = total <= torch.finfo(mass.dtype).tiny
+        rest = total.masked_fill(nothing, 1).reciprocal()
+        return torch.stack((rest, (self.gain * rest).masked_fill(nothing, 1)), dim=-1)

@@ -1,0 +1,288 @@
+"""The only module that changes a live model: hooks in, hooks out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from threading import RLock
+from typing import Any
+from weakref import ReferenceType, WeakSet, finalize, ref
+
+import torch
+from torch import nn
+
+from vlmprune.errors import UsageError
+from vlmprune.live import hooks
+from vlmprune.live.attention import route_attention
+from vlmprune.live.decoder import take
+from vlmprune.live.hooks import Hooks
+from vlmprune.live.owner import Owner
+from vlmprune.live.owners import GONE, Owners
+from vlmprune.live.plan import Plan
+
+PATIENCE = 60.0
+"""Seconds that removing waits for forward passes of other threads, which cannot go on without their hooks."""
+ON_THE_WAY = 2.0
+"""Seconds that it waits for images which another thread has encoded, and has not used yet."""
+
+
+class Attachment:
+    """All hooks on one model. They belong to the model, not to a recipe."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base, self.owners = base, Owners(base)
+        self.hooks = Hooks(self.owners, self._watch_graph)
+        self._places: dict[Any, _Place] = {}
+        self._sleeps = False
+        self._lock, self._awake = RLock(), 0
+        self._graphs: WeakSet[Any] = WeakSet()
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise UsageError("a wrapped model cannot be copied or pickled: call run.remove() first, and wrap the copy.")
+
+    @property
+    def current(self) -> Owner | None:
+        """What owns new conversations, or None."""
+        return self.owners.current
+
+    def follow(self, plan: Plan) -> Owner:
+        """New conversations follow `plan` from now on."""
+        with self._lock:
+            owner = self.join(plan)
+            self.owners.follow(owner)
+        self.tidy()
+        return owner
+
+    def join(self, plan: Plan) -> Owner:
+        """Whoever is given the owner follows `plan`, as long as somebody holds it."""
+        with self._lock:
+            owner = self.owners.add(plan)
+            for name, put in self._wanted(plan):
+                if name not in self._places:
+                    self._places[name] = place = put()
+                    place.sleep(self._sleeps)
+        return owner
+
+    def clear(self) -> None:
+        """Nobody follows a plan any more, and the model is as it was; where gradient checkpointing will run layers again, the
+        hooks wait for that, and go with the graph.
+
+        Raises:
+            UsageError: another thread does not leave the model.
+        """
+        current, self.owners.current = self.owners.current, None  # held until its callers are told
+        self._wait()
+        for other in self.owners.alive():
+            other.plan.contexts.close()
+            other.plan = None
+        del current
+        for find in self.hooks.shortened:
+            if (output := find()) is not None:
+                _spoil(output)
+        self.hooks.shortened = []
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Take away the hooks that no plan needs any more."""
+        with self._lock:
+            alive = self.owners.alive()
+            recomputed = {state.plan for state in list(self._graphs) if state.recomputes}
+            plans = recomputed.union(owner.plan for owner in alive)
+            needed = {name for plan in plans for name, _ in self._wanted(plan)}
+            for name in [name for name in self._places if name not in needed]:
+                self._places.pop(name).remove()
+            self._sleep(not self._awake and not any(owner.plan.may_change(None, None) for owner in alive))
+
+    def _sleep(self, sleeps: bool) -> None:
+        """While no plan changes anything, a model that is compiled whole needs no hook; it is compiled anew afterwards."""
+        if sleeps != self._sleeps:
+            self._sleeps = sleeps
+            for place in self._places.values():
+                place.sleep(sleeps)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """While a block is open, hooks act in compiled models, too."""
+        with self._lock:
+            self._awake += 1
+            self._sleep(False)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._awake -= 1
+            self.tidy()
+
+    def _watch_graph(self, state: Any) -> None:
+        """Remember a call, or a pass through the tower, that a backward pass may run again."""
+        self._graphs.add(state)
+        finalize(state, _graph_gone, ref(self)).atexit = False
+
+    def _wait(self) -> None:
+        """Let the forward passes of other threads come to their end: half of one cannot go on without its hooks."""
+        begun = time.monotonic()
+        while (waited := time.monotonic() - begun) < PATIENCE:
+            on_the_way = self.hooks.on_the_way if waited < ON_THE_WAY else {}
+            if not _of_others(self.hooks.inside) and not _of_others(on_the_way):
+                return
+            time.sleep(0.001)
+        raise UsageError(
+            f"the hooks cannot be taken away: another thread is inside the model, for {PATIENCE:g} s already; new prompts run "
+            "un-pruned from now on; call run.remove() again when that thread has come to its end."
+        )
+
+    # -- places ----------------------------------------------------------------------------------------------------------
+
+    def _wanted(self, plan: Plan) -> Iterator[tuple[Any, Callable[[], _Place]]]:
+        """The name of every hook that a plan needs, and what puts it in place."""
+        ours, base, text = self.hooks, self.base, plan.text
+        if plan.model is not base:
+            yield ("model", plan.model), partial(self._before, plan.model, ours.enter_model)
+        yield "base", partial(self._before, base, ours.enter_base)
+        yield "base left", partial(self._after, base, ours.leave_base, always_call=True)
+        yield "text", partial(self._before, text, ours.enter_language_model)
+        yield "text left", partial(_Place, text.register_forward_hook, hooks.leave_language_model)
+        if (tower := plan.family.tower) is not None:  # whose images they are is decided when they are encoded
+            root = base.get_submodule(tower.root)
+            yield ("tower", 0), partial(self._before, root, ours.enter_tower)
+            yield ("tower left", 0), partial(self._after, root, ours.leave_tower)
+        for kind, index in plan.places():
+            yield (kind, index), partial(self._put, plan, kind, index)
+        for module in {**plan.observers, **plan.editors}:
+            yield ("attention", module), partial(_Route, module)
+
+    def _put(self, plan: Plan, kind: str, index: int) -> _Place:
+        if kind == "layer":
+            return _Place(plan.layers[index].register_forward_pre_hook, partial(hooks.enter_layer, index))
+        if kind == "carried":
+            return _Place(plan.layers[index].get_submodule(plan.family.attention).register_forward_pre_hook, take)
+        tower = plan.family.tower
+        assert tower is not None
+        part = self.base.get_submodule
+        if kind == "first block":
+            return self._before(part(f"{tower.blocks}.{index}"), hooks.enter_first_block)
+        if kind == "block":
+            return self._before(part(f"{tower.blocks}.{index}"), partial(hooks.enter_block, index))
+        if kind == "merger":
+            return self._before(part(tower.projector), self.hooks.enter_merger)
+        return self._after(part(tower.projector), self.hooks.leave_projector)
+
+    def _before(self, module: nn.Module, hook: Callable[..., Any]) -> _Place:
+        return _Sleeper(module.register_forward_pre_hook, module._forward_pre_hooks, self, hook)
+
+    def _after(self, module: nn.Module, hook: Callable[..., Any], always_call: bool = False) -> _Place:
+        register = partial(module.register_forward_hook, always_call=always_call)
+        return _Sleeper(register, module._forward_hooks, self, hook)
+
+
+class _Place:
+    """A hook in its place, which does nothing without a call that follows a plan."""
+
+    def __init__(self, register: Callable[..., Any], hook: Callable[..., Any]) -> None:
+        self._handle = register(hook, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Take it away."""
+        self._handle.remove()
+
+    def sleep(self, sleeps: bool) -> None:
+        """Do nothing in a model that is compiled whole, or do what there is to do."""
+
+
+class _Sleeper(_Place):
+    """A hook that decides by itself, and that `torch.compile` must not look into: its control flow depends on the prompt. The
+    model between hooks is still compiled.
+
+    Args:
+        register: puts a hook on a module.
+        there: all hooks of that kind on the module.
+        attachment: whose hook it is.
+    """
+
+    def __init__(
+        self, register: Callable[..., Any], there: dict[int, Any], attachment: Attachment, hook: Callable[..., Any]
+    ) -> None:
+        self.attachment, self._there = attachment, there
+        self._awake: Any = torch.compiler.disable(hook)
+        self._awake.vlmprune = attachment
+        super().__init__(register, self._awake)
+
+    def _asleep(self, *args: Any) -> Any:
+        return None if torch.compiler.is_compiling() else self._awake(*args)
+
+    def sleep(self, sleeps: bool) -> None:
+        self._there[self._handle.id] = self._asleep if sleeps else self._awake
+
+
+class _Route(_Place):
+    """Attention that is led through ours."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._undo = route_attention(module)
+
+    def remove(self) -> None:
+        self._undo()
+
+
+def _attachments(module: nn.Module) -> list[Attachment]:
+    """Those that have hooks on a module."""
+    found = []
+    for hook in list(module._forward_pre_hooks.values()):
+        sleeper = getattr(hook, "__self__", None)
+        attachment = sleeper.attachment if isinstance(sleeper, _Sleeper) else getattr(hook, "vlmprune", None)
+        if isinstance(attachment, Attachment):
+            found.append(attachment)
+    return found
+
+
+def check_unshared(plan: Plan) -> None:
+    """Refuse to put hooks on parts that carry those of another model: they would act in each other's calls.
+
+    Raises:
+        UsageError: the language model or the vision tower is a part of another model, which is wrapped.
+    """
+    parts = {"language model": plan.text}
+    if (tower := plan.family.tower) is not None:
+        parts["vision tower"] = plan.base.get_submodule(tower.root)
+    for name, part in parts.items():
+        if any(found.base is not plan.base and found.current is not None for found in _attachments(part)):
+            raise UsageError(
+                f"the {name} of this model is a part of another model, too, which is wrapped already: call "
+                "vlmprune.unwrap on that one first, or give each model parts of its own."
+            )
+
+
+_attaching = RLock()
+
+
+def attachment_of(base: nn.Module, make: bool = False) -> Attachment | None:
+    """The hooks that a model carries already, or new ones."""
+    with _attaching:
+        found = _attachments(base)
+        return found[0] if found else Attachment(base) if make else None
+
+
+def _of_others(doing: dict[int, ReferenceType[Any]]) -> bool:
+    """Whether a thread that is alive, and is not this one, is listed with something that is there still."""
+    alive = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+    return any(ident in alive and what() is not None for ident, what in list(doing.items()))
+
+
+def _spoil(output: Any) -> None:
+    """Encoded images with rows of NaN in the places of dropped patches, which nobody will remove any more, refuse to be used:
+    the plain model would answer NaN."""
+    kind = type(output)
+    output.__class__ = type(kind.__name__, (kind,), {"pooler_output": property(_gone)})
+
+
+def _gone(_: Any) -> None:
+    raise UsageError(GONE)
+
+
+def _graph_gone(find: ReferenceType[Attachment]) -> None:
+    attachment = find()
+    if attachment is not None and attachment.current is None:  # what waited for this graph goes, too
+        attachment.tidy()

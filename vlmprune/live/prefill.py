@@ -1,0 +1,250 @@
+"""How a prompt begins and ends: its images are found, its first section and its record begin, and the record is completed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vlmprune.device import on_host
+from vlmprune.errors import UsageError
+from vlmprune.live.cache import check_growing, hand_over
+from vlmprune.live.call import Call, Chosen, Prompt
+from vlmprune.live.owner import Encoded, Owner, encoded_of
+from vlmprune.live.prompt import begin_prompt, check_mask_goes_on, read_mask, read_prompt, refuse_merged, visible_images
+from vlmprune.live.pruning import timed
+from vlmprune.live.record import Clock, Prefill
+from vlmprune.live.tower import look_up_tower
+from vlmprune.schedule import Budget
+
+if TYPE_CHECKING:
+    from vlmprune.live.plan import Plan
+
+IGNORED = -100
+"""The label that a loss leaves out, as everywhere in transformers."""
+
+
+@dataclass(eq=False)
+class Uncached:
+    """A prompt that is run again for every token, with the same encoded images: whose it is, what its caller had said, what
+    was chosen, and what redistribution marked. It lives as long as the images."""
+
+    ids: Tensor
+    owner: Owner
+    enabled: bool
+    budget: Budget | None
+    chosen: dict[int, Chosen] = field(default_factory=dict)
+    marks: dict[int, Any] = field(default_factory=dict)
+
+    def goes_on(self, ids: Tensor) -> bool:
+        """Whether `ids` continue the prompt."""
+        length = self.ids.shape[1]
+        return ids.shape[0] == self.ids.shape[0] and ids.shape[1] > length and torch.equal(ids[:, :length], self.ids)
+
+
+# -- before the language model -----------------------------------------------------------------------------------------------
+
+
+def begin(plan: Plan, call: Call, owner: Owner, kwargs: dict[str, Any]) -> None:
+    """A call that follows `plan` enters the base model, with `kwargs`. `owner` owns its conversation."""
+    settings = plan.contexts.settings
+    call.owner, call.plan = owner, plan
+    call.enabled, call.budget, call.blocks = settings.enabled, settings.budget, settings.blocks
+    read_mask(call, kwargs)
+    if call.past:
+        check_mask_goes_on(call, kwargs.get("past_key_values"))
+    else:
+        _begin_conversation(plan, call, owner, kwargs)
+    if not call.enabled:
+        return
+    try:
+        _find_images(plan, call, kwargs)
+    except UsageError:  # what cannot be followed is refused only where it matters: the plain model takes it
+        if plan.may_change(call.images, call.budget):
+            raise
+        read_mask(call, kwargs)
+
+
+def _begin_conversation(plan: Plan, call: Call, owner: Owner, kwargs: dict[str, Any]) -> None:
+    cache, ids = kwargs.get("past_key_values"), identity_of(kwargs)
+    hand_over(cache, owner)
+    if ids is not None and ids.shape[1] > 1:  # guidance runs the last token alone, beside the prompt that counts
+        plan.contexts.note(None, call.blocks)  # a prompt that is refused, or switched off, has no record
+    features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+    if cache is not None or features is None or ids is None:
+        return
+    if (made := encoded_of(features)) is None:  # encoded before the model was wrapped, or put together by the caller
+        made = features.vlmprune = Encoded(None, used=True)
+    if call.again is None:  # else it was found with its owner
+        call.again = Uncached(ids, owner, call.enabled, call.budget)
+        made.prompts.append(call.again)
+    call.enabled, call.budget = call.again.enabled, call.again.budget
+
+
+def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    if kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
+        raise UsageError(
+            "videos are not pruned yet: pass the frames as pictures, or run this prompt inside "
+            "`with run.override(enabled=False):`."
+        )
+    counts = call.images = _encoded_counts(encoded.get("image")) or plan.family.tokens_per_image(kwargs, plan.config)
+    plan.links.check(whole=counts is not None)
+    if counts is None:
+        refuse_merged(kwargs, plan.text)
+        return  # a prompt without an image, a later step, or a turn without a new image
+    if (ids := identity_of(kwargs)) is None:
+        return  # the model itself refuses this
+    cache, edits = kwargs.get("past_key_values"), plan.redistribution.names
+    if edits or plan.pruning.may_drop(counts, call.budget):
+        check_growing(cache, "attention redistribution" if edits else "pruning inside the language model")
+    forgets = plan.pruning.cache_stage
+    if forgets is not None and (call.tail or (cache is None and kwargs.get("mm_encoder_outputs") is not None)):
+        raise UsageError(
+            f"{forgets.method.name} forgets tokens in the KV cache after prefill, which needs use_cache=True and no "
+            "assisted decoding; or turn that stage off (cache_layer=-1)."
+        )
+    known = call.again
+    if known is not None:
+        call.tail += ids.shape[1] - known.ids.shape[1]
+        call.uncached, call.resumed = known.marks, bool(known.marks)
+    tokens = read_prompt(call, kwargs, plan.family.image_token(plan.config), plan.text, plan.needs, edits)
+    call.prompt = begin_prompt(call, tokens, counts, ids.device)
+    if known is not None:
+        call.prompt.chosen, call.prompt.replayed = known.chosen, bool(known.chosen)
+
+
+def identity_of(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """`[batch, token]` what tells one prompt from another: ids, or the first numbers of embeddings."""
+    ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    return embeddings[..., 0] if ids is None and embeddings is not None else ids
+
+
+def _encoded_counts(encoded: Any) -> list[int] | None:
+    """Visual tokens of each image, where `generate` has encoded them already."""
+    if encoded is None:
+        return None
+    if encoded.last_hidden_state is None:  # generate() cuts features up for a chunked prefill, and leaves this out
+        raise UsageError(
+            "pruning decides over whole pictures, but these features come in pieces, as generate(prefill_chunk_size=…) cuts "
+            "them, whether the prompt has one chunk or several: leave prefill_chunk_size out, and pass on what "
+            "get_image_features returned as it is."
+        )
+    return [features.shape[0] for features in encoded.pooler_output]
+
+
+# -- at the language model ---------------------------------------------------------------------------------------------------
+
+
+def enter_prompt(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call enters the language model: the first section begins, and the record of a prompt."""
+    prompt, embeddings = call.prompt, kwargs.get("inputs_embeds")
+    if prompt is None:
+        if not call.past and embeddings is not None:
+            _without_image(plan, call, embeddings)
+        call.idle = plan.pruning.decodes_without_padding(call, kwargs)
+        return (args, {**kwargs, "attention_mask": None}) if call.idle else None
+    assert embeddings is not None
+    if plan.family.newline is not None:
+        _separate_newlines(prompt, embeddings, getattr(plan.base, plan.family.newline))
+    remaining = visible_images(prompt)
+    prompt.candidates = [len(index) for index in remaining]
+    prompt.entered = list(prompt.candidates)
+    plan.pruning.begin(call, remaining, prompt.layout.real, prompt.layout.counts)
+    call.record = _begin_record(plan, call, embeddings)
+    with timed(call, embeddings.device, "what the tower saw"):
+        looks = bool(plan.redistribution.needs) or plan.pruning.may_drop(prompt.candidates, call.budget)
+        if plan.tower.wanted and looks:
+            look_up_tower(call, plan.tower.memory, embeddings)
+        if plan.needs & {"embeddings", "text_embeddings"}:
+            prompt.embeddings = embeddings
+        plan.redistribution.enter_text(call, embeddings)
+    # With padding, the model would make a mask of the whole prompt, [batch, 1, n, n], which no layer would see. Without
+    # cache and mask, however, it would take positions with padding for packed sequences, and make a mask for these.
+    cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache", plan.text.config.use_cache)
+    unseen = (cached or kwargs.get("position_ids") is None) and plan.pruning.shortens_at_once(call) and not call.custom
+    return (args, {**kwargs, "attention_mask": None}) if unseen else None
+
+
+def _without_image(plan: Plan, call: Call, embeddings: Tensor) -> None:
+    """A prompt without an image has nothing to prune: it simply runs, and the record says so."""
+    if plan.tower.shortens and on_host(embeddings[..., 0].isnan().any()):
+        raise UsageError(
+            f"the pictures were encoded while {plan.recipe} dropped patches of them inside the vision tower, and "
+            "run.enabled is False now: encode them again."
+        )
+    call.batch, call.sequence = embeddings.shape[:2]
+    if call.enabled and call.sequence > 1:  # guidance runs the last token alone beside the prompt, whose record people want
+        call.record = _begin_record(plan, call, embeddings)
+
+
+def _separate_newlines(prompt: Prompt, embeddings: Tensor, newline: Tensor) -> None:
+    """Row separators are among an image's placeholders but show nothing: they count as text."""
+    device = embeddings.device.type
+    if torch.is_autocast_enabled(device):  # transformers packs it among features of that dtype
+        newline = newline.to(torch.get_autocast_dtype(device))
+    prompt.newlines = on_host((embeddings == newline.to(embeddings)).all(dim=-1)) & prompt.tokens.placeholders
+    prompt.layout = prompt.layout.without(prompt.newlines)
+
+
+def _begin_record(plan: Plan, call: Call, embeddings: Tensor) -> Prefill:
+    prompt = call.prompt
+    visual = 0 if prompt is None else sum(len(image) for image in prompt.layout.images)
+    record = Prefill(
+        batch=call.batch,
+        sequence=call.sequence,
+        past=call.past,
+        visual=visual,
+        shape=plan.shape,
+        itemsize=embeddings.element_size(),
+        neutral=plan.redistribution.neutral,
+        newlines=0 if prompt is None or prompt.newlines is None else int(prompt.newlines.sum()),
+        hidden=0 if prompt is None else visual - sum(prompt.candidates),
+    )
+    record.prefill.start = Clock.now(embeddings.device)
+    record.tower, plan.tower.now.clocks = list(plan.tower.now.clocks), ()
+    return record
+
+
+# -- after the language model ------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable
+def leave_prompt(plan: Plan, call: Call, record: Prefill, output: Any) -> Any:
+    """A prompt leaves the language model: rows go back to their places, the cache stage forgets, the record is complete."""
+    hidden, last = output[0], call.sections[-1] if call.sections else call.section
+    if last.rows is not None:
+        output.last_hidden_state = last.rows.scatter(hidden, call.sequence)
+    for section, layers in call.layers_by_section(plan.shape.layers):
+        record.entering += [call.sequence if section.rows is None else section.rows.rows.shape[1]] * layers
+        record.stored += [call.past + call.sequence if section.stored is None else section.stored] * layers
+    record.resident, record.peak = list(record.stored), sum(record.stored)
+    plan.pruning.forget(call, output.get("past_key_values"))  # made by the model itself in a plain call
+    record.prefill.end = Clock.now(hidden.device)
+    hand_over(output.get("past_key_values"), call.owner)
+    if call.labels and last.rows is not None and last.alive is not None:
+        _ignore_labels(plan, call, last.alive)
+    plan.redistribution.leave(call)
+    plan.contexts.note(record, call.blocks)
+    return output
+
+
+def _ignore_labels(plan: Plan, call: Call, alive: Tensor) -> None:
+    """A label is predicted from the row before it. Where that row was not computed, the label does not count."""
+    lost = 0
+    for labels, offset in call.labels:
+        missing = ~alive[:, : alive.shape[1] - offset].to(labels.device)
+        found = (labels[:, offset:] != IGNORED) & missing
+        labels[:, offset:].masked_fill_(found, IGNORED)
+        lost += int(on_host(found.sum()))
+    if lost and not plan.warned_of_labels:
+        plan.warned_of_labels = True
+        warnings.warn(
+            f"{lost} label(s) stand directly behind tokens that {plan.recipe} dropped, or behind padding: there is nothing "
+            f"to predict them from, and they are left out of the loss. Set them to {IGNORED} in your data. (Said once.)",
+            stacklevel=2,
+        )

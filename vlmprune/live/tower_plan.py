@@ -1,0 +1,239 @@
+"""What a recipe does in the vision tower of one model: which blocks it watches, and what the hooks of the tower do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from threading import local
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from vlmprune.adapters.family import Family
+from vlmprune.device import on_host
+from vlmprune.errors import UsageError
+from vlmprune.live.attention import CALL_ARGUMENT
+from vlmprune.live.call import Call
+from vlmprune.live.context import Contexts
+from vlmprune.live.feature_index import FeatureIndex
+from vlmprune.live.pruning import Pruning
+from vlmprune.live.record import Clock
+from vlmprune.live.tower import TowerPass, blocks_of_probes, stage_in_tower
+from vlmprune.methods.tower import TowerPruner
+from vlmprune.view import TowerFacts, taken_in_tower
+
+
+class PerThread(local):
+    """What one thread carries from the tower to the prompt."""
+
+    clocks: tuple[Clock, ...] = ()  # of the tower, until the language model takes them
+
+
+class TowerPlan:
+    """A recipe in one vision tower.
+
+    Args:
+        plan: the plan that this is a part of.
+        family, base, text, facts: the model's family, its base model and language model, and the traits of the tower.
+        pruning: the stages.
+        needs: all probes that methods look at.
+        contexts: what callers say about the handle.
+
+    Attributes:
+        wanted: probes that are taken in the tower.
+        stage: the stage inside the tower, or the one whose method only watches there; None if there is neither.
+        used: the tower is looked at.
+        memory: what the tower saw of each visual token.
+        now: what the thread carries.
+    """
+
+    def __init__(
+        self,
+        plan: Any,
+        family: Family,
+        base: Any,
+        text: Any,
+        facts: TowerFacts,
+        pruning: Pruning,
+        needs: frozenset[str],
+        contexts: Contexts,
+    ) -> None:
+        self._plan, self._family, self._base, self._text, self._facts = plan, family, base, text, facts
+        self._pruning, self._contexts, self._config = pruning, contexts, base.config
+        self.wanted, self.stage = taken_in_tower(needs), stage_in_tower(pruning.stages, needs)
+        self.used = bool(self.wanted) or self.stage is not None
+        self.memory, self.now = FeatureIndex(), PerThread()
+
+    @property
+    def shortens(self) -> bool:
+        """Patches are dropped inside the tower."""
+        return self.stage is not None and self.stage.stage.site == "vision"
+
+    # -- beforehand ------------------------------------------------------------------------------------------------------
+
+    def places(self) -> Iterator[tuple[str, int]]:
+        """Where hooks are needed, beside those that every plan has."""
+        if not self.used or (tower := self._family.tower) is None:
+            return
+        yield "projector", 0
+        yield "first block", tower.full_attention_blocks(self._config)[0] if self.stage is not None else 0
+        if self.shortens:
+            yield from (("block", index) for index in range(1, len(self._blocks())))
+            if not self._facts.cls:
+                yield "merger", 0
+
+    def hooked(self) -> Iterator[nn.Module]:
+        """What carries hooks, or attention that is looked at: the tower's root, its projector and its blocks."""
+        if self.used and (tower := self._family.tower) is not None:
+            yield from (self._base.get_submodule(name) for name in (tower.root, tower.projector))
+            yield from self._blocks()
+
+    def observers(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
+        """The attention modules of the tower that somebody looks at, each with what looks, called with the plan first."""
+        if not self.used or (tower := self._family.tower) is None:
+            return
+        blocks = self._blocks()
+        probes = blocks_of_probes(self.wanted, tower.feature_block(self._config), len(blocks))
+        if self.stage is not None:
+            for index in tower.full_attention_blocks(self._config):
+                if index < self.last_block():
+                    probes.setdefault(index, [])
+        for index, names in sorted(probes.items()):
+            yield blocks[index].get_submodule(tower.attention), partial(_watch_block, index=index, probes=names)
+
+    def last_block(self) -> int:
+        """The block before which the sequence has its final length: what feeds the projector, or in a packed tower its end."""
+        assert self._family.tower is not None
+        return self._family.tower.feature_block(self._config) + (0 if self._facts.cls else 1)
+
+    def _blocks(self) -> Any:
+        assert self._family.tower is not None
+        return self._base.get_submodule(self._family.tower.blocks)
+
+    # -- hooks, in the order of a forward pass ---------------------------------------------------------------------------
+
+    def begin(self, call: Call | None) -> TowerPass:
+        """A pass through the tower begins: what travels through its blocks. `call` is None where images are encoded alone."""
+        settings = self._contexts.settings
+        enabled, budget = (settings.enabled, settings.budget) if call is None else (call.enabled, call.budget)
+        bound = self.stage if enabled else None
+        inside = bound is not None and self.shortens
+        self.now.clocks = ()
+        return TowerPass(
+            plan=self._plan,
+            facts=self._facts,
+            last=self.last_block(),
+            wanted=self.wanted if enabled else frozenset(),
+            pruner=bound.method if bound is not None and isinstance(bound.method, TowerPruner) else None,
+            budget=self._pruning.budget_of(bound, budget) if bound is not None and inside else None,
+            drops=inside,
+            in_call=call is not None,
+        )
+
+    def enter_first_block(self, tower: TowerPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What enters the first block whose attention sees whole pictures says how many patches each has."""
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if self._facts.cls:
+            tower.begin([hidden.shape[1] - 1], hidden.shape[0], hidden.device)
+        else:
+            tower.begin(kwargs["cu_seqlens"].diff().tolist(), 1, hidden.device)
+
+    def watch_block(
+        self, tower: TowerPass, index: int, probes: list[str], query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> None:
+        """Look at the attention of a block. One that gradient checkpointing runs again was seen before."""
+        if not tower.over:
+            with self._in_tower(query.device), torch.no_grad():
+                tower.watch(index, query, key, value, scaling, probes)
+
+    def enter_block(
+        self, index: int, module: nn.Module, tower: TowerPass, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Shorten what enters a block of the tower."""
+        if tower.pruner is None:
+            return None
+        tower = _as_it_was(tower, index, module)
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        with self._in_tower(hidden.device):
+            if self._facts.cls:
+                hidden = tower.shorten_crops(index, hidden)
+                mask = tower.mask(self._config.vision_config._attn_implementation, hidden.dtype)
+                if len(args) > 1:  # transformers hands the mask over by position
+                    return (hidden, mask, *args[2:]), kwargs
+                return (hidden,), {**kwargs, "attention_mask": mask}
+            hidden = tower.shorten_packed(index, hidden)
+            return (hidden, *args[1:]), tower.packed_arguments(kwargs)
+
+    def enter_merger(self, tower: TowerPass, args: tuple[Any, ...]) -> Any:
+        return args if tower.pruner is None else (tower.shorten_packed(len(self._blocks()), args[0]), *args[1:])
+
+    def leave_projector(self, tower: TowerPass, args: tuple[Any, ...], features: Tensor) -> Tensor:
+        with self._in_tower(features.device):
+            return self._remember(tower, args, features)
+
+    def _remember(self, tower: TowerPass, args: tuple[Any, ...], features: Tensor) -> Tensor:
+        tower.over = True
+        restored = tower.restore(features)
+        if tower.wanted:
+            # transformers casts features to the dtype of the words they are put among, and so must their names
+            among = self._text.get_input_embeddings().weight.dtype
+            lives = (restored.untyped_storage(), tower.output)
+            tower.observed = self.memory.add(
+                features.flatten(0, -2).to(among), tower.probes(features, args[0]), lives, differentiable=tower.in_call
+            )
+        if tower.pruner is not None and tower.drops and on_host(features.isnan().any()):
+            raise UsageError(
+                "the vision tower made NaN of a picture, which would pass for dropped patches: look at the pixel values, or "
+                "load the tower in a dtype with more range (bfloat16, float32)."
+            )
+        return restored
+
+    def leave(self, tower: TowerPass, output: Any) -> None:
+        """What the tower returned lives as long as its features are wanted."""
+        tower.output = None if tower.over else output
+        if tower.observed is not None and hasattr(output, "__weakref__"):  # a projector inside the tower
+            tower.observed.holders.append(ref(output))
+
+    @contextmanager
+    def _in_tower(self, device: torch.device) -> Iterator[None]:
+        """Record the time that looking and shortening inside the tower takes."""
+        clock = Clock(start=Clock.now(device), what="inside the vision tower")
+        yield
+        clock.end = Clock.now(device)
+        self.now.clocks = (*self.now.clocks, clock)
+
+
+@torch.compiler.disable
+def _watch_block(
+    plan: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float,
+    index: int,
+    probes: list[str],
+    **kwargs: Any,
+) -> None:
+    """Observer of a block of the tower."""
+    plan.tower.watch_block(kwargs[CALL_ARGUMENT], index, probes, query, key, value, scaling)
+
+
+def _as_it_was(tower: TowerPass, index: int, module: nn.Module) -> TowerPass:
+    """A pass through the tower, as it was when block `index` was entered for the first time.
+
+    Before transformers 5.23, gradient checkpointing runs a block's hooks again when it recomputes the block.
+    """
+    if (before := tower.before.get(index)) is not None:
+        return before.branch()
+    if is_recomputed(module):
+        tower.before[index] = tower.branch()
+    return tower
+
+
+def is_recomputed(module: nn.Module) -> bool:
+    """Whether gradient checkpointing runs a layer again in the backward pass."""
+    return module.training and bool(getattr(module, "gradient_checkpointing", False))
