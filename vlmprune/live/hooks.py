@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -257,12 +257,13 @@ def leave_language_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return leave_prompt(call.plan, call, call.record, output)
 
 
-def _callers() -> Iterator[Any]:
+def _callers() -> list[Any]:
     """The objects whose methods are on the stack, the innermost first."""
-    frame: Any = sys._getframe(1)
+    found, frame = [], sys._getframe(1)
     while frame is not None:
-        yield frame.f_locals.get("self")
-        frame = frame.f_back
+        found.append(frame.f_locals.get("self"))
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
 
 
 def _without_ours(kwargs: dict[str, Any]) -> dict[str, Any]:
