@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.test_clip_relevance import TEMPLATES, ids, relevance
+from methods.clip import TEMPLATES, ids, relevance
 from tiny_models import build, make_inputs, shared
 
 import vlmprune as vp
@@ -130,7 +130,7 @@ def test_nan_in_the_model_is_not_an_order():
 
 @pytest.mark.parametrize("question", [lambda: "a", lambda text, more: "a"])
 def test_a_question_that_takes_no_text_is_refused_at_once(question):
-    with pytest.raises(vp.UsageError, match=r"question is called as question\(text behind the picture\), but the one given"):
+    with pytest.raises(vp.UsageError, match=r"question is called as question\(text after the picture\), but the one given"):
         relevance(question=question)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 KEEP_ALL = "random:layer=0,fraction=1"
 """Computes exactly what the un-pruned model does, and is measured by the same clock as a pruned one."""
 ROUNDS = 7
-"""Prefills behind a median."""
+"""Prefills in a median."""
 WIDTH = 384
 """Of a drawn picture, in pixels."""
 
