@@ -164,7 +164,7 @@ def test_cache_pruned_by_another_recipe():
     inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
     with vp.wrap(model, "random:layer=1,fraction=0.5"), torch.no_grad():
         cache = model(**inputs).past_key_values
-    sentence = "was pruned at layer(s) 1, this recipe cuts at 0, 3"
+    sentence = "was pruned at layer(s) 1, this recipe prunes at 0, 3"
     recipe = "random:layer=0|3,fraction=0.5|0.2"
     called(model, sentence, recipe, input_ids=torch.full((1, 1), 9), past_key_values=cache)
 

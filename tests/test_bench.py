@@ -46,8 +46,8 @@ def test_every_recipe_is_measured_beside_the_unpruned_model():
     assert first.flops < late.flops < whole.flops  # a cut at layer 0 saves more than one at layer 2
     assert first.kv_bytes < late.kv_bytes < whole.kv_bytes
     assert first.peak_bytes < whole.peak_bytes
-    assert set(first.overhead) == {"inside the vision tower", "what the tower knew", "layer 0"}
-    assert set(late.overhead) == {"what the tower knew", "attention in layer 1", "layer 2"}
+    assert set(first.overhead) == {"inside the vision tower", "what the tower saw", "layer 0"}
+    assert set(late.overhead) == {"what the tower saw", "attention in layer 1", "layer 2"}
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, before)
 

@@ -40,9 +40,6 @@ class Attachment:
         self._lock, self._awake = RLock(), 0
         self._graphs: WeakSet[Any] = WeakSet()
 
-    def __reduce_ex__(self, protocol: object) -> Any:
-        raise UsageError("a wrapped model cannot be copied or pickled: call run.remove() first, and wrap the copy.")
-
     @property
     def current(self) -> Owner | None:
         """What owns new conversations, or None."""
@@ -178,6 +175,15 @@ class Attachment:
         return _Sleeper(register, module._forward_hooks, self, hook)
 
 
+class _Hook(partial):
+    """A hook that is not copied with its module. A `partial`, so that no Python stands between torch and the hook."""
+
+    attachment: Attachment
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise UsageError("a wrapped model cannot be copied or pickled: call run.remove() first, and wrap the copy.")
+
+
 class _Place:
     """A hook in its place, which does nothing without a call that follows a plan."""
 
@@ -205,13 +211,14 @@ class _Sleeper(_Place):
     def __init__(
         self, register: Callable[..., Any], there: dict[int, Any], attachment: Attachment, hook: Callable[..., Any]
     ) -> None:
-        self.attachment, self._there = attachment, there
-        self._awake: Any = torch.compiler.disable(hook)
-        self._awake.vlmprune = attachment
-        super().__init__(register, self._awake)
+        self._there, awake = there, torch.compiler.disable(hook)
 
-    def _asleep(self, *args: Any) -> Any:
-        return None if torch.compiler.is_compiling() else self._awake(*args)
+        def asleep(*args: Any) -> Any:
+            return None if torch.compiler.is_compiling() else awake(*args)
+
+        self._awake, self._asleep = _Hook(awake), _Hook(asleep)
+        self._awake.attachment = self._asleep.attachment = attachment
+        super().__init__(register, self._awake)
 
     def sleep(self, sleeps: bool) -> None:
         self._there[self._handle.id] = self._asleep if sleeps else self._awake
@@ -229,13 +236,7 @@ class _Route(_Place):
 
 def _attachments(module: nn.Module) -> list[Attachment]:
     """Those that have hooks on a module."""
-    found = []
-    for hook in list(module._forward_pre_hooks.values()):
-        sleeper = getattr(hook, "__self__", None)
-        attachment = sleeper.attachment if isinstance(sleeper, _Sleeper) else getattr(hook, "vlmprune", None)
-        if isinstance(attachment, Attachment):
-            found.append(attachment)
-    return found
+    return [hook.attachment for hook in list(module._forward_pre_hooks.values()) if isinstance(hook, _Hook)]
 
 
 def check_unshared(plan: Plan) -> None:
