@@ -71,8 +71,8 @@ def look(model: Any, inputs: Mapping[str, Any], recipe: str) -> SinkView:
     with vlmprune.wrap(model, plan) as run, torch.no_grad():
         model(**inputs)
     assert run.last is not None
-    steered = [record for record in run.last.steered if record.method == "var" and record.masses is not None]
-    codes = [record.codes[0, 0] for record in steered if record.codes is not None]
+    steered = [record for record in run.last.edits if record.method == "var" and record.masses is not None]
+    codes = [record.groups[0, 0] for record in steered if record.groups is not None]
     visual = [code[(code == VISUAL) | (code == VISUAL_SINK)] for code in codes]
     most = max(map(len, visual))
 

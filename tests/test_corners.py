@@ -7,19 +7,19 @@ import threading
 
 import pytest
 import torch
+from callers import generate, in_threads, next_turn, words
+from methods.loops.divprune import divprune
 from oracles import (
     TOLERANCE,
     LiveMaskOracle,
     cls_scores,
     columns_of_image,
-    divprune,
     fastv_scores,
     generate_logits,
     image_columns,
     kept_sets,
     masked_forward,
 )
-from test_generation import generate, in_threads, next_turn, words
 from tiny_models import FIRST_WORD, VOCAB, build, make_inputs, shared
 from transformers.cache_utils import DynamicCache, DynamicLayer
 

@@ -72,7 +72,7 @@ def implementations_of(families: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def build(family: str, attn: str = "sdpa", seed: int = 0):
-    """A fresh model in evaluation mode (float32); the same seed gives the same weights for every ``attn``."""
+    """A fresh model in evaluation mode (float32); the same seed gives the same weights for every `attn`."""
     if attn == FLEX:
         # Transformers compiles flex attention, for a CPU into C++ that does not compile; plain, it is the same function.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read whenever something is to be compiled
@@ -99,7 +99,7 @@ def build(family: str, attn: str = "sdpa", seed: int = 0):
 def shared(family: str, attn: str = "sdpa", seed: int = 0):
     """One model per arguments for a whole test run, with Transformers' own permanent capture hooks already installed.
 
-    Wrap it only in a ``with`` statement.
+    Wrap it only in a `with` statement.
     """
     model = build(family, attn, seed)
     warm_up(model, family)
@@ -116,11 +116,11 @@ def warm_up(model, family: str) -> None:
 
 
 def make_inputs(family: str, model, samples: list[list[str]], seed: int = 0, pad: str = "left", first: int = 0) -> dict:
-    """Inputs for ``model(**inputs)`` and ``model.generate(**inputs)``.
+    """Inputs for `model(**inputs)` and `model.generate(**inputs)`.
 
-    ``samples`` holds for every row its parts: ``"image"`` or ``"textN"`` (N random words).  Sample ``i`` depends only
-    on ``seed`` and ``first + i``: the batch of one ``make_inputs(..., samples[i:i + 1], first=i)`` has the same tokens
-    and pixels as row ``i`` of the batch (LLaVA-NeXT: besides empty crops behind the picture's own).
+    `samples` holds for every row its parts: `"image"` or `"textN"` (N random words).  Sample `i` depends only
+    on `seed` and `first + i`: the batch of one `make_inputs(..., samples[i:i + 1], first=i)` has the same tokens
+    and pixels as row `i` of the batch (LLaVA-NeXT: besides empty crops behind the picture's own).
     """
     rows, pixels, grids = [], [], []
     for index, parts in enumerate(samples, start=first):
@@ -162,7 +162,7 @@ def make_inputs(family: str, model, samples: list[list[str]], seed: int = 0, pad
 
 
 def make_single(family: str, model, samples: list[list[str]], row: int, seed: int = 0) -> dict:
-    """Row ``row`` of ``make_inputs(family, model, samples, seed)``, alone and without padding."""
+    """Row `row` of `make_inputs(family, model, samples, seed)`, alone and without padding."""
     return make_inputs(family, model, samples[row : row + 1], seed, first=row)
 
 
@@ -175,7 +175,7 @@ def image_lengths(family: str, samples: list[list[str]], first: int = 0) -> list
 
 
 def visual_tokens(family: str, number: int) -> int:
-    """Visual tokens of image ``number``."""
+    """Visual tokens of image `number`."""
     if family == "llava_next":
         return packed_tokens(NEXT_SIZES[number % 2])
     rows, columns = LLAVA_GRID if family == "llava" else QWEN_GRIDS[number % 2]
@@ -183,7 +183,7 @@ def visual_tokens(family: str, number: int) -> int:
 
 
 def packed_tokens(size: tuple[int, int]) -> int:
-    """Visual tokens of a LLaVA-NeXT picture of ``size`` (height, width): overview, un-padded crops, one newline per row.
+    """Visual tokens of a LLaVA-NeXT picture of `size` (height, width): overview, un-padded crops, one newline per row.
 
     From the functions that the stock model packs with.
     """

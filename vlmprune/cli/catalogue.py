@@ -44,7 +44,7 @@ EDIT_COLUMNS = {
     "note": "where it differs",
 }
 """Columns of the table of redistribution methods: keys of a row, with their titles."""
-ROWS = {"behind": "behind the last picture", "last": "the last", "all": "all"}
+ROWS = {"behind": "after the last picture", "last": "the last", "all": "all"}
 
 
 def methods_markdown() -> str:

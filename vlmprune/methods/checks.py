@@ -61,13 +61,15 @@ def check_numbers(what: str, found: Any, shape: tuple[int, ...], infinite: bool 
         infinite: whether ±∞ are allowed.
 
     Raises:
-        UsageError: no tensor, another shape, or NaN.
+        UsageError: no tensor, another shape, complex numbers, or NaN.
     """
     wanted = f"a tensor [image, visual] of shape {list(shape)}"
     if not isinstance(found, Tensor):
         raise UsageError(f"{what} must return {wanted}, found {shown(found)}.")
     if tuple(found.shape) != shape:
         raise UsageError(f"{what} must return {wanted}, found shape {list(found.shape)}.")
+    if found.is_complex():
+        raise UsageError(f"{what} must return {wanted} of real numbers, found {found.dtype}: they have no order.")
     good = ~found.isnan().any() if infinite else found.isfinite().all()
     bad = f"{what} returned {'NaN' if infinite else 'NaN or infinity'} for a token, which cannot be ranked"
     if found.device.type == "cuda":

@@ -134,10 +134,9 @@ class MustDrop(TowerPruner):
         attention = see.attention_from_text.mean(dim=1)  # [image, text, visual]
         mass = attention.sum(dim=1)
         total = mass.sum(dim=-1, keepdim=True)
-        key_set = wanted > total
         weak = (mass < self.global_threshold * total) & (attention.amax(dim=1) < self.individual_threshold)
-        best = torch.zeros_like(key_set).scatter(1, top(wanted, keep), True)  # never more than the budget
-        return Choice([on_device(row.nonzero()[0], best.device) for row in on_host((key_set | ~weak) & best)])
+        best = torch.zeros_like(weak).scatter(1, top(wanted, keep), True)  # never more than the budget
+        return Choice([on_device(row.nonzero()[0], best.device) for row in on_host(((wanted > total) | ~weak) & best)])
 
 
 def _windows(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
