@@ -74,7 +74,7 @@ class Bench:
         return time.perf_counter() - wall, time.thread_time() - cpu
 
     def compare(self, recipe: str, steps: int, turn: int) -> tuple[Ratios, vlmprune.Report]:
-        """Pairs of steps behind one prompt."""
+        """Pairs of steps after one prompt."""
         walls: Ratios = ([], [], [], [])
         with vlmprune.wrap(self.wrapped, recipe) as run:
             caches = {"plain": self.prefill(self.plain), "ours": self.prefill(self.wrapped)}

@@ -1,4 +1,4 @@
-"""How close pruned prefill comes to its bound: the same un-pruned model on a prompt that natively has as few visual tokens.
+"""Pruned prefill against its bound: the un-pruned model on a prompt that has as few visual tokens from the start.
 
     python benchmarks/native.py [--rounds 9] [--threads 1] [--out benchmarks/results/native-cpu]
 

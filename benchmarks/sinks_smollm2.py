@@ -23,9 +23,10 @@ from vlmprune.evals.results import Part, Result, stamp
 from vlmprune.evals.sinks import PROMPTS, find_sinks
 from vlmprune.kernels.grouped_attention import grouped_attention
 from vlmprune.loading.models import load_decoder
-from vlmprune.methods.redistributing import Scene, spans
+from vlmprune.methods.redistributing import Scene
 from vlmprune.methods.redistribution.var import TEXT_SINK, VISUAL, VISUAL_SINK
 from vlmprune.show.table import table
+from vlmprune.show.units import spans
 
 EXPECTED = (507,)
 COLUMNS = (

@@ -73,7 +73,7 @@ class Result:
 
     def show(self, console: Console) -> None:
         """Print the parts."""
-        for part in self.parts if self.screen is None else self.screen:
+        for part in filter(None, self.parts if self.screen is None else self.screen):
             if isinstance(part, Table | tuple):
                 wide, *narrower = part if isinstance(part, tuple) else (part,)
                 show(wide, console, *narrower)

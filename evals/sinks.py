@@ -25,8 +25,8 @@ from torch import Tensor
 
 from vlmprune import observe
 from vlmprune.errors import UsageError
-from vlmprune.methods.redistributing import spans
 from vlmprune.methods.sink_dims import entries_of
+from vlmprune.show.units import spans
 
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog. It runs into the forest.",

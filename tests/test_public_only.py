@@ -15,20 +15,23 @@ FILES = sorted(path for folder in ("evals", "benchmarks") for path in (ROOT / fo
 PUBLIC = {"errors", "evals", "loading", "show", "tiny"}
 """Rooms that may be imported, beside the names that `import vlmprune` gives."""
 EXCEPTIONS = {
+    "evals/budgets.py": {"vlmprune.cost": "the report of a run and a budget average tokens by one formula"},
     "evals/horizon_groups.py": {
         "vlmprune.adapters.registry": "only a family knows which token of a picture is in which cell",
         "vlmprune.view": "the annotation of a method's argument",
     },
-    "evals/tune.py": {"vlmprune.view": "the annotation of a method's argument"},
+    "evals/tune.py": {
+        "vlmprune.cost": "the report of a run and a budget average tokens by one formula",
+        "vlmprune.view": "the annotation of a method's argument",
+    },
     "evals/sinks.py": {
-        "vlmprune.methods.redistributing": "layers in words",
         "vlmprune.methods.sink_dims": "the table of known sink dimensions, which it compares with what it finds",
     },
     "benchmarks/gpu_kernels.py": {"vlmprune.kernels": "it measures the kernels"},
     "benchmarks/select_diverse.py": {"vlmprune.kernels": "it measures this kernel's reference"},
     "benchmarks/sinks_smollm2.py": {
         "vlmprune.kernels": "it compares this kernel with an explicit edit",
-        "vlmprune.methods.redistributing": "it gives a method a made-up image, for which there is no VLM; layers in words",
+        "vlmprune.methods.redistributing": "it gives a method a made-up image, for which there is no VLM",
         "vlmprune.methods.redistribution.var": "the groups of tokens that it compares",
     },
 }

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.cost import compute_average, nominal_average
 from vlmprune.errors import UsageError
 from vlmprune.live.record import Clock, Edit, Kept, Prefill, place_of
-from vlmprune.methods.redistributing import spans
 from vlmprune.schedule import Site
 from vlmprune.show import units
 
@@ -62,7 +62,7 @@ class EditReport:
         )
 
     def __str__(self) -> str:
-        parts = [f"layers {spans(self.layers)}" if len(self.layers) > 1 else f"layer {self.layers[0]}"]
+        parts = [f"layers {units.spans(self.layers)}" if len(self.layers) > 1 else f"layer {self.layers[0]}"]
         if self.scaled is not None:
             return f"{parts[0]}, {self.scaled:.1%} of heads scaled"
         parts.append(f"{' / '.join(f'{count:.1f}' for count in self.marked) or 'no'} tokens marked")
@@ -129,12 +129,6 @@ class Report:
         for kept in record.kept:
             stages.setdefault((kept.site, kept.layer, kept.method), []).append(kept)
         left = {layer: sum(len(k.index) for k in kept) for (site, layer, _), kept in stages.items() if site != "cache"}
-        entering_visual, after = [], record.visual
-        for layer in range(shape.layers):
-            after = left.get(layer, after)
-            entering_visual.append(after)
-        # A stage before layer l shortens what leaves layer l − 1: papers that count so give "nominal" averages.
-        leaving_visual = [*entering_visual[1:], entering_visual[-1]]
         return Report(
             recipe=recipe,
             batch=batch,
@@ -147,8 +141,8 @@ class Report:
                 for (site, layer, method), kept in stages.items()
             ),
             entering=tuple(record.entering),
-            visual_compute_average=sum(entering_visual) / shape.layers / batch,
-            visual_nominal_average=sum(leaving_visual) / shape.layers / batch,
+            visual_compute_average=compute_average(record.visual, shape.layers, left) / batch,
+            visual_nominal_average=nominal_average(record.visual, shape.layers, left) / batch,
             flops=batch * sum(map(shape.layer_flops, record.entering, record.stored)),
             flops_unpruned=batch * shape.layers * shape.layer_flops(full, record.past + full),
             kv_bytes=batch * sum(shape.layer_kv_bytes(keys, record.itemsize) for keys in record.resident),
