@@ -130,4 +130,8 @@ def test_a_class_of_ones_own_keeps_plain_numbers():
 def test_limits_in_words():
     shown = {parameter: str(limits_of(Mine, parameter)) for parameter in ("weight", "share", "count", "how", "size")}
     assert shown == {"weight": "0 to 1", "share": "0 to below 1", "count": "≥ 1", "how": "sum, mean", "size": "≥ 0"}
-    assert str(Range()) == "any"
+    assert [str(limits) for limits in (Range(), Range(high=2), Range(high=2, below=True))] == ["any", "≤ 2", "< 2"]
+    with pytest.raises(vp.UsageError, match="mine: share must be a number < 2, found 2"):
+        Range(high=2, below=True).check("mine", "share", 2)
+    with pytest.raises(vp.UsageError, match=r"mine: seed must be a whole number, found 1\.5"):
+        Range(whole=True).check("mine", "seed", 1.5)

@@ -78,8 +78,7 @@ PROBES: dict[str, Probe] = {
         Probe(
             "embeddings",
             "[image, original, dim]",
-            "embeddings of all tokens of the picture, of dropped ones too (NaN if dropped inside the tower, or hidden by the "
-            "call's mask)",
+            "embeddings of all tokens of the picture, of dropped ones too (NaN if dropped in the tower, or hidden by the mask)",
             "prompt",
             "",
             _BOTH,

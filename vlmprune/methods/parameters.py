@@ -30,9 +30,16 @@ class Range:
     below: bool = False
 
     def __str__(self) -> str:
-        if self.high == inf:
-            return "any" if self.low == -inf else f"≥ {self.low:g}"
-        return f"{self.low:g} to {'below ' if self.below else ''}{self.high:g}"
+        if self.low == -inf:
+            return "any" if self.high == inf else f"{'<' if self.below else '≤'} {self.high:g}"
+        return f"≥ {self.low:g}" if self.high == inf else f"{self.low:g} to {'below ' if self.below else ''}{self.high:g}"
+
+    @property
+    def _where(self) -> str:
+        """The same, as a part of a sentence."""
+        if self.low > -inf and self.high < inf:
+            return f" in [{self.low:g}, {self.high:g}{')' if self.below else ']'}"
+        return "" if self == Range(whole=self.whole) else " " + str(self).replace("≥", ">=").replace("≤", "<=")
 
     def check(self, method: str, parameter: str, value: Any) -> None:
         """Refuse a value outside.
@@ -44,9 +51,7 @@ class Range:
         inside = not isinstance(value, bool) and isinstance(value, kind) and self.low <= value <= self.high
         if not inside or (self.below and value == self.high):
             what = "a whole number" if self.whole else "a number"
-            where = f" in [{self.low:g}, {self.high:g}{')' if self.below else ']'}" if self.high < inf else f" >= {self.low:g}"
-            where = "" if self.low == -inf else where
-            raise UsageError(f"{method}: {parameter} must be {what}{where}, found {shown(value)}.")
+            raise UsageError(f"{method}: {parameter} must be {what}{self._where}, found {shown(value)}.")
 
 
 class Choices(tuple[Any, ...]):
