@@ -10,30 +10,11 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from rooms import ROOMS
 
 import vlmprune
 
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
-ROOMS = [  # from the ground up: a room imports from those before it only
-    "errors",
-    "device",
-    "show",
-    "schedule",
-    "view",
-    "cost",
-    "kernels",
-    "adapters",
-    "methods",
-    "names",
-    "recipe",
-    "live",
-    "",  # the public names
-    "tiny",
-    "loading",
-    "evals",
-    "cli",
-    "__main__",
-]
 MAY_IMPORT_TRANSFORMERS = {"live", "adapters"}
 """The engine, and the descriptions of families."""
 MUST_IMPORT_TRANSFORMERS = {"tiny", "loading", "vlmprune.evals.random_models"}

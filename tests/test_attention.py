@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracles import Watch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmprune.kernels.attention_mass import attention_mass
 from vlmprune.live.attention import rows_attention
@@ -64,7 +64,7 @@ def test_flex_takes_a_mask_of_blocks():
 
 
 def test_flex_without_padding_works_on_any_device():
-    """Red: layers on another device (``device_map``) look up padding where the mask was made; there is none to look up."""
+    """Red: layers on another device (`device_map`) look up padding where the mask was made; there is none to look up."""
     dense = pruned_mask(SLOTS[:1], VALID[:1], SLOTS[:1], VALID[:1], True, "flex_attention", torch.float32)
     assert create_mask(dense.mask_mod, 1, 1, 4, 4, "meta").shape == (1, 1, 4, 4)
     ragged = pruned_mask(SLOTS, VALID, SLOTS, VALID, False, "flex_attention", torch.float32)
@@ -99,21 +99,13 @@ def test_blocks_are_those_of_torch(queries, keys, padding, causal):
 def test_flex_builds_no_map_of_all_rows():
     """Red: a mask of blocks, or the rows a probe reads in it, pass through queries × keys."""
 
-    class Largest(TorchDispatchMode):
-        numbers = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            self.numbers = max(self.numbers, out.numel() if isinstance(out, torch.Tensor) else 0)
-            return out
-
     n = 4096
     valid = torch.arange(n)[None] >= 100
     query = key = torch.zeros(1, 1, n, 1)
-    with Largest() as made:
+    with Watch() as made:
         rows_attention(query, key, block_mask(n, valid), 1.0, torch.tensor([[n - 1, 7]]))
     assert n <= made.numbers < n * 16
-    with Largest() as made:
+    with Watch() as made:
         create_block_mask(block_mask(n, valid).mask_mod, 1, None, n, n, "cpu")
     assert made.numbers >= n * n, "the test is blind"
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, DynamicCache, StaticCache
 
 import vlmprune as vp
-from vlmprune.live.layout import Layout, Prompt
+from vlmprune.live.layout import Layout, Tokens
 from vlmprune.view import View
 
 RECIPE = "random:layer=1,fraction=0.5"
@@ -115,7 +115,7 @@ def test_image_tokens_do_not_match(family):
 def test_image_tokens_in_the_wrong_rows():
     visual = np.array([[True, True, True, False], [True, False, False, False]])
     with pytest.raises(vp.UsageError, match="would be spread over samples 0 and 1"):
-        Layout.find(Prompt.of(visual.astype(int), np.ones_like(visual), visual), [2, 2], torch.device("cpu"))
+        Layout.find(Tokens.of(visual.astype(int), np.ones_like(visual), visual), [2, 2], torch.device("cpu"))
 
 
 def test_embeddings_without_ids():
@@ -146,7 +146,7 @@ def test_videos():
 
 
 def test_four_dimensional_mask():
-    """One that fits is obeyed (test_masks.py)."""
+    """One that fits is obeyed (promises/test_masks.py)."""
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
     inputs["attention_mask"] = torch.ones(1, 1, 19, 20).tril().bool()

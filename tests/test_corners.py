@@ -7,19 +7,19 @@ import threading
 
 import pytest
 import torch
+from callers import generate, in_threads, next_turn, words
+from methods.loops.divprune import divprune
 from oracles import (
     TOLERANCE,
     LiveMaskOracle,
     cls_scores,
     columns_of_image,
-    divprune,
     fastv_scores,
     generate_logits,
     image_columns,
     kept_sets,
     masked_forward,
 )
-from test_generation import generate, in_threads, next_turn, words
 from tiny_models import FIRST_WORD, VOCAB, build, make_inputs, shared
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -28,7 +28,7 @@ from vlmprune.adapters.llava import LLAVA
 from vlmprune.adapters.qwen_vl import QWEN2_5_VL
 from vlmprune.kernels.select_diverse import select_diverse
 from vlmprune.live import feature_index
-from vlmprune.live.cache import Entries, PrunedLayer, pruned_layer
+from vlmprune.live.cache import Entries, PrunedLayer, pruned_layers
 from vlmprune.live.rows import Reduction
 from vlmprune.live.section import Decoder, Section
 from vlmprune.view import View
@@ -335,7 +335,7 @@ def test_report_of_bfloat16_and_of_a_later_turn():
 def test_every_layer_may_have_its_own_rotary():
     section = Section(rows=Reduction.keeping(torch.tensor([[True, False, True]])))
     one, two = ((torch.full((1, 3, 2), x), torch.full((1, 3, 2), -x)) for x in (1.0, 2.0))
-    decoder = Decoder(shared("llava").config.text_config, lambda *_: pytest.fail("no position has moved"), (1,))
+    decoder = Decoder(shared("llava").config.text_config, lambda *_: pytest.fail("no position has moved"), (1,), 6)
 
     def rotary(full):
         return section.rotary(torch.zeros(1, 3, 4), None, {"position_embeddings": full}, decoder)
@@ -377,7 +377,7 @@ def test_offloaded_cache_is_refused():
     cache = DynamicCache(config=shared("llava").config.text_config)
     cache.offloading = True
     with pytest.raises(vp.UsageError, match="an offloaded cache"):
-        pruned_layer(cache, 0, (0,), lambda layer: pytest.fail("it has no entries"))
+        pruned_layers(cache, [0], (0,), lambda layer: pytest.fail("it has no entries"))
 
 
 @families

@@ -7,10 +7,12 @@ import gc
 import json
 from weakref import ref
 
-import loops
 import numpy as np
 import pytest
 import torch
+from methods.loops import plain
+from methods.loops.flowcut import flowcut_score, flowcut_terms
+from methods.loops.sparsevlm import sparsevlm_raters, sparsevlm_scores
 from tiny_models import ALL_FAMILIES, build, make_inputs, shared
 
 import vlmprune as vp
@@ -42,7 +44,7 @@ def recording(method: vp.Pruner):
 
 def fastv(see, image):
     heads = see.attention_from_last[image].tolist()
-    return [loops.mean([head[token] for head in heads]) for token in range(see.visual)]
+    return [plain.mean([head[token] for head in heads]) for token in range(see.visual)]
 
 
 def adaptinfer(see, image):
@@ -62,14 +64,14 @@ def flowcut(see, image):
     share = see.query_of_last.shape[1] // see.keys.shape[1]
     keys, values = (x[image].repeat_interleave(share, dim=0) for x in (see.keys, see.values))
     value = see.value_of_last[image].repeat_interleave(share, dim=0)
-    return loops.flowcut_score(*loops.flowcut_terms(see.query_of_last[image], keys, value, values, scaling, scaling))
+    return flowcut_score(*flowcut_terms(see.query_of_last[image], keys, value, values, scaling, scaling))
 
 
 def sparsevlm(see, image):
     text = see.text_valid[image]
     visual, words = see.embeddings[image], see.text_embeddings[image][text]
-    raters = loops.sparsevlm_raters(visual, words)
-    means = loops.sparsevlm_scores(see.attention_from_text[image][:, text], raters)
+    raters = sparsevlm_raters(visual, words)
+    means = sparsevlm_scores(see.attention_from_text[image][:, text], raters)
     return [mean * len(raters) * see.attention_from_text.shape[1] for mean in means]  # the method ranks by sums
 
 
@@ -93,7 +95,7 @@ def test_scores_and_ranks_are_those_of_the_papers_loops(name):
         see, image = next(images)
         expected = loop(see, image)
         kept = next(k for k in run.last.kept if (k.sample, k.ordinal) == (sample, ordinal)).index.tolist()
-        ranking = loops.ranking(expected)
+        ranking = plain.ranking(expected)
         found = [run.explain(token=token, image=ordinal, sample=sample).verdicts for token in range(see.visual)]
         for token, (verdict,) in enumerate(found):
             assert verdict.score == pytest.approx(expected[token], rel=1e-4)
@@ -205,6 +207,20 @@ def test_every_stage_says_what_it_did():
 
 
 @torch.no_grad()
+def test_a_cache_stage_decides_about_what_its_layers_computed():
+    """Red: a token that was dropped before the cache stage's layers is said to be forgotten there."""
+    model = shared("llava")
+    run = run_once(model, make_inputs("llava", model, CHATTY), "fastv:layer=2|4,tokens=4|2,cache_layer=2")
+    first, second = (next(kept.index.tolist() for kept in run.last.kept if kept.layer == layer) for layer in (2, 4))
+    for token in range(16):
+        sites = [(verdict.site, verdict.kept) for verdict in run.explain(token=token).verdicts]
+        if token not in first:
+            assert sites == [("llm", False)]
+        else:
+            assert sites == [("llm", True), ("llm", token in second), ("cache", token in second)]
+
+
+@torch.no_grad()
 def test_picks_are_in_the_order_of_selection():
     """Red: the rank of a pick is the token's place."""
     model = shared("llava")
@@ -248,25 +264,41 @@ def test_merged_tokens_say_into_which(recipe):
         assert len(merged) == 16 - len(kept)
 
 
+def means(see, token, parts):
+    return see.features[0, [token, *parts]].mean(dim=0)
+
+
+def zipped(see, token, parts):
+    tower = see.tower_features[0]
+    return see.project(tower[token] + tower[parts].mean(dim=0)) if parts else None
+
+
+@pytest.mark.parametrize(
+    ("method", "made_of"),
+    [
+        (vp.ToMe(tokens=3), means),  # several rounds
+        (vp.VScan(layer=0, tokens=5), means),
+        (vp.SparseVLM(layer=2, tokens=6, version=1.5), means),
+        (vp.VisionZip(tokens=8, contextual=3), zipped),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
 @torch.no_grad()
-def test_a_merged_tokens_features_are_the_mean_of_its_parts():
-    """By ToMe's own weights: a token is the mean of all that were merged into it, over several rounds."""
+def test_merged_features_are_those_of_the_parts(method, made_of):
+    """Red: a token is said to be a part of another one than its features went into."""
     model = shared("llava")
-    seen = {}
-
-    class Watched(vp.ToMe):
-        name = "watched-tome"
-
-        def select(self, see, keep):
-            seen["features"] = see.features
-            return super().select(see, keep)
-
-    run = run_once(model, make_inputs("llava", model, CHATTY), Watched(tokens=3))
-    (stage,) = run.last.kept
-    into = {t: v.verdicts[0].merged_into if not v.kept else t for t, v in ((t, run.explain(token=t)) for t in range(16))}
+    method, views = recording(method)
+    run = run_once(model, make_inputs("llava", model, CHATTY), method)
+    (stage,), (see,) = run.last.kept, views
+    found = {token: run.explain(token=token).verdicts[0] for token in range(16)}
+    merged = 0
     for token, features in zip(stage.index.tolist(), stage.features, strict=True):
-        parts = [t for t, home in into.items() if home == token]
-        torch.testing.assert_close(features, seen["features"][0, parts].mean(dim=0))
+        parts = [other for other, verdict in found.items() if verdict.merged_into == token]
+        assert found[token].merged_from == len(parts)
+        if (expected := made_of(see, token, parts)) is not None:
+            torch.testing.assert_close(features, expected)
+            merged += len(parts)
+    assert merged > 2
 
 
 @torch.no_grad()
@@ -404,7 +436,7 @@ def test_tokens_that_are_not_there(asked, sentence):
 def test_prompts_with_nothing_to_explain():
     model = shared("llava")
     with vp.wrap(model, "fastv:layer=2,tokens=4", explain=True) as run:
-        with pytest.raises(vp.UsageError, match="has run no prompt"):
+        with pytest.raises(vp.UsageError, match="has not run a prompt"):
             run.explain(token=2)
         model(input_ids=make_inputs("llava", model, [["text5"]])["input_ids"])
         with pytest.raises(vp.UsageError, match="this prompt has no picture"):
@@ -412,3 +444,44 @@ def test_prompts_with_nothing_to_explain():
     run = run_once(model, make_inputs("llava", model, CHATTY), "act:layers=1")
     with pytest.raises(vp.UsageError, match="drops no visual tokens: all of them stayed"):
         run.explain(token=2)
+
+
+@torch.no_grad()
+def test_scores_of_somebody_elses_method_are_checked():
+    class Wrong(vp.Pruner):
+        name, paper, needs, default = "wrong-scores", "", frozenset({"features"}), vp.at(layer=0, tokens=3)
+
+        def select(self, see, keep):
+            return torch.arange(keep).expand(see.images, keep)
+
+        def scores(self, see):
+            return see.features
+
+    model = shared("llava")
+    with pytest.raises(vp.UsageError, match=r"wrong-scores: scores\(see\) must return a tensor \[image, visual\]"):
+        run_once(model, make_inputs("llava", model, CHATTY), Wrong())
+
+
+def test_on_the_command_line(monkeypatch, capsys, tmp_path):
+    """Red: `run --why` explains another run than the one it prints, or another cell."""
+    from command_line import vlmprune
+
+    from vlmprune.tiny.scenes import make_scene
+
+    make_scene(1).image.save(tmp_path / "scene.png")
+    asked = ("run", "--model", "tiny", "--image", tmp_path / "scene.png", "--prompt", "how many objects are there ?")
+    asked += ("--recipe", "fastv:layer=2,tokens=20", "--max-new-tokens", 1, "--why", 57)
+    assert vlmprune(monkeypatch, *asked, "--why", 100, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    first, second = result["why"]
+    assert (first["token"], second["token"]) == (57, 100)
+    assert first["cell"] == {"crop": "picture", "row": 57 // 12, "column": 57 % 12}
+    assert first["kept"] == (57 in result["kept"])
+    assert second["kept"] == (100 in result["kept"])
+    assert first["verdicts"][0]["among"] == 144
+    assert vlmprune(monkeypatch, *asked) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert first["lines"][0] + " Its cell is row 4, column 9 of the picture." in out
+    assert first["lines"][1] in out
+    assert vlmprune(monkeypatch, *asked, "--why", 144) == 2
+    assert "there is no token 144: the picture has 144" in capsys.readouterr().err

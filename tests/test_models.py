@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from oracles import assert_equals_masked, effect_of, generate_logits
-from test_reversible import Snapshot
+from snapshot import Snapshot
 from text_models import build_llava, prompts
 from tiny_models import build, make_inputs, shared
 from torch import nn

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -33,12 +35,9 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 FAMILIES = ("llava", "qwen2_5_vl")
 """The families that most tests run on."""
-ALL_FAMILIES = (*FAMILIES, "llava_next", "qwen2_vl")
 CHUNKS_PICTURES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
 """False in older transformers, whose chunked prefill forgets pictures."""
 FLEX = "flex_attention"
-FLEX_FAMILIES = ("llava", "llava_next")
-"""The families whose Transformers classes run flex attention."""
 LAYERS = 6
 VOCAB = 96
 PAD, IMAGE, VIDEO, VISION_START, VISION_END = 0, 1, 2, 3, 4
@@ -72,16 +71,16 @@ def implementations_of(families: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def build(family: str, attn: str = "sdpa", seed: int = 0):
-    """A fresh model in evaluation mode (float32); the same seed gives the same weights for every ``attn``."""
+    """A fresh model in evaluation mode (float32); the same seed gives the same weights for every `attn`."""
     if attn == FLEX:
         # Transformers compiles flex attention, for a CPU into C++ that does not compile; plain, it is the same function.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read whenever something is to be compiled
-    cls, make_config = _MODELS[family]
-    config = make_config()
+    tiny = TINY[family]
+    config = tiny.config()
     config._attn_implementation = attn
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = cls(config)
+        model = tiny.model(config)
         for name, weight in model.named_parameters():
             norm = "norm" in name.lower() or name.endswith("ln_q.weight")
             deviation = 0.05 if norm else 0.125 if "lm_head" in name else 0.2
@@ -99,7 +98,7 @@ def build(family: str, attn: str = "sdpa", seed: int = 0):
 def shared(family: str, attn: str = "sdpa", seed: int = 0):
     """One model per arguments for a whole test run, with Transformers' own permanent capture hooks already installed.
 
-    Wrap it only in a ``with`` statement.
+    Wrap it only in a `with` statement.
     """
     model = build(family, attn, seed)
     warm_up(model, family)
@@ -116,13 +115,13 @@ def warm_up(model, family: str) -> None:
 
 
 def make_inputs(family: str, model, samples: list[list[str]], seed: int = 0, pad: str = "left", first: int = 0) -> dict:
-    """Inputs for ``model(**inputs)`` and ``model.generate(**inputs)``.
+    """Inputs for `model(**inputs)` and `model.generate(**inputs)`.
 
-    ``samples`` holds for every row its parts: ``"image"`` or ``"textN"`` (N random words).  Sample ``i`` depends only
-    on ``seed`` and ``first + i``: the batch of one ``make_inputs(..., samples[i:i + 1], first=i)`` has the same tokens
-    and pixels as row ``i`` of the batch (LLaVA-NeXT: besides empty crops behind the picture's own).
+    `samples` holds for every row its parts: `"image"` or `"textN"` (N random words).  Sample `i` depends only
+    on `seed` and `first + i`: the batch of one `make_inputs(..., samples[i:i + 1], first=i)` has the same tokens
+    and pixels as row `i` of the batch (LLaVA-NeXT: besides empty crops behind the picture's own).
     """
-    rows, pixels, grids = [], [], []
+    rows, pixels, grids, kind = [], [], [], TINY[family].inputs
     for index, parts in enumerate(samples, start=first):
         random = torch.Generator().manual_seed(1_000_003 * seed + index)
         ids: list[int] = []
@@ -151,10 +150,10 @@ def make_inputs(family: str, model, samples: list[list[str]], seed: int = 0, pad
 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if pixels:
-        inputs["pixel_values"] = _stack_crops(pixels) if family == "llava_next" else torch.cat(pixels)
-    if family == "llava_next" and pixels:
+        inputs["pixel_values"] = _stack_crops(pixels) if kind == "llava_next" else torch.cat(pixels)
+    if kind == "llava_next" and pixels:
         inputs["image_sizes"] = torch.tensor(grids)
-    if family in ("qwen2_5_vl", "qwen2_vl"):
+    if kind == "qwen":
         inputs["mm_token_type_ids"] = (input_ids == IMAGE).long()
         if pixels:
             inputs["image_grid_thw"] = torch.tensor(grids)
@@ -162,7 +161,7 @@ def make_inputs(family: str, model, samples: list[list[str]], seed: int = 0, pad
 
 
 def make_single(family: str, model, samples: list[list[str]], row: int, seed: int = 0) -> dict:
-    """Row ``row`` of ``make_inputs(family, model, samples, seed)``, alone and without padding."""
+    """Row `row` of `make_inputs(family, model, samples, seed)`, alone and without padding."""
     return make_inputs(family, model, samples[row : row + 1], seed, first=row)
 
 
@@ -175,15 +174,16 @@ def image_lengths(family: str, samples: list[list[str]], first: int = 0) -> list
 
 
 def visual_tokens(family: str, number: int) -> int:
-    """Visual tokens of image ``number``."""
-    if family == "llava_next":
+    """Visual tokens of image `number`."""
+    kind = TINY[family].inputs
+    if kind == "llava_next":
         return packed_tokens(NEXT_SIZES[number % 2])
-    rows, columns = LLAVA_GRID if family == "llava" else QWEN_GRIDS[number % 2]
+    rows, columns = LLAVA_GRID if kind == "llava" else QWEN_GRIDS[number % 2]
     return rows * columns
 
 
 def packed_tokens(size: tuple[int, int]) -> int:
-    """Visual tokens of a LLaVA-NeXT picture of ``size`` (height, width): overview, un-padded crops, one newline per row.
+    """Visual tokens of a LLaVA-NeXT picture of `size` (height, width): overview, un-padded crops, one newline per row.
 
     From the functions that the stock model packs with.
     """
@@ -194,12 +194,12 @@ def packed_tokens(size: tuple[int, int]) -> int:
 
 def _image(family: str, random: torch.Generator, number: int) -> tuple[list[int], torch.Tensor, list[int]]:
     """Of one random image: prompt tokens, pixel values and (time, height, width) grid (LLaVA-NeXT: size in pixels)."""
-    tokens = [IMAGE] * visual_tokens(family, number)
-    if family == "llava":
+    tokens, kind = [IMAGE] * visual_tokens(family, number), TINY[family].inputs
+    if kind == "llava":
         rows, columns = LLAVA_GRID
         values = torch.randn(1, 3, LLAVA_PATCH * rows, LLAVA_PATCH * columns, generator=random)
         return tokens, values, [1, rows, columns]
-    if family == "llava_next":
+    if kind == "llava_next":
         size, side = NEXT_SIZES[number % 2], NEXT_GRID[0] * LLAVA_PATCH
         crops = image_size_to_num_patches(size, NEXT_PINPOINTS, side)
         return tokens, torch.randn(crops, 3, side, side, generator=random), list(size)
@@ -316,9 +316,30 @@ def _qwen2_vl_config() -> Qwen2VLConfig:
     return Qwen2VLConfig(vision_config=vision, text_config=_qwen_text(), **_QWEN_TOKENS)
 
 
-_MODELS = {
-    "llava": (LlavaForConditionalGeneration, _llava_config),
-    "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, _qwen2_5_vl_config),
-    "llava_next": (LlavaNextForConditionalGeneration, _llava_next_config),
-    "qwen2_vl": (Qwen2VLForConditionalGeneration, _qwen2_vl_config),
+@dataclass(frozen=True)
+class Tiny:
+    """One family's tiny model.
+
+    Attributes:
+        model: its Transformers class.
+        config: makes its configuration.
+        inputs: whose inputs it takes: "llava" (one grid per picture), "llava_next" (crops) or "qwen" (patches in one sequence).
+        flex: its Transformers class runs flex attention.
+    """
+
+    model: type
+    config: Callable[[], Any]
+    inputs: Literal["llava", "llava_next", "qwen"]
+    flex: bool = False
+
+
+TINY = {
+    "llava": Tiny(LlavaForConditionalGeneration, _llava_config, "llava", flex=True),
+    "qwen2_5_vl": Tiny(Qwen2_5_VLForConditionalGeneration, _qwen2_5_vl_config, "qwen"),
+    "llava_next": Tiny(LlavaNextForConditionalGeneration, _llava_next_config, "llava_next", flex=True),
+    "qwen2_vl": Tiny(Qwen2VLForConditionalGeneration, _qwen2_vl_config, "qwen"),
 }
+"""One entry for each family."""
+ALL_FAMILIES = tuple(TINY)
+FLEX_FAMILIES = tuple(family for family, tiny in TINY.items() if tiny.flex)
+"""The families whose Transformers classes run flex attention."""

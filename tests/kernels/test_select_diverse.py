@@ -7,7 +7,7 @@ import mmap
 import pytest
 import torch
 from kernels.rule import among_nan
-from torch.utils._python_dispatch import TorchDispatchMode
+from oracles import Watch
 
 from vlmprune.errors import UsageError
 from vlmprune.kernels.select_diverse import cost, cpu, determinant_order, greedy_order, reference, select_diverse
@@ -138,21 +138,16 @@ def test_offsets_pass_two_to_the_31():
     assert determinant_order(features, weight, 3, impl="triton").equal(determinant_order(near, weight, 3))
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers that any result of an operation has, and those of all products of matrices, with vectors or matrices."""
+class Products:
+    """FLOPs of all products of matrices with vectors or matrices, and the numbers they read."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.numbers = self.flops = self.read = 0
+        self.flops = self.read = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple | list) else (result,):
-            self.numbers = max(self.numbers, x.numel() if isinstance(x, torch.Tensor) else 0)
-        if func.overloadpacket.__name__ in ("mv", "mm", "bmm"):
+    def __call__(self, function, args, kwargs, result) -> None:
+        if function.overloadpacket.__name__ in ("mv", "mm", "bmm"):
             self.flops += 2 * result.numel() * args[0].shape[-1]
             self.read += args[1].numel()
-        return result
 
 
 def test_nothing_is_square(monkeypatch):
@@ -160,10 +155,10 @@ def test_nothing_is_square(monkeypatch):
     features, weight = drawn(1, 600, 8), torch.ones(1, 600)
     monkeypatch.setattr(cpu, "MOST_BYTES", 4 * 600**2 - 1)
     for impl, keep in (("reference", 20), ("auto", 200), ("triton", 1)):
-        with Largest() as seen:
+        with Watch() as seen:
             greedy_order(features, keep, impl=impl)
         assert 600 <= seen.numbers <= reference.CHUNK * 600 < 600 * 600
-        with Largest() as seen:
+        with Watch() as seen:
             determinant_order(features, weight, keep, impl=impl)
         assert 600 <= seen.numbers <= reference.CHUNK * 600
 
@@ -171,7 +166,7 @@ def test_nothing_is_square(monkeypatch):
 def test_all_pairs_are_kept_where_they_fit_into_64_mb():
     """4096 tokens in fp32, and no more: the limit is of bytes, so that fp64 has half of the pairs."""
     for visual, dtype, fits in ((4096, torch.float32, True), (4097, torch.float32, False), (2897, torch.float64, False)):
-        with Largest() as seen:
+        with Watch() as seen:
             greedy_order(drawn(1, visual, 2, dtype=dtype), 1)
         assert (seen.numbers == visual**2) == fits
         assert fits or seen.numbers <= visual * max(cpu.CHUNK, cpu.AHEAD)
@@ -186,19 +181,21 @@ def test_on_a_cpu_every_pair_is_computed_once(kept, monkeypatch):
     visual, dim, keep = 1024, 32, 100
     if not kept:
         monkeypatch.setattr(cpu, "MOST_BYTES", 4 * 1000**2)
-    with Largest() as seen:
+    products = Products()
+    with Watch(products):
         greedy_order(drawn(1, visual, dim), keep)
     half = visual * visual // 2 + visual * cpu.CHUNK // 2
     pieces = -(-visual // cpu.CHUNK)
     if kept:
-        assert seen.flops == 2 * dim * half
-        assert seen.read <= pieces * visual * dim
+        assert products.flops == 2 * dim * half
+        assert products.read <= pieces * visual * dim
     else:
-        assert 2 * dim * half < seen.flops <= 2 * dim * (half + 4 * keep * visual)
-        assert seen.read <= (pieces + keep // 4) * visual * dim, "the features are read for less than every fourth pick"
-    with Largest() as seen:
+        assert 2 * dim * half < products.flops <= 2 * dim * (half + 4 * keep * visual)
+        assert products.read <= (pieces + keep // 4) * visual * dim, "the features are read for less than every fourth pick"
+    products = Products()
+    with Watch(products):
         determinant_order(drawn(1, visual, dim), drawn(1, visual).abs(), keep)
-    assert seen.read <= keep // 4 * visual * dim
+    assert products.read <= keep // 4 * visual * dim
 
 
 CPU_SHAPES = {  # images, visual, dim, keep

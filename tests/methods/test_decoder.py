@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 
-import loops
 import pytest
 import torch
+from methods.loops import plain
 from oracles import prompt_positions
 from tiny_models import ALL_FAMILIES, IMAGE, implementations_of, make_inputs, shared
 
@@ -36,7 +36,7 @@ class Peek(vp.Pruner):
 def peeked(model, recipe: tuple, inputs: dict) -> tuple[vp.Run, list[View], dict]:
     """One call: the handle, what was told, and what entered the language model and its layers before any hook of ours.
 
-    The positions are those that ``generate`` gives: a plain call would count padding.
+    The positions are those that `generate` gives: a plain call would count padding.
     """
     text, found = model.model.language_model, {}
     inputs = {**inputs, "position_ids": prompt_positions(model, inputs)}
@@ -246,7 +246,7 @@ def test_text_attention_is_the_models_own(family, attn):
                 "attention_among_text": attention[None][:, :, text][..., text],
             }
             scores = vp.AdaptInfer().score(View(2, kept.original, torch.arange(kept.original)[None], probes))[0]
-            assert kept.index.tolist() == loops.top(scores.tolist(), 5)
+            assert kept.index.tolist() == plain.top(scores.tolist(), 5)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
@@ -264,7 +264,7 @@ def test_attention_of_layer_is_what_the_layer_computes(family, layer):
         for kept in (kept for kept in run.last.kept if kept.sample == row):
             scores = attention[row, visual[start : start + kept.original]]
             start += kept.original
-            assert kept.index.tolist() == loops.top(scores.tolist(), 5)
+            assert kept.index.tolist() == plain.top(scores.tolist(), 5)
 
 
 @pytest.mark.parametrize("before", [None, "random:layer=3,fraction=0.6"], ids=["un-pruned", "pruned"])
@@ -302,7 +302,7 @@ def test_attention_of_layer_counts_an_earlier_turn(before):
 def test_text_needs_a_question_after_the_picture(recipe):
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text4", "image"]])
-    with vp.wrap(model, recipe), torch.no_grad(), pytest.raises(vp.UsageError, match="put the question behind"):
+    with vp.wrap(model, recipe), torch.no_grad(), pytest.raises(vp.UsageError, match="put the question after"):
         model(**inputs)
 
 

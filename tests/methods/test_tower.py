@@ -8,10 +8,29 @@ import math
 from dataclasses import dataclass, field
 from unittest import mock
 
-import loops
 import pytest
 import tiny_models
 import torch
+from methods.loops import plain
+from methods.loops.cdpruner import cdpruner, cdpruner_relevance
+from methods.loops.flowcut import (
+    flowcut_clip,
+    flowcut_entropy_ratio,
+    flowcut_llm,
+    flowcut_prune_count,
+    flowcut_qwen_official_scores,
+    flowcut_smoothed,
+    flowcut_terms,
+    flowcut_unit_scores,
+    pooled,
+)
+from methods.loops.mustdrop import (
+    mustdrop_key_set,
+    mustdrop_merge,
+    mustdrop_merge_count,
+    mustdrop_window_scores,
+    mustdrop_windows,
+)
 from tiny_models import (
     FIRST_WORD,
     IMAGE,
@@ -43,7 +62,7 @@ PICTURE = (0, 0)
 # --- deeper models than the shared ones, and prompts for them ---------------------------------------------------------
 @functools.cache
 def deep(family: str, attn: str = "sdpa"):
-    """A tiny model with a tower deep enough that several cuts differ between pictures. Wrap it only in a ``with``."""
+    """A tiny model with a tower deep enough that several cuts differ between pictures. Wrap it only in a `with`."""
     cls, make = tiny_models._MODELS[family]
 
     def config():
@@ -98,7 +117,7 @@ class Prompts:
     """Inputs of a call, and where its pictures are.
 
     Attributes:
-        inputs: for ``model(**inputs)``.
+        inputs: for `model(**inputs)`.
         pixels: each picture's own pixels.
         columns: for each picture its row and the positions of its placeholders.
         sizes: each picture's size: pixels (LLaVA-NeXT) or merged tokens (Qwen), rows first.
@@ -238,7 +257,7 @@ def test_flowcut_drops_patches_in_the_tower(keep, scale, attn):
     model = deep("llava", attn)
     method, prompt = vp.FlowCut(tokens=keep, semantic_scale=scale), prompts("llava", FOUR)
     feature_block = LLAVA["num_hidden_layers"] - 2
-    expected = [loops.flowcut_clip(model.model.vision_tower, p, keep, feature_block, scale) for p in prompt.pixels]
+    expected = [flowcut_clip(model.model.vision_tower, p, keep, feature_block, scale) for p in prompt.pixels]
     seen = watched(model, method, prompt.inputs)
     assert kept(seen.run, "vision") == [ids for ids, _ in expected]
     for picture, (ids, features) in enumerate(expected):
@@ -271,7 +290,7 @@ def test_flowcut_ends_where_features_are_taken(layers):
     feature_layer, feature_block = layers
     model = deep("llava")
     prompt = prompts("llava", [[PICTURE]])
-    ids, features = loops.flowcut_clip(model.model.vision_tower, prompt.pixels[0], 7, feature_block)
+    ids, features = flowcut_clip(model.model.vision_tower, prompt.pixels[0], 7, feature_block)
     with mock.patch.object(model.config, "vision_feature_layer", feature_layer):
         seen = watched(model, "flowcut:tokens=7", prompt.inputs)
     places, rows = entered(seen, prompt, 0)
@@ -348,9 +367,7 @@ def test_flowcut_per_view(attn, newlines):
     model, prompt = deep("llava_next", attn), prompts("llava_next", rows)
     expected = []  # per picture, the survivors and features of each view
     for pixels in prompt.pixels:
-        expected.append(
-            [loops.flowcut_clip(model.model.vision_tower, p, keep // 2, NEXT["num_hidden_layers"] - 2) for p in pixels]
-        )
+        expected.append([flowcut_clip(model.model.vision_tower, p, keep // 2, NEXT["num_hidden_layers"] - 2) for p in pixels])
         assert all(len(ids) == 7 for ids, _ in expected[-1])
     seen = watched(model, vp.FlowCut(tokens=keep, newlines=newlines), prompt.inputs)
     alive = seen.run.last.keep[0]
@@ -430,7 +447,7 @@ def patch_attention(block, hidden, rotary) -> tuple[torch.Tensor, torch.Tensor, 
 
 @torch.no_grad()
 def official(visual, pixels, grid, target: int) -> tuple[torch.Tensor, list[int]]:
-    """Section 3.6 for one picture: patches dropped behind every second block, survivors merged in groups of four.
+    """The official code for one picture: patches dropped behind every second block, survivors merged in groups of four.
 
     Returns merged features and the number of patches that enter each block.
     """
@@ -446,12 +463,12 @@ def official(visual, pixels, grid, target: int) -> tuple[torch.Tensor, list[int]
         if n <= target:
             continue
         scaling = block.attn.scaling
-        smooth = loops.flowcut_smoothed(smooth, loops.flowcut_qwen_official_scores(q, k, v, scaling))
+        smooth = flowcut_smoothed(smooth, flowcut_qwen_official_scores(q, k, v, scaling))
         remaining = depth - index - 1
         if remaining % 2 == 0:
-            relation, _, _ = loops.flowcut_terms(loops.pooled(q), k, loops.pooled(v), v, scaling, 1.0)
-            dropped = loops.flowcut_prune_count(n, target, remaining, loops.entropy_ratio(relation))
-            stays = loops.top(smooth, n - dropped)
+            relation, _, _ = flowcut_terms(pooled(q), k, pooled(v), v, scaling, 1.0)
+            dropped = flowcut_prune_count(n, target, remaining, flowcut_entropy_ratio(relation))
+            stays = plain.top(smooth, n - dropped)
             hidden, rotary = hidden[stays], tuple(part[stays] for part in rotary)
             smooth = [smooth[j] for j in stays]
     return visual.merger(hidden), lengths
@@ -523,7 +540,7 @@ def test_flowcut_units(family, attn):
     for picture in range(len(patches)):
         own = slice(sum(patches[:picture]), sum(patches[: picture + 1]))
         blocks = [tuple(x[:, own] for x in seen_by_block[i]) for i in whole]
-        scores += loops.flowcut_unit_scores(blocks, visual.blocks[0].attn.scaling)
+        scores += flowcut_unit_scores(blocks, visual.blocks[0].attn.scaling)
     if family == "qwen2_5_vl":
         vision = model.config.vision_config
         order, _ = get_vision_window_index(
@@ -542,7 +559,7 @@ def test_flowcut_units(family, attn):
         features_equal(flow, per_picture[picture])
     first = [k for k in seen.run.last.kept if k.layer == 0]
     for choice, expected in zip(first, per_picture, strict=True):
-        assert choice.index.tolist() == loops.top(expected.tolist(), 2 * keep)
+        assert choice.index.tolist() == plain.top(expected.tolist(), 2 * keep)
         assert choice.method == "flowcut (unit)"
     assert seen.lengths == [sum(patches)] * len(visual.blocks)
 
@@ -575,7 +592,7 @@ def test_flowcut_in_the_decoder(family, size):
     visual = columns if family != "llava_next" else columns[[token is not None for token in packed(size)]]
     rows = [row for row, place in enumerate(alive.tolist()) if place in visual.tolist()]
     before = [visual.tolist().index(int(alive[row])) for row in rows]
-    expected = loops.flowcut_llm(q[:, -1], k[:, rows], v[:, -1], v[:, rows], layer.self_attn.scaling, keep)
+    expected = flowcut_llm(q[:, -1], k[:, rows], v[:, -1], v[:, rows], layer.self_attn.scaling, keep)
     final = seen.run.last.kept[-1]
     assert (final.layer, final.site) == (2, "llm")
     assert final.index.tolist() == [before[j] for j in expected]
@@ -595,7 +612,7 @@ class Merged:
     def keys(self) -> list[int]:
         """The key set, as raster ids."""
         last = self.attention[max(self.attention)]
-        return [self.ids[j] for j in loops.mustdrop_key_set(last.mean(0))]
+        return [self.ids[j] for j in mustdrop_key_set(last.mean(0))]
 
 
 @torch.no_grad()
@@ -606,12 +623,12 @@ def merged_tower(model, pixels, threshold, windows) -> Merged:
     hidden = blocks[0](tower.pre_layrnorm(tower.embeddings(pixels[None])), None)
     patches = hidden[0, 1:]
     if windows is None:
-        merged, tokens = loops.mustdrop_merge(patches, SIDE, SIDE, threshold)
+        merged, tokens = mustdrop_merge(patches, SIDE, SIDE, threshold)
     else:
-        merged, tokens = loops.mustdrop_merge_count(patches, SIDE, SIDE, windows)
+        merged, tokens = mustdrop_merge_count(patches, SIDE, SIDE, windows)
     left = dict(enumerate(patches))
     for window in merged:
-        nine = loops.mustdrop_windows(SIDE, SIDE)[window]
+        nine = mustdrop_windows(SIDE, SIDE)[window]
         for patch in nine:
             del left[patch]
         left[nine[4]] = torch.tensor(tokens[window], dtype=patches.dtype)
@@ -644,7 +661,7 @@ def middling(model, pixels: torch.Tensor) -> float:
     """A threshold that five of the sixteen windows of a batch of four reach."""
     tower = model.model.vision_tower
     first = tower.encoder.layers[0](tower.pre_layrnorm(tower.embeddings(pixels)), None)[:, 1:]
-    scores = sorted(score for patches in first for score in loops.mustdrop_window_scores(patches, SIDE, SIDE))
+    scores = sorted(score for patches in first for score in mustdrop_window_scores(patches, SIDE, SIDE))
     return (scores[-6] + scores[-5]) / 2
 
 
@@ -702,7 +719,7 @@ def test_cls_attention_behind_flowcut():
     (ids,) = kept(seen.run, "vision")
     scores = maps[0][0, :, 0, 1:].mean(0).tolist()
     assert len(scores) == len(ids) == 9
-    assert kept(seen.run, "llm") == [[ids[j] for j in loops.top(scores, 4)]]
+    assert kept(seen.run, "llm") == [[ids[j] for j in plain.top(scores, 4)]]
 
 
 # --- what methods are told of the tower -------------------------------------------------------------------------------
@@ -886,11 +903,11 @@ def cdpruned(prompt: Prompts, seen: Seen, picture: int, raw: list[float], keep: 
     tokens = packed(prompt.sizes[picture])
     features = seen.entering[row, columns][torch.tensor([token is not None for token in tokens])]
     of_view = [token[0] for token in tokens if token is not None]
-    relevance = loops.cdpruner_relevance([[-x] for x in raw])
+    relevance = cdpruner_relevance([[-x] for x in raw])
     members = [[j for j, view in enumerate(of_view) if view == number] for number in sorted(set(of_view))]
     found = []
     for mine, share in zip(members, shares_of(keep, list(map(len, members))), strict=True):
-        chosen = loops.cdpruner(features[mine], [relevance[j] for j in mine], share) if share else []
+        chosen = cdpruner(features[mine], [relevance[j] for j in mine], share) if share else []
         found += [mine[j] for j in chosen]
     return sorted(found)
 
@@ -918,7 +935,7 @@ def test_cdpruner_scales_relevance_over_all_views(how, rows):
         features = seen.entering[row, columns][there]
         if how == "embedding":
             words = seen.entering[row, last[row] + 1 :].tolist()
-            raw = [loops.mean([loops.cosine(x, word) for word in words]) for x in features.tolist()]
+            raw = [plain.mean([plain.cosine(x, word) for word in words]) for x in features.tolist()]
         else:
             of_view, cells = zip(*(token for token in packed(prompt.sizes[picture]) if token is not None), strict=True)
             crops = pixels[picture, : views(prompt.sizes[picture])]

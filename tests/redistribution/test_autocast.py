@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import generate_logits
-from redistribution.test_exact import RECIPES, SAMPLES
+from redistribution.recipes import RECIPES, SAMPLES
 from tiny_models import attentions_of, make_inputs, shared
 
 import vlmprune as vp

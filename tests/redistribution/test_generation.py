@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 from oracles import TOLERANCE, generate_logits
-from redistribution.test_exact import CASES, RECIPES, SAMPLES, VAR
+from redistribution.recipes import CASES, RECIPES, SAMPLES, VAR
 from tiny_models import FLEX, VOCAB, build, make_inputs, make_single, shared
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vlmprune as vp
-from vlmprune.live.cache import Entries, MarkedLayer, PrunedLayer, keep_only, pruned_layer
+from vlmprune.live.cache import Entries, MarkedLayer, PrunedLayer, keep_only, pruned_layers
 from vlmprune.live.marks import Marks
 
 STRATEGIES = {
@@ -272,7 +272,7 @@ def test_marks_follow_the_cache():
         assert layer.marks is None
     cache = DynamicCache()
     cache.layers.append(filled(MarkedLayer))
-    pruned = pruned_layer(cache, 0, (0,), lambda layer: Entries.complete(2, 6, layer.keys.device, None))
+    (pruned,) = pruned_layers(cache, [0], (0,), lambda layer: Entries.complete(2, 6, layer.keys.device, None))
     keep_only([pruned], torch.tensor([[True, False, True, False, True, True]] * 2), 0)
     assert pruned.marks.groups.tolist() == [[[0, 2, 0, 0]], [[3, 1, 0, 0]]]
     assert pruned.keys.shape[-2] == 4

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from redistribution.explicit import act_row, raised, softmax, var_row, zero_row
+from redistribution.loops.act import act_row
+from redistribution.loops.plain import raised, softmax
+from redistribution.loops.var import var_row
+from redistribution.loops.zerotuning import zero_row
 
 import vlmprune as vp
 from vlmprune.kernels.grouped_attention import column_means, grouped_attention, reference, scored_attention
@@ -19,7 +24,6 @@ CODES = {
     "everything a sink": [3, 3, 3, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3],
     "no picture": [3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0],
 }
-every_code = pytest.mark.parametrize("codes", CODES.values(), ids=CODES.keys())
 types = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 heads = pytest.mark.parametrize("kv_heads", [6, 2, 1], ids=["MHA", "GQA", "MQA"])
 phases = pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -59,14 +63,33 @@ def one_hot(codes, groups, dtype):
     return torch.stack([codes == group for group in range(groups + 1)], dim=-1).to(dtype)
 
 
-@types
-@heads
-@phases
-@every_code
-@pytest.mark.parametrize("thresholds", [(1.0, 0.0), (0.4, 0.45), (0.0, 0.0)], ids=["all heads", "some heads", "none"])
-def test_var_equals_softmax_then_edit(dtype, kv_heads, phase, codes, thresholds):
+THRESHOLDS = {"all heads": (1.0, 0.0), "some heads": (0.4, 0.45), "none": (0.0, 0.0)}
+LEVELS = {
+    "dtype": list(TOLERANCE),
+    "kv_heads": [6, 2, 1],
+    "phase": ["prefill", "decode"],
+    "codes": list(CODES),
+    "selected": list(THRESHOLDS),
+}
+
+
+def pairwise() -> list[tuple]:
+    """Combinations in which every two levels of different parameters meet; greedily, so not the fewest."""
+    whole = list(itertools.product(*LEVELS.values()))
+    missing = {pair for row in whole for pair in itertools.combinations(enumerate(row), 2)}
+    chosen = []
+    while missing:
+        best = max(whole, key=lambda row: len(missing & set(itertools.combinations(enumerate(row), 2))))
+        chosen.append(best)
+        missing -= set(itertools.combinations(enumerate(best), 2))
+    return chosen
+
+
+@pytest.mark.parametrize(tuple(LEVELS), [*pairwise(), *itertools.product([torch.float32], [2], ["prefill"], CODES, THRESHOLDS)])
+def test_var_equals_softmax_then_edit(dtype, kv_heads, phase, codes, selected):
     """Red: a group's mass, a head's selection or the share of a key is wrong in any of these cases."""
-    share, least = thresholds
+    share, least = THRESHOLDS[selected]
+    codes = CODES[codes]
     method = vp.VAR(keep=0.3, max_sink_share=share, min_image_mass=least)
     query, key, value, *rest = case(dtype, kv_heads, phase)
     marks = torch.tensor([codes, codes])[:, None]
@@ -78,7 +101,7 @@ def test_var_equals_softmax_then_edit(dtype, kv_heads, phase, codes, thresholds)
     out, factors, masses = grouped_attention(query, key, value, *rest, one_hot(marks, 3, dtype), method.coefficients)
     torch.testing.assert_close(out.double(), looped(query, key, value, *rest, edit), atol=TOLERANCE[dtype], rtol=0)
     torch.testing.assert_close((factors * masses).sum(-1), torch.ones_like(masses[..., 0]), atol=1e-6, rtol=0)
-    if thresholds == (0.4, 0.45) and codes == CODES["mixed"] and phase == "prefill":
+    if selected == "some heads" and codes == CODES["mixed"] and phase == "prefill":
         assert 0 < (factors[..., 2] != 1).float().mean() < 1, "the test is blind: no mixed selection"
     if codes == CODES["mixed"] and share == 1:
         assert (factors != 1).any()

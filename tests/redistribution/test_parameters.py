@@ -1,5 +1,9 @@
 """What parameters of redistribution come to: nothing at all, which reports say; and layers as whatever holds numbers."""
 
+import copy
+import dataclasses
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -54,3 +58,32 @@ def test_sink_dimensions_too():
 def test_what_holds_none_is_refused(layers):
     with pytest.raises(vp.UsageError, match="layers are written as indices and slices"):
         vp.PAI(layers=layers)
+
+
+def test_what_is_given_wins_over_a_preset():
+    """Red: a parameter that is given as its default counts as not given."""
+    assert vp.VAR(preset="released-code").keep == 0.6
+    assert vp.VAR(preset="released-code", keep=0.4).keep == 0.4
+    assert vp.VAR(preset="hallucination", max_sink_share=0.2).max_sink_share == 0.2
+    assert vp.PAINT(preset="released-code", beta=0.4).beta == 0.4
+    (parsed,) = vp.Recipe.parse("var:preset=hallucination,max_sink_share=0.2").methods
+    assert parsed.max_sink_share == 0.2
+
+
+@pytest.mark.parametrize("given", [{"keep": 0.4}, {"keep": 0.9}, {"preset": "general"}])
+def test_two_ways_of_saying_one_thing(given):
+    """Red: p beside keep passes because keep is given as its default."""
+    with pytest.raises(vp.UsageError, match="give p, keep or a preset; only one"):
+        vp.VAR(p=0.6, **given)
+
+
+def test_methods_can_be_copied():
+    method = vp.VAR(keep=0.4, preset="released-code", sink_dims="3")
+    assert copy.deepcopy(method) == pickle.loads(pickle.dumps(method)) == method
+    assert dataclasses.replace(method, keep=0.1) == vp.VAR(preset="released-code", keep=0.1, sink_dims="3")
+
+
+@pytest.mark.parametrize("text", ["²", "①", "1.5", "-3", "4|"])
+def test_dimensions_are_numbers(text):
+    with pytest.raises(vp.UsageError, match="sink_dims must be"):
+        vp.VAR(sink_dims=text)

@@ -7,7 +7,7 @@ attention redistribution found in a conversation (`Marks`) is kept there too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 from vlmprune.device import on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.marks import Marks
-from vlmprune.live.owner import Owner, owner_of
+from vlmprune.live.owner import Owner
 from vlmprune.live.rows import Reduction
+
+PRUNING = "pruning inside the language model"
 
 
 class MarkedLayer(DynamicLayer):
@@ -285,30 +287,38 @@ def check_same_stages(cache: Cache | None, stages: tuple[int, ...]) -> None:
         )
 
 
-def pruned_layer(cache: Cache, index: int, stages: tuple[int, ...], complete: Callable[[DynamicLayer], Entries]) -> PrunedLayer:
-    """The cache's layer `index` as a `PrunedLayer`, which takes the place of an ordinary one on first use.
+def pruned_layers(
+    cache: Cache, indices: Iterable[int], stages: tuple[int, ...], complete: Callable[[DynamicLayer], Entries]
+) -> list[PrunedLayer]:
+    """Some of a cache's layers as `PrunedLayer`s, which take the places of ordinary ones on first use.
 
     Args:
-        cache, index: the layer.
+        cache, indices: the layers.
         stages: layers of the recipe's stages.
         complete: gives the entries of an ordinary layer that was filled.
 
     Raises:
         UsageError: the cache is of a kind whose layers cannot have different lengths.
     """
-    layer = _plain_layer(cache, index, "pruning inside the language model")
-    if isinstance(layer, PrunedLayer):
-        return layer
-    first = not any(isinstance(before, PrunedLayer) for before in cache.layers[:index])
+    found = []
+    for index in indices:
+        layer = cache.layers[index] if index < len(cache.layers) else _plain_layer(cache, index, PRUNING)
+        if not isinstance(layer, PrunedLayer):
+            if type(layer) is not DynamicLayer or cache.offloading:
+                _check_layer(cache, layer, PRUNING)
+            layer = cache.layers[index] = _pruned(cache, index, layer, stages, complete)
+        found.append(layer)
+    return found
+
+
+def _pruned(cache: Cache, index: int, layer: Any, stages: tuple[int, ...], complete: Callable[..., Entries]) -> PrunedLayer:
+    first = not index or not isinstance(cache.layers[index - 1], PrunedLayer)
     pruned = FirstPrunedLayer(stages) if first else PrunedLayer(stages)
     pruned.marks = layer.marks if isinstance(layer, MarkedLayer) else None
     if layer.get_seq_length():
-        assert layer.keys is not None
-        assert layer.values is not None
         pruned.lazy_initialization(layer.keys, layer.values)
         pruned.keys, pruned.values, pruned.recorded = layer.keys, layer.values, complete(layer)
-    pruned.owner = owner_of(cache)
-    cache.layers[index] = pruned
+    pruned.owner = getattr(cache, "vlmprune", None)
     return pruned
 
 
@@ -354,7 +364,8 @@ def check_growing(cache: Cache | None, what: str) -> None:
     if layers is None:
         raise _other_cache(what, f"a {type(cache).__name__}")
     for layer in layers:
-        _check_layer(cache, layer, what)
+        if type(layer) is not DynamicLayer or cache.offloading:
+            _check_layer(cache, layer, what)
     grown = cache.layer_class_to_replicate
     if grown is not None and grown is not DynamicLayer:
         raise _other_cache(what, f"a cache of {getattr(grown, '__name__', 'other')} layers")

@@ -29,24 +29,27 @@ class Projections(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """What one stage left: per image, the indices that remain, and the features merged into them (or None); `emptied` where
-    places of others are left without a token; `judged` per image what was decided together, for `run.explain`, or None."""
+    """What one stage left.
+
+    Attributes:
+        remaining: per image, `[kept]` indices of its tokens that are still there.
+        features: per image, `[kept, dim]` what took the places of these, or None.
+        merges: tokens of some image were merged.
+        emptied: places of others are left without a token.
+        judged: per image, what was decided together, for `run.explain`; or None.
+    """
 
     remaining: tuple[Tensor, ...]
     features: tuple[Tensor | None, ...]
+    merges: bool = False
     emptied: bool = False
     judged: Sequence[tuple[Judged, ...]] | None = None
-
-    @property
-    def merges(self) -> bool:
-        """Tokens of some image were merged."""
-        return any(features is not None for features in self.features)
 
     def detached(self) -> Chosen:
         """The same, to be kept: nothing that outlives a layer may hold the graph that a backward pass runs through."""
         if not self.merges:
             return self
-        return replace(self, features=tuple(None if x is None else x.detach() for x in self.features))
+        return replace(self, features=tuple([None if x is None else x.detach() for x in self.features]))
 
 
 @dataclass(eq=False)
@@ -154,7 +157,10 @@ class Call:
         """The section that a layer belongs to."""
         if not self.sections:
             self.sections.append(self.section)
-        return next(section for section in reversed(self.sections) if section.start <= layer)
+        for section in reversed(self.sections):
+            if section.start <= layer:
+                return section
+        raise IndexError(layer)
 
     def layers_by_section(self, layers: int) -> list[tuple[Section, int]]:
         """The sections in order, each with its number of layers, of `layers` in all."""

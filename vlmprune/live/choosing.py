@@ -32,6 +32,7 @@ class BoundStage:
         needs: probes that the method looks at here.
         label: how the report names it.
         per_crop: each crop of an image is decided by itself.
+        adaptive: the method decides how many tokens it keeps; the budget is an upper limit.
     """
 
     number: int
@@ -40,6 +41,7 @@ class BoundStage:
     needs: frozenset[str]
     label: str
     per_crop: bool
+    adaptive: bool
 
 
 def choose(
@@ -65,7 +67,7 @@ def choose(
         chosen: Choice | Tensor
         if keep == 0:
             chosen = torch.empty(len(group), 0, dtype=torch.long, device=first.device)
-        elif keep == len(first) and not method.adaptive:
+        elif keep == len(first) and not bound.adaptive:
             chosen = torch.arange(keep, device=first.device).expand(len(group), keep)
         else:
             see = build_view(call, layer, bound.needs, members, hidden, tools)
@@ -73,15 +75,18 @@ def choose(
                 see = replace(see, over_picture=_of_parts(over_image(), members))
             chosen = method.select(see, keep)
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
-        _check_choice(method, choice, len(group), keep)
+        _check_choice(bound, choice, len(group), keep)
         if explains:
             reasons |= zip(group, judged(method, see, choice, [part.index for part in members]), strict=True)
         for number, part in enumerate(members):
             index = part.index[choice.index[number].to(part.index.device)]
             kept[part.image].append((index, None if choice.features is None else choice.features[number]))
-    joined = [_joined(call, prompt, hidden, image, pieces) for image, pieces in enumerate(kept)]
+    joined = [
+        pieces[0] if len(pieces) == 1 else _joined(call, prompt, hidden, image, pieces) for image, pieces in enumerate(kept)
+    ]
     why = by_picture(reasons, [part.image for part in parts], len(kept)) if explains else None
-    return Chosen(tuple(index for index, _ in joined), tuple(features for _, features in joined), judged=why)
+    remaining, features = zip(*joined, strict=True)
+    return Chosen(remaining, features, any(x is not None for x in features), judged=why)
 
 
 def left_by_tower(prompt: Prompt, hidden: Tensor) -> Chosen:
@@ -147,8 +152,6 @@ def _joined(
     call: Call, prompt: Prompt, hidden: Tensor, image: int, pieces: list[tuple[Tensor, Tensor | None]]
 ) -> tuple[Tensor, Tensor | None]:
     """The parts of one image in one, in rising order; parts that merged nothing stay as they are."""
-    if len(pieces) == 1:
-        return pieces[0]
     index, order = torch.cat([index for index, _ in pieces]).sort()
     if all(features is None for _, features in pieces):
         return index, None
@@ -158,9 +161,9 @@ def _joined(
     return index, features[order.to(features.device)]
 
 
-def _check_choice(method: Pruner, choice: Choice, images: int, keep: int) -> None:
+def _check_choice(bound: BoundStage, choice: Choice, images: int, keep: int) -> None:
     """A method that chooses another number than it was asked for is a bug of the method."""
     counts = [len(row) for row in choice.index]
-    wrong = len(counts) != images or any(count > keep if method.adaptive else count != keep for count in counts)
+    wrong = len(counts) != images or max(counts) > keep or (min(counts) < keep and not bound.adaptive)
     if wrong or (choice.features is not None and list(choice.features.shape[:2]) != [images, keep]):
-        raise RuntimeError(f"{method.name}.select chose {counts} tokens of {images} pictures, expected {keep} of each.")
+        raise RuntimeError(f"{bound.method.name}.select chose {counts} tokens of {images} pictures, expected {keep} of each.")

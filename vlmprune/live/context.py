@@ -64,12 +64,18 @@ class Settings:
     @property
     def enabled(self) -> bool:
         """False runs prompts un-pruned."""
-        return next((block.enabled for block in reversed(self.blocks) if block.enabled is not None), self.switched)
+        for block in reversed(self.blocks):
+            if block.enabled is not None:
+                return block.enabled
+        return self.switched
 
     @property
     def budget(self) -> Budget | None:
         """In the place of the recipe's, or None."""
-        return next((block.budget for block in reversed(self.blocks) if block.budget is not None), None)
+        for block in reversed(self.blocks):
+            if block.budget is not None:
+                return block.budget
+        return None
 
 
 DEFAULT = Settings()

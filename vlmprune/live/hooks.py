@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -130,7 +130,7 @@ class Hooks:
         it may be over: then the base model is not on the stack."""
         if (call := self._thread.call()) is None:
             return None
-        if any(caller is self.base for caller in _callers()):
+        if _on_stack(lambda found: found is self.base) is not None:
             return call
         self.leave_base()
         return None
@@ -157,8 +157,8 @@ class Hooks:
 
     def _of_another(self) -> bool:
         """Whether it is another model of this kind, with parts of this one, that runs them: then it is on the stack."""
-        found = next((caller for caller in _callers() if type(caller) is type(self.base)), self.base)
-        return found is not self.base
+        kind = type(self.base)
+        return _on_stack(lambda found: type(found) is kind) not in (None, self.base)
 
     def _enter_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The language model was called by itself, past the model around it."""
@@ -263,12 +263,15 @@ def leave_language_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return leave_prompt(call.plan, call, call.record, output)
 
 
-def _callers() -> Iterator[Any]:
-    """The objects whose methods are on the stack, the innermost first."""
+def _on_stack(matches: Callable[[Any], bool]) -> Any:
+    """The innermost object that matches among those whose methods are on the stack, or None. Frames beyond it are not looked
+    at: that would keep what their variables hold."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        yield frame.f_locals.get("self")
+        if matches(found := frame.f_locals.get("self")):
+            return found
         frame = frame.f_back
+    return None
 
 
 def _without_ours(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Links:
             UsageError: a hooked module is not in its place, or a module's own config leads past our attention.
         """
         for link in self._links.values() if whole else self._text:
-            if not link.holds:
+            if link.parent._modules.get(link.name) is not link.child and not link.holds:
                 raise UsageError(
                     f"{link.path} was replaced after vlmprune.wrap, and {self._recipe} does not reach what is there now: call "
                     "vlmprune.unwrap(model), and wrap the model again."

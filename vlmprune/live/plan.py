@@ -70,7 +70,7 @@ class Plan:
         family, self.config, self.shape = self.family, self.base.config, DecoderShape.of(self.text.config)
         facts = _facts(family, self.base)
         self.redistribution = Redistribution(recipe.redistributors, family, facts, self.text)
-        self.pruning = Pruning(recipe, family, facts, self.base, self.text)
+        self.pruning = Pruning(recipe, family, facts, self.base, self.text, len(self.layers))
         self.needs = self.redistribution.needs | self.pruning.needs
         self.tower = TowerPlan(self, family, self.base, self.text, facts, self.pruning, self.needs, contexts)
         check_cuts(recipe, decoder, self.pruning.stages)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vlmprune.adapters.family import Family, has_mrope
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layer
+from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layers
 from vlmprune.live.call import Call, Chosen, Prompt
 from vlmprune.live.choosing import BoundStage, choose, left_by_tower, merged
 from vlmprune.live.explain import how_it_chooses
@@ -39,6 +39,7 @@ class Pruning:
     Args:
         recipe, family, facts: as they are.
         base, text: the model's base model and its language model.
+        layers: how many decoder layers it has.
 
     Attributes:
         stages: in the order in which they run.
@@ -50,7 +51,7 @@ class Pruning:
 
     explains = False
 
-    def __init__(self, recipe: Recipe, family: Family, facts: TowerFacts, base: Any, text: Any) -> None:
+    def __init__(self, recipe: Recipe, family: Family, facts: TowerFacts, base: Any, text: Any, layers: int) -> None:
         self._family, self._base, self._text = family, base, text
         self.stages = [_bound(number, *found, facts) for number, found in enumerate(recipe.cuts(facts))]
         self.at = tuple(sorted({bound.stage.layer for bound in self.stages}))
@@ -60,7 +61,7 @@ class Pruning:
         for bound in self.stages:
             if bound.stage.site != "cache":
                 self._running[bound.stage.layer].append(bound)
-        self._decoder = Decoder(text.config, lambda *args: text.get_submodule(family.rotary)(*args), self.at)
+        self._decoder = Decoder(text.config, lambda *args: text.get_submodule(family.rotary)(*args), self.at, layers)
 
     # -- what is known beforehand ----------------------------------------------------------------------------------------
 
@@ -78,23 +79,26 @@ class Pruning:
             budget = self.budget_of(bound, override)
             if bound.stage.site == "cache":
                 continue
-            if bound.method.adaptive or (self._family.newline is not None and not bound.method.keeps_newlines):
+            if bound.adaptive or (self._family.newline is not None and not bound.method.keeps_newlines):
                 return True
             if images is None or bound.stage.site == "vision":  # which counts crops
                 if budget.fraction != 1.0:
                     return True
-            elif any(budget.resolve(count) < count for count in images):
-                return True
+            else:
+                for count in set(images):
+                    if budget.resolve(count) < count:
+                        return True
         return False
 
     def shortens_at_once(self, call: Call) -> bool:
         """Whether all layers will compute fewer tokens than the prompt has, as far as budgets tell."""
-        return any(
-            bound.stage.site == "llm"
-            and not bound.method.adaptive
-            and any(self.budget_of(bound, call.budget).resolve(len(index)) < len(index) for index in call.section.remaining)
-            for bound in self._running.get(0, ())
-        )
+        for bound in self._running.get(0, ()):
+            if bound.stage.site == "llm" and not bound.adaptive:
+                budget = self.budget_of(bound, call.budget)
+                for count in {len(index) for index in call.section.remaining}:
+                    if budget.resolve(count) < count:
+                        return True
+        return False
 
     def chooses_at(self, layer: int, call: Call, prompt: Prompt) -> bool:
         """Whether a method will choose before a layer: it is asked where it keeps fewer tokens than are there."""
@@ -103,7 +107,7 @@ class Pruning:
         for bound in self._running[layer]:
             budget = self.budget_of(bound, call.budget)
             for count, index in zip(prompt.candidates, call.section.remaining, strict=True):
-                if bound.stage.site == "llm" and (bound.method.adaptive or budget.resolve(count) < len(index)):
+                if bound.stage.site == "llm" and (bound.adaptive or budget.resolve(count) < len(index)):
                     return True
         return False
 
@@ -156,7 +160,7 @@ class Pruning:
             if hidden.shape[1] == 1 and every and call.prompt is None and not call.padded_step:
                 # Decoding without padding: every stored entry is visible, no mask is needed.
                 return None if kwargs.get("attention_mask") is None else (hidden, {**kwargs, "attention_mask": None})
-        return hidden, section.arguments(index, call, hidden, kwargs, self._decoder)
+        return hidden, section.arguments(call, hidden, kwargs, self._decoder)
 
     def _open(self, index: int, module: nn.Module, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Open the section that begins with a stage's layer, and shorten the hidden states `[batch, token, dim]`.
@@ -189,8 +193,9 @@ class Pruning:
         """At one stage: let its method choose, drop the rest, and go on in a section of the survivors."""
         index, section = bound.stage.layer, call.section
         cache_ = kwargs.get("past_key_values") if call.past else None
-        layer = None if cache_ is None or not isinstance(cache_.layers[index], PrunedLayer) else cache_.layers[index]
-        rotary = partial(section.rotary, hidden, layer, kwargs, self._decoder)
+        recorded = None if cache_ is None else getattr(cache_.layers[index], "recorded", None)
+        earlier = recorded and recorded.shift
+        rotary = partial(section.rotary, hidden, earlier, kwargs, self._decoder)
         chosen = prompt.chosen.get(bound.number)
         if chosen is None or (chosen.merges and not first):  # what is merged has a gradient
             if bound.stage.site == "vision":
@@ -210,7 +215,7 @@ class Pruning:
         if call.section.shift is not None:  # new rotary embeddings are made
             return stays.gather(hidden)
         hidden, cos, sin = stays.gather_all(hidden, *rotary())
-        call.section.hand_on((cos, sin), kwargs["position_embeddings"], layer and layer.recorded and layer.recorded.shift)
+        call.section.hand_on((cos, sin), kwargs["position_embeddings"], earlier)
         return hidden
 
     def _tools(
@@ -302,9 +307,9 @@ class Pruning:
         end = max(other.stage.layer for other in self.stages if other.stage.site != "cache")  # from there on it is forgotten
         starts = [layer for layer in self.at if bound.stage.layer <= layer <= end]
         for start, stop in pairwise(starts):
-            layers = {index: pruned_layer(cache_, index, self.at, complete) for index in range(start, stop)}
-            keep_only(list(layers.values()), last.alive, call.past, counts)
-            shorter = {index: layer.stored for index, layer in layers.items()}
+            layers = pruned_layers(cache_, range(start, stop), self.at, complete)
+            keep_only(layers, last.alive, call.past, counts)
+            shorter = {index: layer.stored for index, layer in zip(range(start, stop), layers, strict=True)}
             record.peak = max(record.peak, sum(record.resident) + sum(shorter.values()))  # both exist for a moment
             for index, entries in shorter.items():
                 record.resident[index] = entries
@@ -322,7 +327,7 @@ def _bound(number: int, stage: Any, method: Any, facts: TowerFacts) -> BoundStag
         needs |= {"cell"}  # brings with it which crop a token belongs to, and that this tower made it
     variant = method.variant(facts)
     label = f"{method.name} ({variant})" if variant else method.name
-    return BoundStage(number, stage, method, needs, label, per_crop and stage.layer == 0)
+    return BoundStage(number, stage, method, needs, label, per_crop and stage.layer == 0, method.adaptive)
 
 
 def _as_the_model(call: Call, device: torch.device, run: Callable[..., Any], *args: Any) -> Any:
@@ -365,7 +370,9 @@ def _moved(prompt: Prompt, dropped: Tensor) -> Tensor:
 def _refuse_lost_gradient(bound: BoundStage, prompt: Prompt) -> None:
     """Reentrant checkpointing runs a layer without gradients at first, and again with the layer's arguments alone. Before
     transformers 5.23 hooks are inside of that, where what the tower saw is no argument."""
-    if not torch.is_grad_enabled() and any(probe.requires_grad for known in prompt.tower for probe in known.values()):
+    if torch.is_grad_enabled():
+        return
+    if any(probe.requires_grad for known in prompt.tower for probe in known.values()):
         raise UsageError(
             f"{bound.method.name} merges what the vision tower saw, whose gradient is lost in reentrant gradient checkpointing "
             'before transformers 5.23: pass gradient_checkpointing_kwargs={"use_reentrant": False}.'

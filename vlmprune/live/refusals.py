@@ -18,7 +18,7 @@ from vlmprune.methods.checks import check_needs
 from vlmprune.methods.redistributing import HeadScaler
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Schedule, scaled_layer
-from vlmprune.view import BEFORE_THE_STAGE, TowerFacts, known_probes
+from vlmprune.view import AHEAD, BEFORE_THE_STAGE, TowerFacts, known_probes
 
 
 def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[BoundStage]) -> None:
@@ -46,7 +46,7 @@ def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[BoundStage]) -> 
                 f'{decoder.name} depend on the layer: use positions="original".'
             )
     for cut in cuts:
-        ahead = "attention_of_layer" in cut.needs
+        ahead = bool(cut.needs & AHEAD)
         if not (cut.needs & BEFORE_THE_STAGE or ahead):
             continue
         if "flash" in text_config._attn_implementation:

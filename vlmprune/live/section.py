@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from vlmprune.device import on_host
-from vlmprune.live.cache import Entries, PrunedLayer, pruned_layer
+from vlmprune.live.cache import Entries, PrunedLayer, pruned_layers
 from vlmprune.live.layout import real_tokens
 from vlmprune.live.masks import part_of_mask, pruned_mask
 from vlmprune.live.rows import Reduction
@@ -36,11 +36,17 @@ class Decoder:
         config: of the language model.
         rotary: its rotary embedding: cosines and sines of positions `[batch, token]`.
         stages: the layers of the recipe's stages.
+        layers: how many layers there are.
     """
 
     config: Any
     rotary: Callable[[Tensor, Tensor], Rotary]
     stages: tuple[int, ...]
+    layers: int
+
+    def section_at(self, start: int) -> range:
+        """The layers of the section that begins with layer `start`."""
+        return range(start, min((layer for layer in self.stages if layer > start), default=self.layers))
 
 
 @dataclass(eq=False)
@@ -70,8 +76,7 @@ class Section:
     newlines: bool = True
     stored: int | None = None
     _rotary: dict[tuple[int, int], tuple[Rotary, Rotary, Tensor | None]] = field(default_factory=dict)
-    _before: tuple[Entries | None, int] | None = None
-    _after: Entries | None = None
+    _earlier: Tensor | None = None
     _mask: list[Mask] = field(default_factory=list)
 
     def at(self, start: int) -> Section:
@@ -82,29 +87,27 @@ class Section:
 
     # -- what a layer is given -------------------------------------------------------------------------------------------
 
-    def arguments(self, index: int, call: Call, hidden: Tensor, kwargs: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
-        """The keyword arguments of layer `index`, which computes fewer tokens than the conversation has.
+    def arguments(self, call: Call, hidden: Tensor, kwargs: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
+        """The keyword arguments of a layer that computes fewer tokens than the conversation has.
 
         Args:
             hidden: `[batch, token, dim]` entering it.
             kwargs: as the model gives them.
         """
-        cache: Cache | None = kwargs.get("past_key_values")
-        layer = None if cache is None else pruned_layer(cache, index, decoder.stages, partial(complete_entries, call))
-        rotary = self.rotary(hidden, layer, kwargs, decoder)
-        step = layer is not None and self.rows is None and hidden.shape[1] == 1 and not (call.padded_step or call.custom)
-        if not step:
-            self._store(call, layer, hidden)
         if not self._mask:
-            make = self._mask_of_step if step else self._mask_of_rows
-            self._mask.append(make(call, layer, hidden, kwargs, decoder.config._attn_implementation))
+            self._prepare(call, hidden, kwargs, decoder)
+        made = self._rotary.get((id(kwargs["position_embeddings"][0]), id(self._earlier)))
+        rotary = self.rotary(hidden, self._earlier, kwargs, decoder) if made is None else made[0]
         # position_ids serve only flash attention's search for packed sequences, which gaps would mislead.
         return {**kwargs, "position_ids": None, "position_embeddings": rotary, "attention_mask": self._mask[0]}
 
-    def rotary(self, hidden: Tensor, layer: PrunedLayer | None, kwargs: dict[str, Any], decoder: Decoder) -> Rotary:
-        """The rotary embeddings of the rows that a layer computes; some models give different ones to different layers."""
+    def rotary(self, hidden: Tensor, earlier: Tensor | None, kwargs: dict[str, Any], decoder: Decoder) -> Rotary:
+        """The rotary embeddings of the rows that a layer computes; some models give different ones to different layers.
+
+        Args:
+            earlier: `[batch]` by how much positions became smaller in earlier turns, or None.
+        """
         full: Rotary = kwargs["position_embeddings"]
-        earlier = None if layer is None or layer.recorded is None else layer.recorded.shift
         if self.rows is None and self.shift is None and earlier is None:
             return full
         if (made := self._rotary.get((id(full[0]), id(earlier)))) is not None:
@@ -116,49 +119,54 @@ class Section:
         own = moved if self.rows is None else (self.rows.gather(moved[0]), self.rows.gather(moved[1]))
         return self.hand_on(own, full, earlier)
 
-    def hand_on(self, own: Rotary, full: Rotary, earlier: Tensor | None = None) -> Rotary:
-        """Give `own` to the layers that the model gives `full`, and whose cached tokens have moved by `earlier` `[batch]`."""
+    def hand_on(self, own: Rotary, full: Rotary, earlier: Tensor | None) -> Rotary:
+        """Give `own` to the layers that the model gives `full`, after earlier turns that moved positions by `earlier`."""
         self._rotary[id(full[0]), id(earlier)] = own, full, earlier  # held, so that their identities stay theirs
         return own
 
-    def _store(self, call: Call, layer: PrunedLayer | None, hidden: Tensor) -> None:
-        """Record in the cache layer what the coming `update` will store; a decoding step is stored without that."""
-        before = (None, 0) if layer is None else (layer.recorded, layer.stored)
-        if self._after is None or self._before != before:  # the other layers of the section store the same
-            self._before, self._after = before, self._entries_after(call, layer, hidden)
-            self.stored = self._after.slots.shape[1]
-        if layer is not None:
-            layer.recorded = self._after
+    def _prepare(self, call: Call, hidden: Tensor, kwargs: dict[str, Any], decoder: Decoder) -> None:
+        """At the section's first layer: make the mask, and record in all its cache layers what they are about to store."""
+        cache: Cache | None = kwargs.get("past_key_values")
+        layers: list[PrunedLayer] = []
+        if cache is not None:
+            layers = pruned_layers(cache, decoder.section_at(self.start), decoder.stages, partial(complete_entries, call))
+            self._earlier = None if layers[0].recorded is None else layers[0].recorded.shift
+        implementation = decoder.config._attn_implementation
+        if layers and self.rows is None and hidden.shape[1] == 1 and not (call.padded_step or call.custom):
+            # A decoding step, whose token the cache appends by itself.
+            keys = layers[0].entries.then(1)
+            query = keys.slots[:, -1:], keys.valid[:, -1:]
+            self._mask.append(pruned_mask(*query, keys.slots, keys.valid, keys.dense, implementation, hidden.dtype))
+            return
+        rows = self.rows or every_row(call, hidden)
+        keys = self._entries_after(call, layers[0] if layers else None, rows, hidden)
+        self.stored = keys.slots.shape[1]
+        for layer in layers:
+            layer.recorded = keys
+        slots, valid = keys.slots[:, -rows.rows.shape[1] :], keys.valid[:, -rows.rows.shape[1] :]
+        own = kwargs.get("attention_mask") if call.custom else None
+        if own is not None:
+            self._mask.append(part_of_mask(own, rows.rows.to(hidden.device), valid, keys.slots, keys.valid))
+            return
+        seen, dense = keys.valid, keys.dense
+        if call.past and call.mask is not None and call.mask.shape[1] > call.past:
+            # A later turn's 2-D mask may hide what earlier turns saw.
+            place = keys.slots.clamp(max=call.mask.shape[1] - 1)
+            seen = seen & (call.mask != 0).to(place.device).gather(1, place)
+            dense = bool(on_host(seen.all()))
+        self._mask.append(pruned_mask(slots, valid, keys.slots, seen, dense, implementation, hidden.dtype))
 
-    def _entries_after(self, call: Call, layer: PrunedLayer | None, hidden: Tensor) -> Entries:
-        rows, device = self.rows or every_row(call, hidden), hidden.device
-        tokens = call.sequence or hidden.shape[1]
+    def _entries_after(self, call: Call, layer: PrunedLayer | None, rows: Reduction, hidden: Tensor) -> Entries:
+        """What a cache layer stores after this call."""
         new = Entries(
-            rows.rows.to(device) + call.past,
-            rows.valid.to(device),
+            rows.rows.to(hidden.device) + call.past,
+            rows.valid.to(hidden.device),
             rows.dense,
-            tokens,
+            call.sequence or hidden.shape[1],
             unpadded=rows.dense if call.prompt is None else bool(call.prompt.tokens.real.all()),
             shift=None if self.shift is None else self.shift[:, -1],
         )
         return layer.entries.joined(new) if layer is not None and layer.stored else new
-
-    def _mask_of_step(self, call: Call, layer: Any, hidden: Tensor, kwargs: dict[str, Any], implementation: str) -> Mask:
-        """Of a decoding step, whose token the cache appends by itself."""
-        keys = layer.entries.then(1)
-        return pruned_mask(
-            keys.slots[:, -1:], keys.valid[:, -1:], keys.slots, keys.valid, keys.dense, implementation, hidden.dtype
-        )
-
-    def _mask_of_rows(self, call: Call, layer: Any, hidden: Tensor, kwargs: dict[str, Any], implementation: str) -> Mask:
-        rows, device, keys = self.rows or every_row(call, hidden), hidden.device, self._after
-        assert keys is not None
-        slots, valid = rows.rows.to(device) + call.past, rows.valid.to(device)
-        own = kwargs.get("attention_mask") if call.custom else None
-        if own is not None:
-            return part_of_mask(own, rows.rows.to(device), valid, keys.slots, keys.valid)
-        seen, dense = _seen_now(call, keys)
-        return pruned_mask(slots, valid, keys.slots, seen, dense, implementation, hidden.dtype)
 
 
 def every_row(call: Call, hidden: Tensor) -> Reduction:
@@ -178,12 +186,3 @@ def complete_entries(call: Call, layer: DynamicLayer, unpadded: bool | None = No
         assert layer.keys is not None
         call.complete = Entries.complete(layer.keys.shape[0], length, layer.keys.device, call.mask, unpadded)
     return call.complete
-
-
-def _seen_now(call: Call, keys: Entries) -> tuple[Tensor, bool]:
-    """Which entries this turn's 2-D mask shows, `[batch, stored]`, and whether all: it may hide what earlier turns saw."""
-    if not call.past or call.mask is None or call.mask.shape[1] < call.past + 1:
-        return keys.valid, keys.dense
-    place = keys.slots.clamp(max=call.mask.shape[1] - 1)
-    seen = keys.valid & (call.mask != 0).to(place.device).gather(1, place)
-    return seen, bool(on_host(seen.all()))

@@ -298,17 +298,6 @@ def _example(name: str, layers: str, depth: int) -> str:
     return f", for example layers={'|'.join(dict.fromkeys(pieces))}" if pieces else ""
 
 
-def spans(layers: Sequence[int]) -> str:
-    """Rising numbers for a report: consecutive ones are written as first–last."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
-
-
 def written(value: Any) -> str:
     """A parameter that may be a sequence of numbers, as in a recipe string: "1|2"."""
     return "|".join(map(str, value)) if isinstance(value, list | tuple | range | np.ndarray) else str(value)

@@ -1,0 +1,19 @@
+"""What holds for all tests."""
+
+from __future__ import annotations
+
+import os
+
+# Triton reads this when a kernel is decorated, so it is set before any test imports one, whatever folder comes first. Only the
+# tests of kernels depend on it: on a CPU, impl="auto" takes no kernel.
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def no_grad():
+    """For whole files: `pytestmark = pytest.mark.usefixtures("no_grad")`."""
+    with torch.no_grad():
+        yield

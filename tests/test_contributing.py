@@ -1,0 +1,138 @@
+"""A method and a family are added to a copy of the repository, each in the places that CONTRIBUTING.md names and in no others.
+
+Red: a method or a family costs more places than CONTRIBUTING.md promises, or the tests do not run over it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vlmprune as vp
+
+ROOT = Path(vp.__file__).resolve().parent.parent
+PARTS = ("vlmprune", "kernels", "adapters", "evals", "tests", "pyproject.toml")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """What a method or a family touches, and all that the tests of it need."""
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "checkpoint")
+            shutil.copytree(ROOT / part, tmp_path / part, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / part, tmp_path / part)
+    return tmp_path
+
+
+def added(file: Path, before: str, line: str) -> None:
+    """`line` before the first `before` of a file."""
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, line + before, 1))
+
+
+def run_tests(copy: Path, *arguments: str) -> tuple[int, str]:
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *arguments]
+    ran = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    return ran.returncode, ran.stdout + ran.stderr
+
+
+LOOPS = '''"""KNorm (arXiv:2406.11430), loop by loop."""
+
+from methods.loops.plain import length, mean, top
+
+
+def knorm(keys, keep: int) -> list[int]:
+    """Kept ids: the smallest means over heads of the norms of the keys [head, visual, dim]."""
+    return top([-mean([length(key) for key in token]) for token in zip(*keys, strict=True)], keep)
+'''
+COMPARED = '''"""KNorm against the loops of its paper."""
+
+from methods.comparing import select, sizes
+from methods.loops.knorm import knorm
+from methods.views import random_view
+
+import vlmprune as vp
+
+
+@sizes
+def test_knorm(seed, visual, keep, text):
+    see = random_view(seed, visual=visual, text=text)
+    assert select(vp.KNorm(), see, keep)[0] == [knorm(keys.tolist(), keep) for keys in see.keys]
+'''
+ROW = """    Pruning(
+        "knorm",
+        tiny=("layer=2,fraction=0.4",),
+        few="layer=2,tokens=4",
+        long=("layer=2,tokens=300",),
+        written=("layer=3,fraction=0.25,positions=compact",),
+        views={"knorm": Form(vp.KNorm())},
+    ),
+"""
+
+
+def test_a_method_is_a_file_an_export_a_row_and_its_loops(copy):
+    (worked,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
+    pruning = copy / "vlmprune/methods/pruning"
+    (pruning / "knorm.py").write_text(worked)
+    export = "from vlmprune.methods.pruning.knorm import KNorm as KNorm\n"
+    added(pruning / "__init__.py", "from vlmprune.methods.pruning.mustdrop", export)
+    code, said = run_tests(copy, "tests/test_cases.py")
+    assert code == 1, said
+    assert "knorm" in said, "the tests do not miss the row"
+
+    added(copy / "tests/cases.py", '    Pruning(\n        "mustdrop",', ROW)
+    (copy / "tests/methods/loops/knorm.py").write_text(LOOPS)
+    (copy / "tests/methods/test_knorm.py").write_text(COMPARED)
+    promises = [f"tests/promises/test_{name}.py" for name in ("exact", "choices", "waiting", "recipes")]
+    chosen = "knorm and not next and not qwen2_vl or test_cases or every_parameter"
+    code, said = run_tests(copy, "tests/test_cases.py", "tests/methods/test_knorm.py", *promises, "-k", chosen)
+    assert code == 0, said[-3000:]
+    ran = int(re.findall(r"(\d+) passed", said)[0])
+    assert ran > 40, said
+
+
+FAMILY = '''"""A toy: LLaVA under another name."""
+
+from dataclasses import replace
+
+from vlmprune.adapters.llava import LLAVA
+
+TOY = replace(LLAVA, name="toy")
+'''
+TINY = """
+
+class ToyConfig(LlavaConfig):
+    model_type = "toy"
+
+
+class ToyForConditionalGeneration(LlavaForConditionalGeneration):
+    config_class = ToyConfig
+
+
+def _toy_config() -> ToyConfig:
+    return ToyConfig(**{name: value for name, value in _llava_config().to_dict().items() if name != "model_type"})
+
+
+TINY["toy"] = Tiny(ToyForConditionalGeneration, _toy_config, "llava", flex=True)
+"""
+
+
+def test_a_family_is_a_file_an_entry_and_a_configuration(copy):
+    (copy / "adapters/toy.py").write_text(FAMILY)
+    added(copy / "adapters/registry.py", "from vlmprune.errors", "from vlmprune.adapters.toy import TOY\n")
+    registry = copy / "adapters/registry.py"
+    registry.write_text(registry.read_text().replace("(LLAVA, LLAVA_NEXT,", "(LLAVA, LLAVA_NEXT, TOY,"))
+    added(copy / "tests/tiny_models.py", "ALL_FAMILIES = tuple(TINY)", TINY)
+    code, said = run_tests(copy, "tests/promises/test_exact.py", "-k", "toy and (fastv or tome)")
+    assert code == 0, said[-3000:]
+    assert int(re.findall(r"(\d+) passed", said)[0]) > 12, said
