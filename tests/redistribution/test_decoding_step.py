@@ -7,13 +7,13 @@ import pickle
 
 import pytest
 import torch
-from redistribution.test_exact import RECIPES, SAMPLES
+from redistribution.recipes import RECIPES, SAMPLES
 from tiny_models import make_inputs, shared
 
 import vlmprune as vp
 from vlmprune.kernels.grouped_attention import checked_grouped, checked_scored, cpu, reference
 from vlmprune.live import marks as marks_of_layers
-from vlmprune.live.redistribution import Redistribution
+from vlmprune.live import redistribution
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def test_equals_the_long_way(recipe, pruned, samples, monkeypatch):
     monkeypatch.setattr(marks_of_layers, "SPARE", 2)  # a new table for every third word
     found, cache = steps(model, inputs, pruned + recipe, range(20, 27))
     assert any(layer.marks.step is not None for layer in cache.layers[3:5]) is (len(samples) == 1)
-    monkeypatch.setattr(Redistribution, "_sees_all", lambda *_: False)
+    monkeypatch.setattr(redistribution, "_sees_all", lambda *_: False)
     expected, cache = steps(model, inputs, pruned + recipe, range(20, 27))
     assert all(layer.marks is None or layer.marks.step is None for layer in cache.layers[3:5])
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
