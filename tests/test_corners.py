@@ -44,7 +44,7 @@ def _no_grad():
 
 
 def layer_of_two():
-    layer = PrunedLayer((0,))
+    layer = PrunedLayer()
     states = torch.arange(24.0).view(2, 1, 3, 4)
     layer.recorded = Entries(torch.tensor([[0, 2, 5], [9, 1, 3]]), torch.tensor([[True] * 3, [False, True, True]]), False, 6)
     layer.update(states, states)

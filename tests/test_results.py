@@ -23,28 +23,20 @@ from vlmprune.tiny import load
 
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
 COMMANDS = {"accuracy": "accuracy", "sweep": "sweep_report", "horizon": "horizon_report", "tune": "tune"}
-"""File of a published result -> the module in `evals/` that shows it."""
-SCRIPTS = {
-    "benchmarks/results/decoding-cpu-before": "decoding",
-    "benchmarks/results/native-cpu": "native",
-    "benchmarks/results/prefill-cpu": "prefill",
-    "benchmarks/results/redistribution-cpu": "redistribution",
-    "benchmarks/results/select_diverse-cpu": "select_diverse",
-    "docs/results/gradients": "gradients",
-    "docs/results/sinks-smollm2": "sinks_smollm2",
-}
-"""Published results of the scripts in `benchmarks/`."""
+"""File of a published result -> the module in `evals/` that shows it; the others are of scripts in `benchmarks/`."""
 FIVE_DIGITS = "docs/results/horizon_answer/horizon"
 """Its JSON holds five digits and its table was made from all, so that a number that ends in 5 may be rounded the other way."""
 
 
 def module_of(stem: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """What makes the `Result` of a published file."""
-    if stem not in SCRIPTS:
-        return importlib.import_module(f"vlmprune.evals.{COMMANDS[Path(stem).name]}")
+    file = Path(stem).name
+    if file in COMMANDS:
+        return importlib.import_module(f"vlmprune.evals.{COMMANDS[file]}")
+    script = file.partition("-cpu")[0].replace("-", "_")  # decoding-cpu-before is of decoding.py
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    name = f"benchmark_{SCRIPTS[stem]}"  # tests/ has a module `gradients` of its own
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{SCRIPTS[stem]}.py")
+    name = f"benchmark_{script}"  # tests/ has a module `gradients` of its own
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(sys, "path", [str(ROOT / "tests"), *sys.path])

@@ -204,8 +204,12 @@ def known_probes() -> dict[str, Probe]:
 
 def taken_in_tower(needs: Iterable[str]) -> frozenset[str]:
     """Those of some probes that are taken inside the vision tower."""
-    known = known_probes()
-    return frozenset(name for name in needs if name in known and known[name].in_tower)
+    found = []
+    for name in needs:
+        probe = PROBES.get(name) or PROVIDED.get(name)
+        if probe is not None and probe.in_tower:
+            found.append(name)
+    return frozenset(found)
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,7 @@ def test_marks_follow_the_cache():
         layer.marks.members(3, 4, torch.float32)
         return layer
 
-    for args in ((MarkedLayer,), (PrunedLayer, (0,))):
+    for args in ((MarkedLayer,), (PrunedLayer,)):
         layer = filled(*args)
         layer.reorder_cache(torch.tensor([1, 1]))
         assert layer.marks.groups.tolist() == [[[3, 2, 1, 0]]] * 2

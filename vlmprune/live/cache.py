@@ -153,11 +153,9 @@ class PrunedLayer(MarkedLayer):
         owner: whose conversation it is.
     """
 
-    def __init__(self, stages: tuple[int, ...]) -> None:
-        super().__init__()
-        self.stages = stages
-        self.owner: Owner | None = None
-        self.recorded: Entries | None = None
+    recorded: Entries | None = None
+    stages: tuple[int, ...] = ()
+    owner: Owner | None = None
 
     def get_seq_length(self) -> int:
         """Tokens of the conversation so far, kept or not."""
@@ -306,20 +304,15 @@ def pruned_layers(
         if not isinstance(layer, PrunedLayer):
             if type(layer) is not DynamicLayer or cache.offloading:
                 _check_layer(cache, layer, PRUNING)
-            layer = cache.layers[index] = _pruned(cache, index, layer, stages, complete)
+            first = not index or not isinstance(cache.layers[index - 1], PrunedLayer)
+            pruned = FirstPrunedLayer() if first else PrunedLayer()
+            pruned.stages, pruned.owner, pruned.marks = stages, getattr(cache, "vlmprune", None), getattr(layer, "marks", None)
+            if layer.get_seq_length():  # type: ignore[union-attr]
+                pruned.lazy_initialization(layer.keys, layer.values)  # type: ignore[union-attr, arg-type]
+                pruned.keys, pruned.values, pruned.recorded = layer.keys, layer.values, complete(layer)  # type: ignore
+            layer = cache.layers[index] = pruned
         found.append(layer)
     return found
-
-
-def _pruned(cache: Cache, index: int, layer: Any, stages: tuple[int, ...], complete: Callable[..., Entries]) -> PrunedLayer:
-    first = not index or not isinstance(cache.layers[index - 1], PrunedLayer)
-    pruned = FirstPrunedLayer(stages) if first else PrunedLayer(stages)
-    pruned.marks = layer.marks if isinstance(layer, MarkedLayer) else None
-    if layer.get_seq_length():
-        pruned.lazy_initialization(layer.keys, layer.values)
-        pruned.keys, pruned.values, pruned.recorded = layer.keys, layer.values, complete(layer)
-    pruned.owner = getattr(cache, "vlmprune", None)
-    return pruned
 
 
 def marked_layer(cache: Cache, index: int) -> MarkedLayer:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vlmprune.adapters.family import Family, has_mrope
 from vlmprune.device import on_device, on_host
 from vlmprune.live.call import Call, Chosen, Prompt
 from vlmprune.live.explain import by_picture, judged
 from vlmprune.live.layout import group_by_size
+from vlmprune.live.observed import attention_ahead
 from vlmprune.live.probes import build_view
 from vlmprune.live.prompt_rows import rows_now
 from vlmprune.live.record import Judged
+from vlmprune.live.section import Rotary
 from vlmprune.live.source import Part, Tools
 from vlmprune.methods import Choice, Pruner
 from vlmprune.schedule import Budget, Stage, share
@@ -42,6 +46,73 @@ class BoundStage:
     label: str
     per_crop: bool
     adaptive: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """The model that a stage is in: its family, its base model and its language model."""
+
+    family: Family
+    base: Any
+    text: Any
+
+
+def make_tools(
+    model: Model,
+    module: nn.Module,
+    index: int,
+    call: Call,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    rotary: Callable[[], Rotary],
+) -> Tools:
+    """The pieces of the model that probes are made with.
+
+    Args:
+        module, index: the stage's decoder layer, and its number.
+        hidden, kwargs: what enters it.
+        rotary: gives the rotary embeddings of `hidden`.
+    """
+    own = kwargs.get("attention_mask") if call.custom else None
+    run, tower = partial(_as_the_model, call, hidden.device), model.family.tower
+
+    def ahead() -> Tensor:
+        cache_ = kwargs.get("past_key_values")
+        return attention_ahead(call, model.family, module, index, hidden, rotary=rotary(), cache=cache_, mask=own)
+
+    return Tools(
+        ahead=cache(partial(run, ahead)),
+        rotary=rotary,
+        norm=partial(run, model.text.get_submodule(model.family.final_norm)),
+        # Without its hooks: nothing is recorded.
+        project=partial(run, None if tower is None else model.base.get_submodule(tower.projector).forward),
+        start=partial(_start, model, call, hidden, kwargs),
+    )
+
+
+def _as_the_model(call: Call, device: torch.device, run: Callable[..., Any], *args: Any) -> Any:
+    """Run a piece of the model as the model itself does: inside `torch.autocast` if it was called so."""
+    enabled, dtype = call.autocast
+    with torch.autocast(device.type, dtype=dtype, enabled=enabled):
+        return run(*args)
+
+
+def _start(model: Model, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> Rotary | None:
+    """Rotary embeddings `[batch, segment, head_dim]` of the first token of each sample: of the conversation's, in a later turn,
+    where positions count tokens."""
+    assert call.prompt is not None
+    starts = on_device(call.prompt.tokens.starts, hidden.device)
+    if not call.past:
+        cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in kwargs["position_embeddings"])
+        index = starts.to(cos.device)[..., None].expand(-1, -1, cos.shape[-1])
+        return cos.gather(1, index), sin.gather(1, index)
+    position = kwargs.get("position_ids")
+    if position is None or has_mrope(model.text.config):
+        return None
+    before = call.past if call.mask is None else (call.mask[:, : call.past] != 0).sum(dim=1, keepdim=True).to(starts.device)
+    first = (position.expand(hidden.shape[0], -1).gather(1, starts) - before).clamp_min(0)
+    cos, sin = model.text.get_submodule(model.family.rotary)(hidden, first)
+    return cos, sin
 
 
 def choose(

@@ -130,7 +130,7 @@ class Hooks:
         it may be over: then the base model is not on the stack."""
         if (call := self._thread.call()) is None:
             return None
-        if _on_stack(lambda found: found is self.base) is not None:
+        if _innermost(type(self.base), only=self.base) is not None:
             return call
         self.leave_base()
         return None
@@ -157,8 +157,7 @@ class Hooks:
 
     def _of_another(self) -> bool:
         """Whether it is another model of this kind, with parts of this one, that runs them: then it is on the stack."""
-        kind = type(self.base)
-        return _on_stack(lambda found: type(found) is kind) not in (None, self.base)
+        return _innermost(type(self.base)) not in (None, self.base)
 
     def _enter_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The language model was called by itself, past the model around it."""
@@ -263,12 +262,13 @@ def leave_language_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return leave_prompt(call.plan, call, call.record, output)
 
 
-def _on_stack(matches: Callable[[Any], bool]) -> Any:
-    """The innermost object that matches among those whose methods are on the stack, or None. Frames beyond it are not looked
-    at: that would keep what their variables hold."""
+def _innermost(kind: type, only: Any = None) -> Any:
+    """The innermost object of a type among those whose methods are on the stack, or None; or that one object `only`. Frames
+    beyond it are not looked at: that would keep what their variables hold."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if matches(found := frame.f_locals.get("self")):
+        found = frame.f_locals.get("self")
+        if found is only if only is not None else type(found) is kind:
             return found
         frame = frame.f_back
     return None

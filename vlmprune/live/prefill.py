@@ -157,13 +157,13 @@ def enter_prompt(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str
     prompt.entered = list(prompt.candidates)
     plan.pruning.begin(call, remaining, prompt.layout.real, prompt.layout.counts)
     call.record = _begin_record(plan, call, embeddings)
-    with timed(call, embeddings.device, "what the tower saw"):
-        looks = bool(plan.redistribution.needs) or plan.pruning.may_drop(prompt.candidates, call.budget)
-        if plan.tower.wanted and looks:
-            look_up_tower(call, plan.tower.memory, embeddings)
-        if plan.needs & EMBEDDINGS:
-            prompt.embeddings = embeddings
-        plan.redistribution.enter_text(call, embeddings)
+    if plan.needs & EMBEDDINGS:
+        prompt.embeddings = embeddings
+    if plan.tower.wanted or plan.edited:
+        with timed(call, embeddings.device, "what the tower saw"):
+            if plan.tower.wanted and (plan.redistribution.needs or plan.pruning.may_drop(prompt.candidates, call.budget)):
+                look_up_tower(call, plan.tower.memory, embeddings)
+            plan.redistribution.enter_text(call, embeddings)
     # With padding, the model would make a mask of the whole prompt, [batch, 1, n, n], which no layer would see. Without
     # cache and mask, however, it would take positions with padding for packed sequences, and make a mask for these.
     cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache", plan.text.config.use_cache)

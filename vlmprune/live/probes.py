@@ -28,11 +28,12 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
         tools: pieces of the model.
     """
     source = Source(call, layer, group, hidden, tools)
-    in_tower, known = taken_in_tower(needs), known_probes()
-    probes = {name: TAKE[name](source) for name in needs - in_tower}
+    in_tower, probes = taken_in_tower(needs), {}
+    for name in needs - in_tower:
+        probes[name] = TAKE[name](source)
     for name in in_tower:
         found = source.of_tower(name)
-        probes[name] = found.transpose(1, 2) if known[name].per_head else found  # [image, head, visual]
+        probes[name] = found.transpose(1, 2) if known_probes()[name].per_head else found  # [image, head, visual]
     return View(layer, group[0].original, source.position, probes, group[0].entered, source.side)
 
 

@@ -6,28 +6,26 @@ the next stage are given follows from the section (`section.py`). No hook is mad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmprune.adapters.family import Family, has_mrope
+from vlmprune.adapters.family import Family
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layers
 from vlmprune.live.call import Call, Chosen, Prompt
-from vlmprune.live.choosing import BoundStage, choose, left_by_tower, merged
+from vlmprune.live.choosing import BoundStage, Model, choose, left_by_tower, make_tools, merged
 from vlmprune.live.explain import how_it_chooses
-from vlmprune.live.observed import attention_ahead
 from vlmprune.live.record import Clock, Judged, Kept
 from vlmprune.live.rows import Reduction
-from vlmprune.live.section import Decoder, Rotary, Section, complete_entries
-from vlmprune.live.source import Tools
+from vlmprune.live.section import Decoder, Section, complete_entries
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Budget
 from vlmprune.view import TowerFacts
@@ -52,7 +50,7 @@ class Pruning:
     explains = False
 
     def __init__(self, recipe: Recipe, family: Family, facts: TowerFacts, base: Any, text: Any, layers: int) -> None:
-        self._family, self._base, self._text = family, base, text
+        self._family, self._text = family, text
         self.stages = [_bound(number, *found, facts) for number, found in enumerate(recipe.cuts(facts))]
         self.at = tuple(sorted({bound.stage.layer for bound in self.stages}))
         self.cache_stage = next((bound for bound in self.stages if bound.stage.site == "cache"), None)
@@ -61,6 +59,7 @@ class Pruning:
         for bound in self.stages:
             if bound.stage.site != "cache":
                 self._running[bound.stage.layer].append(bound)
+        self._model = Model(family, base, text)
         self._decoder = Decoder(text.config, lambda *args: text.get_submodule(family.rotary)(*args), self.at, layers)
 
     # -- what is known beforehand ----------------------------------------------------------------------------------------
@@ -203,7 +202,7 @@ class Pruning:
                 prompt.entered = [len(index) for index in chosen.remaining]
             else:
                 _refuse_lost_gradient(bound, prompt)
-                tools = self._tools(module, call, hidden, kwargs, rotary, index)
+                tools = make_tools(self._model, module, index, call, hidden, kwargs, rotary)
                 chosen = choose(bound, self.budget_of(bound, call.budget), call, prompt, hidden, tools, self.explains)
         if first:
             prompt.chosen[bound.number] = chosen.detached()
@@ -217,44 +216,6 @@ class Pruning:
         hidden, cos, sin = stays.gather_all(hidden, *rotary())
         call.section.hand_on((cos, sin), kwargs["position_embeddings"], earlier)
         return hidden
-
-    def _tools(
-        self, module: nn.Module, call: Call, hidden: Tensor, kwargs: dict[str, Any], rotary: Callable[[], Rotary], index: int
-    ) -> Tools:
-        own = kwargs.get("attention_mask") if call.custom else None
-        run = partial(_as_the_model, call, hidden.device)
-
-        def ahead() -> Tensor:
-            cache_ = kwargs.get("past_key_values")
-            return attention_ahead(call, self._family, module, index, hidden, rotary=rotary(), cache=cache_, mask=own)
-
-        tower = self._family.tower
-        projector = (
-            None if tower is None else self._base.get_submodule(tower.projector).forward
-        )  # no hooks: nothing is recorded
-        return Tools(
-            ahead=cache(partial(run, ahead)),
-            rotary=rotary,
-            norm=partial(run, self._text.get_submodule(self._family.final_norm)),
-            project=partial(run, projector),
-            start=partial(self._start, call, hidden, kwargs),
-        )
-
-    def _start(self, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> Rotary | None:
-        """Rotary embeddings `[batch, segment, head_dim]` of the first token of each sample: of the conversation's, in a later
-        turn, where positions count tokens."""
-        assert call.prompt is not None
-        starts = on_device(call.prompt.tokens.starts, hidden.device)
-        if not call.past:
-            cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in kwargs["position_embeddings"])
-            index = starts.to(cos.device)[..., None].expand(-1, -1, cos.shape[-1])
-            return cos.gather(1, index), sin.gather(1, index)
-        position = kwargs.get("position_ids")
-        if position is None or has_mrope(self._text.config):
-            return None
-        before = call.past if call.mask is None else (call.mask[:, : call.past] != 0).sum(dim=1, keepdim=True).to(starts.device)
-        first = (position.expand(hidden.shape[0], -1).gather(1, starts) - before).clamp_min(0)
-        return self._decoder.rotary(hidden, first)
 
     def _drop(self, bound: BoundStage, call: Call, prompt: Prompt, chosen: Chosen, first: bool) -> bool:
         """Drop what was not chosen: go on in a new section. Whether there was anything to drop."""
@@ -280,7 +241,7 @@ class Pruning:
             record.kept += [
                 Kept(layer, bound.label, bound.stage.site, image.sample, image.ordinal, len(image), left, features, why, how)
                 for image, left, features, why in zip(
-                    images, chosen.remaining, chosen.detached().features, reasons, strict=True
+                    images, chosen.remaining, prompt.chosen[bound.number].features, reasons, strict=True
                 )
             ]
         if not changed:
@@ -330,13 +291,6 @@ def _bound(number: int, stage: Any, method: Any, facts: TowerFacts) -> BoundStag
     return BoundStage(number, stage, method, needs, label, per_crop and stage.layer == 0, method.adaptive)
 
 
-def _as_the_model(call: Call, device: torch.device, run: Callable[..., Any], *args: Any) -> Any:
-    """Run a piece of the model as the model itself does: inside `torch.autocast` if it was called so."""
-    enabled, dtype = call.autocast
-    with torch.autocast(device.type, dtype=dtype, enabled=enabled):
-        return run(*args)
-
-
 @contextmanager
 def timed(call: Call, device: torch.device, what: str, record: bool = True) -> Iterator[None]:
     """Record the time that choosing takes; and let it compute in full precision, also inside `torch.autocast`."""
@@ -370,7 +324,7 @@ def _moved(prompt: Prompt, dropped: Tensor) -> Tensor:
 def _refuse_lost_gradient(bound: BoundStage, prompt: Prompt) -> None:
     """Reentrant checkpointing runs a layer without gradients at first, and again with the layer's arguments alone. Before
     transformers 5.23 hooks are inside of that, where what the tower saw is no argument."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not prompt.tower:
         return
     if any(probe.requires_grad for known in prompt.tower for probe in known.values()):
         raise UsageError(

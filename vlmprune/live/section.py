@@ -46,7 +46,10 @@ class Decoder:
 
     def section_at(self, start: int) -> range:
         """The layers of the section that begins with layer `start`."""
-        return range(start, min((layer for layer in self.stages if layer > start), default=self.layers))
+        for layer in self.stages:
+            if layer > start:
+                return range(start, layer)
+        return range(start, self.layers)
 
 
 @dataclass(eq=False)
