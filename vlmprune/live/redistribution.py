@@ -109,7 +109,7 @@ class Redistribution:
         if not call.enabled or cache is None:
             return
         layers, steps, idle = cache.layers, call.edits.steps, True
-        plain = embeddings is not None and self._sees_all(call, embeddings)
+        plain = embeddings is not None and self._compared < 0 and _sees_all(call, embeddings, self._text.config)
         for index, name in self._names.items():
             layer = layers[index] if index < len(layers) else None
             if not isinstance(layer, MarkedLayer) or (marks := layer.marks) is None or marks.by != name:
@@ -125,16 +125,6 @@ class Redistribution:
         if not plain:
             call.edits.inputs = {index: LayerInput(index, call, None, layer) for index, layer in steps.items()}
             call.edits.steps = {}
-
-    def _sees_all(self, call: Call, embeddings: Tensor) -> bool:
-        """Whether a call decodes one token that sees every key, in the model's own dtype, with nothing to compute beside."""
-        if embeddings.shape[1] != 1 or self._compared >= 0 or call.padded_step or torch.is_grad_enabled():
-            return False
-        if getattr(self._text.config, "output_attentions", False) or torch.is_autocast_enabled(embeddings.device.type):
-            return False
-        mask = call.mask
-        # Read on a CPU only, where nothing waits.
-        return mask is None or (mask.device.type == "cpu" and mask.shape[1] == call.past + 1 and bool(mask.all()))
 
     def enter_layer(self, index: int, call: Call, hidden: Tensor, cache: Any) -> None:
         """Before an edited layer: note what enters it, and where its marks are kept.
@@ -220,7 +210,7 @@ class Redistribution:
             return self._attend_apart(index, call, own(), query, key, value, scaling, kwargs)
         given = edits.inputs.get(index)
         if given is not None and isinstance(method, HeadScaler):
-            return self._scaled(given, method, own())
+            return _scaled(self._names[index], given, method, own())
         if edits.text_only is not None:
             edits.text_only.advance(index)
         return own() if given is None else self._edit(given, own, query, key, value, scaling, kwargs)
@@ -296,19 +286,6 @@ class Redistribution:
             given.rows = call.edits.rows[kind]
         given.hidden, given.ran = None, True
 
-    def _scaled(self, given: LayerInput, method: HeadScaler, result: Any) -> Any:
-        """The model's own result, its heads scaled by factors that are found at the prompt."""
-        call, marks = given.call, given.layer.marks
-        if call.edits.text_only is not None and marks is None:
-            heads = call.edits.text_only.compare(given.index, call, result[0])
-            marks = given.layer.marks = Marks(self._names[given.index], heads=heads)
-            if call.record is not None:
-                call.record.edits.append(Edit(given.index, method.name, heads=heads))
-        assert marks is not None
-        if marks.heads is None:  # the conversation began without an image
-            return result
-        return (scaled(result[0], marks.heads), *result[1:])
-
 
 def _edited(
     given: LayerInput,
@@ -343,3 +320,28 @@ def _record(given: LayerInput, method: Redistributor, marks: Marks, first: bool,
     record = given.call.record
     if first and record is not None and marks.groups is not None and marks.groups.shape[-1]:  # otherwise words only
         record.edits.append(Edit(given.index, method.name, marks.groups, *edit))
+
+
+def _scaled(name: str, given: LayerInput, method: HeadScaler, result: Any) -> Any:
+    """The model's own result, its heads scaled by factors that are found at the prompt."""
+    call, marks = given.call, given.layer.marks
+    if call.edits.text_only is not None and marks is None:
+        heads = call.edits.text_only.compare(given.index, call, result[0])
+        marks = given.layer.marks = Marks(name, heads=heads)
+        if call.record is not None:
+            call.record.edits.append(Edit(given.index, method.name, heads=heads))
+    assert marks is not None
+    if marks.heads is None:  # the conversation began without an image
+        return result
+    return (scaled(result[0], marks.heads), *result[1:])
+
+
+def _sees_all(call: Call, embeddings: Tensor, config: Any) -> bool:
+    """Whether a call decodes one token that sees every key, in the model's own dtype, with nothing to compute beside."""
+    if embeddings.shape[1] != 1 or call.padded_step or torch.is_grad_enabled():
+        return False
+    if getattr(config, "output_attentions", False) or torch.is_autocast_enabled(embeddings.device.type):
+        return False
+    mask = call.mask
+    # Read on a CPU only, where nothing waits.
+    return mask is None or (mask.device.type == "cpu" and mask.shape[1] == call.past + 1 and bool(mask.all()))
