@@ -4,9 +4,9 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# What must hold on the oldest supported transformers, too: pruned ≡ masked, every strategy of generate, gradients, threads.
+# The tests that also run on the oldest supported transformers: pruned ≡ masked, every strategy of generate, gradients, threads.
 CORE := $(addprefix tests/promises/test_,exact.py generate.py conversations.py threads.py gradients.py server.py) tests/test_oldest.py
-LESS := -k "not qwen and not keeps_nothing"  # half of it, for time: the two LLaVA families
+LESS := -k "not qwen and not keeps_nothing"  # half of them, to save time: the two LLaVA families
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -25,13 +25,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Installed once, and again whenever what is to be installed changes.
+# Runs once, and again when the list of packages changes.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The older packages stand before those of .venv, which are used for all the rest: nothing large is installed twice.
+# This environment has the older packages and finds all others in .venv: nothing large is installed twice.
 $(OLDEST)/.installed: $(STAMP) constraints-oldest.txt
 	$(BIN)/python -m venv --clear $(OLDEST)
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \

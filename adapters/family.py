@@ -1,4 +1,4 @@
-"""What a model family looks like, as data. Families know no method."""
+"""A model family, as data. Families know no method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_TOWER = TowerFacts()
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower that methods may look into.
+    """A vision tower that methods may watch.
 
     Attributes:
         blocks: path of the list of blocks, from the base model.
@@ -24,7 +24,7 @@ class Tower:
         projector: path of the module whose output enters the language model, from the base model.
         feature_block: index of the block whose output feeds the projector.
         full_attention_blocks: numbers of the blocks whose attention is not limited to windows of the picture.
-        refusal: why this model's CLS attention cannot be used, or None.
+        refusal: why the CLS attention of a given model cannot be used, or None.
     """
 
     blocks: str
@@ -41,34 +41,34 @@ class Tower:
 
 
 def has_mrope(text_config: Any) -> bool:
-    """Positions are places in the picture (M-RoPE), not a count of tokens."""
+    """Whether rotary positions are cells of the picture (M-RoPE), not a count of tokens."""
     return "mrope_section" in (getattr(text_config, "rope_parameters", None) or {})
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where things are in one model family.
+    """Where the parts of a model are in one model family.
 
     Attributes:
         name: `config.model_type`.
         image_token: id of the image placeholder, from the config.
-        tokens_per_image: visual tokens of each picture, from the arguments of a call that carries pixels.
+        tokens_per_image: visual tokens of each picture, from the arguments of a call with pixels.
         image_grid: rows and columns of each picture's tokens, from the processor's output and the config (for drawing).
-        views: the same where a picture is more than one grid of its tokens, see `cells`; None if it is one.
+        crops: the same if a picture is more than one grid of its tokens, see `cells`; None if it is one.
         language_model, layers, attention: module names, from the base model, the language model and a decoder layer.
         rotary, final_norm: names of the rotary embedding and of the last norm, from the language model. These and the names
-            above are the usual ones; `vlmprune.decoder` looks up those of a given model.
-        facts: what methods may know of its vision tower.
+            above are the usual ones; `vlmprune/live/decoder.py` looks up those of a given model.
+        facts: traits of its vision tower that methods may ask for.
         tower: the vision tower.
         newline: name of the parameter that separates the rows of a packed picture, from the base model.
-        as_built: the family as one base model has it, where checkpoints differ in what this table says.
+        as_built: returns the family with the entries of one base model, if checkpoints differ in them.
     """
 
     name: str
     image_token: Callable[[Any], int]
     tokens_per_image: Callable[[Mapping[str, Any], Any], list[int] | None]
     image_grid: Callable[[Mapping[str, Any], Any], list[tuple[int, int]]]
-    views: Callable[[Mapping[str, Any], Any], list[list[list[Tensor]]]] | None = None
+    crops: Callable[[Mapping[str, Any], Any], list[list[list[Tensor]]]] | None = None
     language_model: str = "language_model"
     layers: str = "layers"
     attention: str = "self_attn"
@@ -80,8 +80,8 @@ class Family:
     as_built: Callable[[Family, nn.Module], Family] = lambda family, base: family
 
     def cells(self, inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
-        """Per picture, rows of its views; of each, `[rows, columns]` which of the picture's tokens each cell became (−1: none,
-        for the cell is padding)."""
-        if self.views is not None:
-            return self.views(inputs, config)
+        """Per picture, rows of its crops; per crop, `[rows, columns]` the index of the token that each cell became, −1 if the
+        cell is padding."""
+        if self.crops is not None:
+            return self.crops(inputs, config)
         return [[[torch.arange(rows * columns).view(rows, columns)]] for rows, columns in self.image_grid(inputs, config)]

@@ -1,6 +1,6 @@
-"""LLaVA-1.5 (`model_type: llava`): one view per picture, usually from CLIP, an MLP projector, any decoder. Checkpoints with
-SigLIP (no CLS token) and Pixtral (no CLS token, pictures of any size one after the other) have the same model type, so that the
-tower is looked at."""
+"""LLaVA-1.5 (`model_type: llava`): one raster per picture, usually from CLIP, an MLP projector, any decoder. Checkpoints with
+SigLIP (no CLS token) and Pixtral (no CLS token, pictures of any size one after the other) have the same model type; the tower's
+own modules and config tell them apart."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ def _grid(pixel_values: Any, config: Any) -> tuple[int, int]:
 
 
 def _patches(height: int, width: int, config: Any) -> tuple[int, int]:
-    """Rows and columns of patches of a picture; towers write the size of a patch as one number, or as its height and width."""
+    """Rows and columns of patches of a picture. Towers give the size of a patch as one number, or as height and width."""
     size = config.vision_config.patch_size
     rows, columns = size if isinstance(size, list | tuple) else (size, size)
     return height // rows, width // columns
 
 
 def _before_patches(tower: nn.Module) -> int:
-    """Tokens that a tower puts before its patches: CLS and registers, which are parameters of its embeddings."""
+    """How many tokens a tower puts before its patches: CLS and registers, which are parameters of its embeddings."""
     parameters = dict(getattr(tower, "embeddings", nn.Module()).named_parameters(recurse=False))
     count = sum(name in ("class_embedding", "cls_token") for name in parameters)
     return count + (parameters["register_tokens"].shape[-2] if "register_tokens" in parameters else 0)
 
 
 def _tokens_per_image(before: int, call: Mapping[str, Any], config: Any) -> list[int] | None:
-    """Features of each picture, as `get_image_features` makes them: strategy 'default' leaves out the first token, whatever
-    it is. `before` is the number of tokens before the patches."""
+    """Features of each picture, as `get_image_features` returns them: strategy 'default' drops the first token, whatever it is.
+    `before` is the number of tokens before the patches."""
     if (pixels := call.get("pixel_values")) is None:
         return None
-    if (sizes := call.get("image_sizes")) is not None:  # cut up by the pictures' own sizes
+    if (sizes := call.get("image_sizes")) is not None:  # split by the pictures' own sizes
         return [prod(_patches(height, width, config)) for height, width in _as_lists(sizes)]
     rows, columns = _grid(pixels, config)
     strategy = call.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
     first = strategy == "default"
-    if config.vision_config.model_type == "pixtral":  # one sequence, which nothing cuts up
+    if config.vision_config.model_type == "pixtral":  # one sequence, which nothing splits
         return [pixels.shape[0] * rows * columns - first]
     return [rows * columns + before - first] * pixels.shape[0]
 
@@ -61,7 +61,7 @@ def _image_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]
     return [_grid(pixels, config)] * pixels.shape[0]
 
 
-def _views(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
+def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
     first = int(config.vision_feature_select_strategy == "full")  # token 0 is then the CLS token
     return [[[first + torch.arange(rows * columns).view(rows, columns)]] for rows, columns in _image_grid(inputs, config)]
 
@@ -107,7 +107,7 @@ LLAVA = Family(
     image_token=lambda config: config.image_token_id,
     tokens_per_image=partial(_tokens_per_image, 1),
     image_grid=_image_grid,
-    views=_views,
+    crops=_crops,
     facts=TowerFacts(cls=True),
     tower=CLIP,
     as_built=_as_built,

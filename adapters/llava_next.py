@@ -1,5 +1,5 @@
 """LLaVA-NeXT (`model_type: llava_next`): a base view and crops of each picture, packed into one raster without the padding,
-with a learned row separator behind each row."""
+with a learned row separator after each row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmprune.view import TowerFacts
 
 
 def best_resolution(size: Sequence[int], resolutions: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """The canvas (height, width) that keeps most of the picture's pixels and, of those, wastes least; the first of equals."""
+    """The canvas (height, width) that keeps most pixels of the picture; of several, the one with least padding."""
     height, width = size
 
     def merit(canvas: Sequence[int]) -> tuple[int, int]:
@@ -29,7 +29,7 @@ def best_resolution(size: Sequence[int], resolutions: Sequence[Sequence[int]]) -
 
 
 def unpadded(size: Sequence[int], rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns of a raster that are left when the padding of a picture (height, width) is cut off."""
+    """Rows and columns of a raster that are left when the padding of a picture (height, width) is removed."""
     height, width = size
     if width / height > columns / rows:
         padding = (rows - int(round(height * (columns / width), 7))) // 2
@@ -58,8 +58,8 @@ def _image_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]
     raise UsageError("the tokens of a picture are not one grid in LLaVA-NeXT: it is packed from a base view and crops.")
 
 
-def _views(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
-    """The base view, then the crops; padding of crops became no token."""
+def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
+    """The base view, then the crops; padding of crops becomes no token."""
     view = config.vision_config.image_size
     side = view // config.vision_config.patch_size
     pictures = []
@@ -79,7 +79,7 @@ LLAVA_NEXT = Family(
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_tokens_per_image,
     image_grid=_image_grid,
-    views=_views,
+    crops=_crops,
     facts=TowerFacts(cls=True, crops=True),
     tower=CLIP,
     newline="image_newline",

@@ -13,11 +13,9 @@ machine disturbs it less.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -25,13 +23,15 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from prefill import llava_shaped  # benchmarks/ is no package: its scripts find each other
+from native import three  # benchmarks/ is no package: its scripts find each other
+from prefill import llava_shaped
 from rich.console import Console
 from rich.progress import Progress
 
 import vlmprune
-from vlmprune.cli import environment
+from vlmprune.evals.results import Result, stamp
 from vlmprune.show.stats import drawn, interval
+from vlmprune.show.table import code, table
 
 LAYERS, WIDTH, VISUAL, PROMPT, KEPT = 8, 640, 576, 651, 64
 RECIPES: dict[str, float] = {
@@ -42,6 +42,8 @@ RECIPES: dict[str, float] = {
     f"mustdrop:layer=3,tokens={KEPT}": 1.37,
 }
 """At their papers' layers, as far as the model has them; and the ratio each has to reach."""
+
+COLUMNS = ("recipe", "× as fast as un-pruned (95 %)", "target", "by CPU time (95 %)", "step ms", "un-pruned ms")
 
 Ratios = tuple[list[float], list[float], list[float], list[float]]
 """Of every pair of steps: wall-clock and CPU ratio, and milliseconds of the plain step and of ours."""
@@ -72,7 +74,7 @@ class Bench:
         return time.perf_counter() - wall, time.thread_time() - cpu
 
     def compare(self, recipe: str, steps: int, turn: int) -> tuple[Ratios, vlmprune.Report]:
-        """Pairs of steps behind one prompt."""
+        """Pairs of steps after one prompt."""
         walls: Ratios = ([], [], [], [])
         with vlmprune.wrap(self.wrapped, recipe) as run:
             caches = {"plain": self.prefill(self.plain), "ours": self.prefill(self.wrapped)}
@@ -120,20 +122,21 @@ def spread(rounds: list[float]) -> dict[str, float]:
     return {"median": float(np.median(values)), "low": low, "high": high}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| recipe | × as fast as un-pruned (95 %) | target | by CPU time (95 %) | step ms | un-pruned ms |",
-        "|---|---:|---:|---:|---:|---:|",
+def result(numbers: Mapping[str, Any]) -> Result:
+    """The table, and what was decoded."""
+    cells = [
+        [
+            code(row["recipe"]),
+            three(row["ratio"]),
+            "" if row["target"] is None else f"≥ {row['target']:.2f}",
+            three(row["cpu_ratio"]),
+            f"{row['ms']:.2f}",
+            f"{row['plain_ms']:.2f}",
+        ]
+        for row in numbers["rows"]
     ]
-    for row in rows:
-        ratio, cpu, target = row["ratio"], row["cpu_ratio"], row["target"]
-        name = row["recipe"].replace("|", r"\|")
-        lines.append(
-            f"| `{name}` | {ratio['median']:.3f} ({ratio['low']:.3f}–{ratio['high']:.3f}) | "
-            f"{'' if target is None else f'≥ {target:.2f}'} | {cpu['median']:.3f} ({cpu['low']:.3f}–{cpu['high']:.3f}) | "
-            f"{row['ms']:.2f} | {row['plain_ms']:.2f} |"
-        )
-    return "\n".join(lines)
+    said = f"Prompt of {PROMPT} tokens, {VISUAL} of them visual; {LAYERS} layers of width {WIDTH}, fp32, SDPA."
+    return Result(numbers, [table(COLUMNS, cells), said])
 
 
 def main(
@@ -148,18 +151,10 @@ def main(
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
         task = progress.add_task("decoding", total=(rounds + 1) * len(recipes))
         rows = measure(recipes, rounds, steps, lambda: progress.advance(task))
-    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     command = f"python benchmarks/decoding.py --rounds {rounds} --steps {steps} --threads {threads}"
     command += "".join(f" --recipe {one!r}" for one in recipe or ())
     out.parent.mkdir(parents=True, exist_ok=True)
-    data = {"date": stamp, "command": command, "environment": environment(), "rows": rows}
-    out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-    text = (
-        f"{table(rows)}\n\nPrompt of {PROMPT} tokens, {VISUAL} of them visual; {LAYERS} layers of width {WIDTH}, fp32, SDPA. "
-        f"{stamp}, `{command}`, torch {environment()['torch']}, n = {rounds} rounds of {steps} pairs of steps.\n"
-    )
-    out.with_suffix(".md").write_text(text)
-    print(text)
+    result({**stamp(command), "rows": rows}).deliver(Console(), out)
 
 
 if __name__ == "__main__":

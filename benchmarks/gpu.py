@@ -1,16 +1,16 @@
-"""Everything that needs a GPU, in one command of at most nine minutes.
+"""All measurements that need a GPU, in one command of at most nine minutes.
 
     python benchmarks/gpu.py [--out benchmarks/results/gpu] [--budget 500]
     python benchmarks/gpu.py --rehearse          # the same path on a CPU: tiny sizes, Triton's interpreter, nothing timed
 
 1. environment; 2. every kernel against its reference at real sizes, on poisoned memory (tests/kernels/rule.py has the rule);
-3. kernels against the machine's limits, measured in the same run; 4. whole models beside themselves un-pruned, in interleaved
+3. kernels against the machine's limits, measured in the same run; 4. whole models, pruned and un-pruned in interleaved
 rounds; 5. how often a prefill waits for the GPU; 6. one JSON, one picture and one log.
 
-Steps run in order of importance. One that would not fit into the budget is listed as not run, one that breaks as failed, and
-the rest goes on. A step under way when the budget is spent ends after the round it is in, if it has three; GRACE seconds later
-it is stopped without a result. Kernels are checked and timed in a process of their own: what an illegal memory access or a hang
-takes with it is that process, and the next step has a new one. The JSON is written after every step. Exit code 1 if a kernel is
+Steps run in order of importance. A step that does not fit into the budget is listed as not run, and one that breaks as failed;
+the others still run. A step that is running when the budget is spent ends after its current round, if it has three; GRACE
+seconds later it is stopped without a result. Kernels are checked and timed in a separate process: an illegal memory access or a
+hang ends only that process, and the next step has a new one. The JSON is written after every step. Exit code 1 if a kernel is
 wrong or a step failed; a missed goal is a finding.
 """
 
@@ -33,15 +33,15 @@ from gpu_apart import Apart, OutOfTimeError, in_a_line
 
 MET, MISSED, NOT_RUN, REHEARSED = "met", "missed", "not run", "rehearsed, not measured"
 GRACE = 25.0
-"""Seconds beyond the budget in which a step may still come to a result. The picture and the summary need a few more."""
+"""Seconds beyond the budget in which a step may still end with a result. The figure and the summary need a few more."""
 
 
 @dataclass
 class Goal:
-    """One line of the goal table.
+    """One goal.
 
     Attributes:
-        wanted: what was asked for; `found` in the same unit, None if it was not measured.
+        wanted: the goal; `found` is the measured value in the same unit, None if it was not measured.
         more: True if more is better.
     """
 
@@ -70,7 +70,7 @@ class Goal:
 
 @dataclass
 class Step:
-    """What became of one step: "done", "failed", "stopped" (the budget was spent) or "not run", and why."""
+    """The state of one step: "done", "failed", "stopped" (the budget was spent) or "not run", and why."""
 
     name: str
     state: str
@@ -80,7 +80,7 @@ class Step:
 
 @dataclass
 class Session:
-    """The steps of one run, its budget in seconds, and everything that was found."""
+    """The steps of one run, its budget in seconds, and all results."""
 
     device: str
     rehearsal: bool
@@ -106,11 +106,11 @@ class Session:
         return self.budget - (self.clock() - self.start)
 
     def spent(self) -> bool:
-        """Whether a step should end with what it has."""
+        """Whether a step should end with the results that it has."""
         return self.left <= 0
 
     def in_time(self) -> None:
-        """For a step to call wherever it can be stopped.
+        """Called by a step wherever it can be stopped.
 
         Raises:
             OutOfTimeError: the budget and its grace are spent.
@@ -119,11 +119,11 @@ class Session:
             raise OutOfTimeError(f"stopped {-self.left:.0f} s after the budget was spent")
 
     def elsewhere(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """What `work(*arguments)` returns in a process of its own, as long as there is time."""
+        """Run `work(*arguments)` in the separate process, as long as there is time."""
         return self.apart.call(self.left + GRACE, work, *arguments)
 
     def step(self, name: str, needs: float, work: Callable[[], str | None]) -> None:
-        """Run one step if its `needs` seconds are left, always if it needs none; write down what became of it."""
+        """Run one step if its `needs` seconds are left, always if it needs none, and record its state."""
         if needs and self.left < needs:
             self.steps.append(Step(name, NOT_RUN, 0.0, f"needs about {needs:.0f} s, {max(self.left, 0):.0f} s were left"))
         else:
@@ -132,7 +132,7 @@ class Session:
                 state, note = "done", work() or ""
             except OutOfTimeError as error:
                 state, note = "stopped", str(error)
-            except Exception as error:  # whatever breaks, the other steps are worth their time
+            except Exception as error:  # the other steps still run
                 traceback.print_exc()
                 state, note = "failed", in_a_line(error)
             self.steps.append(Step(name, state, self.clock() - begin, note))
@@ -142,13 +142,13 @@ class Session:
         self.write()
 
     def say(self, line: str) -> None:
-        """On the screen, and in the log beside the JSON."""
+        """Print a line, and add it to the log beside the JSON."""
         print(line, flush=True)
         with self.out.with_suffix(".log").open("a") as log:
             print(line, file=log)
 
     def write(self) -> None:
-        """The JSON, as far as it is known."""
+        """Write the JSON with the results so far."""
         data = {
             "what": REHEARSAL_NOTE if self.rehearsal else "measured",
             "rehearsal": self.rehearsal,
@@ -180,10 +180,10 @@ REHEARSAL_NOTE = (
 
 
 def judged(session: Session, found: list[Any], broken: Sequence[str] = ()) -> str:
-    """Keep comparisons, and say what they came to.
+    """Keep comparisons, and sum them up in a sentence.
 
     Raises:
-        RuntimeError: something broke; its process is given up, since CUDA may be of no more use there.
+        RuntimeError: something broke; its process is ended, because CUDA may be unusable there.
     """
     session.checks += found
     wrong = [f"{check.op} ({check.case}): {check.error:.3g} > {check.allowed:.3g}" for check in found if not check.right]
@@ -195,7 +195,7 @@ def judged(session: Session, found: list[Any], broken: Sequence[str] = ()) -> st
 
 
 def check_variants(session: Session, variants: slice) -> None:
-    """Every op in some dtypes and head sizes, each as its own step."""
+    """Every op in some dtypes and head sizes, each as a separate step."""
     import gpu_kernels as kernels
 
     for dtype, dim in kernels.sizes_of(session.rehearsal).variants[variants]:
@@ -219,7 +219,7 @@ def check_the_rest(session: Session) -> None:
 
 
 def time_kernels(session: Session) -> None:
-    """Times and goals of kernels."""
+    """Times of kernels against their goals."""
     import gpu_kernels as kernels
 
     goals = {
@@ -258,7 +258,7 @@ def time_kernels(session: Session) -> None:
 
 
 def replay_kernels(session: Session) -> None:
-    """The same work from CUDA graphs; at the end, since nothing else needs it."""
+    """The same work from CUDA graphs; at the end, because nothing else needs it."""
     import gpu_kernels as kernels
 
     def work() -> str:
@@ -277,7 +277,7 @@ def replay_kernels(session: Session) -> None:
 
 
 class Loaded:
-    """The one model that is in memory, built when it is asked for."""
+    """The one model that is in memory, built when it is needed."""
 
     def __init__(self, device: str, rehearsal: bool) -> None:
         self.device, self.rehearsal = device, rehearsal
@@ -297,7 +297,7 @@ class Loaded:
         return self.model
 
     def release(self) -> None:
-        """Give its memory back to the GPU, for the next model or the process of the kernels."""
+        """Free its memory, for the next model or the process of the kernels."""
         import torch
 
         self.name = self.model = None
@@ -339,8 +339,8 @@ def run_models(session: Session) -> None:
             else:
                 session.models += [{"shape": plan.shape, **row.to_dict()} for row in rows.values()]
             kept = ", ".join(f"{name} keeps {row.visual:g}" for name, row in rows.items())
-            cut = not session.rehearsal and found[0].rounds < plan.rounds
-            return kept + (f"; {found[0].rounds} of {plan.rounds} rounds, the budget was spent" if cut else "")
+            shorter = not session.rehearsal and found[0].rounds < plan.rounds
+            return kept + (f"; {found[0].rounds} of {plan.rounds} rounds, the budget was spent" if shorter else "")
 
         if last == "llava-1.5-7b" != plan.shape:
             count_waits(session, loaded)
@@ -355,7 +355,7 @@ WAITS = "waiting for the GPU in a prefill"
 
 
 def count_waits(session: Session, loaded: Loaded) -> None:
-    """Once, while LLaVA-1.5 is in memory."""
+    """Count waits, once, while LLaVA-1.5 is in memory."""
     import gpu_models as models
 
     from vlmprune.evals.random_models import shape_named
@@ -380,11 +380,11 @@ def count_waits(session: Session, loaded: Loaded) -> None:
     session.step(WAITS, 15, work)
 
 
-# -- 6: what is shown --------------------------------------------------------------------------------------------------
+# -- 6: the figure -----------------------------------------------------------------------------------------------------
 
 
 def draw(session: Session, path: Path) -> None:
-    """Goals, kernels against their rooflines, and speed-ups, in one picture."""
+    """Draw goals, kernels against their rooflines, and speed-ups in one figure."""
     from matplotlib import pyplot
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(21, 8), layout="constrained")
@@ -427,7 +427,7 @@ def draw(session: Session, path: Path) -> None:
 
 
 def summary(session: Session) -> list[str]:
-    """What a person reads at the end."""
+    """The lines that are printed at the end."""
     wrong = [check for check in session.checks if not check.right]
     lines = [f"{len(session.checks)} comparisons with references, {len(wrong)} wrong"]
     lines += [
@@ -469,7 +469,7 @@ def main(
         return ", ".join(f"{key} {value}" for key, value in session.environment.items())
 
     session.step("environment", 0, look)
-    first = slice(0, 6)  # every kernel, bf16 of all head sizes, fp16 and fp32; more of these behind the goals
+    first = slice(0, 6)  # every kernel, bf16 of all head sizes, fp16 and fp32; the others follow after the goals
     check_variants(session, first)
     check_the_rest(session)
     time_kernels(session)

@@ -1,4 +1,4 @@
-"""Work in a process of its own: an illegal memory access ends a process's use of the GPU, and a kernel may hang."""
+"""Work in a separate process: after an illegal memory access a process cannot use the GPU any more, and a kernel may hang."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 
 class OutOfTimeError(Exception):
-    """The budget was spent before a step had anything to show."""
+    """The budget was spent before a step had a result."""
 
 
 def in_a_line(error: Exception) -> str:
-    """An error's kind and the first line of what it says."""
+    """An error's type and the first line of its message."""
     return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
 
 
 def serve(pipe: Connection) -> None:
-    """The child: do what is asked until the other end is closed."""
+    """The child process: do the work that it gets until the other end is closed."""
     while True:
         try:
             work, arguments = pipe.recv()
@@ -27,14 +27,14 @@ def serve(pipe: Connection) -> None:
             return
         try:
             answer = (True, work(*arguments))
-        except Exception as error:  # many errors of CUDA cannot be sent as they are
+        except Exception as error:  # many CUDA errors cannot be pickled
             traceback.print_exc()
             answer = (False, in_a_line(error))
         pipe.send(answer)
 
 
 class Apart:
-    """A child process, started when there is work for it, and anew after it was lost."""
+    """A child process, started when there is work for it, and again after it was lost."""
 
     def __init__(self) -> None:
         self.process: Any = None
@@ -45,14 +45,14 @@ class Apart:
 
         Raises:
             OutOfTimeError: it took longer than `seconds`.
-            RuntimeError: it raised, or its process ended. Whatever is raised, the next call has a fresh process.
+            RuntimeError: it raised, or its process ended. In each case the next call has a fresh process.
         """
         if self.pipe is None:
             context = get_context("spawn")  # a fork cannot use CUDA
             self.pipe, theirs = context.Pipe()
             self.process = context.Process(target=serve, args=(theirs,), daemon=True)
             self.process.start()
-            theirs.close()  # so that the end of the child is seen
+            theirs.close()  # so that `recv` fails when the child ends
         try:
             self.pipe.send((work, arguments))
             if not self.pipe.poll(max(seconds, 0)):
@@ -71,7 +71,7 @@ class Apart:
         return found
 
     def end(self) -> None:
-        """Give back the child and its memory."""
+        """End the child, which frees its memory."""
         if self.pipe is not None:
             self.process.kill()
             self.process.join()

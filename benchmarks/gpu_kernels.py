@@ -1,10 +1,11 @@
-"""What `gpu.py` asks of every kernel: the same numbers as the reference, and how near its time comes to the machine's limits.
+"""What `gpu.py` measures of every kernel: whether its numbers are those of the reference, and its time against the machine's
+limits.
 
-Correctness is the rule of tests/kernels/rule.py, which has its derivation: against the reference in fp64, at most twice the
-error of the reference in the inputs' precision, plus a few roundings. Where probabilities are rounded to 16 bits before they
-meet the values, as in eager attention, half a unit in the last place of every term comes on top, as in
-tests/kernels/test_grouped_attention.py. Fresh memory is full of NaN, and so is the memory around the inputs. What selects is
-judged by what its picks are worth in fp64, since rounding decides between equals.
+A kernel is right by the rule that tests/kernels/rule.py derives: compared with the reference in fp64, its error is at most
+twice that of the reference in the inputs' precision, plus a few roundings. Where probabilities are rounded to 16 bits before
+they are multiplied by the values, as in eager attention, half a unit in the last place of every term is added, as in
+tests/kernels/test_grouped_attention.py. Fresh memory is full of NaN, and so is the memory around the inputs. A selection is
+judged by the value of its picks in fp64, because rounding decides between equal tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from vlmprune.kernels.select_diverse import cost as select_cost
 from vlmprune.kernels.select_diverse import determinant_order, greedy_order, select_diverse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
-from rule import doubled, of_dots  # the one place that has it
+from rule import doubled, of_dots
 
 PEAK = {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12}
 """FLOPs per second of an H200 by its data sheet, dense."""
@@ -56,13 +57,13 @@ class Sizes:
     """How large the inputs are.
 
     Attributes:
-        batch, prompt, kept, rows: samples, tokens of a prompt, kept tokens, words behind the picture.
+        batch, prompt, kept, rows: samples, tokens of a prompt, kept tokens, words after the image.
         heads, grouped: heads, and query and key heads where queries are grouped.
-        views, tower, tower_heads: views of a picture, tokens of one, heads of the tower.
-        layers: whose keys and values are gathered at once.
-        visual, picks, widths: of a selection: tokens, how many are picked, and how wide they are.
+        crops, tower, tower_heads: crops of an image, tokens of one crop, heads of the tower.
+        layers: layers whose keys and values are gathered at once.
+        visual, picks, widths: of a selection: tokens, how many are picked, and their widths.
         variants: dtypes and head sizes.
-        far: keys `[9, 32, far, 128]` hold more than 2³¹ elements; None leaves this out.
+        far: keys `[9, 32, far, 128]` hold more than 2³¹ elements; None skips this.
     """
 
     batch: int
@@ -71,7 +72,7 @@ class Sizes:
     rows: int
     heads: int
     grouped: tuple[int, int]
-    views: int
+    crops: int
     tower: int
     tower_heads: int
     layers: int
@@ -89,7 +90,7 @@ REAL = Sizes(
     rows=60,
     heads=32,
     grouped=(28, 4),
-    views=5,
+    crops=5,
     tower=577,
     tower_heads=16,
     layers=32,
@@ -109,7 +110,7 @@ REAL = Sizes(
     ),
     far=65536,
 )
-"""A prompt of LLaVA-NeXT (2,880 visual tokens kept to 160, separators and words beside them), Qwen's grouped heads, CLIP."""
+"""A prompt of LLaVA-NeXT (160 of 2,880 visual tokens kept, with separators and words), Qwen's grouped heads, CLIP."""
 
 REHEARSAL = Sizes(
     batch=2,
@@ -118,7 +119,7 @@ REHEARSAL = Sizes(
     rows=3,
     heads=2,
     grouped=(4, 2),
-    views=2,
+    crops=2,
     tower=37,
     tower_heads=2,
     layers=2,
@@ -146,7 +147,7 @@ class Inputs:
         self.random = torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Standard normal numbers, with NaN before and behind the tokens of every head; rows stay aligned as in a model."""
+        """Standard normal numbers, with NaN before and after the tokens of every head; rows are aligned as in a model."""
         *outer, tokens, dim = shape
         larger = torch.full((*outer, tokens + 6, dim), torch.nan, device=self.device, dtype=dtype or self.dtype)
         x = larger[..., 3 : 3 + tokens, :]
@@ -184,7 +185,8 @@ class Check:
     """One comparison with the reference.
 
     Attributes:
-        error, allowed: largest difference from fp64, and the rule's limit; of selections, what the worst pick falls short by.
+        error, allowed: largest difference from fp64, and the rule's limit. Of selections: by how much the worst pick is worse
+            than the best.
     """
 
     op: str
@@ -248,16 +250,16 @@ def cases(inputs: Inputs) -> Iterator[tuple[str, str, Callable[..., Any], tuple[
     yield "scored_attention", "words", scored_attention, (query, key, value, scaling, position, valid, weight)
     counted = torch.ones(batch, rows, dtype=torch.bool, device=inputs.device)
     yield "column_means", "words", column_means, (query, key, scaling, position, valid, counted)
-    views, tokens, tower = size.views, size.tower, size.tower_heads
-    some = inputs.normal(views, tower, tokens, dim), inputs.normal(views, tower, tokens, dim)
-    anchor, cls = inputs.normal(views, tower, dim), inputs.normal(views, tower, 1, dim)
+    crops, tokens, tower = size.crops, size.tower, size.tower_heads
+    some = inputs.normal(crops, tower, tokens, dim), inputs.normal(crops, tower, tokens, dim)
+    anchor, cls = inputs.normal(crops, tower, dim), inputs.normal(crops, tower, 1, dim)
     yield "attention_mass", "CLS token of the tower", attention_mass, (cls, some[0], scaling, None)
-    arguments = (cls[:, :, 0], *some, anchor, scaling, scaling, inputs.padded(views, tokens))
+    arguments = (cls[:, :, 0], *some, anchor, scaling, scaling, inputs.padded(crops, tokens))
     yield "flow_score", "tower, padded", flow_score, arguments
 
 
 def exact_cases(inputs: Inputs) -> Iterator[tuple[str, str, Callable[..., Any], tuple[Any, ...]]]:
-    """What must be equal bit for bit."""
+    """Cases whose results must be equal bit for bit."""
     size, dim = inputs.sizes, inputs.dim
     rows = inputs.kept(size.batch, size.prompt, size.kept)
     valid = inputs.padded(size.batch, size.kept)
@@ -287,13 +289,13 @@ def compare(op: str, case: str, run: Callable[..., Any], arguments: tuple[Any, .
 def _judged(
     op: str, run: Callable[..., Any], arguments: tuple[Any, ...], ours: list[Tensor], theirs: list[Tensor], dim: int
 ) -> tuple[float, float]:
-    """Error and limit of the number that is nearest to its limit, or farthest beyond; NaN is beyond any."""
+    """Error and limit of the number that is nearest to its limit, or farthest beyond it; NaN is beyond any limit."""
     wide = tuple(map(doubled, arguments))
     exact = _tensors(run(*wide, impl="reference"))
     pairs = []
-    for place, (own, torchs, right) in enumerate(zip(ours, theirs, exact, strict=True)):
+    for output, (own, torchs, right) in enumerate(zip(ours, theirs, exact, strict=True)):
         limit = torch.full_like(right, 2 * _distance(torchs, right) + of_dots(dim, LARGEST) * 2**-24 * float(right.abs().max()))
-        if op in ROUNDED and place == 0 and arguments[2].dtype != torch.float32:
+        if op in ROUNDED and output == 0 and arguments[2].dtype != torch.float32:
             limit += _rounding_of_probabilities(run, wide, arguments[2], float(exact[1].max()) if len(exact) > 1 else 1.0)
         error = (own.double() - right).abs()
         excess = (error / limit).nan_to_num(nan=torch.inf)
@@ -303,20 +305,20 @@ def _judged(
 
 
 def _rounding_of_probabilities(run: Callable[..., Any], wide: tuple[Any, ...], value: Tensor, factor: float) -> Tensor:
-    """Half a unit in the last place of every term, and half the smallest number for those that vanish.
+    """Half a unit in the last place of every term, and half the smallest number for terms that vanish.
 
-    Triton's interpreter cuts bf16 off where a GPU rounds to nearest: a whole unit there.
+    Triton's interpreter truncates bf16 where a GPU rounds to nearest: a whole unit there.
     """
     query, key, wide_value, *rest = wide
     sizes = _tensors(run(query, key, wide_value.abs(), *rest, impl="reference"))[0]
     kind = torch.finfo(value.dtype)
     vanishing = value.shape[2] * factor * float(value.abs().max()) * kind.smallest_normal * kind.eps / 2
-    cut_off = value.device.type == "cpu" and value.dtype == torch.bfloat16
-    return kind.eps / (1 if cut_off else 2) * sizes + vanishing
+    truncated = value.device.type == "cpu" and value.dtype == torch.bfloat16
+    return kind.eps / (1 if truncated else 2) * sizes + vanishing
 
 
 def check_selection(device: str, rehearsal: bool, width: int) -> list[Check]:
-    """DivPrune's and CDPruner's picks, each judged in fp64 by what it is worth beside the best pick at that point."""
+    """DivPrune's and CDPruner's picks, each compared in fp64 with the best pick at that point."""
     size = sizes_of(rehearsal)
     inputs = Inputs(device, size, size.variants[0][0], 0)
     features = inputs.normal(2, size.visual, width)
@@ -378,7 +380,7 @@ def _short_of_determinant(order: Tensor, features: Tensor, weight: Tensor) -> fl
 
 
 def check_far(device: str, keys: int) -> list[Check]:
-    """Tensors with more elements than an int32 counts; the last sample, which lies behind 2³¹, is compared."""
+    """Tensors with more elements than an int32 counts. The last sample, which is beyond 2³¹, is compared."""
     batch, heads, dim = 9, 32, 128
     random = torch.Generator(device).manual_seed(0)
     key = torch.empty(batch, heads, keys, dim, device=device, dtype=torch.bfloat16).normal_(generator=random)
@@ -427,9 +429,9 @@ class Timing:
         ms: median, launches by the host included; None in a rehearsal.
         reference_ms: the torch reference.
         bytes_moved, flops: what must be moved and computed at least.
-        roofline_ms: what that takes at the copy bandwidth of this run, or at the data sheet's peak, whichever is longer.
-        graph_ms: `ms` replayed from a CUDA graph, where the host does not count; None if it was not captured, and
-        note: why.
+        roofline_ms: time of that at the copy bandwidth of this run, or at the data sheet's peak, whichever is longer.
+        graph_ms: `ms` replayed from a CUDA graph, without the host's launches; None if it was not captured.
+        note: why it was not captured.
     """
 
     name: str
@@ -443,7 +445,7 @@ class Timing:
 
     @property
     def bandwidth_share(self) -> float | None:
-        """Of the time, what the roofline takes."""
+        """The roofline's share of the time."""
         return None if self.ms is None or self.roofline_ms is None else self.roofline_ms / self.ms
 
 
@@ -472,21 +474,21 @@ class Stopwatch:
         return statistics.median(start.elapsed_time(end) for start, end in pairs)
 
     def replayed(self, work: Callable[[], Any]) -> tuple[float | None, str]:
-        """Milliseconds from a CUDA graph; or None, and what forbade capturing it."""
+        """Milliseconds from a CUDA graph; or None, and why it cannot be captured."""
         if self.flush is None:
             return None, "rehearsal"
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 work()
-        except RuntimeError as error:  # it waits for the GPU, or allocates what a graph may not
+        except RuntimeError as error:  # it waits for the GPU, or allocates in a way that a graph may not
             torch.cuda.synchronize()
             return None, str(error).splitlines()[0]
         return self(graph.replay), ""
 
 
 Work = list[tuple[str, Callable[..., Any], tuple[Any, ...], Callable[..., Any]]]
-"""Name, public op, its arguments, and what tells its cost."""
+"""Name, public op, its arguments, and the function that gives its cost."""
 
 
 def replay_kernels(device: str, rehearsal: bool, timings: list[Timing]) -> list[Timing]:
@@ -498,7 +500,7 @@ def replay_kernels(device: str, rehearsal: bool, timings: list[Timing]) -> list[
 
 
 def work_to_time(device: str, rehearsal: bool) -> Work:
-    """What is timed: shapes of LLaVA-NeXT-7B in bf16, the same numbers in every process."""
+    """The work to time: shapes of LLaVA-NeXT-7B in bf16, the same numbers in every process."""
     sizes, dtype = sizes_of(rehearsal), torch.bfloat16
     inputs = Inputs(device, sizes, dtype, sizes.variants[0][1])
     batch, heads, keys, dim, scaling = sizes.batch, sizes.heads, sizes.prompt, inputs.dim, inputs.scaling
@@ -510,23 +512,23 @@ def work_to_time(device: str, rehearsal: bool) -> Work:
     words, marks = normal(batch, heads, sizes.rows, dim), inputs.marks(batch, keys - sizes.rows)
     position = torch.arange(keys - sizes.rows, keys, device=device)[None]
     causal = (torch.arange(keys, device=device) <= position[..., None]).expand(batch, -1, -1)
-    views = [normal(sizes.views * batch, sizes.tower_heads, sizes.tower, 64) for _ in range(2)]
-    cls, anchor = normal(sizes.views * batch, sizes.tower_heads, 64), normal(sizes.views * batch, sizes.tower_heads, 64)
+    crops = [normal(sizes.crops * batch, sizes.tower_heads, sizes.tower, 64) for _ in range(2)]
+    cls, anchor = normal(sizes.crops * batch, sizes.tower_heads, 64), normal(sizes.crops * batch, sizes.tower_heads, 64)
     kept = inputs.kept(batch, keys, sizes.kept)
     half = inputs.kept(batch, keys, keys // 2)
     hidden = normal(batch, keys, heads * dim)
     var = vlmprune.VAR()
     decoding = (last, key, value, scaling, None, None, marks, var.coefficients)
-    behind = (words, key, value, scaling, position, None, marks, var.coefficients)
+    after = (words, key, value, scaling, position, None, marks, var.coefficients)
     cache = [normal(batch, heads, keys, dim) for _ in range(2 * sizes.layers)]
     return [
         ("attention_mass, last row", attention_mass, (last, key, scaling), attention_mass_cost),
         ("attention_mass, words", attention_mass, (words, key, scaling, causal), attention_mass_cost),
-        ("flow_score, tower", flow_score, (cls, *views, anchor, 0.125, 1.0), flow_score_cost),
+        ("flow_score, tower", flow_score, (cls, *crops, anchor, 0.125, 1.0), flow_score_cost),
         ("gather_tokens, hidden states", gather_tokens, (hidden, kept), gather_cost),
         ("gather_tokens, half of the keys", gather_tokens, (key, half), gather_cost),
         ("grouped_attention, VAR decoding", grouped_attention, decoding, _grouped_cost),
-        ("grouped_attention, VAR words", grouped_attention, behind, _grouped_cost),
+        ("grouped_attention, VAR words", grouped_attention, after, _grouped_cost),
         *(
             (f"select_diverse, width {width}", select_diverse, (normal(1, sizes.visual, width), sizes.picks), select_cost)
             for width in sizes.widths
@@ -536,7 +538,7 @@ def work_to_time(device: str, rehearsal: bool) -> Work:
 
 
 def measure_kernels(device: str, rehearsal: bool) -> dict[str, Any]:
-    """Times of every op, and the figures that the goals compare them with.
+    """Times of every op, and the figures for their goals.
 
     Returns:
         "timings"; "copy_gb_s", the bandwidth of a copy; "read_keys_ms", one reading of the keys; "sdpa_row_ms", stock attention
@@ -558,7 +560,7 @@ def measure_kernels(device: str, rehearsal: bool) -> dict[str, Any]:
 def _grouped_cost(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, position: Tensor, valid: Tensor, marks: Tensor, _: Any
 ) -> Any:
-    """Of the arguments of `grouped_attention`."""
+    """The cost of a call of `grouped_attention`."""
     return grouped_cost(query, key, value, valid, marks)
 
 

@@ -1,4 +1,4 @@
-"""What `gpu.py` asks of whole models: the goal table, and how often a prefill makes the host wait for the GPU."""
+"""What `gpu.py` measures of whole models: speed against goals, and how often a prefill makes the host wait for the GPU."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from vlmprune.evals import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 SYNCHRONISING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_consecutive", "is_nonzero")
-"""Operations that hand a number, or a size, to the host."""
+"""Operations that give a number, or a size, to the host."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A goal of the end-to-end table: `recipe` makes `phase` at least `times` faster; 0 where no goal was set."""
+    """A goal: `recipe` makes `phase` at least `times` faster; 0 where there is no goal."""
 
     recipe: str
     phase: str
@@ -37,7 +37,7 @@ class Plan:
     """One batch of one shape.
 
     Attributes:
-        seconds: how long it may take on an H200, un-pruned rounds included (a guess, for the budget).
+        seconds: estimated time on an H200, un-pruned rounds included.
     """
 
     shape: str
@@ -85,7 +85,7 @@ PLANS = (
     Plan("llava-1.5-7b", 32, 3, 8, 40, (Wanted("flowcut:tokens=64", "ttft", 0), Wanted("divprune:tokens=64", "ttft", 0))),
     Plan("llava-next-7b", 1, 5, 8, 30, (Wanted("flowcut:tokens=160", "ttft", 0), Wanted("divprune:tokens=160", "ttft", 0))),
 )
-"""In order of importance; goals of one shape stand together, so that it is built once."""
+"""In order of importance. Plans of one shape follow each other, so that it is built once."""
 
 WAITING = ("un-pruned", "flowcut:tokens=64", "divprune:tokens=64", "visionzip:tokens=64", "fastv:layer=2,tokens=64", "var")
 """Recipes whose synchronisations are counted, on LLaVA-1.5."""
@@ -94,7 +94,7 @@ WAITING = ("un-pruned", "flowcut:tokens=64", "divprune:tokens=64", "visionzip:to
 def run_plan(
     model: Any, inputs: dict[str, Any], plan: Plan, rehearsal: bool, enough: Callable[[], bool], tick: Callable[[], None]
 ) -> list[bench.Measured]:
-    """The un-pruned model and the plan's recipes, in interleaved rounds; `enough` and `tick` as `bench.measure` has them."""
+    """The un-pruned model and the plan's recipes, in interleaved rounds; `enough` and `tick` as in `bench.measure`."""
     rounds, tokens = (1, 2) if rehearsal else (plan.rounds, plan.new_tokens)
     return bench.measure(model, inputs, plan.recipes, rounds, tokens, tick, enough)
 
@@ -103,17 +103,17 @@ def run_plan(
 
 
 def count_synchronisations(model: Any, inputs: dict[str, Any], recipe: str) -> dict[str, int]:
-    """How often one prefill makes the host wait, by the line of ours that asked for it; "transformers" for all others.
+    """How often one prefill makes the host wait, by our line that causes it; "transformers" for all others.
 
-    On a GPU torch itself reports every synchronising call (`torch.cuda.set_sync_debug_mode`). On a CPU, operations that hand
+    On a GPU torch itself reports every synchronising call (`torch.cuda.set_sync_debug_mode`). On a CPU, operations that give
     numbers to the host are counted.
     """
     found: Counter[str] = Counter()
     wrapped = recipe != bench.UNPRUNED
     run = vlmprune.wrap(model, recipe) if wrapped else None
     try:
-        with torch.no_grad():  # inference mode hides numbers handed to the host from the counting on a CPU
-            model(**inputs, use_cache=True, logits_to_keep=1)  # kernels are compiled, lazy things made
+        with torch.no_grad():  # in inference mode, numbers given to the host are not counted on a CPU
+            model(**inputs, use_cache=True, logits_to_keep=1)  # compiles kernels and creates what is created lazily
             with _reported(found) if model.device.type == "cuda" else _Counting(found):
                 model(**inputs, use_cache=True, logits_to_keep=1)
     finally:
@@ -124,13 +124,13 @@ def count_synchronisations(model: Any, inputs: dict[str, Any], recipe: str) -> d
 
 @contextmanager
 def _reported(found: Counter[str]) -> Iterator[None]:
-    def note(message: Any, *_: Any, **__: Any) -> None:
+    def count(message: Any, *_: Any, **__: Any) -> None:
         if "synchroniz" in str(message):
-            found[_asked_by()] += 1
+            found[_cause()] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = note
+        warnings.showwarning = count
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield
@@ -145,12 +145,12 @@ class _Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function._schema.name.removeprefix("aten::") in SYNCHRONISING:
-            self.found[_asked_by()] += 1
+            self.found[_cause()] += 1
         return function(*args, **(kwargs or {}))
 
 
-def _asked_by() -> str:
-    """The innermost line of ours on the stack, unless transformers stands further in."""
+def _cause() -> str:
+    """The innermost line of ours on the stack, unless a line of transformers is further in."""
     for frame, line in traceback.walk_stack(sys._getframe(1)):
         path = Path(frame.f_code.co_filename)
         if "transformers" in path.parts:

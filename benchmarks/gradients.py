@@ -1,13 +1,14 @@
-"""Gradients of every method, without and with gradient checkpointing, as a table: how far each is from what is true.
+"""Gradients of every method, without and with gradient checkpointing, as a table: the error of each.
 
-Run it in one environment after the other; results of all versions of transformers stand beside each other in the files:
+Run it in one environment after the other; the files hold the results of all versions of transformers:
 
     python benchmarks/gradients.py --out docs/results/gradients
 
-"none" is the gradient without checkpointing against the truth: where tokens are only dropped, that of the masked model (the
-largest relative error of any parameter, float64); else the slope of the forward pass along three random directions (features
-are merged in float32, the rest is float64). "reentrant" and "non-reentrant" are gradients under that kind of checkpointing
-against those without it (the largest relative error of any parameter, float32). Where a recipe is refused, the sentence.
+"none" is the error of the gradient without checkpointing. Where tokens are only dropped, it is compared with the gradient of
+the masked model (the largest relative error of any parameter, float64); otherwise with the slope of the forward pass along
+three random directions (features are merged in float32, the rest is float64). "reentrant" and "non-reentrant" are gradients
+under that kind of checkpointing against those without it (the largest relative error of any parameter, float32). Where a
+recipe is refused, its sentence.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +25,11 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from rich.console import Console
 
 import vlmprune as vp
+from vlmprune.evals.results import Result
+from vlmprune.show.table import code, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from gradients import (
@@ -97,18 +101,20 @@ def measure() -> list[dict[str, Any]]:
 
 
 def shown(value: float | str) -> str:
-    return value.replace("|", "\\|") if isinstance(value, str) else "0" if value == 0 else f"{value:.0e}"
+    return value if isinstance(value, str) else "0" if value == 0 else f"{value:.0e}"
 
 
-def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
-    """All versions beside each other."""
-    versions = sorted(results, key=lambda version: [int(part) for part in version.split(".")])
-    head = [f"{kind}, {version}" for version in versions for kind in COLUMNS]
-    lines = ["| family | recipe | " + " | ".join(head) + " |", "|---|---|" + "---:|" * len(head)]
-    for number, row in enumerate(results[versions[0]]):
-        cells = [shown(results[version][number][kind]) for version in versions for kind in COLUMNS]
-        lines.append(f"| {row['family']} | `{shown(row['recipe'])}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def result(numbers: Mapping[str, Any]) -> Result:
+    """All versions of transformers beside each other."""
+    measured = numbers["transformers"]
+    versions = sorted(measured, key=lambda version: [int(part) for part in version.split(".")])
+    columns = ["family", "recipe", *(f"{kind}, {version}" for version in versions for kind in COLUMNS)]
+    cells = []
+    for number, row in enumerate(measured[versions[0]]):
+        errors = [shown(measured[version][number][kind]) for version in versions for kind in COLUMNS]
+        cells.append([row["family"], code(row["recipe"]), *errors])
+    title, _, _, explained = __doc__.split("\n\n", 3)
+    return Result(numbers, ["# Gradients", title, explained.strip(), table(columns, cells, text_columns=2)])
 
 
 def main(
@@ -122,14 +128,9 @@ def main(
     numbers = json.loads(file.read_text()) if file is not None and file.exists() else {"transformers": {}}
     numbers["transformers"][transformers.__version__] = measure()
     numbers["torch"] = torch.__version__
-    table = markdown(numbers["transformers"])
-    if out is None or file is None:
-        print(table)
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(numbers, indent=1) + "\n")
-    title, _, _, explained = __doc__.split("\n\n", 3)
-    out.with_suffix(".md").write_text(f"# Gradients\n\n{title}\n\n{explained.strip()}\n\n{table}\n")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    result(numbers).deliver(Console(), out)
 
 
 if __name__ == "__main__":

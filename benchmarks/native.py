@@ -1,21 +1,19 @@
-"""How close pruned prefill comes to its bound: the same un-pruned model on a prompt that natively has as few visual tokens.
+"""Pruned prefill against its bound: the un-pruned model on a prompt that has as few visual tokens from the start.
 
     python benchmarks/native.py [--rounds 9] [--threads 1] [--out benchmarks/results/native-cpu]
 
-Hooks, masks, choosing and gathers are all that lies between the two. A LLaVA-shaped random model, 1024 wide, 12 layers, 16
-heads, 576 visual and 60 text tokens, SDPA everywhere, pictures encoded beforehand. A recipe that cuts between layers is
+The two differ by hooks, masks, choosing and gathers only. A LLaVA-shaped random model, 1024 wide, 12 layers, 16
+heads, 576 visual and 60 text tokens, SDPA everywhere, images encoded beforehand. A recipe with stages between layers is
 compared with the sum of its layers' native times, each an equal part of a native prompt of that length. Every round measures
-every line, in turn; ratios are taken within rounds. Decoding: one step behind each of the caches, and behind one that lacks a
-single token, where our hooks are all that differs from un-pruned.
+every line, in turn; ratios are taken within rounds. Decoding: one step with each of the caches, and with one that lacks a
+single token, where only our hooks differ from the un-pruned model.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
@@ -25,13 +23,15 @@ import typer
 from prefill import llava_shaped  # benchmarks/ is no package: its scripts find each other
 from rich.console import Console
 from rich.progress import Progress
+from rich.text import Text
 
 import vlmprune
-from vlmprune.loading.environment import environment
+from vlmprune.evals.results import Result, stamp
+from vlmprune.show.table import code, table
 
 VISUAL, KEPT, LAYERS, IMAGE = 576, 64, 12, 1
 WORDS = 35, 25
-"""Words before and behind the picture."""
+"""Words before and after the image."""
 RECIPES: dict[str, float | None] = {
     f"random:layer=0,tokens={KEPT}": 0.03,
     f"divprune:layer=0,tokens={KEPT}": 0.03,
@@ -42,15 +42,25 @@ RECIPES: dict[str, float | None] = {
     "adaptinfer:layer=2|4|8,tokens=133|64|27": 0.05,
     "pdrop:layer=3|6|9,tokens=288|144|72": None,
 }
-"""And how much of the un-pruned prefill choosing and shortening may take."""
+"""Recipes, and the share of the un-pruned prefill that choosing and shortening may take."""
 
 HOOKS = f"random:layer=0,tokens={VISUAL - 1}"
 BOUND_AT_ONCE, BOUND_BETWEEN = 1.08, 1.10
-"""Targets for a cut before the first layer, and for cuts between layers."""
+"""Targets for a stage before the first layer, and for stages between layers."""
+COLUMNS = (
+    "recipe",
+    "prefill ms",
+    "× native bound (quartiles)",
+    "target",
+    "faster than un-pruned",
+    "FLOPs ratio",
+    "choosing and shortening, share of un-pruned prefill",
+    "decoding step, × un-pruned",
+)
 
 
 class Bench:
-    """One model, one picture, and prompts with any number of its tokens."""
+    """One model, one image, and prompts with any number of its tokens."""
 
     def __init__(self) -> None:
         self.model, inputs = llava_shaped(dim=1024, mlp=2816, layers=LAYERS, image_token=IMAGE)
@@ -67,7 +77,7 @@ class Bench:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_encoder_outputs": {"image": encoded}}
 
     def native(self, count: int) -> tuple[float, Any]:
-        """Seconds of an un-pruned prefill with so many visual tokens, and its cache."""
+        """Seconds of an un-pruned prefill with `count` visual tokens, and its cache."""
         fewer = type(self.encoded)(**self.encoded)
         fewer.pooler_output = [self.encoded.pooler_output[0][:count].clone()]
         return self._prefill(self._prompt(fewer))
@@ -160,24 +170,36 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "low": low, "high": high}
 
 
-def table(results: dict[str, Any]) -> str:
-    rows = [
-        "| recipe | prefill ms | × native bound (quartiles) | target | faster than un-pruned | FLOPs ratio | choosing and "
-        "shortening, share of un-pruned prefill | decoding step, × un-pruned |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+def result(numbers: Mapping[str, Any]) -> Result:
+    """The table, and the un-pruned model beside it."""
+    hooks = numbers["hooks_step_over_unpruned"]
+    said = (
+        f"Un-pruned: prefill {numbers['unpruned_ms']['median']:.1f} ms, decoding step "
+        f"{numbers['unpruned_step_ms']['median']:.2f} ms; a step with hooks and one entry less: × {three(hooks)}. "
+        f"{numbers['steps']} decoding steps."
+    )
+    return Result(numbers, [table(COLUMNS, map(cells, numbers["lines"])), said])
+
+
+def cells(line: Mapping[str, Any]) -> list[str | Text]:
+    """One line of the table."""
+    share = line["overhead"]
+    goal = f", ≤ {line['overhead_target']:.0%}" if line["overhead_target"] else ""
+    return [
+        code(line["recipe"]),
+        f"{line['ms']['median']:.1f}",
+        three(line["over_bound"]),
+        f"≤ {line['target']:.2f}",
+        f"{line['faster']['median']:.2f}×",
+        f"{line['flops_ratio']:.2f}×",
+        f"{share['median']:.2%} ({share['low']:.2%}–{share['high']:.2%}){goal}",
+        three(line["step_over_unpruned"]),
     ]
-    for line in results["lines"]:
-        bound, step, share = line["over_bound"], line["step_over_unpruned"], line["overhead"]
-        recipe = f"`{line['recipe']}`".replace("|", r"\|")
-        goal = f", ≤ {line['overhead_target']:.0%}" if line["overhead_target"] else ""
-        rows.append(
-            f"| {recipe} | {line['ms']['median']:.1f} | "
-            f"{bound['median']:.3f} ({bound['low']:.3f}–{bound['high']:.3f}) | ≤ {line['target']:.2f} | "
-            f"{line['faster']['median']:.2f}× | {line['flops_ratio']:.2f}× | "
-            f"{share['median']:.2%} ({share['low']:.2%}–{share['high']:.2%}){goal} | "
-            f"{step['median']:.3f} ({step['low']:.3f}–{step['high']:.3f}) |"
-        )
-    return "\n".join(rows)
+
+
+def three(found: Mapping[str, float]) -> str:
+    """A median with its quartiles or its interval."""
+    return f"{found['median']:.3f} ({found['low']:.3f}–{found['high']:.3f})"
 
 
 def main(
@@ -190,20 +212,9 @@ def main(
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
         task = progress.add_task("native bound", total=None)
         results = measure(rounds, steps, lambda: progress.advance(task))
-    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     command = f"python benchmarks/native.py --rounds {rounds} --threads {threads} --steps {steps}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    data = {"date": stamp, "command": command, "environment": environment(), **results}
-    out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-    hooks = results["hooks_step_over_unpruned"]
-    text = (
-        f"{table(results)}\n\nUn-pruned: prefill {results['unpruned_ms']['median']:.1f} ms, decoding step "
-        f"{results['unpruned_step_ms']['median']:.2f} ms; a step with hooks and one entry less: × {hooks['median']:.3f} "
-        f"({hooks['low']:.3f}–{hooks['high']:.3f}). {stamp}, `{command}`, torch "
-        f"{environment()['torch']}, n = {rounds} rounds, {results['steps']} decoding steps.\n"
-    )
-    out.with_suffix(".md").write_text(text)
-    print(text)
+    result({**stamp(command), **results}).deliver(Console(), out)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
     python benchmarks/prefill.py [--rounds 9] [--threads 1] [--out benchmarks/results/prefill-cpu]
 
-Both models run SDPA with and without pruning; rounds are interleaved; the figures are the language model's, from the entry
-of the prompt with its encoded pictures. Results are medians with quartiles, and the ratio is taken within rounds.
+Both models run SDPA with and without pruning, in interleaved rounds. The times are those of the language model, from the entry
+of the prompt with its encoded images. Results are medians with quartiles, and ratios are taken within rounds.
 """
 
 from __future__ import annotations
 
-import json
-from datetime import datetime, timezone
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,14 +19,17 @@ from rich.progress import Progress
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlmprune import tiny
-from vlmprune.evals.bench import UNPRUNED, Measured, measure
-from vlmprune.loading.environment import environment
+from vlmprune.evals.accuracy import UNPRUNED
+from vlmprune.evals.bench import Measured, measure
+from vlmprune.evals.results import Result, stamp
+from vlmprune.show.table import code, table
 from vlmprune.tiny.scenes import make_scene
 
 TOKENS = 64
 RECIPES = tuple(f"{name},tokens={TOKENS}" for name in ("random:layer=0", "cls:layer=0", "divprune:layer=0", "fastv:layer=2"))
 TEXT = 60
-"""Text tokens around the picture, as in a short LLaVA prompt."""
+"""Text tokens around the image, as in a short LLaVA prompt."""
+COLUMNS = ("model", "recipe", "prefill ms (quartiles)", "faster", "FLOPs ratio", "KV KiB")
 
 
 def llava_shaped(
@@ -65,16 +67,23 @@ def tiny_with_question() -> tuple[Any, dict[str, Any]]:
     return model, dict(processor(images=scene.image, text=tiny.prompt(scene.questions[0].text), return_tensors="pt"))
 
 
-def table(results: dict[str, list[Measured]]) -> str:
-    lines = ["| model | recipe | prefill ms (quartiles) | faster | FLOPs ratio | KV KiB |", "|---|---|---:|---:|---:|---:|"]
-    for name, rows in results.items():
-        for row in rows:
-            time, recipe = row.times["prefill"], row.recipe if row.recipe == UNPRUNED else f"`{row.recipe}`"
-            lines.append(
-                f"| {name} | {recipe} | {time.ms:.1f} ({time.low:.1f}–{time.high:.1f}) | {row.faster['prefill'].times:.2f}× | "
-                f"{row.ideal_prefill:.2f}× | {row.kv_bytes / 1024:.0f} |"
+def result(numbers: Mapping[str, Any]) -> Result:
+    """One table over both models."""
+    cells = []
+    for name, rows in numbers["results"].items():
+        for row in map(Measured.from_dict, rows):
+            took = row.times["prefill"]
+            cells.append(
+                [
+                    name,
+                    row.recipe if row.recipe == UNPRUNED else code(row.recipe),
+                    f"{took.ms:.1f} ({took.low:.1f}–{took.high:.1f})",
+                    f"{row.faster['prefill'].times:.2f}×",
+                    f"{row.ideal_prefill:.2f}×",
+                    f"{row.kv_bytes / 1024:.0f}",
+                ]
             )
-    return "\n".join(lines)
+    return Result(numbers, [table(COLUMNS, cells, text_columns=2)])
 
 
 def main(
@@ -92,18 +101,9 @@ def main(
             rows = measure(model, inputs, RECIPES, rounds, 1, lambda task=task: progress.advance(task))
             results[f"{name}, {parameters / 1e6:.0f} M"] = rows
     out.parent.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     command = f"python benchmarks/prefill.py --rounds {rounds} --threads {threads}"
-    data = {
-        "date": stamp,
-        "command": command,
-        "environment": environment(),
-        "results": {name: [row.to_dict() for row in rows] for name, rows in results.items()},
-    }
-    out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-    text = f"{table(results)}\n\n{stamp}, `{command}`, {environment()['torch']}, n = {rounds} rounds.\n"
-    out.with_suffix(".md").write_text(text)
-    print(text)
+    plain = {name: [row.to_dict() for row in rows] for name, rows in results.items()}
+    result({**stamp(command), "results": plain}).deliver(Console(), out)
 
 
 if __name__ == "__main__":

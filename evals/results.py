@@ -62,7 +62,7 @@ class Result:
     def markdown(self) -> str:
         """The parts as Markdown, with date, command and versions in the last line where the numbers have them."""
         blocks = [_markdown(part) for part in self.parts if part]
-        return "\n\n".join([*blocks, *_stamped(self.numbers)])
+        return "\n\n".join([*blocks, *stamped(self.numbers)])
 
     def write(self, stem: Path) -> None:
         """Write `stem`.json, `stem`.md and, if there is a figure, `stem`.png; the folder must exist."""
@@ -73,7 +73,7 @@ class Result:
 
     def show(self, console: Console) -> None:
         """Print the parts."""
-        for part in self.parts if self.screen is None else self.screen:
+        for part in filter(None, self.parts if self.screen is None else self.screen):
             if isinstance(part, Table | tuple):
                 wide, *narrower = part if isinstance(part, tuple) else (part,)
                 show(wide, console, *narrower)
@@ -97,8 +97,8 @@ def _markdown(part: Part) -> str:
     return part if isinstance(part, str) else "\n".join(f"- {sentence}" for sentence in part)
 
 
-def _stamped(numbers: Mapping[str, Any]) -> list[str]:
-    """Date, command and versions as one sentence, if the numbers have a date."""
+def stamped(numbers: Mapping[str, Any]) -> list[str]:
+    """Date, command and versions as one sentence; nothing if the numbers have no date."""
     if "date" not in numbers:
         return []
     versions, command = numbers["environment"], numbers.get("command")

@@ -71,20 +71,20 @@ def look(model: Any, inputs: Mapping[str, Any], recipe: str) -> SinkView:
     with vlmprune.wrap(model, plan) as run, torch.no_grad():
         model(**inputs)
     assert run.last is not None
-    steered = [record for record in run.last.steered if record.method == "var" and record.masses is not None]
-    codes = [record.codes[0, 0] for record in steered if record.codes is not None]
-    visual = [code[(code == VISUAL) | (code == VISUAL_SINK)] for code in codes]
+    edits = [record for record in run.last.edits if record.method == "var" and record.masses is not None]
+    groups = [record.groups[0, 0] for record in edits if record.groups is not None]
+    visual = [group[(group == VISUAL) | (group == VISUAL_SINK)] for group in groups]
     most = max(map(len, visual))
 
     def picture(mass: Tensor) -> Tensor:
         return (mass[0, :, :, VISUAL] + mass[0, :, :, VISUAL_SINK]).mean(dim=1)
 
     return SinkView(
-        layers=tuple(record.layer for record in steered),
-        sinks=torch.stack([torch.nn.functional.pad(code == VISUAL_SINK, (0, most - len(code))) for code in visual]),
-        text_sinks=tuple(int((code == TEXT_SINK).sum()) for code in codes),
-        before=torch.stack([picture(record.masses) for record in steered]),  # type: ignore[arg-type]
-        after=torch.stack([picture(record.masses * record.factors) for record in steered]),  # type: ignore[operator]
+        layers=tuple(record.layer for record in edits),
+        sinks=torch.stack([torch.nn.functional.pad(group == VISUAL_SINK, (0, most - len(group))) for group in visual]),
+        text_sinks=tuple(int((group == TEXT_SINK).sum()) for group in groups),
+        before=torch.stack([picture(record.masses) for record in edits]),  # type: ignore[arg-type]
+        after=torch.stack([picture(record.masses * record.factors) for record in edits]),  # type: ignore[operator]
     )
 
 

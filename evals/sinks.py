@@ -1,16 +1,16 @@
-"""Which dimensions of the residual hold a decoder's attention sinks, found in a few forward passes, with the evidence.
+"""Find the dimensions of the residual that hold a decoder's attention sinks, in a few forward passes, with the evidence.
 
-Sun et al. (arXiv:2402.17762): the first token, and a few delimiters, carry *massive activations*: a few dimensions, always the
-same, hold most of the residual's energy from an early layer on. Causality makes text prompts enough: what the first token
-becomes does not depend on what follows, pictures or words. The prompts begin with different words, so that a model without a
-BOS token is looked at in several places.
+Sun et al. (arXiv:2402.17762): the first token and a few delimiters have *massive activations*: a few dimensions, always the
+same, hold most of the residual's energy from an early layer on. Text prompts are enough, because attention is causal: the first
+token's residual does not depend on the tokens after it, visual or not. The prompts begin with different words, so that a model
+without a BOS token is measured on several first tokens.
 
     e_d = x_d² / ‖x‖²                    of the first token's residual x entering a layer
     on    = layers with max_d e_d > 0.2  (median over prompts); at least 40 % of the depth, or there are no sink dimensions
     dims  = those with median e_d ≥ 0.05 over prompts and these layers, at most 4, and |x_d| ≥ 300 times the median number;
             not those that a fifth of all later tokens hold as well, with at least half of the first token's e_d
-    energy = half way between the first token's largest e_d (median) and what 95 % of ordinary later tokens have at most,
-             rounded down to two digits; ordinary: less than half of the first token's (others are sinks too: full stops)
+    energy = the mean of the first token's largest e_d (median) and the 95 % quantile of ordinary later tokens, rounded down
+             to two digits; ordinary: less than half of the first token's (others are sinks too, such as full stops)
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from vlmprune import observe
 from vlmprune.errors import UsageError
-from vlmprune.methods.redistributing import spans
 from vlmprune.methods.sink_dims import entries_of
+from vlmprune.show.units import spans
 
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog. It runs into the forest.",
@@ -39,16 +39,23 @@ PROMPTS = (
     "Is there a dog in the picture? Answer yes or no.",
 )
 TINY_PROMPTS = ("what colour is the circle? " * 2, "how many stars are there? " * 2)
-"""For the embedded VLM, which knows a few dozen words."""
+"""For the embedded VLM, whose vocabulary is a few dozen words."""
 ON, DIM, RATIO, DEPTH, MOST, ORDINARY, EVERYWHERE = 0.2, 0.05, 300.0, 0.4, 4, 0.95, 0.2
 MANY = 0.1
-"""Share of later tokens above which so many sinks are worth a warning."""
+"""Share of sinks among later tokens that gives a warning."""
 
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """One layer: the first token's largest dimension, its share of the energy (also as φ), the norms of the first token and of
-    the others (median), the largest number as a multiple of the layer's median, and the attention later rows pay to it."""
+    """One layer.
+
+    Attributes:
+        layer: the layer.
+        dim: the first token's largest dimension; `energy` is its share of the token's energy, `phi` the same as φ.
+        first_norm, other_norm: norm of the first token, and median norm of the others.
+        ratio: the first token's number in `dim`, as a multiple of the layer's median number.
+        attention: from later rows to the first token.
+    """
 
     layer: int
     dim: int
@@ -62,21 +69,21 @@ class LayerEvidence:
 
 @dataclass(frozen=True)
 class Sinks:
-    """What was found.
+    """The finding.
 
     Attributes:
         dims: the sink dimensions; empty if there are none.
-        layers: layers in which the first token's massive activations are on in these dimensions.
+        layers: layers in which the first token has massive activations in these dimensions.
         shares: of the first token's energy in each dimension, median over prompts and these layers.
-        energy: threshold that tells sinks from other tokens; two digits, between `ordinary` and what the first token has.
-        ordinary: the largest share that 95 % of ordinary later tokens stay below.
-        everywhere: dimensions as large, which later tokens hold as well: no sink dimensions; and the share of tokens that do.
-        agreement: share of prompts that give the same dimensions by themselves, those of `everywhere` among them.
+        energy: threshold between other tokens and sinks; two digits, between `ordinary` and the first token's share.
+        ordinary: 95 % quantile of the share of ordinary later tokens.
+        everywhere: dimensions as large in later tokens too, which are no sink dimensions, and the share of these tokens.
+        agreement: share of prompts that give the same dimensions alone, those of `everywhere` among them.
         flagged: share of later tokens that are sinks by these dimensions.
-        flagged_attention, other_attention: attention that a flagged, and another, later token gets, in these layers.
-        cosine: share of later tokens that the fall-back calls sinks.
-        known: what the table of known models says, or None.
-        known_as: which model it takes this one for, by its config.
+        flagged_attention, other_attention: attention to a flagged, and to another, later token, in these layers.
+        cosine: share of later tokens that are sinks with sink_dims=cosine.
+        known: the dimensions in the table of known models, or None.
+        known_as: the model in that table with the same config.
         evidence: per layer.
     """
 
@@ -101,7 +108,7 @@ class Sinks:
         if not self.dims:
             why = "no few dimensions hold the first token's energy through the model"
             if self.everywhere:
-                why = f"{self._shared()}, so that they do not tell sinks from other tokens"
+                why = f"{self._shared()}, so that they do not separate sinks from other tokens"
             return (
                 f"No sink dimensions: {why}. sink_dims=cosine works without, and calls {self.cosine:.1%} of later tokens sinks."
             )
@@ -109,12 +116,12 @@ class Sinks:
 
     @property
     def cautions(self) -> tuple[str, ...]:
-        """What speaks against following the advice, in sentences."""
+        """Reasons to doubt the advice, in sentences."""
         said = []
         if self.flagged > MANY:
             said.append(
                 f"Caution: {self.flagged:.1%} of later tokens are sinks by this threshold, where few should be: raise "
-                "sink_energy, or look with --prompt at texts like yours."
+                "sink_energy, or measure on texts like yours with --prompt."
             )
         gets, others = self.flagged_attention, self.other_attention
         if gets is not None and others is not None and gets <= others:
@@ -153,15 +160,15 @@ class Sinks:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Plain data."""
         return asdict(self) | {"advice": self.advice, "cautions": self.cautions}
 
 
 def find_sinks(model: Any, prompts: Sequence[Tensor]) -> Sinks:
-    """Look for sink dimensions.
+    """Find sink dimensions.
 
     Args:
-        model: a decoder, or a VLM with one.
+        model: a decoder, or a VLM that has one.
         prompts: token ids `[1, token]`, at least 8 tokens each.
 
     Raises:
@@ -170,9 +177,9 @@ def find_sinks(model: Any, prompts: Sequence[Tensor]) -> Sinks:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     layers = getattr(decoder, "layers", None)
     if layers is None:
-        raise UsageError(f"found no decoder layers in {type(model).__name__}: sinks are looked for in decoders.")
+        raise UsageError(f"found no decoder layers in {type(model).__name__}: sinks are found in decoders only.")
     if not prompts or min(ids.shape[1] for ids in prompts) < 8:
-        raise UsageError("looking for sinks needs prompts of at least 8 tokens each.")
+        raise UsageError("finding sinks needs prompts of at least 8 tokens each.")
     passes = [_look(decoder, layers, ids) for ids in prompts]
     energy = torch.stack([states[:, 0].square() / states[:, 0].square().sum(-1, keepdim=True) for states, _ in passes])
     middle = energy.median(dim=0).values  # [layer, dim]
@@ -239,13 +246,13 @@ def _dims(energy: Tensor, on: list[int], passes: Sequence[tuple[Tensor, Tensor]]
 
 
 def _as_the_first(energy: Tensor, on: list[int], passes: Sequence[tuple[Tensor, Tensor]], dim: int) -> float:
-    """The share of later tokens that have at least half of the first token's share of energy in a dimension."""
+    """The share of later tokens with at least half of the first token's share of energy in a dimension."""
     half = energy[on, dim].median() / 2
     return float(torch.stack([(_share(states[on], (dim,))[:, 1:] >= half).float().mean() for states, _ in passes]).mean())
 
 
 def _threshold(largest: Sequence[Tensor]) -> tuple[float, float]:
-    """What ordinary tokens have at most, and the threshold, from each prompt's largest shares `[layer, token]`."""
+    """The 95 % quantile of ordinary tokens, and the threshold, from each prompt's largest shares `[layer, token]`."""
     first = float(torch.cat([share[:, 0] for share in largest]).median())
     later = torch.cat([share[:, 1:].flatten() for share in largest])
     ordinary = float(later[later < first / 2].quantile(ORDINARY))
@@ -258,7 +265,7 @@ def _share(states: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _ratios(states: Tensor) -> Tensor:
-    """`[dim]` the first token's numbers, as multiples of the median of all of a layer's; median over layers."""
+    """`[dim]` the first token's numbers, as multiples of the median number of the layer; median over layers."""
     typical = states.abs().flatten(1).median(dim=1).values
     return (states[:, 0].abs() / typical[:, None].clamp_min(1e-12)).median(dim=0).values
 

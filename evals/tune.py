@@ -37,8 +37,9 @@ from torch import Tensor
 
 import vlmprune
 from vlmprune import Budget, Schedule, Stage
-from vlmprune.evals.budgets import PaperSchedule, compute_average, nominal_average
-from vlmprune.evals.calibration import Sample, next_logits, run_whole
+from vlmprune.cost import compute_average, nominal_average
+from vlmprune.evals.budgets import PaperSchedule
+from vlmprune.evals.calibration import Sample, next_logits, run_unpruned
 from vlmprune.evals.results import Result
 from vlmprune.show.stats import bounds, times_drawn
 from vlmprune.show.table import table
@@ -84,7 +85,7 @@ def attention_sums(model: Any, sample: Sample) -> Tensor:
     Raises:
         vlmprune.UsageError: fewer than three decoder layers, or not one un-padded prompt with an image and text after it.
     """
-    layers = run_whole(model, sample).layers
+    layers = run_unpruned(model, sample).layers
     if layers < 3:
         raise vlmprune.UsageError(f"a change between layers needs at least three decoder layers, found {layers}.")
     watch = Watch(schedule=vlmprune.stages(dict.fromkeys(range(1, layers), 1.0)))
@@ -218,14 +219,14 @@ def tune(
         model: an un-wrapped model of a supported family. It is wrapped for the measurement only.
         samples: prompts; answers are not needed.
         budget: the wanted nominal average, in tokens, or as a fraction of an image's tokens; the recipe has the same unit.
-        method: see `METHODS`.
+        method: see `TUNERS`.
         tick: called with the share of a sample that is done, for a progress bar.
 
     Raises:
         vlmprune.UsageError: an unknown method, no sample, or a budget that cannot be reached.
     """
     check_method(method)
-    return METHODS[method](model, samples, budget, tick)
+    return TUNERS[method](model, samples, budget, tick)
 
 
 def check_method(method: str) -> None:
@@ -234,8 +235,8 @@ def check_method(method: str) -> None:
     Raises:
         vlmprune.UsageError: names the methods that have.
     """
-    if method not in METHODS:
-        raise vlmprune.UsageError(f"the methods that can be tuned are: {', '.join(METHODS)}; found {method!r}.")
+    if method not in TUNERS:
+        raise vlmprune.UsageError(f"the methods that can be tuned are: {', '.join(TUNERS)}; found {method!r}.")
 
 
 def tune_adaptinfer(model: Any, samples: Iterable[Sample], budget: Budget, tick: Callable[[float], None]) -> Tuned:
@@ -272,7 +273,7 @@ def tune_adaptinfer(model: Any, samples: Iterable[Sample], budget: Budget, tick:
     )
 
 
-METHODS: dict[str, Callable[[Any, Iterable[Sample], Budget, Callable[[float], None]], Tuned]] = {"adaptinfer": tune_adaptinfer}
+TUNERS: dict[str, Callable[[Any, Iterable[Sample], Budget, Callable[[float], None]], Tuned]] = {"adaptinfer": tune_adaptinfer}
 
 
 def _schedule(visual: float, depth: int, layers: Sequence[int], budget: Budget) -> tuple[Schedule, dict[int, float]]:

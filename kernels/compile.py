@@ -21,10 +21,12 @@ from typing import Any
 
 from vlmprune.errors import UsageError, unknown
 from vlmprune.kernels.variants import Variant
+from vlmprune.show import table
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program may have, by compute capability."""
 
+COLUMNS = ("op", "case", "target", "warps", "widest load", "registers", "spill", "stack", "shared")
 COMMAND = "python -m vlmprune.kernels.compile --out docs/results/kernels.md"
 
 
@@ -129,14 +131,12 @@ def markdown(builds: list[Build]) -> str:
         "tests/kernels/test_compiled.py compares the cases. Widest load, spill, stack (bytes) and registers are one thread's,",
         "shared memory (bytes) is one program's. It shows that nothing spills, not how fast a kernel is.",
         "",
-        "| op | case | target | warps | widest load | registers | spill | stack | shared |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for b in builds:
-        v = b.variant
-        figures = f"{v.num_warps} | {b.load} | {b.registers} | {b.spilled} | {b.stack} | {b.shared:,}"
-        lines.append(f"| {v.op} | {v.case} | sm_{b.target} | {figures} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [v.op, v.case, f"sm_{b.target}", *map(str, (v.num_warps, b.load, b.registers, b.spilled, b.stack)), f"{b.shared:,}"]
+        for b, v in ((b, b.variant) for b in builds)
+    ]
+    return "\n".join([*lines, table.markdown(table.table(COLUMNS, rows, text_columns=3))]) + "\n"
 
 
 def report(variants: list[Variant], out: Path | None) -> int:

@@ -383,11 +383,9 @@ def test_view_with_its_defaults(monkeypatch, capsys, tmp_path, picture, more):
     assert ("recipe var:sink_dims=cosine" in capsys.readouterr().out) is ("--recipe" not in more)
 
 
-def test_view_takes_known_sink_dimensions(monkeypatch):
-    """Where a model's sink dimensions are known, the default is the paper's."""
-    from types import SimpleNamespace
-
-    from transformers import LlamaConfig
+def test_view_takes_known_sink_dimensions():
+    """Where a model's sink dimensions are known, the default is the paper's. Red: `view` draws another method's sinks."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     from vlmprune.evals.sink_view import default_recipe
     from vlmprune.methods.sink_dims import KNOWN
@@ -400,7 +398,12 @@ def test_view_takes_known_sink_dimensions(monkeypatch):
     for key, value in known.facts.items():
         setattr(config, key, value)
         config.rope_parameters = {**(config.rope_parameters or {}), key: value}
-    assert default_recipe(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))) == "var"
+    tower = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    for hidden, recipe in ((size, "var"), (size // 2, "var:sink_dims=cosine")):  # no model of this width is known
+        config.hidden_size = hidden
+        with torch.device("meta"):  # the default is chosen by the config
+            model = LlavaForConditionalGeneration(LlavaConfig(text_config=config, vision_config=tower))
+        assert default_recipe(model) == recipe
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -69,6 +70,26 @@ def test_the_page_of_the_methods():
     space: dict = {"__name__": "docs", "__file__": str(ROOT / "docs/methods.py")}
     exec(compile((ROOT / "docs/methods.py").read_text(), "docs/methods.py", "exec"), space)
     assert space["markdown"]() == (ROOT / "docs/methods.md").read_text(), "run: python docs/methods.py"
+
+
+def test_what_the_readme_says_that_its_snippets_print(capsys):
+    """Red: README.md quotes an answer, a report or an explanation that its code no longer prints."""
+    text = (ROOT / "README.md").read_text()
+    space: dict = {}
+    printed = []
+    for block in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        if "tiny.load()" in block or "explain=True" in block:
+            exec(compile(block, "README.md", "exec"), space)
+            printed.append(capsys.readouterr().out)
+    answer, quoted = re.search(r"prints the answer, `(\w+)`, and the report: ([^.]+)\.", text).groups()  # type: ignore[union-attr]
+    kept, tokens, flops, cache = re.findall(r"\d+", quoted)
+    assert printed[0].startswith(f"{answer}\n")
+    assert f"{kept} of {tokens}\n" in printed[0]
+    assert f"({flops}.0%)" in printed[0]
+    assert f"({cache}.0%)" in printed[0]
+    explained = text.split("The first prints:\n\n")[1].split("\n\n")[0]
+    wanted, found = (re.sub(r"\d\.\d+", "0.0", x) for x in (textwrap.dedent(explained), printed[1]))  # but for rounding
+    assert found.startswith(wanted + "\n")
 
 
 def test_the_worked_method():

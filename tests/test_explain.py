@@ -207,6 +207,20 @@ def test_every_stage_says_what_it_did():
 
 
 @torch.no_grad()
+def test_a_cache_stage_decides_about_what_its_layers_computed():
+    """Red: a token that was dropped before the cache stage's layers is said to be forgotten there."""
+    model = shared("llava")
+    run = run_once(model, make_inputs("llava", model, CHATTY), "fastv:layer=2|4,tokens=4|2,cache_layer=2")
+    first, second = (next(kept.index.tolist() for kept in run.last.kept if kept.layer == layer) for layer in (2, 4))
+    for token in range(16):
+        sites = [(verdict.site, verdict.kept) for verdict in run.explain(token=token).verdicts]
+        if token not in first:
+            assert sites == [("llm", False)]
+        else:
+            assert sites == [("llm", True), ("llm", token in second), ("cache", token in second)]
+
+
+@torch.no_grad()
 def test_picks_are_in_the_order_of_selection():
     """Red: the rank of a pick is the token's place."""
     model = shared("llava")
@@ -250,25 +264,41 @@ def test_merged_tokens_say_into_which(recipe):
         assert len(merged) == 16 - len(kept)
 
 
+def means(see, token, parts):
+    return see.features[0, [token, *parts]].mean(dim=0)
+
+
+def zipped(see, token, parts):
+    tower = see.tower_features[0]
+    return see.project(tower[token] + tower[parts].mean(dim=0)) if parts else None
+
+
+@pytest.mark.parametrize(
+    ("method", "made_of"),
+    [
+        (vp.ToMe(tokens=3), means),  # several rounds
+        (vp.VScan(layer=0, tokens=5), means),
+        (vp.SparseVLM(layer=2, tokens=6, version=1.5), means),
+        (vp.VisionZip(tokens=8, contextual=3), zipped),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
 @torch.no_grad()
-def test_a_merged_tokens_features_are_the_mean_of_its_parts():
-    """By ToMe's own weights: a token is the mean of all that were merged into it, over several rounds."""
+def test_merged_features_are_those_of_the_parts(method, made_of):
+    """Red: a token is said to be a part of another one than its features went into."""
     model = shared("llava")
-    seen = {}
-
-    class Watched(vp.ToMe):
-        name = "watched-tome"
-
-        def select(self, see, keep):
-            seen["features"] = see.features
-            return super().select(see, keep)
-
-    run = run_once(model, make_inputs("llava", model, CHATTY), Watched(tokens=3))
-    (stage,) = run.last.kept
-    into = {t: v.verdicts[0].merged_into if not v.kept else t for t, v in ((t, run.explain(token=t)) for t in range(16))}
+    method, views = recording(method)
+    run = run_once(model, make_inputs("llava", model, CHATTY), method)
+    (stage,), (see,) = run.last.kept, views
+    found = {token: run.explain(token=token).verdicts[0] for token in range(16)}
+    merged = 0
     for token, features in zip(stage.index.tolist(), stage.features, strict=True):
-        parts = [t for t, home in into.items() if home == token]
-        torch.testing.assert_close(features, seen["features"][0, parts].mean(dim=0))
+        parts = [other for other, verdict in found.items() if verdict.merged_into == token]
+        assert found[token].merged_from == len(parts)
+        if (expected := made_of(see, token, parts)) is not None:
+            torch.testing.assert_close(features, expected)
+            merged += len(parts)
+    assert merged > 2
 
 
 @torch.no_grad()
@@ -406,7 +436,7 @@ def test_tokens_that_are_not_there(asked, sentence):
 def test_prompts_with_nothing_to_explain():
     model = shared("llava")
     with vp.wrap(model, "fastv:layer=2,tokens=4", explain=True) as run:
-        with pytest.raises(vp.UsageError, match="has run no prompt"):
+        with pytest.raises(vp.UsageError, match="has not run a prompt"):
             run.explain(token=2)
         model(input_ids=make_inputs("llava", model, [["text5"]])["input_ids"])
         with pytest.raises(vp.UsageError, match="this prompt has no picture"):
@@ -414,3 +444,44 @@ def test_prompts_with_nothing_to_explain():
     run = run_once(model, make_inputs("llava", model, CHATTY), "act:layers=1")
     with pytest.raises(vp.UsageError, match="drops no visual tokens: all of them stayed"):
         run.explain(token=2)
+
+
+@torch.no_grad()
+def test_scores_of_somebody_elses_method_are_checked():
+    class Wrong(vp.Pruner):
+        name, paper, needs, default = "wrong-scores", "", frozenset({"features"}), vp.at(layer=0, tokens=3)
+
+        def select(self, see, keep):
+            return torch.arange(keep).expand(see.images, keep)
+
+        def scores(self, see):
+            return see.features
+
+    model = shared("llava")
+    with pytest.raises(vp.UsageError, match=r"wrong-scores: scores\(see\) must return a tensor \[image, visual\]"):
+        run_once(model, make_inputs("llava", model, CHATTY), Wrong())
+
+
+def test_on_the_command_line(monkeypatch, capsys, tmp_path):
+    """Red: `run --why` explains another run than the one it prints, or another cell."""
+    from command_line import vlmprune
+
+    from vlmprune.tiny.scenes import make_scene
+
+    make_scene(1).image.save(tmp_path / "scene.png")
+    asked = ("run", "--model", "tiny", "--image", tmp_path / "scene.png", "--prompt", "how many objects are there ?")
+    asked += ("--recipe", "fastv:layer=2,tokens=20", "--max-new-tokens", 1, "--why", 57)
+    assert vlmprune(monkeypatch, *asked, "--why", 100, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    first, second = result["why"]
+    assert (first["token"], second["token"]) == (57, 100)
+    assert first["cell"] == {"crop": "picture", "row": 57 // 12, "column": 57 % 12}
+    assert first["kept"] == (57 in result["kept"])
+    assert second["kept"] == (100 in result["kept"])
+    assert first["verdicts"][0]["among"] == 144
+    assert vlmprune(monkeypatch, *asked) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert first["lines"][0] + " Its cell is row 4, column 9 of the picture." in out
+    assert first["lines"][1] in out
+    assert vlmprune(monkeypatch, *asked, "--why", 144) == 2
+    assert "there is no token 144: the picture has 144" in capsys.readouterr().err

@@ -14,8 +14,9 @@ from tiny_models import LAYERS, make_inputs, make_single, shared
 
 import vlmprune as vp
 from vlmprune import tiny
+from vlmprune.cost import compute_average, nominal_average
 from vlmprune.evals import calibration, horizon, horizon_groups, horizon_report
-from vlmprune.evals.budgets import compose, compute_average, nominal_average
+from vlmprune.evals.budgets import compose
 from vlmprune.evals.calibration import Question, Sample
 from vlmprune.evals.horizon import Horizon, SampleCurves, estimate, find_horizon
 from vlmprune.evals.horizon_groups import Only

@@ -325,7 +325,7 @@ def test_weights_that_every_version_ignores(folder):
     [
         (b"no weights at all", "pytorch_model.bin is broken or cut off"),
         (b"PK\x03\x04 cut", "pytorch_model.bin is broken or cut off"),
-        (b"\x80\x02K\x01.", "cannot be loaded: Invalid magic number; corrupt file?"),
+        (b"\x80\x02K\x01.", "cannot be loaded (Invalid magic number; corrupt file?): fetch or save it again"),
     ],
     ids=["text", "zip", "pickle"],
 )
@@ -416,7 +416,7 @@ def test_decoders(made, folder):
     with pytest.raises(vp.UsageError, match=r"unknown GGUF file 'b.gguf': known: none"):
         load_decoder(str(folder), "b.gguf", "cpu")
     (folder / "model.Q4.gguf").write_bytes(b"GGUF")
-    monkey = "cannot read model.Q4.gguf: install what is missing"
+    monkey = "cannot read model.Q4.gguf: the package gguf is missing"
     if find_spec("gguf") is None:
         with pytest.raises(vp.UsageError, match=monkey):
             load_decoder(str(folder), "model.Q4.gguf", "cpu")

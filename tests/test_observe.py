@@ -277,6 +277,37 @@ def test_other_threads_are_not_recorded():
         assert torch.equal(found[0], stock)
 
 
+@torch.no_grad()
+def test_a_thread_in_the_midst_of_a_call_is_not_recorded():
+    """Red: what another thread computes meanwhile is recorded as a part of the call."""
+    model = shared("llava")
+    inputs, other = make_inputs("llava", model, SAMPLES), make_inputs("llava", model, [["text9", "image"]])
+    rows = []
+
+    def meanwhile(layer, here):
+        rows.append((layer, here.query.shape[2]))
+        if layer == 2 and len(rows) == 3:  # once
+            with torch.no_grad():
+                thread = threading.Thread(target=lambda: model(**other))
+                thread.start()
+                thread.join()
+
+    with vp.observe(model, attention=meanwhile, hidden=True) as seen:
+        model(**inputs)
+    assert rows == [(layer, inputs["input_ids"].shape[1]) for layer in range(LAYERS)]
+    assert {x.shape[1] for x in seen.hidden.values()} == {inputs["input_ids"].shape[1]}
+
+
+def test_recomputation_in_the_backward_pass_is_no_call():
+    model = build("llava")
+    inputs = make_inputs("llava", model, SAMPLES)
+    model.train().gradient_checkpointing_enable()
+    layers = []
+    with vp.observe(model, attention=lambda layer, here: layers.append(layer)):
+        model(**inputs).logits.sum().backward()
+    assert layers == list(range(LAYERS))
+
+
 def test_nothing_recorded_holds_a_graph():
     model = build("llava")
     inputs = make_inputs("llava", model, SAMPLES)

@@ -161,14 +161,14 @@ def test_a_name_that_another_method_has(tmp_path):
     class Slower(vp.FastV):
         pass
 
-    with pytest.raises(vp.UsageError, match="'fastv' is the name of another method than of Slower: give the class a name"):
+    with pytest.raises(vp.UsageError, match="'fastv' is the name of another method than Slower: give the class a name"):
         vp.Recipe.of(Slower()).save_pretrained(tmp_path)
 
     class Taken(vp.ScorePruner):
         name, paper, needs, default = "fastv", "", frozenset(), vp.at(2, fraction=0.5)
 
     assert type(vp.Recipe.parse("fastv").methods[0]) is vp.FastV
-    with pytest.raises(vp.UsageError, match="of Taken: give"):
+    with pytest.raises(vp.UsageError, match="than Taken: give"):
         vp.Recipe.of(Taken()).to_dict()
     del DEFINED["fastv"]
 
@@ -241,7 +241,7 @@ def of_clip(*parts):
         ),
         (of_clip(clip(), "clip", Tokenizer()), "clip_tokenizer must be the CLIP model's tokenizer, found 'clip'"),
         (of_clip(clip(), Processor(), Tokenizer()), "found the processor Processor: pass its .tokenizer"),
-        (of_clip(clip(), Endless(), Tokenizer()), "texts may have 1000000000000000000000000000000 tokens"),
+        (of_clip(clip(), Endless(), Tokenizer()), "allows texts of 1000000000000000000000000000000 tokens"),
         (of_clip(clip(), Tokenizer(), None), "tokenizer must be the vision-language model's own, found None"),
     ],
 )

@@ -166,21 +166,21 @@ NOTES = {
     "plain": None,
     "exif": None,
     "png with exif": None,
-    "grey 16": "values of more than 8 bits from 0 to 61420; they were cut to whole numbers in 0 to 255",
-    "colour 16": "it has 16 bits per channel, of which 8 were left",
-    "PPM 16": "it has 16 bits per channel, of which 8 were left",
-    "PPM 10": "it has 10 bits per channel, of which 8 were left",
-    "plain PPM 16": "it has 16 bits per channel, of which 8 were left",
+    "grey 16": "values of more than 8 bits from 0 to 61420; they were clipped to whole numbers in 0 to 255",
+    "colour 16": "it has 16 bits per channel, of which 8 were kept",
+    "PPM 16": "it has 16 bits per channel, of which 8 were kept",
+    "PPM 10": "it has 10 bits per channel, of which 8 were kept",
+    "plain PPM 16": "it has 16 bits per channel, of which 8 were kept",
     "PPM 4": None,
     "PPM 8": None,
-    "SGI 16": "it has 16 bits per channel, of which 8 were left",
-    "TIFF 16": "it has 16 bits per channel, of which 8 were left",
-    "TIFF 16 in planes": "it has 16 bits per channel, of which 8 were left",
+    "SGI 16": "it has 16 bits per channel, of which 8 were kept",
+    "TIFF 16": "it has 16 bits per channel, of which 8 were kept",
+    "TIFF 16 in planes": "it has 16 bits per channel, of which 8 were kept",
     "TIFF 8": None,
     "JPEG 2000": None,
     "AVIF": None,
     "colour 16 and alpha": "of its pixels are transparent; transparency was dropped",
-    "float": "floating-point values from 0 to 1; they were cut",
+    "float": "floating-point values from 0 to 1; they were clipped",
     "whole 32": "values of more than 8 bits from -1000 to",
     "alpha": "of its pixels are transparent",
     "opaque alpha": None,
@@ -236,7 +236,7 @@ def test_every_orientation(tmp_path, orientation):
 
 
 def test_notes_are_warnings_where_nobody_listens(tmp_path):
-    with pytest.warns(UserWarning, match="cut to whole numbers"):
+    with pytest.warns(UserWarning, match="clipped to whole numbers"):
         open_picture(write(tmp_path, "grey 16"))
 
 
@@ -250,8 +250,8 @@ def test_notes_on_many_pictures():
     ("name", "content", "sentence"),
     [
         ("empty.png", b"", "is empty"),
-        ("text.png", b"no picture", "is not a picture that can be read: give a PNG, JPEG"),
-        ("vector.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "another format that Pillow knows"),
+        ("text.png", b"no picture", "is not a picture that can be read: give a PNG, a JPEG"),
+        ("vector.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "another format that Pillow can read"),
         ("cut.png", "cut", "it is cut off or damaged"),
         ("huge.png", "huge", "too many pixels to be read (more than 178,956,970)"),
     ],
@@ -325,9 +325,9 @@ def test_run_sees_the_upright_picture(sideways):
 def test_run_says_what_a_picture_lost(tmp_path):
     """Red: a 16-bit picture is white in silence."""
     answer, said = ask(write(tmp_path, "grey 16"))
-    assert "cut to whole numbers" in answer["picture"]["notes"][0]
+    assert "clipped to whole numbers" in answer["picture"]["notes"][0]
     assert "vlmprune: note: " in said
-    assert "cut to whole numbers" in said
+    assert "clipped to whole numbers" in said
 
 
 def test_view_sees_the_upright_picture(sideways, monkeypatch):
@@ -359,14 +359,14 @@ def test_calibration_sees_the_upright_picture(sideways, command):
         (note,) = json.loads(result.stdout)["notes"]
         assert "more than 8 bits" in note
         found[name] = json.loads(result.stdout.replace(str(folder), "").replace(name, ""))
-    strip = lambda data: {key: value for key, value in data.items() if key not in ("data", "notes")}  # noqa: E731
+    strip = lambda data: {key: value for key, value in data.items() if key not in ("data", "notes", "date")}  # noqa: E731
     assert strip(found["phone.png"]) == strip(found["upright.png"])
 
 
 def test_calibration_refuses_a_broken_picture_before_the_model_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"no picture")
     (tmp_path / "questions.jsonl").write_text('{"image": "a.png", "question": "what ?", "answer": "1"}')
-    monkeypatch.setattr("vlmprune.loading.models.load_model", lambda *arguments: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("vlmprune.loading.models.open_model", lambda *arguments: pytest.fail("the model was loaded"))
     result = CliRunner().invoke(app, ["horizon", "--data", str(tmp_path)])
     assert isinstance(result.exception, vp.UsageError)
     assert "a.png is not a picture" in str(result.exception)

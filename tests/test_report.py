@@ -129,4 +129,4 @@ def test_printed_units():
     printed = str(Report.of(record, "x"))
     assert "1.93 TFLOPs of 8.78 TFLOPs (22.0%)" in printed
     assert "74 MiB of 330 MiB (22.4%)" in printed
-    assert "1.5 s, of which choosing and shortening 0 µs" in printed
+    assert "1.5 s, including 0 µs for choosing and dropping tokens" in printed

@@ -13,10 +13,11 @@ import torch
 
 import vlmprune as vp
 from vlmprune import cli, tiny
+from vlmprune.cost import compute_average
 from vlmprune.errors import UsageError
 from vlmprune.evals import accuracy, asking, sweep, sweep_plan, sweep_report, sweep_rows, sweep_store
 from vlmprune.evals.asking import Questions, scenes_of_seed
-from vlmprune.evals.budgets import PAPER_SCHEDULES, SHARES, PaperSchedule, compute_average
+from vlmprune.evals.budgets import PAPER_SCHEDULES, SHARES, PaperSchedule
 from vlmprune.evals.results import Result
 from vlmprune.evals.sweep_plan import Plan, Point, make_plan
 from vlmprune.evals.sweep_rows import differences

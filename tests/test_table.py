@@ -64,3 +64,21 @@ def test_text_is_wrapped_before_rows_are_stacked(made):
     assert "┃ recipe" in shown
     assert "mean 99.3" not in shown
     assert "…" not in shown
+
+
+def test_heads_are_wrapped_before_numbers(made):
+    """Red: a long head widens its column, so that rows are stacked although all numbers fit."""
+    long = table(["layer", "attention to the first token of the prompt"], [["1", "10.5%"], ["22", "9.1%"]], text_columns=0)
+    shown = printed(long, 40)
+    assert "│     1 │     10.5% │" in shown
+    assert max(map(len, shown.splitlines())) <= 40
+    assert "│     1 │                                      10.5% │" in printed(long, 60)
+
+
+@pytest.mark.parametrize("width", range(30, 140, 7))
+def test_no_line_is_longer_than_the_terminal(width):
+    """Two text columns and three of numbers, at every width."""
+    rows = [[code("a" * 50), "word " * 12, "1.5 [1.0, 2.0]", "99", "7"], ["un-pruned", "", "—", "1", "22"]]
+    shown = printed(table(["recipe", "what it is", "mean of all", "n", "x"], rows, text_columns=2), width)
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" not in shown

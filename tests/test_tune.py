@@ -14,9 +14,9 @@ from tiny_models import LAYERS, make_single, shared
 
 import vlmprune as vp
 from vlmprune import cli, tiny
+from vlmprune.cost import nominal_average
 from vlmprune.evals import tune
-from vlmprune.evals.budgets import nominal_average
-from vlmprune.evals.calibration import Sample, Whole, scenes
+from vlmprune.evals.calibration import Sample, Unpruned, scenes
 from vlmprune.schedule import Budget
 
 PUBLISHED = (2, 11, 21)
@@ -160,7 +160,7 @@ def test_refusals(monkeypatch):
         tune.tune(None, [], Budget(tokens=5), "pdrop")
     with pytest.raises(vp.UsageError, match="no sample to tune on"):
         tune.tune(None, [], Budget(tokens=5))
-    monkeypatch.setattr(tune, "run_whole", lambda model, sample: Whole(2, (16,), torch.zeros(1)))
+    monkeypatch.setattr(tune, "run_unpruned", lambda model, sample: Unpruned(2, (16,), torch.zeros(1)))
     with pytest.raises(vp.UsageError, match="at least three decoder layers, found 2"):
         tune.attention_sums(None, Sample({}))
 

@@ -12,120 +12,40 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from vlmprune.errors import UsageError
-    from vlmprune.live.handle import Run, unwrap, wrap
-    from vlmprune.live.observe import observe
-    from vlmprune.live.report import Report
-    from vlmprune.methods import METHODS, REDISTRIBUTORS, Choice, Pruner, Redistributor, ScorePruner
-    from vlmprune.methods.clip_relevance import ClipRelevance
-    from vlmprune.methods.pruning import (
-        CLS,
-        DART,
-        AdaptInfer,
-        CDPruner,
-        DivPrune,
-        FastV,
-        FlowCut,
-        HoloV,
-        MustDrop,
-        PDrop,
-        Random,
-        SparseVLM,
-        ToMe,
-        Uniform,
-        VisionZip,
-        VScan,
-    )
-    from vlmprune.methods.redistribution import ACT, PAI, PAINT, VAR, VHR, ZeroTuning
-    from vlmprune.recipe import Recipe
-    from vlmprune.schedule import Budget, Schedule, Stage, at, stages
+from vlmprune.names import exports
 
 __version__ = "0.1.0"
 
-_HOME = {
-    **dict.fromkeys(
-        (
-            "AdaptInfer",
-            "CDPruner",
-            "CLS",
-            "DART",
-            "DivPrune",
-            "FastV",
-            "FlowCut",
-            "HoloV",
-            "MustDrop",
-            "PDrop",
-            "Random",
-            "SparseVLM",
-            "ToMe",
-            "Uniform",
-            "VScan",
-            "VisionZip",
-        ),
-        "vlmprune.methods.pruning",
-    ),
-    "ClipRelevance": "vlmprune.methods.clip_relevance",
-    **dict.fromkeys(("ACT", "PAI", "PAINT", "VAR", "VHR", "ZeroTuning"), "vlmprune.methods.redistribution"),
-    **dict.fromkeys(("METHODS", "REDISTRIBUTORS", "Choice", "Pruner", "Redistributor", "ScorePruner"), "vlmprune.methods"),
-    **dict.fromkeys(("Budget", "Schedule", "Stage", "at", "stages"), "vlmprune.schedule"),
-    **dict.fromkeys(("Run", "unwrap", "wrap"), "vlmprune.live.handle"),
-    "Recipe": "vlmprune.recipe",
-    "Report": "vlmprune.live.report",
-    "observe": "vlmprune.live.observe",
-    "UsageError": "vlmprune.errors",
-}
+if TYPE_CHECKING:  # the only list of the public names: type checkers and editors read it, and so does `exports`
+    from vlmprune.errors import UsageError as UsageError
+    from vlmprune.live.handle import Run as Run
+    from vlmprune.live.handle import unwrap as unwrap
+    from vlmprune.live.handle import wrap as wrap
+    from vlmprune.live.observe import observe as observe
+    from vlmprune.live.report import Report as Report
+    from vlmprune.methods import METHODS as METHODS
+    from vlmprune.methods import REDISTRIBUTORS as REDISTRIBUTORS
+    from vlmprune.methods import Choice as Choice
+    from vlmprune.methods import Pruner as Pruner
+    from vlmprune.methods import Redistributor as Redistributor
+    from vlmprune.methods import ScorePruner as ScorePruner
+    from vlmprune.methods.clip_relevance import ClipRelevance as ClipRelevance
+    from vlmprune.methods.pruning import *  # noqa: F403
+    from vlmprune.methods.redistribution import *  # noqa: F403
+    from vlmprune.recipe import Recipe as Recipe
+    from vlmprune.schedule import Budget as Budget
+    from vlmprune.schedule import Schedule as Schedule
+    from vlmprune.schedule import Stage as Stage
+    from vlmprune.schedule import at as at
+    from vlmprune.schedule import stages as stages
+else:
+    _HOME = exports("vlmprune")  # the module of each public name
+    __all__ = sorted(_HOME)
 
-__all__ = [
-    "ACT",
-    "CLS",
-    "DART",
-    "METHODS",
-    "PAI",
-    "PAINT",
-    "REDISTRIBUTORS",
-    "VAR",
-    "VHR",
-    "AdaptInfer",
-    "Budget",
-    "CDPruner",
-    "Choice",
-    "ClipRelevance",
-    "DivPrune",
-    "FastV",
-    "FlowCut",
-    "HoloV",
-    "MustDrop",
-    "PDrop",
-    "Pruner",
-    "Random",
-    "Recipe",
-    "Redistributor",
-    "Report",
-    "Run",
-    "Schedule",
-    "ScorePruner",
-    "SparseVLM",
-    "Stage",
-    "ToMe",
-    "Uniform",
-    "UsageError",
-    "VScan",
-    "VisionZip",
-    "ZeroTuning",
-    "at",
-    "observe",
-    "stages",
-    "unwrap",
-    "wrap",
-]
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'vlmprune' has no attribute {name!r}")
+        return getattr(import_module(_HOME[name]), name)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'vlmprune' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    def __dir__() -> list[str]:
+        return sorted([*globals(), *_HOME])

@@ -1,20 +1,49 @@
-"""Names of methods and their parameters, read from their files: to answer a mistyped one at once, before torch is imported."""
+"""Names without torch: what a package exports, methods and their parameters, read from the source files.
+
+A mistyped name is answered at once, before torch is imported; and a public name is listed once, by the line that imports it.
+"""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 from vlmprune.errors import UsageError, unknown
 
 FILE = "vlmprune.json"
 """What a recipe's file is called in a folder or repository."""
-FOLDER = Path(__file__).parent / "methods"
+HOME = Path(__file__).parent
+FOLDER = HOME / "methods"
+KINDS = ("pruning", "redistribution")
 
 
-def method_names(kind: str = "*") -> list[str]:
-    """Names of the methods in `methods/pruning` or `methods/redistribution`, or both: one file per method, named as it is."""
-    return sorted(file.stem for file in FOLDER.glob(f"{kind}/*.py") if not file.stem.startswith("_"))
+def exports(package: str) -> dict[str, str]:
+    """The names that a package of ours exports, with the modules that define them.
+
+    They are those that its `__init__.py` imports under their own names (`from m import X as X`), under `TYPE_CHECKING` too, and
+    those that a package exports which it imports with a star.
+    """
+    source = HOME.joinpath(*package.split(".")[1:], "__init__.py").read_text(encoding="utf-8")
+    return dict(_exported(ast.parse(source).body))
+
+
+def _exported(lines: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for line in lines:
+        if isinstance(line, ast.If) and ast.unparse(line.test) == "TYPE_CHECKING":
+            yield from _exported(line.body)
+        elif isinstance(line, ast.ImportFrom) and line.module:
+            for alias in line.names:
+                if alias.name == "*":
+                    yield from exports(line.module).items()
+                elif alias.asname == alias.name:
+                    yield alias.name, line.module
+
+
+def method_names(*kinds: str) -> list[str]:
+    """Names of the methods that `methods/pruning` and `methods/redistribution` export, or one of them: those of their files."""
+    modules = (module for kind in kinds or KINDS for module in exports(f"vlmprune.methods.{kind}").values())
+    return sorted(module.rpartition(".")[2] for module in modules)
 
 
 def is_file(recipe: str) -> bool:
@@ -145,11 +174,11 @@ def check_pruning(name: str, command: str) -> None:
     check_method(name, "pruning")
 
 
-def check_method(name: str, kind: str = "*") -> None:
-    """Refuse a name that is no method's.
+def check_method(name: str, *kinds: str) -> None:
+    """Refuse a name that is no method's, or none of one of `KINDS`.
 
     Raises:
         UsageError: names the nearest.
     """
-    if name not in (known := method_names(kind)):
+    if name not in (known := method_names(*kinds)):
         raise unknown("method", name, known)

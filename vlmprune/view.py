@@ -182,12 +182,16 @@ def _names(taken: Taken, part: str | None = None) -> frozenset[str]:
     return frozenset(name for name, probe in PROBES.items() if probe.taken == taken and part in (None, probe.part))
 
 
+EMBEDDINGS = _names("prompt")
+LAST_ROW = _names("layer before", "last row")
 TEXT_ROWS = _names("layer before", "text rows")
 PROJECTIONS = _names("layer before", "projections")
-BEFORE_THE_STAGE = _names("layer before")
+BEFORE_THE_STAGE = LAST_ROW | TEXT_ROWS | PROJECTIONS
 """Probes that are taken from the attention of the layer before a stage."""
 
 AHEAD = _names("layer ahead")
+WEIGHTS = LAST_ROW | TEXT_ROWS | AHEAD
+"""Probes that are attention weights of the language model."""
 
 FROM_TOWER = frozenset(name for name, probe in PROBES.items() if probe.in_tower)
 """Probes that are taken in the vision tower, of towers that have a CLS token."""

@@ -5,7 +5,7 @@
 
 A program of pass 1 loops over all heads, because the magnitude is the norm of a mean over heads. Products are sums in fp32
 without tensor cores: each key is multiplied with a few queries only, and reading it takes longer. Hidden tokens get the lowest
-number, as in the reference; tokens behind the end get −inf.
+number, as in the reference; tokens after the end get −inf.
 """
 
 from __future__ import annotations

@@ -19,15 +19,25 @@ none: callers detach its arguments, and it is for finding marks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError
 from vlmprune.kernels.dispatch import Checked, Cost, Impl, bytes_of, check, check_dim, check_heads, use_triton
-from vlmprune.kernels.grouped_attention import reference
+from vlmprune.kernels.grouped_attention import cpu, reference
 from vlmprune.kernels.grouped_attention.reference import Coefficients
 
-__all__ = ["Coefficients", "column_means", "cost", "grouped_attention", "scored_attention"]
+__all__ = [
+    "Coefficients",
+    "checked_grouped",
+    "checked_scored",
+    "column_means",
+    "cost",
+    "grouped_attention",
+    "scored_attention",
+]
 
 
 def grouped_attention(
@@ -46,12 +56,8 @@ def grouped_attention(
     Raises:
         UsageError: shapes or dtypes that do not fit, more marked keys than keys, or an implementation that cannot run.
     """
-    gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if not _grouped_attention(impl, gradients, query, key, value, position, valid, groups):
-        return reference.grouped_attention(query, key, value, scaling, position, valid, groups, coefficients)
-    from vlmprune.kernels.grouped_attention import kernel
-
-    return kernel.grouped_attention(query, key, value, scaling, position, valid, groups, coefficients)
+    op = checked_grouped(query, key, value, position, valid, groups, impl)
+    return op(query, key, value, scaling, position, valid, groups, coefficients)
 
 
 def scored_attention(
@@ -69,12 +75,57 @@ def scored_attention(
     Raises:
         UsageError: shapes or dtypes that do not fit, more weights than keys, or an implementation that cannot run.
     """
+    op = checked_scored(query, key, value, position, valid, weight, impl)
+    return op(query, key, value, scaling, position, valid, weight)
+
+
+def checked_grouped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor | None,
+    valid: Tensor | None,
+    groups: Tensor,
+    impl: Impl = "auto",
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The implementation of `grouped_attention` for such arguments. Decoding calls it again and again, with one more key each
+    time and without gradients, and no argument is checked again.
+
+    Raises:
+        UsageError: as `grouped_attention`.
+    """
     gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if not _scored_attention(impl, gradients, query, key, value, position, valid, weight):
-        return reference.scored_attention(query, key, value, scaling, position, valid, weight)
+    if not _grouped_attention(impl, gradients, query, key, value, position, valid, groups):
+        plain = impl == "auto" and not gradients and groups.shape[2] == key.shape[2]
+        lean = plain and cpu.fits(query, key, value, position, valid, groups)
+        return cpu.grouped_attention if lean else reference.grouped_attention
     from vlmprune.kernels.grouped_attention import kernel
 
-    return kernel.scored_attention(query, key, value, scaling, position, valid, weight)
+    return kernel.grouped_attention
+
+
+def checked_scored(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor | None,
+    valid: Tensor | None,
+    weight: Tensor,
+    impl: Impl = "auto",
+) -> Callable[..., Tensor]:
+    """The implementation of `scored_attention` for such arguments, as `checked_grouped`.
+
+    Raises:
+        UsageError: as `scored_attention`.
+    """
+    gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not _scored_attention(impl, gradients, query, key, value, position, valid, weight):
+        plain = impl == "auto" and not gradients and weight.shape[1] == key.shape[2]
+        lean = plain and cpu.fits(query, key, value, position, valid, weight)
+        return cpu.scored_attention if lean else reference.scored_attention
+    from vlmprune.kernels.grouped_attention import kernel
+
+    return kernel.scored_attention
 
 
 def column_means(

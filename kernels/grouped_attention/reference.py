@@ -47,38 +47,40 @@ def grouped_attention(
         `[batch, row, head, dim]` fp32, factors and masses `[batch, head, row, group]`.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    key, value, groups = key.to(dtype), value.to(dtype), groups.to(dtype)
+    if not query.dtype == key.dtype == value.dtype == groups.dtype == dtype:
+        query, key, value, groups = query.to(dtype), key.to(dtype), value.to(dtype), groups.to(dtype)
     batch, heads, rows, dim = query.shape
-    if (step := max(CHUNK // (batch * heads * key.shape[2]), 1)) < rows:
+    kv_lead, keys, marked, kinds = batch * key.shape[1], key.shape[2], *groups.shape[2:]
+    if (step := max(CHUNK // (batch * heads * keys), 1)) < rows:
         pieces = [
             grouped_attention(some, key, value, scaling, places, valid, groups, coefficients)
             for some, places in _pieces(query, position, step)
         ]
         outs, factors, masses = zip(*pieces, strict=True)
         return torch.cat(outs, dim=1), torch.cat(factors, dim=2), torch.cat(masses, dim=2)
-    # Query heads that share a key head stand behind each other: grouped, no key is ever repeated.
-    grouped = query.to(dtype).reshape(batch, key.shape[1], -1, dim) * scaling
-    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
+    # Query heads that share a key head are rows of one product, so that keys and values are never repeated.
+    lines = (query * scaling).reshape(kv_lead, -1, dim)
+    scores = torch.bmm(lines, key.reshape(kv_lead, keys, dim).transpose(1, 2)).view(batch, heads, rows, keys)
     if position is not None or valid is not None:
         scores = _seen(scores, position, valid)
     attention = scores.softmax(dim=-1)
-    marked, kinds = groups.shape[2:]
-    early, late = attention[..., :marked], attention[..., marked:]
-    # Heads that share their groups are rows of one product: groups are never repeated.
+    # Heads that share their groups are rows of one product, so that groups are never repeated.
     lead = batch * groups.shape[1]
     groups = groups.reshape(lead, marked, kinds)
-    mass = (early.reshape(lead, -1, marked) @ groups).view(batch, heads, rows, kinds)
-    if later := late.shape[-1]:
-        mass[..., 0] += late.sum(dim=-1)
+    early = attention if marked == keys else attention[..., :marked]
+    mass = torch.bmm(early.reshape(lead, -1, marked), groups).view(batch, heads, rows, kinds)
+    if marked < keys:
+        mass[..., 0] += attention[..., marked:].sum(dim=-1)
     factor = coefficients(mass)
-    change = (factor.reshape(lead, -1, kinds) @ groups.transpose(1, 2)).view(batch, heads, rows, marked)
-    if attention.requires_grad:
-        attention = torch.cat((early * change, late * factor[..., :1]), dim=-1)
+    change = torch.bmm(factor.reshape(lead, -1, kinds), groups.transpose(1, 2)).view(batch, heads, rows, marked)
+    if attention.requires_grad or change.requires_grad:
+        late = attention[..., marked:]
+        attention = early * change if marked == keys else torch.cat((early * change, late * factor[..., :1]), dim=-1)
     else:
         early *= change
-        if later:
-            late *= factor[..., :1]
-    out = attention.reshape(batch, value.shape[1], -1, value.shape[2]) @ value
+        if marked < keys:
+            attention[..., marked:] *= factor[..., :1]
+    out = torch.bmm(attention.view(kv_lead, -1, keys), value.reshape(kv_lead, keys, -1))
     return out.view(batch, heads, rows, -1).transpose(1, 2), factor, mass
 
 
@@ -94,26 +96,27 @@ def scored_attention(
         `[batch, row, head, dim]` fp32.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    key, value, weight = key.to(dtype), value.to(dtype), weight.to(dtype)
+    if not query.dtype == key.dtype == value.dtype == weight.dtype == dtype:
+        query, key, value, weight = query.to(dtype), key.to(dtype), value.to(dtype), weight.to(dtype)
     batch, heads, rows, dim = query.shape
-    if (step := max(CHUNK // (batch * heads * key.shape[2]), 1)) < rows:
+    kv_lead, keys, marked = batch * key.shape[1], key.shape[2], weight.shape[1]
+    if (step := max(CHUNK // (batch * heads * keys), 1)) < rows:
         pieces = [
             scored_attention(some, key, value, scaling, places, valid, weight)
             for some, places in _pieces(query, position, step)
         ]
         return torch.cat(pieces, dim=1)
-    grouped = query.to(dtype).reshape(batch, key.shape[1], -1, dim) * scaling
-    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
-    early = scores[..., : weight.shape[1]]
-    weight = weight[:, None, None]
+    lines, weight = (query * scaling).reshape(kv_lead, -1, dim), weight[:, None, None]
+    scores = torch.bmm(lines, key.reshape(kv_lead, keys, dim).transpose(1, 2)).view(batch, heads, rows, keys)
+    early = scores if marked == keys else scores[..., :marked]
     if scores.requires_grad:
         raised = torch.addcmul(early, weight, early.abs())
-        scores = torch.cat((raised, scores[..., weight.shape[-1] :]), dim=-1)
+        scores = raised if marked == keys else torch.cat((raised, scores[..., marked:]), dim=-1)
     else:
         early.addcmul_(weight, early.abs())
     if position is not None or valid is not None:
         scores = _seen(scores, position, valid)
-    out = scores.softmax(dim=-1).reshape(batch, value.shape[1], -1, value.shape[2]) @ value
+    out = torch.bmm(scores.softmax(dim=-1).view(kv_lead, -1, keys), value.reshape(kv_lead, keys, -1))
     return out.view(batch, heads, rows, -1).transpose(1, 2)
 
 
@@ -141,13 +144,13 @@ def column_means(query: Tensor, key: Tensor, scaling: float, position: Tensor, v
 
 
 def _pieces(query: Tensor, position: Tensor | None, step: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """So many rows at a time, and where they are."""
+    """`step` rows at a time, and their positions."""
     for start in range(0, query.shape[2], step):
         yield query[:, :, start : start + step], None if position is None else position[:, start : start + step]
 
 
 def _seen(scores: Tensor, position: Tensor | None, valid: Tensor | None) -> Tensor:
-    """Lowest where a row does not look."""
+    """The scores, with the lowest number where a row must not look."""
     visible = None if valid is None else valid[:, None, None]
     if position is not None:
         causal = (torch.arange(scores.shape[3], device=scores.device) <= position[..., None])[:, None]

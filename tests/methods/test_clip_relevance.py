@@ -53,7 +53,7 @@ def test_a_given_question_is_taken_as_it_is():
     assert relevance(TEMPLATES["llava"], question="What  is\nthis?").asked(ids("\nAnything ASSISTANT:")) == "What  is\nthis?"
     first = relevance(TEMPLATES["llava"], question=lambda text: text.split("?")[0].strip() + "?")
     assert first.asked(ids("\nWhat is this? Answer in one word. ASSISTANT:")) == "What is this?"
-    with pytest.raises(vp.UsageError, match=r"finds no question in the text behind the picture by question=…"):
+    with pytest.raises(vp.UsageError, match=r"finds no question in the text after the picture by question=…"):
         relevance(question=lambda text: "").asked(ids("What is this?"))
 
 

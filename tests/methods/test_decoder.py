@@ -302,7 +302,7 @@ def test_attention_of_layer_counts_an_earlier_turn(before):
 def test_text_needs_a_question_after_the_picture(recipe):
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text4", "image"]])
-    with vp.wrap(model, recipe), torch.no_grad(), pytest.raises(vp.UsageError, match="put the question behind"):
+    with vp.wrap(model, recipe), torch.no_grad(), pytest.raises(vp.UsageError, match="put the question after"):
         model(**inputs)
 
 

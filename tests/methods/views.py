@@ -12,10 +12,16 @@ from cases import PRUNING
 from torch import Tensor
 
 import vlmprune as vp
+from vlmprune.methods.tower import TowerPruner
 from vlmprune.schedule import Budget, Stage
-from vlmprune.view import View, known_probes
+from vlmprune.view import PROBES, View
 
-FP32 = frozenset(name for name, probe in known_probes().items() if probe.fp32)
+PROVIDED = [
+    method.provides for method in vp.METHODS.values() if issubclass(method, TowerPruner) and method.provides is not None
+]
+OURS = {**PROBES, **{probe.name: probe for probe in PROVIDED}}
+"""Every probe of the library: other tests may have defined more."""
+FP32 = frozenset(name for name, probe in OURS.items() if probe.fp32)
 """Probes that are fp32 whatever the model's dtype."""
 
 
@@ -102,7 +108,7 @@ def random_view(
         ),
         "identity": tuple(range(7 + 100 * seed, 7 + 100 * seed + images)),
     }
-    assert set(probes) == set(known_probes()), set(probes) ^ set(known_probes())
+    assert set(probes) == set(OURS), set(probes) ^ set(OURS)
     return View(layer, original, position, probes, entered=original - in_tower, side=side)
 
 

@@ -124,7 +124,7 @@ def test_words_that_are_hidden_are_not_weighed():
     """The sentence says why there are none; where there is nothing to choose, nobody asks for them."""
     model, inputs = shared("llava"), inputs_of(samples=[["image", "text4"]] * 3)
     inputs["attention_mask"] = inputs["attention_mask"].tril()
-    with vp.wrap(model, "dart:layer=1,tokens=1"), pytest.raises(vp.UsageError, match="none stands there that the mask"):
+    with vp.wrap(model, "dart:layer=1,tokens=1"), pytest.raises(vp.UsageError, match="there is none that the mask"):
         model(**inputs)
 
 

@@ -153,7 +153,7 @@ NAMES = {
     "cdpruner": "cdpruner (embedding)",
     "flowcut:layer": "flowcut (decoder only)",
     "llava flowcut:fraction": "flowcut",
-    "llava_next flowcut:fraction": "flowcut (per view)",
+    "llava_next flowcut:fraction": "flowcut (per crop)",
     "qwen2_5_vl flowcut:fraction": "flowcut (unit)",
     "qwen2_vl flowcut:fraction=0.3": "flowcut (official)",
     "qwen2_vl flowcut:fraction=0.3,variant": "flowcut (unit)",
@@ -182,9 +182,10 @@ def test_report_names_variant_site_and_separators(family, recipe):
     assert [(stage.site, stage.layer) for stage in it.report.stages] == places
 
     text = str(it.report)
-    words_for = {"vision": "the vision tower", "llm": "layer {}", "cache": "the cache from layer {} on"}
+    words_for = {"vision": "inside the vision tower", "llm": "before layer {}", "cache": "in the KV cache from layer {} on"}
+    words_for["llm", 0] = "before the language model"
     for site, layer in places:
-        assert f"kept at {words_for[site].format(layer)} ({name})" in text
+        assert f"kept {words_for.get((site, layer), words_for[site]).format(layer)} ({name})" in text
     if family == "llava_next":
         count = sum(int(separator.sum()) for separator in separators(shared(family), it.inputs))
         policy = "dropped" if "newlines=drop" in recipe else "kept"

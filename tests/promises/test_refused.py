@@ -51,7 +51,7 @@ CONTRADICTIONS = [
     ("llava", "vscan", "the model has layers 0 to 5"),
     ("qwen2_vl", "flowcut:fraction=0.3,decoder_layer=6", "the model has layers 0 to 5"),
     ("llava", "mustdrop:layer=2,fraction=0.3,cache_layer=6", "the model has layers 0 to 5"),
-    ("llava", "visionzip:layer=3,fraction=0.3", "its only place is layer=0, found 3"),
+    ("llava", "visionzip:layer=3,fraction=0.3", "its only stage is layer=0, found 3"),
     ("llava", "flowcut:layer=0,fraction=0.3", "flowcut cannot prune before layer 1"),
     ("qwen2_5_vl", "flowcut:fraction=0.3,variant_on_units=official", "breaks the windows"),
     ("llava", "flowcut:tokens=0", "keep at least tokens=1"),

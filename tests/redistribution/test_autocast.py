@@ -9,7 +9,7 @@ from redistribution.recipes import RECIPES, SAMPLES
 from tiny_models import attentions_of, make_inputs, shared
 
 import vlmprune as vp
-from vlmprune.live import redistribution as steering
+from vlmprune.live import redistribution as engine
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +50,13 @@ def test_edits_are_those_without_autocast(name, recipe, monkeypatch):
     """Red: scores, masses or selections are computed in bf16 although the op asks for fp32."""
     model = shared("llava")
     inputs = make_inputs("llava", model, SAMPLES)
-    op, calls = getattr(steering, name), []
+    op, calls = getattr(engine, name), []
 
     def recorded(*args):
         calls.append((args, op(*args)))
         return calls[-1][1]
 
-    monkeypatch.setattr(steering, name, recorded)
+    monkeypatch.setattr(engine, name, recorded)
     with vp.wrap(model, recipe), autocast():
         generate_logits(model, inputs, 3)
     assert bool(calls) == (recipe.startswith("pai") == (name == "scored_attention"))
@@ -74,15 +74,15 @@ def test_marks_are_those_without_autocast(recipe, monkeypatch):
     model = shared("llava")
     inputs = make_inputs("llava", model, SAMPLES)
     method, made = type(vp.Recipe.parse(recipe).methods[0]), []
-    codes = method.codes
+    groups = method.groups
 
     def recorded(self, see):
-        found = codes(self, see), see.column_means()
+        found = groups(self, see), see.column_means()
         with torch.autocast("cpu", enabled=False):
-            made.extend(zip(found, (codes(self, see), see.column_means()), strict=True))
+            made.extend(zip(found, (groups(self, see), see.column_means()), strict=True))
         return found[0]
 
-    monkeypatch.setattr(method, "codes", recorded)
+    monkeypatch.setattr(method, "groups", recorded)
     with vp.wrap(model, recipe), autocast():
         model(**inputs)
     assert made
@@ -95,11 +95,11 @@ def test_vhr_scales_the_same_heads(monkeypatch):
     inputs = make_inputs("llava", model, SAMPLES)
     scale, made = vp.VHR.scale, []
 
-    def recorded(self, seeing, blind):
-        made.append((seeing, blind, scale(self, seeing, blind)))
+    def recorded(self, with_image, text_only):
+        made.append((with_image, text_only, scale(self, with_image, text_only)))
         return made[-1][2]
 
     monkeypatch.setattr(vp.VHR, "scale", recorded)
     with vp.wrap(model, "vhr"), autocast():
         model(**inputs)
-    assert all(torch.equal(found, scale(vp.VHR(), seeing, blind)) for seeing, blind, found in made)
+    assert all(torch.equal(found, scale(vp.VHR(), with_image, text_only)) for with_image, text_only, found in made)

@@ -155,8 +155,8 @@ def test_the_first_token_of_padded_samples():
         batch = model(**make_inputs("llava", model, samples), use_cache=True).past_key_values
         single = model(**make_single("llava", model, samples, 1), use_cache=True).past_key_values
     for both, alone in zip(batch.layers[1:], single.layers[1:], strict=True):
-        assert torch.equal(both.marks.codes[1, 0, 8:], alone.marks.codes[0, 0])
-        assert alone.marks.codes[0, 0, 0] == 3
+        assert torch.equal(both.marks.groups[1, 0, 8:], alone.marks.groups[0, 0])
+        assert alone.marks.groups[0, 0, 0] == 3
 
 
 def test_act_marks_a_later_turn_by_its_own_columns():
@@ -170,7 +170,7 @@ def test_act_marks_a_later_turn_by_its_own_columns():
     with vp.wrap(model, "act:alpha=2,layers=2"):
         cache = model(**first, use_cache=True).past_key_values
         model(**later, past_key_values=cache)
-        found = cache.layers[2].marks.codes[0, :, past:]
+        found = cache.layers[2].marks.groups[0, :, past:]
     cache = eager(**first, use_cache=True).past_key_values  # the layers before are not edited: they are the plain model's
     shown = eager(**later, past_key_values=cache, output_attentions=True).attentions[2][0, :, :, past:].double()
     means = shown.sum(dim=1) / (turn - torch.arange(turn))
@@ -185,7 +185,7 @@ def test_rows_behind_a_picture_of_llava_next():
     for recipe in (VAR, "holov:tokens=8 + " + VAR):
         with vp.wrap(model, recipe) as run:
             model(**inputs)
-            (record, *_) = run.last.steered
+            (record, *_) = run.last.edits
         assert record.masses.shape[2] == 6
         assert record.valid.sum(dim=1).tolist() == [4, 6]
 
@@ -228,12 +228,12 @@ def test_second_picture(recipe):
         del inputs["attention_mask"]
     with vp.wrap(model, recipe):
         cache = model(**first, use_cache=True).past_key_values
-        before = [layer.marks.codes.clone() for layer in cache.layers[2:5]]
+        before = [layer.marks.groups.clone() for layer in cache.layers[2:5]]
         entries = [layer.keys.shape[-2] for layer in cache.layers[2:5]]
         model(input_ids=torch.tensor([[50]]), past_key_values=cache)
         model(**later, past_key_values=cache)
         for layer, old, stored in zip(cache.layers[2:5], before, entries, strict=True):
-            codes = layer.marks.codes
+            codes = layer.marks.groups
             assert codes.shape[-1] == layer.keys.shape[-2]
             assert torch.equal(codes[..., :stored], old)
             assert not codes[..., stored].any(), "what came between is ordinary"
@@ -248,33 +248,33 @@ def test_marks_follow_the_cache():
         layer.update(torch.randn(2, 1, 6, 4), torch.randn(2, 1, 6, 4))
         codes, heads = torch.tensor([[[0, 1, 2, 3]], [[3, 2, 1, 0]]]), torch.tensor([[1.0, 2.0], [2.0, 1.0]])
         layer.marks = Marks("var", codes, heads=heads)
-        layer.marks.grouped(3, torch.float32)
+        layer.marks.members(3, 4, torch.float32)
         return layer
 
     for args in ((MarkedLayer,), (PrunedLayer, (0,))):
         layer = filled(*args)
         layer.reorder_cache(torch.tensor([1, 1]))
-        assert layer.marks.codes.tolist() == [[[3, 2, 1, 0]]] * 2
+        assert layer.marks.groups.tolist() == [[[3, 2, 1, 0]]] * 2
         assert layer.marks.heads.tolist() == [[2.0, 1.0]] * 2
-        assert layer.marks.grouped(3, torch.float32)[0, 0].argmax(-1).tolist() == [3, 2, 1, 0]
+        assert layer.marks.members(3, 4, torch.float32)[0, 0].argmax(-1).tolist() == [3, 2, 1, 0]
         layer = filled(*args)
         layer.batch_repeat_interleave(2)
-        assert layer.marks.codes[:, 0, 0].tolist() == [0, 0, 3, 3]
+        assert layer.marks.groups[:, 0, 0].tolist() == [0, 0, 3, 3]
         layer.batch_select_indices(torch.tensor([2]))
-        assert layer.marks.codes.tolist() == [[[3, 2, 1, 0]]]
+        assert layer.marks.groups.tolist() == [[[3, 2, 1, 0]]]
         layer = filled(*args)
         layer.crop(-1)
-        assert layer.marks.codes.shape[-1] == 4
+        assert layer.marks.groups.shape[-1] == 4
         layer.crop(-2)
-        assert layer.marks.codes.tolist() == [[[0, 1, 2]], [[3, 2, 1]]]
-        assert copy.deepcopy(layer).marks.codes.tolist() == layer.marks.codes.tolist()
+        assert layer.marks.groups.tolist() == [[[0, 1, 2]], [[3, 2, 1]]]
+        assert copy.deepcopy(layer).marks.groups.tolist() == layer.marks.groups.tolist()
         layer.reset()
         assert layer.marks is None
     cache = DynamicCache()
     cache.layers.append(filled(MarkedLayer))
     (pruned,) = pruned_layers(cache, [0], (0,), lambda layer: Entries.complete(2, 6, layer.keys.device, None))
     keep_only([pruned], torch.tensor([[True, False, True, False, True, True]] * 2), 0)
-    assert pruned.marks.codes.tolist() == [[[0, 2, 0, 0]], [[3, 1, 0, 0]]]
+    assert pruned.marks.groups.tolist() == [[[0, 2, 0, 0]], [[3, 1, 0, 0]]]
     assert pruned.keys.shape[-2] == 4
 
 
@@ -464,5 +464,5 @@ def test_candidates_are_never_marked():
     with vp.wrap(model, f"var:{everything}"):
         cache = model(input_ids=ids, mm_encoder_outputs={"image": encoded}, logits_to_keep=4, use_cache=True).past_key_values
     for layer in cache.layers[2:5]:
-        assert layer.marks.codes[0, 0, :-3].all()
-        assert not layer.marks.codes[0, 0, -3:].any()
+        assert layer.marks.groups[0, 0, :-3].all()
+        assert not layer.marks.groups[0, 0, -3:].any()

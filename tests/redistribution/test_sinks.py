@@ -136,7 +136,7 @@ def marks_by_advice(model, advice: str, prompt_ids: torch.Tensor) -> list[list[i
     inputs["input_ids"][0, :20] = prompt_ids[0, :20]
     with vp.wrap(model, f"{advice},layers=1:"), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
-    return [(layer.marks.codes[0, 0] == 3).nonzero()[:, 0].tolist() for layer in cache.layers[1:]]
+    return [(layer.marks.groups[0, 0] == 3).nonzero()[:, 0].tolist() for layer in cache.layers[1:]]
 
 
 def test_the_threshold_can_be_used():
@@ -210,7 +210,7 @@ def test_var_on_planted_sinks():
         with vp.wrap(model, f"var:{how},layers=2:"), torch.no_grad():
             output, *_ = generate_logits(model, inputs, 3)
         cache = output.past_key_values
-        at[how] = [(layer.marks.codes[0, 0] == 3).nonzero()[:, 0].tolist() for layer in cache.layers[2:]]
+        at[how] = [(layer.marks.groups[0, 0] == 3).nonzero()[:, 0].tolist() for layer in cache.layers[2:]]
     assert all(found == [[0, ids.shape[1] - 3]] * 4 for found in at.values()), at
 
 
@@ -234,9 +234,11 @@ def test_auto_takes_the_known_dimensions(monkeypatch):
     for recipe, energy in (("var", 0.5), ("var:sink_dims=33", 0.5), ("var:sink_dims=5|33", None), ("var:sink_dims=5", None)):
         seen = []
         with vp.wrap(model, recipe), pytest.MonkeyPatch.context() as patch, torch.no_grad():
-            patch.setattr(vp.VAR, "codes", lambda _, see, seen=seen: seen.append(see) or see.visual.to(torch.int8)[:, None])
+            patch.setattr(
+                vp.VAR, "groups", lambda self, see, seen=seen: seen.append(self._known) or see.visual.to(torch.int8)[:, None]
+            )
             model(**inputs)
-        assert {see.sink_energy for see in seen} == {energy}, recipe
+        assert {known for _, known in seen} == {energy}, recipe
     rumour = sink_dims.Known("theirs", shape_of(model.get_decoder().config), (4, 2), 0.5, "a public table", trusted=False)
     monkeypatch.setattr(sink_dims, "KNOWN", (rumour,))
     with pytest.raises(vp.UsageError, match=r"not known; a public table, says 4\|2 for theirs: find them with `vlmprune sinks"):

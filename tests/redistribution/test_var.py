@@ -10,9 +10,12 @@ from redistribution.explicit import Explicit
 from redistribution.loops.var import edited, var
 from redistribution.recipes import DIMS, RECIPES, SAMPLES, TAU, VAR
 from tiny_models import LAYERS, attentions_of, implementations_of, make_inputs, shared
+from transformers import LlamaConfig
 
 import vlmprune as vp
-from vlmprune.methods.redistributing import Scene
+from vlmprune.methods import sink_dims
+from vlmprune.methods.redistributing import ModelFacts, Scene
+from vlmprune.view import TowerFacts
 
 
 @pytest.mark.parametrize(("family", "attn"), implementations_of(("llava", "qwen2_5_vl")))
@@ -56,11 +59,11 @@ def test_a_sink_whose_attention_rounds_to_nothing_is_a_sink():
 
 
 def test_that_sink_in_a_model():
-    """Red: the model's steering does not say which groups have a token."""
+    """Red: the engine does not say which groups have a token."""
     from redistribution.recipes import VAR
     from tiny_models import make_inputs, shared
 
-    from vlmprune.live import redistribution as steering
+    from vlmprune.live.marks import Marks
 
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text5", "image", "text4"]])
@@ -73,25 +76,30 @@ def test_that_sink_in_a_model():
     with pytest.MonkeyPatch.context() as patch, vp.wrap(model, VAR), torch.no_grad():
         patch.setattr(vp.VAR, "coefficients", coefficients)
         cache = model(**inputs, use_cache=True).past_key_values
-    assert steering.Marks is type(cache.layers[2].marks)
+    assert Marks is type(cache.layers[2].marks)
     for layer, present in zip(cache.layers[2:5], asked, strict=True):
-        codes = layer.marks.codes[0, 0]
-        assert present[0, 0, 0].tolist() == [bool((codes == group).any()) for group in range(4)]
+        groups = layer.marks.groups[0, 0]
+        assert present[0, 0, 0].tolist() == [bool((groups == group).any()) for group in range(4)]
 
 
-def scene(hidden, anchor=None, dims=None, energy=None):
+def scene(hidden, anchor=None):
     batch, tokens, _ = hidden.shape
     prompt, visual = torch.ones(2, batch, tokens, dtype=torch.bool).unbind(0)
-    return Scene(hidden, prompt, visual, None, anchor, (), dims, energy, torch.Tensor)
+    return Scene(hidden, prompt, visual, None, anchor, (), torch.Tensor)
 
 
-def test_which_threshold():
+def test_which_threshold(monkeypatch):
     """Red: a default, or one that is known, wins over what is given; or the default is not τ = 20 at 4,096."""
     share = torch.tensor([0.05, 0.0960, 0.0985, 0.3, 0.6])
     hidden = torch.stack((share.sqrt(), (1 - share).sqrt(), *[torch.zeros(5)] * 6), dim=-1)[None] * 40
 
+    config = LlamaConfig(hidden_size=8, num_attention_heads=2)
+
     def found(known=None, **given):
-        return vp.VAR(sink_dims="0", **given).sinks(scene(hidden, dims=(0,), energy=known))[0].tolist()
+        entries = () if known is None else (sink_dims.Known("ours", sink_dims.shape_of(config), (0,), known, "here"),)
+        monkeypatch.setattr(sink_dims, "KNOWN", entries)
+        method = vp.VAR(sink_dims="0", **given).bind(ModelFacts(config, 8, 6, TowerFacts()))
+        return method.sinks(scene(hidden))[0].tolist()
 
     assert found() == [False, False, True, True, True]
     assert found(known=0.5) == [False, False, False, False, True]

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from vlmprune import names
 from vlmprune.cli import options, terminal
+from vlmprune.cli import why as why_option
 from vlmprune.errors import UsageError, first_line
 from vlmprune.show import units
 from vlmprune.show.table import table
@@ -58,6 +59,7 @@ def run(
     draw: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the kept patches on the picture, into this file.")
     ] = None,
+    why: why_option.Why = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Ask a model about one picture: the answers without and with a recipe, and their costs (`bench` measures time)."""
@@ -67,7 +69,7 @@ def run(
 
     quiet()
     with _steps(max_new_tokens) as show_step:
-        result, drawn = ask_and_draw(model, image, prompt, recipe, max_new_tokens, device, draw, show_step)
+        result, drawn = ask_and_draw(model, image, prompt, recipe, max_new_tokens, device, draw, show_step, why or ())
     terminal.note(result["picture"]["notes"])
     if as_json:
         terminal.print_json(result)
@@ -161,6 +163,8 @@ def _print_answers(result: dict[str, Any]) -> None:
         terminal.say(f"{crop['name']:<{width}}  {len(crop['kept'])} of {crop['tokens']} tokens kept")
     for edit in result["edits"]:
         terminal.say(f"redistributed ({edit['method']})  {edit['summary']}")
+    for explanation in result.get("why", ()):
+        terminal.say(*why_option.lines(explanation))
 
 
 def _save(write: Callable[[], object], path: Path, printed: str) -> None:

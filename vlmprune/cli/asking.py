@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmprune import names
+from vlmprune.cli.why import check_tokens, explained
+from vlmprune.errors import UsageError
 from vlmprune.live.handle import wrap
 from vlmprune.live.report import Report
 from vlmprune.loading.outputs import check_target
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 KEEP_ALL = "random:layer=0,fraction=1"
 """Computes exactly what the un-pruned model does, and is measured by the same clock as a pruned one."""
 ROUNDS = 7
-"""Prefills behind a median."""
+"""Prefills in a median."""
 WIDTH = 384
 """Of a drawn picture, in pixels."""
 
@@ -58,12 +60,14 @@ class Answer:
         index: indices of the picture's kept tokens.
         crops: the same tokens, by crop.
         report: of the run.
+        why: of each token that was asked about, why it was kept or dropped.
     """
 
     text: str
     index: list[int]
     crops: list[KeptCrop]
     report: Report
+    why: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
         """What `vlmprune run --json` prints of it."""
@@ -94,22 +98,24 @@ def ask(
     recipe: Recipe,
     max_new_tokens: int,
     tick: Callable[[int, bool], None] = lambda tokens, done: None,
+    why: Sequence[int] = (),
 ) -> Answer:
     """Answer a question under a recipe, by greedy decoding.
 
     Args:
         tick: called after every token with the number of tokens so far, and at the end.
+        why: tokens of the picture to explain.
     """
     model, inputs = question.model, question.inputs
-    with wrap(model, recipe) as run, torch.inference_mode():
+    with wrap(model, recipe, explain=bool(why)) as run, torch.inference_mode():
         tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, streamer=_Counter(tick))
-        report, record = run.report(), run.last
+        report, record, reasons = run.report(), run.last, explained(run, question, why)
     assert record is not None
     new = tokens[0, inputs["input_ids"].shape[1] :]
     stages = [kept for kept in record.kept if kept.ordinal == 0 and kept.sample == 0]
     index = stages[-1].index.tolist() if stages else list(range(record.visual))
     text = question.processor.decode(new, skip_special_tokens=True).strip()
-    return Answer(text, index, _by_crop(question, set(index)), report)
+    return Answer(text, index, _by_crop(question, set(index)), report, reasons)
 
 
 def _by_crop(question: Question, kept: set[int]) -> list[KeptCrop]:
@@ -159,6 +165,7 @@ def ask_and_draw(
     device: str,
     target: Path | None,
     progress: Callable[[str, int, bool], None] = lambda step, tokens, done: None,
+    why: Sequence[int] = (),
 ) -> tuple[dict[str, Any], Image.Image | None]:
     """One question about one picture, to any supported model: one un-pruned answer and one under the recipe.
 
@@ -171,20 +178,25 @@ def ask_and_draw(
         device: where the model goes.
         target: where the caller will write the picture with the kept tokens; None if it is not wanted.
         progress: called with the present step, the number of tokens that its answer has so far, and whether it is done.
+        why: tokens of the picture to explain.
 
     Returns:
         What `vlmprune run --json` prints, and the picture. The caller writes it, so that the answers can be printed first.
 
     Raises:
-        UsageError: the recipe, the picture, the model, the prompt or the target cannot be used; says why.
+        UsageError: the recipe, the picture, the model, the prompt or the target cannot be used, or a token to explain does not
+            exist; says why.
     """
     plan = read_recipe(recipe)
+    if why and not plan.pruners:
+        raise UsageError(f"the recipe {plan} drops no visual tokens, so that there is nothing to explain: leave out --why.")
     if target is not None:
         check_target(target, "kept.png")
     question = open_question(model_name, image, prompt, device, lambda: progress("loading the model", 0, False))
+    check_tokens(question, why)
     changed = "pruned" if plan.pruners else "redistributed"
     # The answer under the recipe comes first: if the recipe is refused, no time was spent on the un-pruned answer.
-    pruned = ask(question, plan, max_new_tokens, partial(progress, f"{changed} answer"))
+    pruned = ask(question, plan, max_new_tokens, partial(progress, f"{changed} answer"), why)
     plain = ask(question, Recipe.of(KEEP_ALL), max_new_tokens, partial(progress, "un-pruned answer"))
     picture = question.picture
     result = {
@@ -196,6 +208,7 @@ def ask_and_draw(
         "kept": pruned.index,
         "views": [asdict(crop) for crop in pruned.crops],
         "edits": [{**asdict(edit), "summary": str(edit)} for edit in pruned.report.edits],
+        **({"why": pruned.why} if why else {}),
     }
     return result, None if target is None else draw_kept(question, pruned.crops)
 

@@ -10,11 +10,11 @@ from rich.table import Table
 from vlmprune.adapters.registry import FAMILIES
 from vlmprune.errors import UsageError
 from vlmprune.methods import METHODS, REDISTRIBUTORS
-from vlmprune.methods.redistributing import spans
 from vlmprune.methods.tower import TowerPruner
 from vlmprune.recipe import Recipe
 from vlmprune.recipe.entries import entry_of
 from vlmprune.show.table import code, markdown, table
+from vlmprune.show.units import spans
 from vlmprune.view import PROBES
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ EDIT_COLUMNS = {
     "note": "where it differs",
 }
 """Columns of the table of redistribution methods: keys of a row, with their titles."""
-ROWS = {"behind": "behind the last picture", "last": "the last", "all": "all"}
+ROWS = {"behind": "after the last picture", "last": "the last", "all": "all"}
 
 
 def methods_markdown() -> str:

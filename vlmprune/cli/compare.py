@@ -131,14 +131,9 @@ def bench(
     from vlmprune.evals import bench_report
     from vlmprune.evals.random_models import shape_named
     from vlmprune.evals.results import stamp
-    from vlmprune.loading.models import check_device
 
-    chosen, device = shape_named(shape), device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
-    on_gpu = not device.startswith("cpu")
-    if (dtype := dtype or ("bfloat16" if on_gpu else "float32")) not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
-    reduce = reduce or (1 if on_gpu else 8)
+    chosen = shape_named(shape)
+    device, dtype, reduce = _machine(device, dtype, reduce)
     prepare(out)
     quiet()
     model = chosen.build(device, getattr(torch, dtype), reduce)
@@ -155,6 +150,21 @@ def bench(
     settings = {"title": title, "shape": shape, "reduce": reduce, "dtype": dtype, "device": device}
     numbers = {**settings, **stamp(), "rows": [row.to_dict() for row in rows]}
     publish(bench_report.result(numbers), "bench", out, as_json)
+
+
+def _machine(device: str | None, dtype: str | None, reduce: int | None) -> tuple[str, str, int]:
+    """Device, dtype and divisor of the widths; where they are not given, those that suit this machine."""
+    import torch
+
+    from vlmprune.loading.models import check_device
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    on_gpu = not device.startswith("cpu")
+    dtype = dtype or ("bfloat16" if on_gpu else "float32")
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    return device, dtype, reduce or (1 if on_gpu else 8)
 
 
 def _check(recipes: list[str] | None, split: str | None = None) -> None:

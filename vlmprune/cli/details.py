@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, replace
-from inspect import cleandoc, signature
+from inspect import cleandoc, formatannotation, signature
 from typing import Any
 
 from vlmprune import names
@@ -37,7 +37,7 @@ def describe(name: str) -> dict[str, Any]:
     own = [
         {
             "parameter": parameter,
-            "type": _kind(given.annotation),
+            "type": _kind(formatannotation(given.annotation)),
             "allowed": _allowed(method, parameter),
             "default": _default(default, parameter, given.default),
             "meaning": meanings.get(parameter, ""),

@@ -90,26 +90,28 @@ class _Stock:
 def routed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """The model's own attention, seen by observers and overwritten by an editor: those that the running call's plan has for
     this module (registered under `ATTENTION_KEY`)."""
-    route: Route = module.config.vlmprune_route  # type: ignore[union-attr, assignment]
-    implementation = route.original._attn_implementation
-    # "eager" is not in the registry: every modelling file brings its own.
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    shown = module if implementation in WITHOUT_CONFIG else route.stock
-    own = partial(
-        ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager), shown, query, key, value, attention_mask, **kwargs
-    )
+    route: Route = vars(module.config)["vlmprune_route"]  # past the config's own look-up, which is slow
     for observers in tuple(route.users):
         for observer in observers:
             observer(query, key, value, attention_mask, **kwargs)
     call = kwargs.get(CALL_ARGUMENT)
-    plan = getattr(call, "plan", None)
-    if plan is None:
-        return own()
+    if (plan := getattr(call, "plan", None)) is None:
+        return _own(route, module, query, key, value, attention_mask, **kwargs)
     if not getattr(call, "idle", False):
         for observer in plan.observers.get(module, ()):
             observer(plan, query, key, value, attention_mask, **kwargs)
-    editor = plan.editors.get(module)
-    return own() if editor is None else editor(own, query, key, value, **kwargs)
+    if (editor := plan.editors.get(module)) is None:
+        return _own(route, module, query, key, value, attention_mask, **kwargs)
+    return editor(partial(_own, route, module, query, key, value, attention_mask, **kwargs), query, key, value, **kwargs)
+
+
+def _own(route: Route, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The model's own attention: output `[batch, query, head, dim]` and weights, or None."""
+    implementation = route.original._attn_implementation
+    # "eager" is not in the registry: every modelling file brings its own.
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    shown = module if implementation in WITHOUT_CONFIG else route.stock
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)(shown, *args, **kwargs)
 
 
 def route_attention(module: nn.Module, observers: Sequence[Observer] = ()) -> Callable[[], None]:

@@ -47,7 +47,7 @@ class MarkedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         if self.marks is not None and self.keys is not None:
-            self.marks.entries(None, self.keys.shape[-2])
+            self.marks.crop(self.keys.shape[-2])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -268,9 +268,8 @@ def keep_only(layers: Sequence[PrunedLayer], alive: Tensor, past: int, counts: S
     shorter = Entries(slots, stays.valid, stays.dense, entries.tokens, entries.unpadded, entries.shift)
     moved = stays.gather_all(*(x for layer in layers for x in (layer.keys, layer.values) if x is not None))
     for number, layer in enumerate(layers):
-        if layer.marks is not None and layer.marks.codes is not None:
-            layer.marks.codes = layer.marks.padded(length)
-            layer.marks.entries(stays.rows, stays.rows.shape[1])
+        if layer.marks is not None:
+            layer.marks.keep_entries(stays.rows, length)
         layer.keys, layer.values, layer.recorded = moved[2 * number], moved[2 * number + 1], shorter
 
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vlmprune.live.cache import Entries
+from vlmprune.live.cache import Entries, MarkedLayer
+from vlmprune.live.edits import Edits
 from vlmprune.live.layout import Bools, Layout, Tokens
 from vlmprune.live.record import Judged, Prefill
 from vlmprune.live.rows import Reduction
@@ -93,26 +94,6 @@ class Prompt:
 
 
 @dataclass(eq=False)
-class Steps:
-    """What redistribution carries from hook to hook.
-
-    Attributes:
-        entered: per edited layer, what it was given and what it found. It stays until the call is over, so that gradient
-            checkpointing, which runs a layer again in the backward pass, finds what the first run found.
-        rows: which rows are edited, per kind of rows, number of tokens a layer computes, and section.
-        blind: the prompt without its pictures, where a method compares with it.
-        of_blind: this is that prompt's own call.
-        apart: the samples that are packed into rows, each in a row of its own; None if they are not.
-    """
-
-    entered: dict[int, Any] = field(default_factory=dict)
-    rows: dict[Any, Reduction | None] = field(default_factory=dict)
-    blind: Any = None
-    of_blind: bool = False
-    apart: Any = None
-
-
-@dataclass(eq=False)
 class Call:
     """One forward pass.
 
@@ -137,9 +118,9 @@ class Call:
         idle: nothing is left to do for this call.
         padded_step: a decoding step whose token some samples hide.
         every_row, complete: made by sections once for all.
-        steps: what redistribution carries.
+        edits: what redistribution carries.
         again: without a cache, the prompt that this call runs again; a `prefill.Uncached`.
-        uncached: per layer, what redistribution marked, where there is no cache to keep it.
+        uncached: per layer, the empty cache layer that keeps the marks of redistribution, where there is no cache.
         resumed: `uncached` is that of an earlier run of the same prompt.
     """
 
@@ -167,9 +148,9 @@ class Call:
     padded_step: bool = False
     every_row: Reduction | None = None
     complete: Entries | None = None
-    steps: Steps = field(default_factory=Steps)
+    edits: Edits = field(default_factory=Edits)
     again: Any = None
-    uncached: dict[int, Any] = field(default_factory=dict)
+    uncached: dict[int, MarkedLayer] = field(default_factory=dict)
     resumed: bool = False
 
     def section_of(self, layer: int) -> Section:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError, shown
-from vlmprune.live.record import Judged, Kept, Prefill
+from vlmprune.live.record import Judged, Kept, Prefill, place_of
 from vlmprune.methods import Choice, Pruner
+from vlmprune.methods.checks import check_numbers
 from vlmprune.methods.tower import TowerPruner
-from vlmprune.schedule import Budget, Site, Stage, plain
+from vlmprune.schedule import Site, plain
 from vlmprune.show import units
 from vlmprune.view import View
 
@@ -39,6 +40,8 @@ def judged(method: Pruner, see: View | None, choice: Choice, index: Sequence[Ten
     if see is None:
         return [Judged(own, asked=False) for own in index]
     score, order = method.scores(see), method.order(see, choice.index.shape[1]) if isinstance(choice.index, Tensor) else None
+    if score is not None:
+        check_numbers(f"{method.name}: scores(see)", score, (see.images, see.visual))
     return [
         Judged(
             index=own,
@@ -112,10 +115,7 @@ class Verdict:
     @property
     def place(self) -> str:
         """Where the stage is, in words."""
-        where = Stage(self.layer, Budget(fraction=1.0), self.site).place
-        return {"vision": f"inside {where}", "llm": "before the language model" if not self.layer else f"before {where}"}.get(
-            self.site, f"in {where}"
-        )
+        return place_of(self.site, self.layer)
 
     def __str__(self) -> str:
         return f"{self.place}, {self.method}: {'; '.join(self._facts())}."

@@ -1,4 +1,4 @@
-"""What a user holds: `wrap`, `unwrap`, and the handle of a wrapped model."""
+"""`wrap`, `unwrap`, and `Run`, the handle of a wrapped model."""
 
 from __future__ import annotations
 
@@ -25,29 +25,31 @@ from vlmprune.schedule import Budget
 
 
 def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str, explain: bool = False) -> Run:
-    """Prune visual tokens of a loaded Hugging Face VLM, and redistribute its attention, in place and reversibly.
+    """Apply a recipe to a loaded Hugging Face vision-language model: prune visual tokens, and redistribute attention.
+
+    The model is changed in place, by hooks, and can be restored.
 
     Args:
-        model: a stock model of a supported family, with any weights, dtype and device. It keeps its class and API. PEFT, DDP,
-            FSDP, `torch.compile` and the like may be around it: the model inside is wrapped, and calls through them are pruned.
-        methods: methods, recipes or recipe strings (`"fastv:layer=2,fraction=0.25"`).
+        model: a model of a supported family, of any weights, dtype and device. It keeps its class and its API. It may be inside
+            PEFT, DDP, FSDP, `torch.compile` and the like: calls through them are pruned.
+        methods: methods, recipes, or recipe strings (`"fastv:layer=2,fraction=0.25"`).
         explain: keep the scores by which stages decide, for `run.explain(…)`. A method that ranks tokens computes them once
             more for that.
 
     Returns:
-        The handle: `remove()` or leaving a `with` block restores the model bit for bit. Wrapping again replaces, also while
-        other threads generate: a conversation goes on under the recipe it began with, a new one follows the new recipe.
+        The handle. Its `remove()`, or leaving a `with` block, restores the model bit for bit. Wrapping a model again replaces
+        the recipe, also while other threads generate: a conversation goes on under the recipe it began with, and a new one
+        follows the new recipe.
 
     Raises:
-        UsageError: no model, unknown family or method, a layer the model does not have, or a combination that is not supported;
-            always here, before the first token.
+        UsageError: no model, an unsupported model, an unknown method, a layer that the model does not have, or methods that
+            exclude each other. All of this is checked here, before the first token.
     """
     return Run(model, Recipe.of(*methods), explain)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Take away everything that `wrap` put on a model, whoever holds the handle, and return the model; nothing happens to one
-    that is not wrapped."""
+    """Restore a model, whoever holds its handle, and return it. A model that is not wrapped stays as it is."""
     inside = model_inside(model)
     found = attachment_of(getattr(inside, "base_model", inside))
     if found is not None:
@@ -56,13 +58,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 class Run:
-    """A wrapped model's handle, in the manner of torch's `RemovableHandle`.
+    """The handle of a wrapped model, similar to torch's `RemovableHandle`.
 
-    What is set on it belongs to the caller: a thread, or an asyncio task (`vlmprune.context` has the rule).
+    Settings (`enabled`, `override`) and records (`last`, `report`, `explain`) belong to the caller: a thread, or an asyncio
+    task. `vlmprune.live.context` has the rule.
 
     Attributes:
-        model: the wrapped model, without shells.
-        recipe: what is applied.
+        model: the wrapped model itself, without PEFT, DDP and the like.
+        recipe: the recipe that is applied.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, explain: bool = False) -> None:
@@ -91,12 +94,14 @@ class Run:
         self.remove()
 
     def remove(self) -> None:
-        """Restore the model. The next step of a conversation that was pruned is refused. A second call does nothing, nor does
-        one after the model was wrapped again: conversations that began under this handle then go on.
+        """Restore the model. Conversations whose cache was pruned cannot go on: their next step is refused.
+
+        A second call does nothing. Neither does a call after the model was wrapped again; conversations that began under this
+        handle then go on.
 
         Raises:
-            UsageError: another thread is inside a forward pass, and does not come to its end within a minute. New prompts run
-                un-pruned from then on; call it again.
+            UsageError: another thread is inside a forward pass that does not end within a minute. New prompts run un-pruned
+                from then on; call `remove()` again.
         """
         self._plan = None
         self._contexts.close()
@@ -105,7 +110,8 @@ class Run:
 
     @property
     def enabled(self) -> bool:
-        """Set to False to run the caller's prompts un-pruned, and those of threads it starts later; others do not notice."""
+        """False runs prompts un-pruned: those of the caller, and of threads that it starts later. Other threads keep their own
+        setting."""
         return self._contexts.settings.enabled
 
     @enabled.setter
@@ -116,18 +122,18 @@ class Run:
     def override(
         self, *, tokens: int | None = None, fraction: float | None = None, enabled: bool | None = None
     ) -> Iterator[Run]:
-        """Another budget, or none, for the calls of this block: the caller's, and those of threads that it starts inside.
+        """Another budget, or no pruning, inside a `with` block: for the caller's calls, and for threads started in the block.
 
-        Calls in the block are served by this handle, also when the model is wrapped again meanwhile, and `last` and `report()`
-        tell of them alone.
+        Calls in the block follow this handle's recipe, even if the model is wrapped again meanwhile. Inside the block, `last`
+        and `report()` are about the block's calls only.
 
         Args:
-            tokens, fraction: what to keep of each picture, in the place of the recipe's.
+            tokens, fraction: what to keep of each picture, instead of the recipe's budget.
             enabled: False runs prompts un-pruned.
 
         Raises:
-            UsageError: the recipe has several stages, so that one number would be ambiguous; a budget out of range; or the
-                handle was removed, so that nothing would be overridden.
+            UsageError: the recipe has several stages, and one number cannot be meant for all; the budget is out of range; or
+                the handle was removed.
         """
         plan = self._plan
         if plan is None or self._attachment.current is None:
@@ -155,21 +161,22 @@ class Run:
 
     @property
     def last(self) -> Prefill | None:
-        """The record of the caller's last prefill, or None: inside an `override` block the block's, else this thread's."""
+        """The record of the caller's last prompt, or None if there was none: inside an `override` block that of the block,
+        elsewhere that of this thread."""
         return self._contexts.last
 
     def report(self) -> Report:
-        """Numbers of the caller's last prefill; see `last`.
+        """Numbers of the caller's last prompt: tokens kept, FLOPs, bytes and times. `print` shows them as a table.
 
         Raises:
-            UsageError: the caller ran none.
+            UsageError: the caller ran no prompt.
         """
         if (record := self.last) is None:
             raise no_prefill()
         return Report.of(record, str(self.recipe))
 
     def explain(self, token: int, image: int = 0, sample: int = 0) -> Explanation:
-        """Why one visual token was dropped or kept in the caller's last prefill: stage by stage the method, the token's score
+        """Why one visual token was dropped or kept in the caller's last prompt: stage by stage the method, the token's score
         and rank, and the last score that was kept. `print` shows it in sentences.
 
         Args:

@@ -130,7 +130,7 @@ class Hooks:
         it may be over: then the base model is not on the stack."""
         if (call := self._thread.call()) is None:
             return None
-        if any(caller is self.base for caller in _callers()):
+        if _on_stack(lambda found: found is self.base) is not None:
             return call
         self.leave_base()
         return None
@@ -143,16 +143,22 @@ class Hooks:
                 return None
             if not call.past or call.prompt is not None:
                 return enter_prompt(call.plan, call, args, kwargs)
-            call.idle = call.plan.pruning.decodes_without_padding(call, kwargs)
-            return (args, {**kwargs, "attention_mask": None}) if call.idle else None
+            plan = call.plan
+            if plan.edited and not plan.carried:
+                plan.redistribution.enter_step(call, kwargs)
+            call.idle = plan.pruning.decodes_without_padding(call, kwargs)
+            if call.idle:
+                return args, {**kwargs, "attention_mask": None}
+            call.idle = call.edits.ready and not plan.pruning.at
+            return None
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
         return None if self._of_another() else self._enter_alone(args, kwargs)
 
     def _of_another(self) -> bool:
         """Whether it is another model of this kind, with parts of this one, that runs them: then it is on the stack."""
-        found = next((caller for caller in _callers() if type(caller) is type(self.base)), self.base)
-        return found is not self.base
+        kind = type(self.base)
+        return _on_stack(lambda found: type(found) is kind) not in (None, self.base)
 
     def _enter_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The language model was called by itself, past the model around it."""
@@ -244,7 +250,7 @@ def enter_block(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: di
 def enter_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a decoder layer is given. It runs in every layer for every token: nothing is between it and torch."""
     call: Call | None = kwargs.get(CALL_ARGUMENT)
-    if call is None or call.plan is None or (call.idle and index not in call.plan.edited):
+    if call is None or call.plan is None or (call.idle and (call.edits.ready or index not in call.plan.edited)):
         return None
     return call.plan.enter_layer(index, module, call, args, kwargs)
 
@@ -257,13 +263,15 @@ def leave_language_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return leave_prompt(call.plan, call, call.record, output)
 
 
-def _callers() -> list[Any]:
-    """The objects whose methods are on the stack, the innermost first."""
-    found, frame = [], sys._getframe(1)
+def _on_stack(matches: Callable[[Any], bool]) -> Any:
+    """The innermost object that matches among those whose methods are on the stack, or None. Frames beyond it are not looked
+    at: that would keep what their variables hold."""
+    frame: Any = sys._getframe(1)
     while frame is not None:
-        found.append(frame.f_locals.get("self"))
-        frame = frame.f_back  # type: ignore[assignment]
-    return found
+        if matches(found := frame.f_locals.get("self")):
+            return found
+        frame = frame.f_back
+    return None
 
 
 def _without_ours(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -381,4 +381,4 @@ def _attention_in(layer: Any, index: int) -> nn.Module:
 def _of_text_only_stream(kwargs: dict[str, Any]) -> bool:
     """Whether attention belongs to the prompt without its pictures, which a redistribution method runs beside the prompt."""
     call = kwargs.get(CALL_ARGUMENT)
-    return call is not None and call.steps.of_blind
+    return call is not None and call.edits.is_text_only

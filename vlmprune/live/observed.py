@@ -17,7 +17,7 @@ from vlmprune.live.call import Call, Projections
 from vlmprune.live.decoder import attention_of
 from vlmprune.live.masks import shown_cells
 from vlmprune.live.prompt_rows import in_shortened, prompt_ends, text_after_pictures
-from vlmprune.view import PROJECTIONS, TEXT_ROWS
+from vlmprune.view import LAST_ROW, PROJECTIONS, TEXT_ROWS
 
 
 def see_attention(
@@ -30,14 +30,14 @@ def see_attention(
     attention_mask: Tensor | BlockMask | None,
     scaling: float,
 ) -> None:
-    """Note what a method wants to know of the attention in the layer before a cut."""
+    """Record what methods look at in the attention of the layer before a stage."""
     prompt = call.prompt
     assert prompt is not None
     # Inside `torch.autocast`, rotated queries and keys are fp32, and values have the dtype of what the model returns.
     key, value = key.to(query.dtype), value.to(query.dtype)
-    here = query.shape[2]  # what an earlier turn left in the cache stands before these keys, and is no candidate
+    here = query.shape[2]  # keys of earlier turns come before these, and are no candidates
     last = prompt_ends(call, here).to(query.device)
-    if "attention_from_last" in needs:
+    if needs & LAST_ROW:
         prompt.attention[layer] = rows_attention(query, key, attention_mask, scaling, last)[..., -here:]
     if needs & TEXT_ROWS:
         rows = in_shortened(call, text_after_pictures(call).rows).to(query.device)
@@ -58,7 +58,7 @@ def attention_ahead(
     cache: Cache | None,
     mask: Any = None,
 ) -> Tensor:
-    """`[batch, head, segment, token]` attention of the last prompt token that a decoder layer would pay to what enters it.
+    """`[batch, head, segment, token]` attention from the last prompt token to what enters a decoder layer, ahead of that layer.
 
     Queries and keys are those of the layer's own code (norms, projections, rotary embedding), run up to its attention.
 
@@ -66,8 +66,8 @@ def attention_ahead(
         layer, index: the decoder layer that has not run yet, and its number.
         hidden: `[batch, token, dim]` entering it.
         rotary: its rotary embeddings, `[batch or 1, token, head_dim]` each.
-        cache: what earlier turns left; it takes its share of the attention.
-        mask: the layer's own, where every cell of it counts.
+        cache: what earlier turns left; it gets its share of the attention.
+        mask: the layer's own, if every cell of it counts.
     """
     prompt = call.prompt
     assert prompt is not None

@@ -32,7 +32,7 @@ from vlmprune.live.decoder import carried, carry, look_at
 from vlmprune.live.links import Links
 from vlmprune.live.observed import see_attention
 from vlmprune.live.pruning import Pruning, timed
-from vlmprune.live.redistribution import Steering
+from vlmprune.live.redistribution import Redistribution
 from vlmprune.live.refusals import check_cuts, check_edits, check_tower
 from vlmprune.live.tower_plan import TowerPlan, is_recomputed
 from vlmprune.recipe import Recipe
@@ -69,7 +69,7 @@ class Plan:
         self.family, self.base, self.text, self.layers = decoder.family, decoder.base, decoder.text, decoder.layers
         family, self.config, self.shape = self.family, self.base.config, DecoderShape.of(self.text.config)
         facts = _facts(family, self.base)
-        self.redistribution = Steering(recipe.redistributors, family, facts, self.text)
+        self.redistribution = Redistribution(recipe.redistributors, family, facts, self.text)
         self.pruning = Pruning(recipe, family, facts, self.base, self.text, len(self.layers))
         self.needs = self.redistribution.needs | self.pruning.needs
         self.tower = TowerPlan(self, family, self.base, self.text, facts, self.pruning, self.needs, contexts)

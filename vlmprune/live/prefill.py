@@ -20,6 +20,7 @@ from vlmprune.live.pruning import timed
 from vlmprune.live.record import Clock, Prefill
 from vlmprune.live.tower import look_up_tower
 from vlmprune.schedule import Budget
+from vlmprune.view import EMBEDDINGS
 
 if TYPE_CHECKING:
     from vlmprune.live.plan import Plan
@@ -160,7 +161,7 @@ def enter_prompt(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str
         looks = bool(plan.redistribution.needs) or plan.pruning.may_drop(prompt.candidates, call.budget)
         if plan.tower.wanted and looks:
             look_up_tower(call, plan.tower.memory, embeddings)
-        if plan.needs & {"embeddings", "text_embeddings"}:
+        if plan.needs & EMBEDDINGS:
             prompt.embeddings = embeddings
         plan.redistribution.enter_text(call, embeddings)
     # With padding, the model would make a mask of the whole prompt, [batch, 1, n, n], which no layer would see. Without

@@ -33,10 +33,7 @@ from vlmprune.live.call import Call, Prompt
 from vlmprune.live.feature_index import hash_rows
 from vlmprune.live.layout import Bools, Layout, Tokens
 from vlmprune.live.masks import not_hidden, shown
-from vlmprune.view import TEXT_ROWS
-
-ATTENTION = TEXT_ROWS | {"attention_from_last", "attention_of_layer"}
-"""Probes that look at attention in the language model."""
+from vlmprune.view import WEIGHTS
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +76,7 @@ def full_mask(kwargs: Mapping[str, Any]) -> Any:
 
 
 def read_prompt(
-    call: Call, kwargs: Mapping[str, Any], image_token: int, text: Any, needs: frozenset[str], steered: Sequence[str]
+    call: Call, kwargs: Mapping[str, Any], image_token: int, text: Any, needs: frozenset[str], editing: Sequence[str]
 ) -> Tokens:
     """Read the tokens of a call with pictures; notes in `call` what their mask says.
 
@@ -89,7 +86,7 @@ def read_prompt(
         image_token: id of the placeholder.
         text: the language model.
         needs: probes that the recipe's methods look at.
-        steered: names of the redistribution methods at work.
+        editing: names of the redistribution methods at work.
 
     Raises:
         UsageError: what the call says of its tokens cannot be followed.
@@ -113,12 +110,12 @@ def read_prompt(
             real &= ~lone
             call.custom, call.mask = False, on_device(real, ids.device)
         else:
-            if steered:
+            if editing:
                 raise UsageError(
-                    f"{', '.join(steered)} decides what a row sees by its place and by padding, but attention_mask says more "
+                    f"{', '.join(editing)} decides what a row sees by its place and by padding, but attention_mask says more "
                     "than which tokens are padding: give a 2-D mask, or leave the method out."
                 )
-            if biased and needs & ATTENTION:
+            if biased and needs & WEIGHTS:
                 raise UsageError(
                     "an attention mask that differs between heads, or weighs tokens instead of hiding them, is not supported "
                     "by methods that look at attention: give a mask of True and False, [batch, 1, query, key], or choose "

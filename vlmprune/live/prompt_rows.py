@@ -16,7 +16,7 @@ from vlmprune.live.rows import Reduction
 
 
 def rows_now(call: Call, image: int, index: Tensor) -> Tensor:
-    """Rows of what the current layer computes, of tokens `index` of a picture; all of them still there."""
+    """Rows, in what the current layer computes, of the tokens `index` of a picture; all of them are left."""
     prompt = call.prompt
     assert prompt is not None
     picture = prompt.layout.images[image]
@@ -36,7 +36,7 @@ def prompt_end(call: Call, tokens: int) -> Tensor:
 
 
 def prompt_ends(call: Call, tokens: int) -> Tensor:
-    """`[batch, segment]` the same of every sample that is packed into a row: its last token that is still there."""
+    """`[batch, segment]` the same of every sample that is packed into a row: its last token that is left."""
     prompt = call.prompt
     assert prompt is not None
     if prompt.tokens.segments is None:
@@ -49,7 +49,7 @@ def prompt_ends(call: Call, tokens: int) -> Tensor:
 
 
 def text_after_pictures(call: Call) -> Reduction:
-    """The prompt's text after its last picture, as rows of the call's sequence; none for samples without a picture.
+    """The prompt's text after its last picture, as places in the prompt; none for samples without a picture.
 
     Raises:
         UsageError: a prompt ends with its picture.
@@ -58,14 +58,14 @@ def text_after_pictures(call: Call) -> Reduction:
     assert prompt is not None
     if prompt.text is None:
         text, place = np.zeros_like(prompt.tokens.real), np.arange(call.sequence)
-        asked = prompt.tokens.own & ~prompt.tokens.placeholders  # row separators stand behind the last visual token
+        asked = prompt.tokens.own & ~prompt.tokens.placeholders  # row separators follow the last visual token
         for (sample, segment), begin in prompt.layout.behind.items():
             mine = asked[sample] & (place >= begin) & (prompt.tokens.segment(sample) == segment)
             if not mine.any() and prompt.tokens.visual[sample][prompt.tokens.segment(sample) == segment].any():
                 hides = " that the mask does not hide" if not prompt.tokens.real[sample].all() else ""
                 raise UsageError(
-                    f"the method weighs the text after the picture, but in row {sample} none stands there{hides}: put the "
-                    "question behind the picture."
+                    f"the method looks at the text after the picture, but in row {sample} there is none{hides}: put the "
+                    "question after the picture."
                 )
             text[sample] |= mine
         counts = text.sum(axis=1).tolist()
@@ -74,7 +74,7 @@ def text_after_pictures(call: Call) -> Reduction:
 
 
 def in_shortened(call: Call, rows: Tensor) -> Tensor:
-    """`[batch, row]` positions of the call's sequence, addressed in what the current layer computes."""
+    """Rows, in what the current layer computes, of places `[batch, row]` of the prompt."""
     if call.section.rows is None:
         return rows
     samples = torch.arange(rows.shape[0], device=rows.device)
@@ -82,10 +82,10 @@ def in_shortened(call: Call, rows: Tensor) -> Tensor:
 
 
 def own_text(call: Call, images: Sequence[Image]) -> tuple[Tensor | None, Tensor]:
-    """Of the rows of `text_after_pictures`, those of each picture's own sample.
+    """Which rows of `text_after_pictures` belong to each picture's own sample.
 
     Returns:
-        `[image, text]` places among these rows, or None for all of them; and `[image, text]` bool, False on padding.
+        `[image, text]` numbers of these rows, or None if all of them do; and `[image, text]` bool, False on padding.
     """
     prompt = call.prompt
     assert prompt is not None

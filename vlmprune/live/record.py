@@ -1,4 +1,4 @@
-"""What happened in one prefill: the choices of every stage, the edits of every layer, and how long they took."""
+"""The record of one prompt: what every stage kept, what redistribution edited, and how long both took."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from vlmprune.schedule import Site
 
 @dataclass(eq=False)
 class Clock:
-    """Elapsed time on the device the work runs on: GPU events are read only when somebody asks.
+    """Time on the device that does the work. Events of a GPU are read only when somebody asks for the time.
 
     Attributes:
-        what: what was timed, in a reader's words.
+        start, end: seconds of the host's clock, or GPU events.
+        what: what was timed, in words.
     """
 
     start: Any = None
@@ -27,6 +28,7 @@ class Clock:
 
     @staticmethod
     def now(device: torch.device) -> Any:
+        """The present time: seconds of the host's clock, or an event in the GPU's queue."""
         if device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -40,6 +42,13 @@ class Clock:
             return (self.end - self.start) * 1e3
         self.end.synchronize()
         return self.start.elapsed_time(self.end)
+
+
+def place_of(site: Site, layer: int) -> str:
+    """Where a stage prunes, in words."""
+    if site == "llm":
+        return f"before layer {layer}" if layer else "before the language model"
+    return "inside the vision tower" if site == "vision" else f"in the KV cache from layer {layer} on"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +75,13 @@ class Kept:
     """What one stage kept of one picture.
 
     Attributes:
-        layer: first decoder layer that sees these tokens only.
-        method: name of the method that chose, with the variant that ran where there are several.
-        site: "vision" (inside the tower), "llm", or "cache" (only what decoding steps see).
-        sample, ordinal: batch row, and n-th picture of that row.
-        original: tokens the picture had before any pruning.
-        index: `[kept]` rising indices into the picture's tokens.
-        features: `[kept, dim]` hidden states that took the places of the kept tokens (merging), or None.
+        layer: first decoder layer that computes these tokens only.
+        method: name of the method, with the variant that ran where there are several.
+        site: "vision" (inside the vision tower), "llm", or "cache" (decoding steps only).
+        sample, ordinal: row of the batch, and number of the picture in that row.
+        original: tokens of the picture before any pruning.
+        index: `[kept]` indices of the kept tokens in their picture, rising.
+        features: `[kept, dim]` hidden states that replaced those of the kept tokens (merging), or None.
         judged: what was decided together, crops in their order; empty unless the model was wrapped with `explain=True`.
         how: how the method decides, in words; empty likewise.
     """
@@ -90,19 +99,22 @@ class Kept:
 
 
 @dataclass(frozen=True, eq=False)
-class Steered:
-    """What a redistribution method did to a prompt in one layer.
+class Edit:
+    """What a redistribution method edited in one decoder layer of a prompt.
 
     Attributes:
-        codes: `[batch, 1 or head, key]` group of every stored token, 0 for ordinary ones; None if the method marks none.
-        factors, masses: `[batch, head, row, 1 + group]` of the edited rows; None if the method has none.
-        valid: `[batch, row]` bool, False on rows that pad a shorter text; None if all count.
+        layer, method: number of the layer, and name of the method.
+        groups: `[batch, 1 or head, key]` the group in which the method put each cached token, 0 for ordinary ones; None if it
+            marks no tokens.
+        factors, masses: `[batch, head, row, 1 + group]` factor on the attention of a row to a group, and that attention before
+            the edit; None if the method edits no attention.
+        valid: `[batch, row]` bool, False on rows that pad a shorter text; None if there are none.
         heads: `[batch, head]` factors on the outputs of heads; None if the method scales none.
     """
 
     layer: int
     method: str
-    codes: Tensor | None = None
+    groups: Tensor | None = None
     factors: Tensor | None = None
     masses: Tensor | None = None
     valid: Tensor | None = None
@@ -110,12 +122,12 @@ class Steered:
 
     @property
     def changed(self) -> Tensor | None:
-        """`[batch, head, row]` bool, heads and rows that were edited."""
+        """`[batch, head, row]` bool, True where a row was edited in a head."""
         return None if self.factors is None else (self.factors != 1).any(dim=-1)
 
     @property
     def moved(self) -> Tensor | None:
-        """`[batch, head, row]` attention that went elsewhere, at most 1."""
+        """`[batch, head, row]` share of the row's attention that the edit moved to other tokens, at most 1."""
         if self.factors is None or self.masses is None:
             return None
         return (self.masses * (self.factors - 1)).abs().sum(dim=-1) / 2
@@ -123,27 +135,43 @@ class Steered:
 
 @dataclass(eq=False)
 class Prefill:
-    """The record of one prefill.
+    """The record of one prompt's forward pass, the *prefill*; decoding steps are not recorded.
+
+    The whole batch:
 
     Attributes:
-        kept: every stage's choice for every picture, in the order of stages.
-        keep: per stage's layer, `[batch, sequence]` bool: positions that the layers from there on still compute (real text and
-            kept visual tokens). A stage that kept everything leaves the sequence as it was.
-        keep_cache: the same for decoding steps, where a cache stage forgot more than prefill had dropped.
-        newlines: row separators of LLaVA-NeXT among the image placeholders, which count as text; and whether they were kept.
-        hidden: visual tokens that the call's own attention mask hides: no method may keep them, and budgets do not count them.
-        batch, sequence: shape of the call.
-        past: tokens that were in the cache before.
-        visual: visual tokens of the whole batch.
-        entering: per decoder layer, tokens that entered it per row, padding that was computed included.
-        stored: per decoder layer, entries per row in the KV cache after it.
-        resident: the same when prefill is over; smaller where a cache stage forgot some.
-        peak: the most entries per row that all layers together ever stored.
-        steered: what redistribution did, per layer.
-        neutral: redistribution methods whose parameters are such that they change nothing.
-        itemsize: bytes per number.
-        prefill, selection: time in the language model, and in deciding and shortening within it.
-        tower: time in looking and shortening inside the vision tower, before the language model.
+        batch, sequence: rows of the batch, and tokens of a row, padding included.
+        past: tokens that were in the KV cache before the prompt.
+        visual: visual tokens of all pictures.
+        hidden: those of them that the call's attention mask hides: no method may keep them, and budgets do not count them.
+        newlines: row separators of LLaVA-NeXT, which count as text.
+        newlines_kept: False if a method dropped them.
+        shape, itemsize: sizes of the language model, and bytes per number.
+
+    What stages did:
+
+    Attributes:
+        kept: what every stage kept of every picture, in the order of stages.
+        keep: by layer of a stage, `[batch, sequence]` bool: tokens of the prompt that the layers from there on compute. A stage
+            that kept everything leaves them as they were.
+        keep_cache: the same for decoding steps, where a cache stage forgot more.
+
+    What that costs, each a number per row and decoder layer:
+
+    Attributes:
+        entering: tokens that entered the layer, padding included where it was computed.
+        stored: entries in the layer's KV cache after it.
+        resident: the same after the prompt; smaller where a cache stage forgot some.
+        peak: the most entries that all layers together stored at one time.
+
+    Redistribution and times:
+
+    Attributes:
+        edits: what was edited, by layer.
+        neutral: redistribution methods that edit nothing with the parameters they have.
+        prefill: time in the language model.
+        selection: parts of it, spent on choosing and dropping tokens.
+        tower: time spent on scores and on dropping inside the vision tower, before the language model.
     """
 
     batch: int
@@ -163,7 +191,7 @@ class Prefill:
     stored: list[int] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
     peak: int = 0
-    steered: list[Steered] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
     prefill: Clock = field(default_factory=Clock)
     selection: list[Clock] = field(default_factory=list)
     tower: list[Clock] = field(default_factory=list)

@@ -12,13 +12,13 @@ from vlmprune.adapters.family import has_mrope
 from vlmprune.errors import UsageError
 from vlmprune.live.choosing import BoundStage
 from vlmprune.live.decoder import KNOWN, Decoder
-from vlmprune.live.redistribution import Steering
+from vlmprune.live.redistribution import Redistribution
 from vlmprune.methods import Pruner
 from vlmprune.methods.checks import check_needs
 from vlmprune.methods.redistributing import HeadScaler
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Schedule, scaled_layer
-from vlmprune.view import BEFORE_THE_STAGE, TowerFacts, known_probes
+from vlmprune.view import AHEAD, BEFORE_THE_STAGE, TowerFacts, known_probes
 
 
 def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[BoundStage]) -> None:
@@ -46,7 +46,7 @@ def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[BoundStage]) -> 
                 f'{decoder.name} depend on the layer: use positions="original".'
             )
     for cut in cuts:
-        ahead = "attention_of_layer" in cut.needs
+        ahead = bool(cut.needs & AHEAD)
         if not (cut.needs & BEFORE_THE_STAGE or ahead):
             continue
         if "flash" in text_config._attn_implementation:
@@ -60,17 +60,17 @@ def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[BoundStage]) -> 
             _check_attention(decoder, cut.stage.layer, cut.method.name, told=False)
 
 
-def check_edits(decoder: Decoder, steering: Steering) -> None:
+def check_edits(decoder: Decoder, redistribution: Redistribution) -> None:
     """The layers whose attention a recipe edits.
 
     Raises:
         UsageError: attention that is not what the edit takes it for.
     """
-    names = {index: method.name for index, method in steering.by_layer.items()}
-    scalers = [method.name for method in steering.by_layer.values() if isinstance(method, HeadScaler)]
-    for index in steering.routed:
+    names = {index: method.name for index, method in redistribution.by_layer.items()}
+    scalers = [method.name for method in redistribution.by_layer.values() if isinstance(method, HeadScaler)]
+    for index in redistribution.routed:
         name = names.get(index, scalers[0] if scalers else "")
-        edits = index in steering.by_layer and not isinstance(steering.by_layer[index], HeadScaler)
+        edits = index in redistribution.by_layer and not isinstance(redistribution.by_layer[index], HeadScaler)
         _check_attention(decoder, index, name, told=True, weights=edits)
         seen = decoder.look_at_attention(index)
         if edits and seen.value.shape[-1] != seen.key.shape[-1]:
@@ -78,7 +78,7 @@ def check_edits(decoder: Decoder, steering: Steering) -> None:
                 f"{name} edits attention whose values are as wide as its keys, but layer {index} of {decoder.name} has keys of "
                 f"{seen.key.shape[-1]} numbers and values of {seen.value.shape[-1]}: choose a method that drops tokens."
             )
-    if scalers and any(decoder.look_at_attention(index).told != "by the layer" for index in steering.routed):
+    if scalers and any(decoder.look_at_attention(index).told != "by the layer" for index in redistribution.routed):
         raise UsageError(
             f"{scalers[0]} runs the prompt without its picture beside it, layer by layer, but "
             f"{type(decoder.layers[0]).__name__} does not hand its keyword arguments on to its attention: choose another "
@@ -137,7 +137,7 @@ def _check_attention(decoder: Decoder, index: int, method: str, told: bool, weig
     if told and seen.told == "not":
         raise UsageError(
             f"{method} needs the attention of layer {index}, but {layer} does not hand its keyword arguments on to it: choose "
-            "a method that does not look at attention, for example divprune."
+            "a method that does not look at attention; `vlmprune methods` says what each one looks at."
         )
     strange = [name for name, x in seen.kwargs.items() if name not in KNOWN and isinstance(x, Tensor)]
     strange += [name for name in ("softcap",) if seen.kwargs.get(name) is not None]
@@ -145,7 +145,7 @@ def _check_attention(decoder: Decoder, index: int, method: str, told: bool, weig
     if weights and strange:
         raise UsageError(
             f"{method} computes attention as softmax of scaled products, but {layer} adds {', '.join(strange)}: choose a "
-            "method that does not look at attention, for example divprune."
+            "method that does not look at attention; `vlmprune methods` says what each one looks at."
         )
 
 

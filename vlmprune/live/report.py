@@ -1,4 +1,4 @@
-"""What a person reads of a prefill: tokens, FLOPs, bytes and times."""
+"""What a person reads about a prompt: tokens kept, FLOPs, bytes and times."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.cost import compute_average, nominal_average
 from vlmprune.errors import UsageError
-from vlmprune.live.record import Clock, Kept, Prefill, Steered
-from vlmprune.methods.redistributing import spans
-from vlmprune.schedule import Budget, Site, Stage
+from vlmprune.live.record import Clock, Edit, Kept, Prefill, place_of
+from vlmprune.schedule import Site
 from vlmprune.show import units
 
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage: per picture, how many of the original tokens were kept."""
+    """What one stage kept: of each picture, how many of how many tokens."""
 
     layer: int
     method: str
@@ -28,13 +28,13 @@ class StageReport:
 
 @dataclass(frozen=True)
 class EditReport:
-    """What redistribution did to the prompt, over all its layers.
+    """What one redistribution method did to the prompt.
 
     Attributes:
-        layers: the layers, in order.
+        method, layers: its name, and the decoder layers it edits, in order.
         marked: tokens in each of the method's groups 1, 2, …, mean over layers, samples and heads.
-        edited: share of heads and rows that were edited, or None where every row of the method's kind is.
-        moved: attention that went elsewhere, mean over heads and rows, edited or not; None if not known.
+        edited: share of rows that were edited, over all heads; None if the method edits no attention.
+        moved: share of attention that was moved to other tokens, mean over all rows and heads, edited or not; None likewise.
         scaled: share of heads whose outputs are scaled, mean over layers and samples; None if the method scales none.
     """
 
@@ -46,43 +46,56 @@ class EditReport:
     scaled: float | None = None
 
     @staticmethod
-    def of(method: str, steered: list[Steered]) -> EditReport:
-        codes = [s.codes for s in steered if s.codes is not None]
-        heads = [s.heads for s in steered if s.heads is not None]
+    def of(method: str, edits: list[Edit]) -> EditReport:
+        """The record of all layers in one."""
+        codes = [edit.groups for edit in edits if edit.groups is not None]
+        heads = [edit.heads for edit in edits if edit.heads is not None]
         groups = max((int(c.max()) for c in codes), default=0)
         marked = tuple(_mean([(c == group).sum(dim=-1).float().mean() for c in codes]) for group in range(1, groups + 1))
         return EditReport(
             method=method,
-            layers=tuple(s.layer for s in steered),
+            layers=tuple(edit.layer for edit in edits),
             marked=marked,
-            edited=_over_rows([(s.changed, s.valid) for s in steered]),
-            moved=_over_rows([(s.moved, s.valid) for s in steered]),
+            edited=_over_rows([(edit.changed, edit.valid) for edit in edits]),
+            moved=_over_rows([(edit.moved, edit.valid) for edit in edits]),
             scaled=_mean([(factors != 1).float().mean() for factors in heads]) if heads else None,
         )
 
     def __str__(self) -> str:
-        parts = [f"layers {spans(self.layers)}" if len(self.layers) > 1 else f"layer {self.layers[0]}"]
+        parts = [f"layers {units.spans(self.layers)}" if len(self.layers) > 1 else f"layer {self.layers[0]}"]
         if self.scaled is not None:
             return f"{parts[0]}, {self.scaled:.1%} of heads scaled"
         parts.append(f"{' / '.join(f'{count:.1f}' for count in self.marked) or 'no'} tokens marked")
         if self.edited is not None and self.moved is not None:
-            parts.append(f"{self.edited:.1%} of heads and rows edited, {self.moved:.2%} of their attention moved")
+            parts.append(f"{self.edited:.1%} of heads and rows edited, {self.moved:.2%} of attention moved")
         return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class Report:
-    """The last prefill in numbers. FLOPs and bytes are of the language model's prefill, for the whole batch (`vlmprune.cost`
-    has the formula); the un-pruned figures are of the same prompt. `print` shows it as a table.
+    """The last prompt in numbers; `print` shows them as a table.
+
+    FLOPs and bytes are those of the language model for the whole prompt and batch, by the formulas of `vlmprune.cost`. Figures
+    named `unpruned` are what the same prompt costs without the recipe.
 
     Attributes:
-        kv_bytes, kv_bytes_peak: what the KV cache holds after prefill, and the most it held; more where a stage shortens it,
-            whose old and new entries exist side by side for a moment.
-        hidden: visual tokens that the call's own attention mask hid.
+        recipe: as a string.
+        batch, prompt_tokens, visual_tokens: rows of the batch; tokens of a row, padding included; visual tokens of all rows.
+        newlines, newline_policy: row separators of LLaVA-NeXT, which count as text, and "kept" or "dropped".
+        hidden: visual tokens that the call's attention mask hides: no stage may keep them.
+        stages: what every stage kept.
+        edits: what every redistribution method did.
         neutral: redistribution methods that change nothing with the parameters they have.
-        selection_ms: choosing and shortening, a part of `prefill_ms`.
-        overhead: the same by place, in milliseconds; and looking and shortening inside the vision tower, which is no part of
-            `prefill_ms`.
+        entering: tokens of a row that enter each decoder layer.
+        visual_compute_average, visual_nominal_average: visual tokens of a row that enter a decoder layer, and that leave one,
+            mean over layers. Papers state either of them.
+        flops, flops_unpruned: floating point operations.
+        kv_bytes, kv_bytes_unpruned: what the KV cache holds after the prompt.
+        kv_bytes_peak: the most it held; more than `kv_bytes` where a stage shortens it, because old and new entries exist side
+            by side for a moment.
+        prefill_ms: time in the language model, in milliseconds.
+        selection_ms: the part of it that choosing and dropping tokens took.
+        overhead: the same by place; and what was spent inside the vision tower, which is no part of `prefill_ms`.
     """
 
     recipe: str
@@ -109,18 +122,13 @@ class Report:
 
     @staticmethod
     def of(record: Prefill, recipe: str) -> Report:
+        """The report of a record. Waits for the GPU."""
         shape, batch = record.shape, record.batch
         full = record.sequence
         stages: dict[tuple[Site, int, str], list[Kept]] = {}
         for kept in record.kept:
             stages.setdefault((kept.site, kept.layer, kept.method), []).append(kept)
         left = {layer: sum(len(k.index) for k in kept) for (site, layer, _), kept in stages.items() if site != "cache"}
-        entering_visual, after = [], record.visual
-        for layer in range(shape.layers):
-            after = left.get(layer, after)
-            entering_visual.append(after)
-        # A stage at layer l shortens the output of layer l − 1: that is the "nominal" way of counting.
-        leaving_visual = [*entering_visual[1:], entering_visual[-1]]
         return Report(
             recipe=recipe,
             batch=batch,
@@ -133,8 +141,8 @@ class Report:
                 for (site, layer, method), kept in stages.items()
             ),
             entering=tuple(record.entering),
-            visual_compute_average=sum(entering_visual) / shape.layers / batch,
-            visual_nominal_average=sum(leaving_visual) / shape.layers / batch,
+            visual_compute_average=compute_average(record.visual, shape.layers, left) / batch,
+            visual_nominal_average=nominal_average(record.visual, shape.layers, left) / batch,
             flops=batch * sum(map(shape.layer_flops, record.entering, record.stored)),
             flops_unpruned=batch * shape.layers * shape.layer_flops(full, record.past + full),
             kv_bytes=batch * sum(shape.layer_kv_bytes(keys, record.itemsize) for keys in record.resident),
@@ -143,8 +151,8 @@ class Report:
             prefill_ms=record.prefill.ms,
             selection_ms=sum(clock.ms for clock in record.selection),
             edits=tuple(
-                EditReport.of(name, [s for s in record.steered if s.method == name])
-                for name in dict.fromkeys(s.method for s in record.steered)
+                EditReport.of(name, [edit for edit in record.edits if edit.method == name])
+                for name in dict.fromkeys(edit.method for edit in record.edits)
             ),
             overhead=_by_place([*record.tower, *record.selection]),
             hidden=record.hidden,
@@ -152,16 +160,17 @@ class Report:
         )
 
     def rows(self) -> list[tuple[str, str]]:
-        """The report as labelled lines."""
-        kept = [(f"kept at {_place(s)} ({s.method})", _each(s.kept, s.original)) for s in self.stages]
+        """The report as lines, each a label and a text."""
+        kept = [(f"kept {place_of(s.site, s.layer)} ({s.method})", _each(s.kept, s.original)) for s in self.stages]
         higher = self.kv_bytes_peak > self.kv_bytes
         peak = f", {units.size(self.kv_bytes_peak)} before the cache was shortened" if higher else ""
-        hidden = [("hidden by the mask", f"{self.hidden} visual tokens, no candidates of any budget")] if self.hidden else []
+        hidden = [("hidden by the mask", f"{self.hidden} visual tokens, which no stage may keep")] if self.hidden else []
         newlines = [("row separators", f"{self.newlines}, counted as text, {self.newline_policy}")] if self.newlines else []
-        seen = f"{self.visual_tokens} visual" if self.visual_tokens else "no picture found: nothing to prune"
+        visual = f"{self.visual_tokens} of them visual" if self.visual_tokens else "no picture found: nothing to prune"
+        rows = f"{self.batch} rows of {self.prompt_tokens}" if self.batch > 1 else f"{self.prompt_tokens}"
         return [
             ("recipe", self.recipe),
-            ("prompt", f"{self.batch} × {self.prompt_tokens} tokens, {seen}"),
+            ("prompt", f"{rows} tokens, {visual}"),
             *kept,
             *newlines,
             *hidden,
@@ -169,18 +178,19 @@ class Report:
             *((f"redistributed ({name})", "changes nothing with these parameters") for name in self.neutral),
             (
                 "visual tokens per layer",
-                f"{self.visual_compute_average:.1f} entering on average, {self.visual_nominal_average:.1f} leaving",
+                f"{self.visual_compute_average:.1f} entering on average, {self.visual_nominal_average:.1f} leaving, in a row",
             ),
             ("prefill FLOPs", units.share(self.flops, self.flops_unpruned, units.operations)),
             ("KV cache", units.share(self.kv_bytes, self.kv_bytes_unpruned, units.size) + peak),
             (
                 "prefill time",
-                f"{units.duration(self.prefill_ms)}, of which choosing and shortening {units.duration(self.selection_ms)}",
+                f"{units.duration(self.prefill_ms)}, including {units.duration(self.selection_ms)} for choosing and dropping "
+                "tokens",
             ),
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain numbers, texts, dicts and lists, for JSON: bytes, FLOPs and milliseconds."""
+        """The report as plain numbers, texts, dicts and lists, for JSON: FLOPs, bytes and milliseconds."""
         return units.plain(asdict(self))
 
     def __str__(self) -> str:
@@ -198,7 +208,7 @@ def _mean(values: list[Tensor]) -> float:
 
 
 def _over_rows(parts: list[tuple[Tensor | None, Tensor | None]]) -> float | None:
-    """Mean over layers, samples, heads and rows that count."""
+    """Mean over layers, samples, heads and the rows that are no padding; None if there is nothing to average."""
     total = count = 0.0
     for x, valid in parts:
         if x is None:
@@ -206,10 +216,6 @@ def _over_rows(parts: list[tuple[Tensor | None, Tensor | None]]) -> float | None
         chosen = x if valid is None else x.transpose(1, 2)[valid]
         total, count = total + float(chosen.float().sum()), count + chosen.numel()
     return total / count if count else None
-
-
-def _place(stage: StageReport) -> str:
-    return Stage(stage.layer, Budget(fraction=1.0), stage.site).place
 
 
 def _each(kept: tuple[int, ...], original: tuple[int, ...]) -> str:
@@ -220,7 +226,8 @@ def _each(kept: tuple[int, ...], original: tuple[int, ...]) -> str:
 
 
 def no_prefill() -> UsageError:
+    """The error where the caller ran no prompt under the recipe."""
     return UsageError(
-        "nothing to report here: this thread, or this override block, has run no prompt, or ran its last one switched off; run "
-        "the wrapped model on a prompt first, or ask for the report in the thread that did."
+        "nothing to report here: this thread (or this override block) has not run a prompt, or ran its last prompt with the "
+        "recipe switched off; run a prompt through the wrapped model first, or ask in the thread that did."
     )

@@ -34,7 +34,7 @@ def read_config(source: Source) -> Any:
     _check_json(source)
     found = source.load("config", lambda: PretrainedConfig.get_config_dict(source.place, **source.options)[0])
     if "model_type" not in found:
-        raise UsageError(f"config.json of {source.name!r} names no model_type: it is not the config of a transformers model.")
+        raise UsageError(f"config.json of {source.name!r} names no model_type: fetch the config.json of a transformers model.")
     try:
         config = source.load("config", lambda: AutoConfig.from_pretrained(source.place, **source.options))
     except UsageError:

@@ -116,11 +116,11 @@ def _losses(stored: Image.Image, upright: Image.Image, image: Image.Image, depth
             low, high = (f"{value:.6g}" for value in (np.nanmin(before), np.nanmax(before)))
             kind = "floating-point values" if upright.mode == "F" else "values of more than 8 bits"
             yield (
-                f"it has {kind} from {low} to {high}; they were cut to whole numbers in 0 to 255, which changed "
+                f"it has {kind} from {low} to {high}; they were clipped to whole numbers in 0 to 255, which changed "
                 f"{changed:.1%} of them (as transformers' load_image does): scale it to 8 bits for another result"
             )
     elif depth > 8:
-        yield f"it has {depth} bits per channel, of which 8 were left (as transformers' load_image does)"
+        yield f"it has {depth} bits per channel, of which 8 were kept (as transformers' load_image does)"
     if upright.has_transparency_data:
         alpha = np.asarray(upright.convert("RGBA"))[..., 3]
         clear = float((alpha < 255).mean())

@@ -68,11 +68,15 @@ class Source:
         except UsageError:
             raise
         except ImportError as error:
-            raise UsageError(f"the {part} of {self.name!r} needs a package that is missing: {first_line(error)}.") from error
+            raise UsageError(
+                f"the {part} of {self.name!r} needs a package that is missing: {first_line(error)}; install it."
+            ) from error
         except Exception as error:  # a broken file can make transformers raise anything
             if part == "processor" and isinstance(error, OSError):
                 raise self.without_processor(first_line(error)) from error
-            raise UsageError(f"the {part} of {self.name!r} cannot be loaded: {first_line(error)}") from error
+            raise UsageError(
+                f"the {part} of {self.name!r} cannot be loaded ({first_line(error)}): fetch or save it again."
+            ) from error
 
 
 def find(name: str, gguf: str | None = None) -> Source:
@@ -104,7 +108,9 @@ def _in_folder(name: str, folder: Path, gguf: str | None) -> Source:
     try:
         files = frozenset(file.name for file in folder.iterdir())
     except PermissionError as error:
-        raise UsageError(f"no model at {name!r}: the folder cannot be read ({error.strerror}).") from error
+        raise UsageError(
+            f"no model at {name!r}: the folder cannot be read ({error.strerror}): check its permissions."
+        ) from error
     if gguf is not None:
         _check_gguf(name, gguf, files)
     elif "config.json" not in files:
@@ -117,7 +123,7 @@ def _check_gguf(name: str, gguf: str, files: frozenset[str]) -> None:
         near = unknown("GGUF file", gguf, [file for file in files if file.endswith(".gguf")])
         raise UsageError(f"no model at {name!r}: {near}")
     if find_spec("gguf") is None:
-        raise UsageError(f"cannot read {gguf}: install what is missing (the package gguf, `pip install gguf`).")
+        raise UsageError(f"cannot read {gguf}: the package gguf is missing, install it with `pip install gguf`.")
 
 
 def _why_no_model(folder: Path, files: frozenset[str]) -> str:

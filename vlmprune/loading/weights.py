@@ -24,7 +24,9 @@ def check_weights(source: Source) -> None:
     """
     present = [name for name in WEIGHTS if name in source.files]
     if not present:
-        none = UsageError(f"{source.name!r} has a config but no weights: looked for {', '.join(WEIGHTS)}.")
+        none = UsageError(
+            f"{source.name!r} has a config but no weights: looked for {', '.join(WEIGHTS)}; fetch them into this folder."
+        )
         raise source.lacking("the weights", none)
     if source.folder is None:
         return
@@ -50,7 +52,7 @@ def _check_file(file: Path) -> None:
         with file.open("rb") as stream:
             start = stream.read(len(LFS))
     except OSError as error:
-        raise UsageError(f"{file} cannot be read ({error.strerror}).") from error
+        raise UsageError(f"{file} cannot be read ({error.strerror}): check its permissions.") from error
     if start == LFS.encode():
         raise UsageError(f"{file} is a pointer of Git LFS, not the weights: fetch them with `git lfs pull`.")
     if not start:

@@ -1,4 +1,4 @@
-"""All methods by their names in recipes."""
+"""All methods by their names in recipes: what `pruning` and `redistribution` export."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from vlmprune.methods.base import Choice, Pruner, ScorePruner
 from vlmprune.methods.redistributing import Redistributor
 
 METHODS: dict[str, type[Pruner]] = {
-    method.name: method for method in (getattr(pruning, exported) for exported in pruning.__all__)
+    found.name: found for found in vars(pruning).values() if isinstance(found, type) and issubclass(found, Pruner)
 }
 REDISTRIBUTORS: dict[str, type[Redistributor]] = {
-    method.name: method for method in (getattr(redistribution, exported) for exported in redistribution.__all__)
+    found.name: found for found in vars(redistribution).values() if isinstance(found, type) and issubclass(found, Redistributor)
 }
 
 __all__ = ["METHODS", "REDISTRIBUTORS", "Choice", "Pruner", "Redistributor", "ScorePruner"]

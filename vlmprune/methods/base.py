@@ -117,8 +117,8 @@ class Pruner:
         single = any(value is not None for value in (layer, tokens, fraction))
         if (self.schedule is not None) + (preset is not None) + single > 1:
             raise UsageError(f"{self.name}: give schedule=…, preset=…, or layer, tokens and fraction; only one of these.")
-        if preset is not None and preset not in self.presets:
-            raise unknown(f"preset of {self.name}", preset, self.presets)
+        if preset is not None and not (isinstance(preset, str) and preset in self.presets):
+            raise unknown(f"preset of {self.name}", preset if isinstance(preset, str) else shown(preset), self.presets)
         settle(self)
         if self.schedule is None:
             schedule = self.presets[preset] if preset is not None else self._from_defaults(layer, tokens, fraction)

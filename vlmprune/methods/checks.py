@@ -12,10 +12,10 @@ from vlmprune.errors import UsageError, shown, unknown
 
 
 def check_class(method: type, *wanted: tuple[str, type, str]) -> None:
-    """Refuse a method whose class lacks something. `wanted`: names of class attributes, their kinds, and examples.
+    """Refuse a method whose class lacks an attribute. `wanted`: names of class attributes, their types, and examples.
 
     Raises:
-        UsageError: says what to write.
+        UsageError: names the attribute and shows an example.
     """
     for attribute, kind, example in wanted:
         if not isinstance(found := getattr(method, attribute, None), kind):
@@ -52,24 +52,26 @@ def check_needs(method: str, needs: Any, known: Iterable[str]) -> None:
 
 
 def check_numbers(what: str, found: Any, shape: tuple[int, ...], infinite: bool = True) -> None:
-    """Refuse what was given instead of numbers, without waiting for a GPU: there, NaN fails as an assertion of the device.
+    """Refuse anything but a tensor of numbers. It does not wait for a GPU: there, NaN fails as an assertion on the device.
 
     Args:
-        what: for the sentence.
+        what: subject of the sentence.
         found: what a function returned.
-        shape: the wanted one, `[image, visual]`.
-        infinite: ±∞ are numbers.
+        shape: the expected shape, `[image, visual]`.
+        infinite: whether ±∞ are allowed.
 
     Raises:
-        UsageError: no tensor, another shape, or NaN.
+        UsageError: no tensor, another shape, complex numbers, or NaN.
     """
     wanted = f"a tensor [image, visual] of shape {list(shape)}"
     if not isinstance(found, Tensor):
         raise UsageError(f"{what} must return {wanted}, found {shown(found)}.")
     if tuple(found.shape) != shape:
         raise UsageError(f"{what} must return {wanted}, found shape {list(found.shape)}.")
+    if found.is_complex():
+        raise UsageError(f"{what} must return {wanted} of real numbers, found {found.dtype}: they have no order.")
     good = ~found.isnan().any() if infinite else found.isfinite().all()
-    bad = f"{what} returned {'NaN' if infinite else 'NaN or infinity'} for a token, which has no place in an order"
+    bad = f"{what} returned {'NaN' if infinite else 'NaN or infinity'} for a token, which cannot be ranked"
     if found.device.type == "cuda":
         torch._assert_async(good, bad)
     elif found.device.type == "cpu" and not bool(good):

@@ -3,13 +3,13 @@
     r_j = − mean_p cos( W_v · LN(x_j), t_p )     x_j: patch j as it enters the projector; t_p: CLIP embedding of piece p of the
                                                  question
 
-The paper's scripts hand over the bare question. Here it is given, or found between the words of the chat template.
+The paper's scripts pass the bare question. Here the caller gives it, or it is found between the words of the chat template.
 
-CLIP reads 77 tokens, two of which mark a text's beginning and end. A longer question is cut into pieces of 75 tokens, each
-with marks of its own. The official code marks the whole question once and cuts what it gets into pieces of 77: all but the
-last lack the end mark, which the embedding is taken from, and the first is then embedded at its beginning mark, as one and the
-same vector whatever it says. Up to 77 tokens both are the same. Computed in the CLIP model's dtype up to its projections, and
-in fp32 from there on (there cosines are in the dtype of the embeddings).
+CLIP reads 77 tokens; the first and the last mark a text's beginning and end. A longer question is split into pieces of 75
+tokens, each with marks of its own. The official code marks the whole question once and splits the result into pieces of 77. All
+pieces but the last then lack the end mark, where the embedding is read; CLIP reads the first piece at its beginning mark
+instead, which gives the same vector for every text. Up to 77 tokens both agree. Computed in the CLIP model's dtype up to its
+projections, then in fp32 (official: cosines in the dtype of the embeddings).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch.nn.functional import normalize
 from vlmprune.errors import UsageError
 
 FIRST, ANSWER, LAST = "FIRSTQUESTION", "ANSWERTOIT", "LASTQUESTION"
-"""What a template is tried with."""
+"""The words of a conversation that a template is tried on."""
 
 FOREIGN = re.compile(r"\[/?[A-Z]+\]|</?[a-z]+>|<\|[^<>|]+\|>|\b[\w ]+:\s*$")
-"""Words that templates write: where none of a template's own closes a question, these say that another one wrote it."""
+"""Words that templates write. If a question does not end in words of its own template, these show that another one wrote it."""
 
 
 class ClipRelevance:
@@ -37,12 +37,12 @@ class ClipRelevance:
 
     Args:
         clip: a loaded `CLIPModel`; its post-norm and both projections are used, its vision tower is not run again.
-        clip_tokenizer: its tokenizer. Questions are cut into pieces of at most its `model_max_length` (77) tokens.
+        clip_tokenizer: its tokenizer. Questions are split into pieces of at most its `model_max_length` (77) tokens.
         tokenizer: the VLM's tokenizer, or its processor: whichever holds the chat template.
-        question: the bare question of every prompt; or a function that makes it from the text behind the prompt's last picture.
-            If None, it is the user's last one in that text, which the chat template tells from its own words ("ASSISTANT:");
-            where there is no template it is all of that text. A prompt that another template wrote is refused, as far as
-            that shows: its text lacks this template's words, or ends in those of another ("[/INST]", "</s>", "Assistant:").
+        question: the bare question of every prompt; or a function that makes it from the text after the prompt's last picture.
+            If None, it is the user's last question in that text, found between the words that the chat template writes
+            ("ASSISTANT:"); without a template it is all of that text. A prompt of another template is refused if it can be
+            recognised: its text lacks this template's words, or ends in another's ("[/INST]", "</s>", "Assistant:").
 
     Raises:
         UsageError: `question` is neither, or the chat template cannot be tried; and at a prompt in which no question is found.
@@ -53,7 +53,7 @@ class ClipRelevance:
     ) -> None:
         if question is not None and not callable(question) and not (isinstance(question, str) and question.strip()):
             raise UsageError(
-                "ClipRelevance: question must be a text, or a function that makes it from the text behind the picture; found "
+                "ClipRelevance: question must be a text, or a function that makes it from the text after the picture; found "
                 f"{question!r}."
             )
         if callable(question):
@@ -61,7 +61,7 @@ class ClipRelevance:
                 signature(question).bind("")
             except TypeError as error:
                 raise UsageError(
-                    "ClipRelevance: question is called as question(text behind the picture), but the one given cannot be "
+                    "ClipRelevance: question is called as question(text after the picture), but the one given cannot be "
                     f"({error})."
                 ) from error
             except ValueError:  # built in: it has no signature
@@ -84,7 +84,7 @@ class ClipRelevance:
         return torch.stack(scores)
 
     def asked(self, ids: Tensor) -> str:
-        """The question that is embedded, from the ids `[text]` behind the picture.
+        """The question that is embedded, from the ids `[text]` after the picture.
 
         Raises:
             UsageError: none is found.
@@ -98,8 +98,8 @@ class ClipRelevance:
         if not isinstance(found, str) or not found.strip():
             where = "the chat template" if self.question is None else "question=…"
             raise UsageError(
-                f"ClipRelevance finds no question in the text behind the picture by {where}, found {text!r}: put the question "
-                "behind the picture, or give it as ClipRelevance(…, question='…')."
+                f"ClipRelevance finds no question in the text after the picture by {where}, found {text!r}: put the question "
+                "after the picture, or give it as ClipRelevance(…, question='…')."
             )
         return found
 
@@ -114,25 +114,25 @@ class ClipRelevance:
 
 
 class Template:
-    """What a chat template writes around a question: found by a conversation of known words. White space does not count.
+    """What a chat template writes around a question, found by rendering a conversation of known words. White space is ignored.
 
     Args:
         render: `apply_chat_template` of a tokenizer or processor.
 
     Raises:
-        UsageError: the template does not show the questions.
+        UsageError: the questions do not appear in what the template writes.
     """
 
     def __init__(self, render: Callable[..., Any]) -> None:
         written = _written(render, add_generation_prompt=True)
         self.turn = _words(written.partition(ANSWER)[2].partition(LAST)[0])  # between an answer and the next question
-        self.closing = _words(written.partition(LAST)[2])  # behind a question that is to be answered
+        self.closing = _words(written.partition(LAST)[2])  # after a question that is to be answered
         self.ending = _words(_written(render, add_generation_prompt=False).partition(LAST)[2], r"\s*$")
 
     def question(self, text: str) -> str | None:
-        """The user's last question in the text behind a picture, or None."""
+        """The user's last question in the text after a picture, or None."""
         closings = list(self.closing.finditer(text))
-        answered = closings[0].end() if closings else len(text)  # a user's next turn can begin only behind an answer
+        answered = closings[0].end() if closings else len(text)  # a user's next turn can begin only after an answer
         start = max((turn.end() for turn in self.turn.finditer(text) if turn.start() >= answered), default=0)
         end = max((closing.start() for closing in closings if closing.start() >= start), default=None)
         if end is None:  # nothing asks for an answer
@@ -141,9 +141,9 @@ class Template:
         return None if end is None else text[start:end].strip()
 
 
-def _words(text: str, behind: str = "") -> re.Pattern[str]:
-    """Matches these words with any white space between their letters; nothing at all, if there are none and no `behind`."""
-    return re.compile((r"\s*".join(map(re.escape, "".join(text.split()))) + behind) or r"(?!)")
+def _words(text: str, after: str = "") -> re.Pattern[str]:
+    """Matches these words with any white space between their letters, then the pattern `after`; nothing if both are empty."""
+    return re.compile((r"\s*".join(map(re.escape, "".join(text.split()))) + after) or r"(?!)")
 
 
 def _written(render: Callable[..., Any], add_generation_prompt: bool) -> str:
@@ -161,5 +161,5 @@ def _written(render: Callable[..., Any], add_generation_prompt: bool) -> str:
             return written
     raise UsageError(
         f"ClipRelevance cannot find questions by this chat template ({why}): give them as ClipRelevance(…, question='…'), or "
-        "as a function of the text behind the picture."
+        "as a function of the text after the picture."
     )

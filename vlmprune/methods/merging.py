@@ -1,4 +1,4 @@
-"""What merging methods share: tokens that join others. Shapes are `[image, token, …]`."""
+"""Operations of merging methods, in which tokens join others. Shapes are `[image, token, …]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 CHUNK = 1 << 20
-"""Similarities or distances `[image, token, token]` that exist at one time."""
+"""Most similarities or distances `[image, token, token]` that exist at one time."""
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def others(chosen: Tensor, visual: int) -> Tensor:
 
 
 def chunks(x: Tensor, columns: int) -> tuple[Tensor, ...]:
-    """`[image, n, dim]` in pieces of so many tokens that their similarities to `columns` others are at most `CHUNK`."""
+    """`[image, n, dim]` in pieces so small that the similarities of one piece to `columns` others are at most `CHUNK`."""
     return x.split(max(CHUNK // max(len(x) * columns, 1), 1), dim=1)
 
 
@@ -49,12 +49,13 @@ def gathered(x: Tensor, home: Tensor, centres: int) -> tuple[Tensor, Tensor]:
 
 
 def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Cluster tokens `[image, n, dim]` around points that are dense and far from denser ones (kNN density peaks, as SparseVLM's
-    code): distance / √dim, density = exp(−mean squared distance to the `clusters` nearest, itself among them).
+    """Cluster tokens `[image, n, dim]` around points that are dense and far from denser ones: kNN density peaks, as in
+    SparseVLM's code. Distances are divided by √dim; density = exp(−mean squared distance to the `clusters` nearest, the token
+    itself included).
 
     Returns:
-        Centres `[image, cluster]`, best first, and each token's cluster `[image, n]`. Equal densities: the lower index is
-        denser.
+        Centres `[image, cluster]`, best first, and each token's cluster `[image, n]`. Of equal densities, the lower index
+        counts as denser.
     """
     x = x.float()
 

@@ -1,16 +1,18 @@
-"""What a redistribution method is: the layers and rows it edits, what it marks, and one of three edits.
+"""What a redistribution method is: the layers and rows it edits, the tokens it marks, and one of three edits.
 
-    GroupEditor   a′_k = c_g(μ) · a_k         factors of groups of keys, decided per head and row from the groups' masses
-    ScoreEditor   s′_k = s_k + w_k · |s_k|    before the softmax
-    HeadScaler    o′_h = c_h · o_h            outputs of heads, before they are mixed
+    GroupEditor   a′_k = c_g(μ) · a_k         one factor per group of keys, from the attention that a row pays to each group
+    ScoreEditor   s′_k = s_k + w_k · |s_k|    scores, before the softmax
+    HeadScaler    o′_h = c_h · o_h            outputs of heads, before the output projection mixes them
 
-A method knows no model and brings no decoding loop. It is a frozen dataclass whose fields are its paper's parameters. What is
-marked is marked at a prompt, and stays with the conversation: generated tokens are ordinary.
+A method is a frozen dataclass whose fields are its paper's parameters. It contains no decoding loop, and depends on no model:
+`bind` gives it plain data about the one it will run in. Tokens are marked when a prompt is processed, and the marks last as
+long as the conversation. Generated tokens are never marked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -22,22 +24,39 @@ from vlmprune.errors import UsageError, unknown
 from vlmprune.methods.checks import check_class, check_needs
 from vlmprune.methods.parameters import settle
 from vlmprune.schedule import scaled_layer
-from vlmprune.view import FROM_TOWER
+from vlmprune.view import FROM_TOWER, TowerFacts
 
 M = TypeVar("M", bound="Redistributor")
 Rows = Literal["behind", "last", "all"]
 
 
 @dataclass(frozen=True, eq=False)
+class ModelFacts:
+    """What a method may know about a model before the model runs.
+
+    Attributes:
+        config: the language model's config; read only.
+        hidden_size: numbers in a token's residual.
+        layers: number of decoder layers.
+        tower: facts about the vision tower.
+    """
+
+    config: Any
+    hidden_size: int
+    layers: int
+    tower: TowerFacts
+
+
+@dataclass(frozen=True, eq=False)
 class Picture:
-    """One picture, as far as it is still there.
+    """The tokens of one image that have not been dropped.
 
     Attributes:
         sample: batch row.
-        rows: `[visual]` where its tokens stand among what the layer computes.
-        index: `[visual]` which of the picture's tokens these are.
-        original: tokens the picture had before any pruning.
-        tower: `[original, head]` by name, what the vision tower knew.
+        rows: `[visual]` rows of its tokens among those that the layer computes.
+        index: `[visual]` index of each token in its image.
+        original: number of tokens that the image had before any were dropped.
+        tower: probes of the vision tower by name, `[original, head]`.
     """
 
     sample: int
@@ -49,18 +68,16 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A prompt in one decoder layer; `token` counts what that layer computes.
+    """A prompt in one decoder layer. The axis `token` has the rows that this layer computes.
 
     Attributes:
-        hidden: `[batch, token, dim]` residual entering the layer.
+        hidden: `[batch, token, dim]` residual that enters the layer.
         prompt: `[batch, token]` bool, False on padding and on candidates of assisted decoding.
         visual: `[batch, token]` bool.
         first: `[batch]` row of the conversation's first token; None in a later turn.
-        anchor: `[batch, dim]` residual of that token, whenever it was.
-        pictures: every picture of the batch.
-        sink_dims: dimensions of the residual that massive activations use, or None.
-        sink_energy: share of a token's energy in one of them that makes it a sink, where it is known, or None.
-        column_means: gives `[batch, head, token]`, the attention each token gets from the prompt's rows, on average.
+        anchor: `[batch, dim]` residual of that token; None unless the method compares with it.
+        pictures: the images of the batch, if the method needs probes of the vision tower.
+        column_means: returns `[batch, head, token]`, the mean attention that each token gets from the prompt's rows.
     """
 
     hidden: Tensor
@@ -69,13 +86,11 @@ class Scene:
     first: Tensor | None
     anchor: Tensor | None
     pictures: Sequence[Picture]
-    sink_dims: tuple[int, ...] | None
-    sink_energy: float | None
     column_means: Callable[[], Tensor]
 
 
 DEFINED: dict[str, type[Redistributor]] = {}
-"""Methods that users of the library have defined in this process, by their names; the last of those with one name."""
+"""Methods that users of the library defined in this process, by name. The last definition of a name wins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,18 +98,18 @@ class Redistributor:
     """Edits the attention of some rows in some decoder layers.
 
     Args:
-        layers: which, as indices and slices of Python: "2:-1", "1|18:", or numbers one after the other: [1, 18], range(2, 6);
-            the paper's if empty.
-        preset: name of settings its paper or code publishes; a parameter that is given wins.
+        layers: the decoder layers, as Python indices and slices ("2:-1", "1|18:") or as a sequence of numbers ([1, 18],
+            range(2, 6)); the paper's layers if empty.
+        preset: name of settings that the paper or its code publishes; parameters that are given win over it.
 
-    A subclass with a `name` of its own can be used by that name in recipe strings and files, wherever it is defined.
+    A subclass with its own `name` can be used by that name in recipe strings and files, wherever it is defined.
 
     Class attributes:
-        rows: "behind" (of the prompt, the text behind its last picture), "last" (its last token) or "all"; in each case every
-            row of decoding too.
+        rows: the rows of a prompt that are edited: "behind" (the text after its last image), "last" (its last token) or "all".
+            Every row of a decoding step is edited in each case.
         needs: probes of the vision tower.
         default_layers: the paper's layers.
-        causal: False where what is done to a row of the prompt depends on what stands behind it, as the paper has it.
+        causal: False if the edit of a prompt's row depends on later rows, as in the paper.
 
     Raises:
         UsageError: an unknown preset, or a parameter outside its range.
@@ -110,7 +125,7 @@ class Redistributor:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     causal: ClassVar[bool] = True
     _given: ClassVar[frozenset[str]] = frozenset()
-    """Names of the parameters that were given, of an instance."""
+    """Names of the parameters that an instance was given."""
 
     layers: str = ""
     preset: InitVar[str | None] = None
@@ -121,7 +136,7 @@ class Redistributor:
             DEFINED[name] = cls
 
     def __new__(cls: type[M], **given: Any) -> M:
-        # Afterwards, a parameter that was given as its default looks like one that was not.
+        # Later, a parameter that was given with its default value looks the same as one that was not given.
         method = super().__new__(cls)
         object.__setattr__(method, "_given", frozenset(given))
         return method
@@ -136,20 +151,45 @@ class Redistributor:
                 if key not in self._given:
                     object.__setattr__(self, key, value)
         settle(self)
-        several = isinstance(self.layers, list | tuple | range | np.ndarray)
-        object.__setattr__(self, "layers", "|".join(map(str, self.layers)) if several else str(self.layers))
+        object.__setattr__(self, "layers", written(self.layers))
         _pieces(self.name, self.layers)
 
     @property
     def neutral(self) -> bool:
-        """The parameters are such that nothing changes."""
+        """True if the edit changes nothing with these parameters."""
         raise NotImplementedError
 
-    def layers_of(self, depth: int) -> tuple[int, ...]:
-        """The decoder layers it edits in a model with `depth` of them.
+    @property
+    def compares_with_first(self) -> bool:
+        """True if marks depend on the residual of the conversation's first token (`Scene.anchor`)."""
+        return False
+
+    def bind(self: M, model: ModelFacts) -> M:
+        """The method for one model, the twin of `Pruner.plan`. A method that looks something up about the model returns a copy
+        of itself with the result (`_copy_with`).
 
         Raises:
-            UsageError: the model lacks one, or has none of them.
+            UsageError: the method does not work with this model.
+        """
+        if self.needs and not model.tower.cls:
+            raise UsageError(
+                f"{self.name} needs the attention of the vision tower's CLS token, but {model.tower.refusal}; choose a method "
+                "that does not need it."
+            )
+        return self
+
+    def _copy_with(self: M, **found: Any) -> M:
+        """The same method with private attributes set."""
+        bound = copy(self)
+        for name, value in found.items():
+            object.__setattr__(bound, name, value)
+        return bound
+
+    def layers_of(self, depth: int) -> tuple[int, ...]:
+        """The decoder layers that the method edits in a model with `depth` layers.
+
+        Raises:
+            UsageError: the model lacks one of the layers that were given, or all of the default ones.
         """
         chosen: set[int] = set()
         lacking = False
@@ -174,55 +214,55 @@ class Redistributor:
 
 
 class GroupEditor(Redistributor):
-    """A method that multiplies the attention weights of groups of keys by factors decided from the groups' masses.
+    """A method that multiplies the attention weights of each group of keys by a factor that depends on the groups' masses.
 
     Class attributes:
-        groups: number of groups, besides group 0 of ordinary keys.
+        group_count: number of groups, not counting group 0 of the ordinary keys.
     """
 
     edits = "attention weights"
-    groups: ClassVar[int]
+    group_count: ClassVar[int]
 
-    def codes(self, see: Scene) -> Tensor:
-        """`[batch, 1 or head, token]` group of every token of a prompt, 0 … groups."""
+    def groups(self, see: Scene) -> Tensor:
+        """`[batch, 1 or head, token]` group of every token of a prompt, 0 … `group_count`."""
         raise NotImplementedError
 
     def coefficients(self, mass: Tensor, present: Tensor | None = None) -> Tensor:
-        """Factors from masses, `[batch, head, row, 1 + group]` both; rows must go on summing to one.
+        """Factors from masses, both `[batch, head, row, 1 + group]`. The edited weights of a row must still sum to one.
 
         Args:
-            mass: attention to each group; a group's may have rounded to 0.
-            present: `[batch, 1 or head, 1, 1 + group]` bool, groups that have a key; None: those with a mass above 0.
+            mass: attention that the row pays to each group; it can be rounded to 0.
+            present: `[batch, 1 or head, 1, 1 + group]` bool, True for groups that have a key; None means a mass above 0.
         """
         raise NotImplementedError
 
 
 class ScoreEditor(Redistributor):
-    """A method that raises the scores of marked keys by a share of their size."""
+    """A method that raises the scores of marked keys by a fraction of their absolute value."""
 
     edits = "scores"
 
-    def codes(self, see: Scene) -> Tensor:
+    def groups(self, see: Scene) -> Tensor:
         """`[batch, 1, token]` group of every token of a prompt."""
         raise NotImplementedError
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """The share of each group 1, 2, …"""
+        """The fraction for each of the groups 1, 2, …"""
         raise NotImplementedError
 
 
 class HeadScaler(Redistributor):
-    """A method that compares each head's output with and without the picture, once, and scales heads from then on."""
+    """A method that compares the output of each head with and without the image once, at the prompt, and then scales heads."""
 
     edits = "outputs of heads"
 
-    def scale(self, seeing: Tensor, blind: Tensor) -> Tensor:
+    def scale(self, with_image: Tensor, text_only: Tensor) -> Tensor:
         """`[batch, head]` factors.
 
         Args:
-            seeing: `[batch, head, dim]` fp32 outputs at the last prompt token, before the output projection.
-            blind: the same of the prompt without its pictures.
+            with_image: `[batch, head, dim]` fp32 outputs of the heads at the last prompt token, before the output projection.
+            text_only: the same for the prompt without its images.
         """
         raise NotImplementedError
 
@@ -241,7 +281,7 @@ def _pieces(name: str, layers: str) -> list[int | slice]:
 
 
 def _example(name: str, layers: str, depth: int) -> str:
-    """The same layers, scaled to a model of `depth` layers, as the end of a sentence; nothing where none are left."""
+    """The same layers scaled to a model of `depth` layers, as the end of a sentence; empty if there is none."""
 
     def scaled(end: int | None) -> int | None:
         return None if end is None else -(scaled_layer(-end - 1, depth) + 1) if end < 0 else scaled_layer(end, depth)
@@ -258,18 +298,12 @@ def _example(name: str, layers: str, depth: int) -> str:
     return f", for example layers={'|'.join(dict.fromkeys(pieces))}" if pieces else ""
 
 
-def spans(layers: Sequence[int]) -> str:
-    """Rising numbers for people, with runs written as first–last."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+def written(value: Any) -> str:
+    """A parameter that may be a sequence of numbers, as in a recipe string: "1|2"."""
+    return "|".join(map(str, value)) if isinstance(value, list | tuple | range | np.ndarray) else str(value)
 
 
 def first_token(see: Scene, batch: int) -> Tensor:
-    """`[batch, 1, token]` codes with 1 at the conversation's first token."""
-    codes = torch.zeros(batch, 1, see.prompt.shape[1], dtype=torch.int8, device=see.prompt.device)
-    return codes if see.first is None else codes.scatter(2, see.first[:, None, None], 1)
+    """`[batch, 1, token]` groups: 1 for the conversation's first token, 0 for all others."""
+    groups = torch.zeros(batch, 1, see.prompt.shape[1], dtype=torch.int8, device=see.prompt.device)
+    return groups if see.first is None else groups.scatter(2, see.first[:, None, None], 1)

@@ -1,4 +1,4 @@
-"""What a method may be given to score tokens by the question: looked at when the method is made, not at the first prompt."""
+"""Checks of a relevance function (`CDPruner(relevance=…)`): when the method is made, not at the first prompt."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def check_relevance(method: str, relevance: Any) -> None:
 
     Args:
         method: name of the method.
-        relevance: a function, or an object with the parts of a `ClipRelevance`.
+        relevance: a function, or an object like `ClipRelevance`.
 
     Raises:
-        UsageError: it cannot be called so, or a part of it is not what it takes it for.
+        UsageError: it cannot be called with these arguments, or one of its parts is of the wrong kind.
     """
     if isinstance(relevance, type) or not callable(relevance):
         raise UsageError(f"{method}: relevance must be a function such as ClipRelevance(…), found {shown(relevance)}.")
@@ -46,7 +46,7 @@ def check_relevance(method: str, relevance: Any) -> None:
 
 
 def check_width(method: str, relevance: Any, width: int) -> None:
-    """Refuse a CLIP model that is not the one whose tower made the patches. `width`: numbers of a patch there, 0 if unknown.
+    """Refuse a CLIP model other than the one the tower was taken from. `width`: numbers of a patch in the tower, 0 if unknown.
 
     Raises:
         UsageError: their widths differ.
@@ -88,8 +88,8 @@ def _check_tokenizer(method: str, tokenizer: Any) -> None:
             f"{method}: clip_tokenizer must be the CLIP model's tokenizer, found {shown(tokenizer)}: pass "
             "transformers.AutoTokenizer.from_pretrained(…)."
         )
-    if not 2 < length <= 10**6:  # transformers' word for "no limit" is 10³⁰
+    if not 2 < length <= 10**6:  # transformers writes 10³⁰ for "no limit"
         raise UsageError(
-            f"{method}: clip_tokenizer says that texts may have {length} tokens, so that long questions cannot be cut for the "
-            "CLIP model: set its model_max_length (77)."
+            f"{method}: clip_tokenizer allows texts of {length} tokens, but long questions must be split for the CLIP model: "
+            "set its model_max_length (77)."
         )

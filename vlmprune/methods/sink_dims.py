@@ -1,9 +1,9 @@
-"""Dimensions of the residual that massive activations use, as data, by what the text model's config tells of its base model.
+"""Dimensions of the residual in which massive activations occur, as data, found by the language model's config.
 
-Fine-tuning leaves them where they are, so that the base model is enough: its shape, and what else tells it from others of that
-shape (LLaMA-1 and CodeLlama have LLaMA-2's). A config cannot tell more: a model of the same config that was trained from
-scratch has other dimensions, and is taken for the known one. `vlmprune sinks` looks at the weights, and says where an entry is
-wrong.
+Fine-tuning does not move them, so it is enough to recognise the base model: by its shape, and by further numbers where several
+base models have one shape (LLaMA-1 and CodeLlama have LLaMA-2's). A config cannot tell apart a model with the same config that
+was trained from scratch: that one has other dimensions, but is taken for the known one. `vlmprune sinks` looks at the weights,
+and reports an entry that is wrong.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Known:
     """One base model.
 
     Attributes:
-        model: for people.
+        model: name of the model, for reports.
         shape: model type, hidden size, layers, key-value heads, MLP width.
         dims: the dimensions.
-        energy: share of a residual's energy in one of them that makes a token a sink; the paper's τ = 20 is 400 / hidden size.
-        source: where they are from.
-        trusted: read in official code or a paper, or measured here; others are named in errors only.
-        facts: what else the config says, by name as in `fact`.
+        energy: share of a residual's energy in one of them from which a token is a sink; τ = 20 is 400 / hidden size.
+        source: where the dimensions are published.
+        trusted: True if they are from official code, from a paper, or measured here; others only appear in error sentences.
+        facts: further numbers of the config by name, see `fact`.
     """
 
     model: str
@@ -63,25 +63,25 @@ KNOWN = (
 
 
 def shape_of(text_config: Any) -> tuple[str, int, int, int, int]:
-    """What entries are found by."""
+    """The numbers by which entries are found."""
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_key_value_heads", "intermediate_size")
     return tuple(getattr(text_config, name, None) for name in names)  # type: ignore[return-value]
 
 
 def fact(text_config: Any, name: str) -> float | None:
-    """A number of a config; transformers keeps the base of rotary embeddings among their parameters."""
+    """A number in a config; transformers keeps the base of rotary embeddings in `rope_parameters`."""
     value = getattr(text_config, name, None)
     return (getattr(text_config, "rope_parameters", None) or {}).get(name) if value is None else value
 
 
 def differing(known: Known, text_config: Any) -> list[str]:
-    """Names of the entry's facts that the config contradicts. Files may hold numbers in fp32."""
+    """Names of the entry's facts that the config contradicts. Numbers in a file may be rounded to fp32."""
     values = {name: fact(text_config, name) for name in known.facts}
     return [name for name, x in known.facts.items() if (found := values[name]) is None or not isclose(found, x, rel_tol=1e-6)]
 
 
 def entries_of(text_config: Any) -> list[Known]:
-    """Entries of the model's shape and facts, trusted or not."""
+    """Entries with the model's shape and facts, trusted or not."""
     return [known for known in KNOWN if known.shape == shape_of(text_config) and not differing(known, text_config)]
 
 
@@ -91,10 +91,10 @@ def known_or_none(text_config: Any) -> Known | None:
 
 
 def known_sinks(text_config: Any) -> Known:
-    """What is known of a model.
+    """The trusted entry of a model.
 
     Raises:
-        UsageError: they are not known; says how to find them.
+        UsageError: there is none; says how to find the dimensions.
     """
     if (found := known_or_none(text_config)) is not None:
         return found
@@ -112,3 +112,32 @@ def known_sinks(text_config: Any) -> Known:
         "with `vlmprune sinks --model …` and pass the sink_dims=…,sink_energy=… that it prints, or pass sink_dims=cosine, "
         "which needs none."
     )
+
+
+def sinks_for(
+    text_config: Any, size: int, given: tuple[int, ...] | None, tau: float | None
+) -> tuple[tuple[int, ...], float | None]:
+    """Sink dimensions to use in a model, and the share of energy that is known for them, or None.
+
+    Args:
+        text_config: the language model's config.
+        size: its hidden size.
+        given: dimensions that the user chose; None for the known ones.
+        tau: threshold on φ that the user chose, or None.
+
+    Raises:
+        UsageError: the dimensions are not known, the model has fewer, or the threshold cannot be reached.
+    """
+    dims, energy = given, None
+    if dims is None:
+        known = known_sinks(text_config)
+        dims, energy = known.dims, known.energy
+    elif (here := known_or_none(text_config)) is not None and set(dims) <= set(here.dims):
+        energy = here.energy
+    if max(dims) >= size:
+        raise UsageError(f"var: sink_dims has {max(dims)}, but the model has dimensions 0 to {size - 1}.")
+    if tau is not None and tau >= size**0.5:
+        raise UsageError(
+            f"var: tau={tau:g} is never reached: in a residual of {size} numbers φ stays below √{size} = {size**0.5:.1f}."
+        )
+    return dims, energy

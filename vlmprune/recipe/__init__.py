@@ -19,13 +19,13 @@ and writes files, and `hub` asks the Hugging Face hub.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from vlmprune.errors import UsageError
+from vlmprune.errors import UsageError, shown
 from vlmprune.methods import Pruner, Redistributor
 from vlmprune.names import FILE
 from vlmprune.recipe import document, entries, text
@@ -38,12 +38,22 @@ class Recipe:
     """Methods that are applied together.
 
     Raises:
-        UsageError: no method, two methods with a stage at one place, or a later stage that keeps more than an earlier one.
+        UsageError: no method, something else than methods, two methods with a stage at one place, or a later stage that keeps
+            more than an earlier one.
     """
 
     methods: tuple[Pruner | Redistributor, ...]
 
     def __post_init__(self) -> None:
+        if isinstance(self.methods, str | Pruner | Redistributor) or not isinstance(self.methods, Iterable):
+            raise UsageError(
+                f"a Recipe is made of a tuple of methods, found {shown(self.methods)}: write vlmprune.Recipe.of(…), which also "
+                "takes strings."
+            )
+        object.__setattr__(self, "methods", tuple(self.methods))
+        for method in self.methods:
+            if not isinstance(method, Pruner | Redistributor):
+                raise no_method(method)
         if not self.methods:
             raise UsageError("a recipe needs at least one method, for example 'divprune:fraction=0.25'.")
         names = [method.name for method in self.redistributors]
@@ -108,9 +118,7 @@ class Recipe:
             elif isinstance(part, Pruner | Redistributor):
                 methods.append(part)
             else:
-                raise UsageError(
-                    f"expected a method, a recipe or a recipe string, found {part!r}; for example vlmprune.FastV(layer=2)."
-                )
+                raise no_method(part)
         return Recipe(tuple(methods))
 
     @staticmethod
@@ -157,3 +165,29 @@ class Recipe:
             UsageError: there is no such file, folder or repository, it is not JSON, or `from_dict` refuses it.
         """
         return Recipe.from_dict(document.load(source))
+
+
+def no_method(found: Any) -> UsageError:
+    """The error for what was passed instead of a method: what it is, and what to pass."""
+    what, kind = shown(found), type(found).__name__
+    instead = "for example vlmprune.FastV(layer=2)"
+    if isinstance(found, type) and issubclass(found, Pruner | Redistributor):
+        what = f"the class {found.__name__}"
+        if not hasattr(found, "name"):
+            instead = f"a method is an instance of a class derived from it, {instead}"
+        elif issubclass(found, Pruner) and not hasattr(found, "default"):
+            instead = (
+                "give the class a default, for example default = vlmprune.at(layer=2, fraction=0.5), and pass an instance, "
+                f"{found.__name__}()"
+            )
+        else:
+            instead = f"pass an instance, {found.__name__}()"
+    elif isinstance(found, Mapping):
+        what, instead = f"a {kind}", "read it with vlmprune.Recipe.from_dict(…)"
+    elif isinstance(found, list | tuple | set | frozenset):
+        what, instead = f"a {kind} of {len(found)}", "pass its items one by one, vlmprune.wrap(model, *methods)"
+    elif hasattr(found, "__fspath__"):
+        instead = "read it with vlmprune.Recipe.from_pretrained(…)"
+    elif hasattr(found, "named_parameters"):
+        what, instead = f"a model ({kind})", "wrap takes one model, and then methods"
+    return UsageError(f"expected a method, a recipe or a recipe string, found {what}: {instead}.")

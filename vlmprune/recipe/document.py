@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from vlmprune.errors import UsageError, unknown
+from vlmprune.errors import UsageError, shown, unknown
 from vlmprune.methods import Pruner, Redistributor
 from vlmprune.names import FILE
 from vlmprune.recipe import hub
@@ -35,7 +35,7 @@ def read(data: Any) -> list[Mapping[str, Any]]:
             "recipe with the older version."
         )
     if not isinstance(data["methods"], list) or not all(isinstance(entry, Mapping) for entry in data["methods"]):
-        raise UsageError(f'"methods" must be a list of objects, found {data["methods"]!r}.')
+        raise UsageError(f'"methods" must be a list of objects, found {shown(data["methods"])}.')
     return data["methods"]
 
 
@@ -56,10 +56,12 @@ def _entry(method: Pruner | Redistributor) -> dict[str, Any]:
         )
     entry = entry_of(method)
     if "kept" in entry:
-        raise UsageError(f"{method.name}: a recipe file cannot mix tokens and fraction in one method's schedule.")
+        raise UsageError(
+            f"{method.name}: a recipe file cannot mix tokens and fraction in one method's schedule: use one for all stages."
+        )
     for key in [field.name for field in fields(method) if field.name in entry]:
         if not isinstance(value := entry[key], int | float | str):
-            raise UsageError(f"a recipe file cannot hold {key} of {method.name}, found {value!r}: set it in Python.")
+            raise UsageError(f"a recipe file cannot hold {key} of {method.name}, found {shown(value)}: set it in Python.")
     return entry
 
 
@@ -79,4 +81,4 @@ def load(source: str | Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not a JSON file ({error}).") from error
+        raise UsageError(f"{path} is not a JSON file ({error}): write it with Recipe.save_pretrained(folder).") from error

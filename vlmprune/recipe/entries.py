@@ -12,7 +12,7 @@ from dataclasses import fields
 from inspect import signature
 from typing import Any
 
-from vlmprune.errors import UsageError, unknown
+from vlmprune.errors import UsageError, shown, unknown
 from vlmprune.methods import METHODS, REDISTRIBUTORS, Pruner, Redistributor
 from vlmprune.methods.base import DEFINED
 from vlmprune.methods.redistributing import DEFINED as DEFINED_REDISTRIBUTORS
@@ -78,7 +78,7 @@ def _check_keys(name: str, given: Mapping[str, Any], known: list[str]) -> None:
 def _check_single(name: str, given: Mapping[str, Any]) -> None:
     for key, value in given.items():
         if isinstance(value, list):
-            raise UsageError(f"{name}: {key} takes one value, found {value}.")
+            raise UsageError(f"{name}: {key} takes one value, found {shown(value)}.")
 
 
 def _schedule(name: str, given: dict[str, Any]) -> Schedule:

@@ -38,19 +38,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], text_col
             aligned right and never wrapped.
         title: shown above the table in a terminal.
     """
-    filled = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
-    heads = []
-    for number, name in enumerate(columns):
-        longest = max(
-            cell_len(line) for cell in (Text(name), *(row[number] for row in filled)) for line in cell.plain.split("\n")
-        )
-        if number < text_columns:
-            heads.append(Column(name, overflow="fold", min_width=min(longest, LEAST_TEXT)))
-        else:
-            heads.append(Column(name, justify="right", no_wrap=True, min_width=longest))
+    heads = [Column(name, overflow="fold", justify="left" if n < text_columns else "right") for n, name in enumerate(columns)]
     made = Table(*heads, title=Text(title) if title else None)
-    for row in filled:
-        made.add_row(*row)
+    for row in rows:
+        made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return made
 
 
@@ -79,22 +70,59 @@ def _escaped(cell: Text) -> str:
 def show(table: Table, console: Console, *narrower: Table) -> None:
     """Print the first of some tables that fits into the terminal; if none does, the last with each row as named cells.
 
+    A table fits if its numbers need no second line. Heads and text may be wrapped for that.
+
     Args:
         narrower: tables that say the most important part of `table` in fewer columns.
     """
-    choices = (table, *narrower)
-    console.print(next((choice for choice in choices if _width(choice) <= console.width), stacked(choices[-1])))
+    for choice in (table, *narrower):
+        if sum(map(_least, choice.columns)) + _borders(choice) <= console.width:
+            console.print(_narrowed(choice, console.width))
+            return
+    console.print(stacked((table, *narrower)[-1]))
 
 
-def _width(table: Table) -> int:
-    """Characters that the table needs, with spaces and borders."""
-    return 1 + sum((column.min_width or 0) + 3 for column in table.columns)
+def _narrowed(table: Table, width: int) -> Table:
+    """The table itself if it fits as it is; otherwise with number columns as narrow as their numbers, and wrapped heads."""
+    if sum(map(_natural, table.columns)) + _borders(table) <= width:
+        return table
+    narrow = Table(*(column.copy() for column in table.columns), title=table.title)
+    for column, own in zip(narrow.columns, table.columns, strict=True):
+        if column.justify == "right":
+            column.width = _least(own)
+        else:
+            column.min_width = _least(own)
+    for row in cells(table):
+        narrow.add_row(*row)
+    return narrow
+
+
+def _borders(table: Table) -> int:
+    """Characters of a line that are borders and spaces."""
+    return 3 * len(table.columns) + 1
+
+
+def _natural(column: Column) -> int:
+    """Characters of the widest line of a column."""
+    return max(_longest(column), cell_len(str(column.header)))
+
+
+def _least(column: Column) -> int:
+    """Characters that a column needs: all of its numbers and of each word of its head; `LEAST_TEXT` if it is text."""
+    if column.justify != "right":
+        return min(_natural(column), LEAST_TEXT)
+    return max(_longest(column), *(cell_len(word) for word in str(column.header).split()), 1)
+
+
+def _longest(column: Column) -> int:
+    lines = (line for cell in column.cells for line in str(cell).split("\n"))
+    return max(map(cell_len, lines), default=0)
 
 
 def stacked(table: Table) -> Table:
     """The same table with two columns: the first one, and the names and cells of the others, a line each."""
     first, *others = table.columns
-    left = Column(first.header, overflow="fold", min_width=first.min_width)
+    left = Column(first.header, overflow="fold", min_width=min(_natural(first), LEAST_TEXT))
     narrow = Table(left, Column("", overflow="fold"), title=table.title, show_lines=True)
     for name, *row in cells(table):
         filled = [(str(column.header), cell) for column, cell in zip(others, row, strict=True) if cell.plain]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 BYTES = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
@@ -29,6 +29,17 @@ def share(part: float, whole: float, form: Callable[[float], str]) -> str:
     """A part of a whole: "2 GiB of 4 GiB (50.0%)". `form` is one of the functions above."""
     text = f"{form(part)} of {form(whole)}"
     return f"{text} ({part / whole:.1%})" if whole else text
+
+
+def spans(layers: Sequence[int]) -> str:
+    """Layers in rising order; consecutive ones are joined: "2–10, 12"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
 def plain(value: Any) -> Any:

@@ -4,16 +4,15 @@ process.
     S = argmax_{|S|=K} det L_S, greedily;   L_ij = r_i · cos(x_i, x_j) · r_j
     r = relevance, scaled to [10⁻⁶, 1] over all tokens of a picture
 
-Relevance is that of the paper where a CLIP model is given (`relevance=ClipRelevance(…)`): minus the mean cosine of the patch's
-and the question's CLIP embeddings. Without one it is the mean cosine of the token with the embeddings of the words behind the
-picture, as ports to models without CLIP do (`embedding` variant; inferred, not the paper's).
+With a CLIP model (`relevance=ClipRelevance(…)`), relevance is the paper's: minus the mean cosine of the patch's and the
+question's CLIP embeddings. Without one, it is the mean cosine of the token and the embeddings of the words after the picture,
+as in ports to models without CLIP (`embedding` variant; inferred, not the paper's).
 
-The views of a LLaVA-NeXT picture are chosen from one by one, as in the code, but r is scaled over all of them together.
-Differs from the official code in: scaling per picture (there over all pictures of the batch); equal relevance everywhere is 1
-(there a division by zero); K is the picture's, shared among its views by their tokens (there K of each view); un-padding,
-which leaves padding no candidate (there pictures are never un-padded); row separators stay unless newlines="drop" (there
-none); positions are kept; everything from the features on is fp32 (there a half-precision model's features are normalised in
-half precision first).
+Each crop of a LLaVA-NeXT picture is chosen from separately, as in the code, but r is scaled over all crops together. Differs
+from the official code: scaling per picture (official: over all pictures of the batch); equal relevance everywhere is 1
+(official: division by zero); K is the picture's, shared among its crops by their tokens (official: K of each crop); padding is
+no candidate, because pictures are un-padded first (official: never); row separators stay unless newlines="drop" (official:
+none); positions are kept; fp32 from the features on (official: features are normalised in the model's dtype).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from vlmprune.view import TowerFacts, View
 
 Relevance = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From `tower_features` `[image, visual, dim]`, `text_ids` `[image, text]` and `text_valid` to `[image, visual]`; of whole
-pictures, all views of a LLaVA-NeXT picture together."""
+pictures, all crops of a LLaVA-NeXT picture together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ class CDPruner(Pruner):
 
     name = "cdpruner"
     paper = "arXiv:2506.10967 (NeurIPS 2025)"
-    note = "relevance from the model's own embeddings unless a CLIP model is given; K of a picture, not of each view"
+    note = "relevance from the model's own embeddings unless a CLIP model is given; K of a picture, not of each crop"
     needs = frozenset({"features", "text_features", "text_valid"})
     official_positions = "compact"
     default = at(layer=0, tokens=64)
@@ -94,8 +93,8 @@ class CDPruner(Pruner):
 
 
 def scaled(relevance: Tensor) -> Tensor:
-    """`[image, visual]` on [10⁻⁶ / span, 1 + 10⁻⁶ / span], each picture for itself, where span is its highest less its lowest;
-    1 where all are equal."""
+    """`[image, visual]` on [10⁻⁶ / span, 1 + 10⁻⁶ / span], each picture separately; span is its highest minus its lowest; 1 if
+    all are equal."""
     low, high = relevance.amin(dim=-1, keepdim=True), relevance.amax(dim=-1, keepdim=True)
     span = high - low
     return torch.where(span > 0, (relevance - low + 1e-6) / span.masked_fill(span == 0, 1), 1.0)

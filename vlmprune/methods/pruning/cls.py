@@ -2,11 +2,11 @@
 
     s_j = mean_h A^h[CLS, j]        attention of the CLS token to patch j in the block whose output feeds the projector
 
-Needs a tower with a CLS token (CLIP). Every view of a LLaVA-NeXT picture has its own: attention is a share of one view, and is
-compared within it only. Differs from FasterVLM in: survivors keep their positions; scores are fp32 (there the tower's dtype);
-ties go to the lower index. On LLaVA-NeXT: K is the picture's, shared among its views by their tokens (there K of each view);
-un-padding leaves padding no candidate (there pictures are never un-padded); row separators stay unless newlines="drop" (there
-none).
+Needs a tower with a CLS token (CLIP). Each crop of a LLaVA-NeXT picture has its own: attention is a share of one crop, and is
+compared within that crop only. Differs from FasterVLM: survivors keep their positions; scores are fp32 (official: the tower's
+dtype); ties go to the lower index. On LLaVA-NeXT: K is the picture's, shared among its crops by their tokens (official: K of
+each crop); padding is no candidate, because pictures are un-padded first (official: never); row separators stay unless
+newlines="drop" (official: none).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class CLS(ScorePruner):
 
     name = "cls"
     paper = "arXiv:2412.01818 (FasterVLM)"
-    note = "fp32; K of a picture, not of each view; row separators stay"
+    note = "fp32; K of a picture, not of each crop; row separators stay"
     needs = frozenset({"attention_from_cls"})
     official_positions = "compact"
     default = at(layer=0, fraction=0.25)

@@ -1,14 +1,14 @@
 """DART. Wen et al., EMNLP 2025, arXiv:2502.11494. Not importance but duplication: keep what pivots do not resemble.
 
     pivots   the 4 visual and the 4 text tokens (of the text after the picture) with the largest L1 norm of their keys in the
-             layer before the cut, all key heads together
-    for each pivot in turn, keep the q tokens not yet kept that are least similar to it: cosine of hidden states behind the
+             layer before the stage, all key heads together
+    for each pivot in turn, keep the q tokens not yet kept that are least similar to it: cosine of hidden states after the
     language model's final norm
 
-Needs no attention. Differs from the official code in: exactly K tokens (there 4 + 8·⌊K / 8⌋: 68 for 64, 132 for 128, 196 for
-192; LightCompress, a toolkit with a port of it, keeps 4 + 8·⌊n · fraction / 8⌋: 124 of 576 at 0.222), the remainder goes to
-the first pivots; the pivots' order: visual ones first, by norm (there the order of a Python set); norms and cosines are fp32
-(there the model's dtype); row separators of LLaVA-NeXT stay, on top of K, unless newlines="drop" (there they are candidates).
+Needs no attention. Differs from the official code: exactly K tokens (official: 4 + 8·⌊K / 8⌋: 68 for 64, 132 for 128, 196 for
+192; the port in LightCompress keeps 4 + 8·⌊n · fraction / 8⌋: 124 of 576 at 0.222); the remainder goes to the first pivots;
+pivots are visited visual first, by norm (official: the order of a Python set); norms and cosines are fp32 (official: the
+model's dtype); row separators of LLaVA-NeXT stay, on top of K, unless newlines="drop" (official: they are candidates).
 """
 
 from __future__ import annotations

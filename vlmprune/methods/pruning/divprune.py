@@ -2,10 +2,10 @@
 
     S = argmax_{|S|=K} min_{i≠j∈S} d(i, j),   d = 1 − cosine of the tokens entering the language model, solved greedily
 
-Distances are within a picture, for LLaVA-NeXT across all its views. Differs from the official code in: fp32 distances whatever
-the model's dtype, no token picked twice, one selection per picture, and positions: survivors keep theirs where the official
-code renumbers them. Row separators of LLaVA-NeXT stay, on top of K, unless newlines="drop"; there they are candidates like any
-token, and being all alike, one of them is among the K.
+Distances are within a picture, for LLaVA-NeXT across all its crops. Differs from the official code: distances are fp32
+(official: the model's dtype); no token is picked twice; one selection per picture; survivors keep their positions (official:
+renumbered). Row separators of LLaVA-NeXT stay, on top of K, unless newlines="drop" (official: they are candidates like any
+token; as all of them are equal, one is among the K).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class DivPrune(Pruner):
 
     name = "divprune"
     paper = "arXiv:2503.02175 (CVPR 2025)"
-    note = "fp32; no token twice; row separators stay, and are no candidates"
+    note = "fp32; no token twice; row separators stay and are no candidates"
     needs = frozenset({"features"})
     official_positions = "compact"
     default = at(layer=0, fraction=0.098)  # 56 of 576

@@ -1,8 +1,8 @@
 """FastV. Chen et al., ECCV 2024, arXiv:2403.06764, section 4.
 
-    s_j = mean_h A^h[last, j]        attention from the last prompt token to visual token j, in the layer before the cut
+    s_j = mean_h A^h[last, j]        attention from the last prompt token to visual token j, in the layer before the stage
 
-Differs from the official code in: any batch, a KV cache, and positions as in its in-place form (survivors keep theirs).
+Differs from the official code: any batch; a KV cache; survivors keep their positions, as in its in-place form.
 """
 
 from __future__ import annotations

@@ -3,25 +3,25 @@
     S = (I_a / ΣI_a + I_s / ΣI_s) · I_d     relation q_g·k_j, semantic v_g·v_j, magnitude ‖v_j‖₁ (kernels/flow_score)
     C ← ½ C + ½ S                           over the blocks of the vision tower; the first sets C = S
     r = − Σ p log p / log N                 p: the relation of this block, renormalised
-    P = round( (N − T) / √R · (1 − r²) )    patches dropped behind every second block; R blocks remain; the last leaves T
+    P = round( (N − T) / √R · (1 − r²) )    patches dropped after every second block; R blocks remain; the last keeps T
 
-With a CLS token (LLaVA-1.5) it is the global token, and K patches leave the tower. Where pictures are cut into views
-(LLaVA-NeXT), K/2 per view leave the tower, and the second decoder layer's flow to the last prompt token leaves K. With merge
-units (Qwen-VL) the mean token is global, 2K tokens reach the language model, and the second layer leaves K; `variant` says how
-the 2K are found:
+With a CLS token (LLaVA-1.5), the CLS token is global, and K patches leave the tower. If pictures are cut into crops
+(LLaVA-NeXT), K/2 per crop leave the tower, and the flow to the last prompt token in the second decoder layer keeps K. If the
+tower merges patches (Qwen-VL), the mean token is global, 2K tokens reach the language model, and the second layer keeps K. Two
+variants find the 2K:
 
-    official   patches are dropped inside the tower by I_a · I_d, and each four consecutive survivors are merged, whatever their
-               places, which they lose (section 3 of the code's Qwen2-VL; not with windows)
-    unit       no patch is dropped in the tower: whole 2×2 units are kept by the mean of C over their patches, C being taken in
-               the blocks that see the whole picture. Ours, not the paper's; windows and M-RoPE stay legal.
+    official   patches are dropped inside the tower by I_a · I_d, and every four consecutive survivors are merged, wherever they
+               were; their places are lost (as in the code for Qwen2-VL; not with windows)
+    unit       no patch is dropped in the tower: whole 2×2 units are kept by the mean of C over their patches, C from the blocks
+               with full attention. Ours, not the paper's; it leaves windows and M-RoPE intact.
 
-I_a, I_s and r are normalised over the patches that a view still has, in the decoder over the picture's tokens, all views of it
-together. As in the code, ⌊K/2⌋ is kept of each view, padding included, and un-padding may then drop survivors: slightly fewer
-than K can be left of a picture. Differs from the official code in: each view decides for itself (there the largest P of the
-batch); a zero probability has no entropy (there NaN); the tower's scores are fp32 (there its dtype); positions are kept (the
-LLaVA code renumbers after the decoder's stage); row separators of LLaVA-NeXT are kept unless newlines="drop" (there dropped);
-the decoder's score is normalised for Qwen too. As in the code, heads are averaged before the norm in I_d, and in the tower the
-semantic softmax is not scaled (semantic_scale="paper" divides by √d) and includes CLS.
+I_a, I_s and r are normalised over the patches that a crop still has; in the decoder over the picture's tokens, all crops
+together. As in the code, each crop keeps ⌊K/2⌋, padding included, and un-padding may then drop survivors: slightly fewer than K
+can be left of a picture. Differs from the official code: each crop is decided separately (official: the largest P of the
+batch); a zero probability has no entropy (official: NaN); the tower's scores are fp32 (official: its dtype); positions are kept
+(the LLaVA code renumbers after the decoder's stage); row separators of LLaVA-NeXT stay unless newlines="drop" (official:
+dropped); the decoder's score is normalised for Qwen too. As in the code, heads are averaged before the norm in I_d, and in the
+tower the semantic softmax is not scaled (semantic_scale="paper" divides by √d) and includes CLS.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ class FlowCut(TowerPruner):
             everywhere).
         variant_on_units: "auto", "official" or "unit" for towers that merge patches; auto is official where no block has
             windows.
-        decoder_layer: first decoder layer that sees K tokens only, where there is a decoder stage.
+        decoder_layer: first decoder layer that sees K tokens only, if there is a decoder stage.
     """
 
     name = "flowcut"
     paper = "arXiv:2505.19536 (NeurIPS 2025)"
-    note = "each view decides for itself; `unit` variant (Qwen2.5-VL) is ours"
+    note = "each crop is decided separately; the `unit` variant (Qwen2.5-VL) is ours"
     needs = frozenset({"query_of_last", "value_of_last", "keys", "values"})
     watches = "attention and values in the tower"
     provides = Probe("flow", "[image, visual]", "C of each token, the mean over its patches", "tower method", fp32=True)
     official_positions = "compact (LLaVA), original (Qwen)"
     chooses = "keeps the highest flow"
-    chooses_in_tower = "drops the lowest flow behind every second block"
+    chooses_in_tower = "drops the lowest flow after every second block"
     default = Schedule((Stage(0, Budget(tokens=128), "vision"),))
 
     semantic_scale: Literal["code", "paper"] = choice("code", "paper")
@@ -79,7 +79,7 @@ class FlowCut(TowerPruner):
         if all(stage.site == "llm" for stage in self.stages):
             return "decoder only"
         if facts.cls:
-            return "per view" if facts.crops else ""
+            return "per crop" if facts.crops else ""
         return ("unit" if facts.windows else "official") if self.variant_on_units == "auto" else self.variant_on_units
 
     def plan(self, facts: TowerFacts) -> Schedule:
@@ -94,7 +94,7 @@ class FlowCut(TowerPruner):
             raise UsageError("flowcut: its unit variant has no stage inside the tower: give tokens or fraction, without sites.")
         if len(self.stages) > 1 or (facts.cls and not facts.crops):
             return Schedule(self.stages)
-        # K/2 in each of at most 5 views of one picture; a fraction counts from all of them.
+        # K/2 in each of at most 5 crops of one picture; a fraction is of all of them.
         wider = first.budget.scaled(0.5, 2.5) if facts.cls else first.budget.scaled(2.0, 2.0)
         in_tower = replace(first, budget=wider, site="llm" if self.variant(facts) == "unit" else "vision")
         return Schedule((in_tower, Stage(self.decoder_layer, first.budget)))

@@ -1,15 +1,15 @@
 """HoloV. Zou et al., NeurIPS 2025, arXiv:2510.02912. Every part of the picture gets its share.
 
-    The sequence is split into 16 runs. In a run of m tokens, with cosines c_ij of its features (c_ii = 0):
+    The sequence is split into 16 segments. In a segment of m tokens, with cosines c_ij of its features (c_ii = 0):
     e_i = 1000 · CLS attention of token i          v_i = variance of c_ij over j, around Σ_j c_ij / (m − 1)
-    score of the run = mean_i( e_i + 0.09 · v_i · mean|e| / (mean v + 10⁻⁶) )
-    quota = ⌊K · score / Σ score⌋, what is left one each to the best runs; in a run, the highest attention is kept
+    score of the segment = mean_i( e_i + 0.09 · v_i · mean|e| / (mean v + 10⁻⁶) )
+    quota = ⌊K · score / Σ score⌋; the rest is given one by one to the best segments; a segment keeps its highest attention
 
-Every normalisation is one run's own. A LLaVA-NeXT picture is one sequence, as in the code: the base view, then the un-padded
-crops row by row; attention is then compared across views although each view's CLS token shares out its own. Differs from the
-official code in: exactly K tokens (a quota above the run's length goes on to the best runs with room; there zeros are padded);
-rising order (there in order of score); a run of one token counts like the others; positions are kept; each picture is cut up
-for itself; row separators of LLaVA-NeXT stay unless newlines="drop" (there none).
+Every normalisation is within one segment. A LLaVA-NeXT picture is one sequence, as in the code: the base view, then the
+un-padded crops row by row; so attention is compared across crops, although each crop's CLS token distributes its own. Differs
+from the official code: exactly K tokens (a quota above the segment's length goes to the best segments with room; official:
+zeros are padded); rising order (official: by score); a segment of one token counts like the others; positions are kept; each
+picture is split separately; row separators of LLaVA-NeXT stay unless newlines="drop" (official: none).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vlmprune.methods.base import Pruner, alive_top, top
 from vlmprune.schedule import at
 from vlmprune.view import View
 
-RUNS = 16
+SEGMENTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,10 @@ class HoloV(Pruner):
 
     def select(self, see: View, keep: int) -> Tensor:
         attention = self.scores(see)  # [image, visual]
-        runs = min(RUNS, see.visual)
-        sizes = [see.visual // runs + (run < see.visual % runs) for run in range(runs)]
+        segments = min(SEGMENTS, see.visual)
+        sizes = [see.visual // segments + (segment < see.visual % segments) for segment in range(segments)]
         pieces = zip(attention.split(sizes, dim=1), see.features.split(sizes, dim=1), strict=True)
-        score = torch.stack([_score(piece, features.float()) for piece, features in pieces], dim=1)  # [image, run]
+        score = torch.stack([_score(piece, features.float()) for piece, features in pieces], dim=1)  # [image, segment]
         quotas = _quotas(score, sizes, keep)
         kept = [
             alive_top(piece, quota, None)
@@ -58,7 +58,7 @@ class HoloV(Pruner):
 
 
 def _score(attention: Tensor, features: Tensor) -> Tensor:
-    """`[image]` score of one run, from `[image, m]` and `[image, m, dim]`."""
+    """`[image]` score of one segment, from `[image, m]` and `[image, m, dim]`."""
     unit = features / (features.norm(dim=-1, keepdim=True) + 1e-6)
     cosine = unit @ unit.transpose(1, 2)
     cosine = cosine - torch.diag_embed(cosine.diagonal(dim1=1, dim2=2))
@@ -71,13 +71,13 @@ def _score(attention: Tensor, features: Tensor) -> Tensor:
 
 
 def _quotas(score: Tensor, sizes: list[int], keep: int) -> Tensor:
-    """`[image, run]` tokens of each run, exactly `keep` in all: shares cut off, then one more each in the order of scores,
-    round after round, where there is room."""
+    """`[image, segment]` tokens of each segment, exactly `keep` in all: shares rounded down, then one more each in the
+    order of scores, round after round, while there is room."""
     size = on_device(np.array(sizes), score.device).expand_as(score)
     quotas = (score / (score.sum(dim=-1, keepdim=True) + 1e-6) * keep).floor().long().minimum(size)
     missing = keep - quotas.sum(dim=-1)
     best = score.argsort(dim=-1, descending=True, stable=True)
     turn = torch.arange(max(sizes), device=score.device)[:, None]
-    room = (quotas.gather(1, best)[:, None] + turn < size.gather(1, best)[:, None]).flatten(1)  # [image, round × run]
+    room = (quotas.gather(1, best)[:, None] + turn < size.gather(1, best)[:, None]).flatten(1)  # [image, round × segment]
     more = (room & (room.cumsum(dim=-1) <= missing[:, None])).unflatten(1, (-1, len(sizes))).sum(dim=1)
     return quotas.scatter_add(1, best, more)

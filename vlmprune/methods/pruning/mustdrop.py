@@ -1,20 +1,20 @@
 """MustDrop. Liu et al., arXiv:2411.10803. Three stages: merge in the vision tower, filter in the decoder, forget after prefill.
 
-    tower    behind the first block, windows of 3 × 3 patches whose mean pairwise cosine is at least `merge` become one token
+    tower    after the first block, windows of 3 × 3 patches whose mean pairwise cosine is at least `merge` become one token
              each, their mean. Key set: the ⌈0.08 · n⌉ tokens that CLS attends to most in the tower's last block; it is never
              dropped.
-    decoder  a = mean over heads of the attention of the text after the picture, in the layer before the cut. Token j is
+    decoder  a = mean over heads of the attention of the text after the picture, in the layer before the stage. Token j is
              dropped if Σ_t a_tj < g · Σ_j Σ_t a_tj  and  max_t a_tj < u                           (thresholds, as published),
              or if it is not among the key set and the best K by Σ_t a_tj                  (target count, ours)
-    cache    once prefill is over, decoder layers from `cache_layer` on keep only what the last cut left
+    cache    once prefill is over, decoder layers from `cache_layer` on keep only what the last stage kept
 
-g and the key set count from all tokens of a picture, LLaVA-NeXT's views together. Differs from the official code in: each view
-merges for itself (there as many windows as the least similar view of the batch); a merged token stands in the middle of its
-window and patches stay in raster order (there merged ones first); the key set is the picture's, by the attention of each
-view's own CLS token (there 8 % of each view); rows and columns that do not fill a window stay as they are; pictures are
-un-padded (there never); row separators stay unless newlines="drop" (there none); scores are fp32; positions are kept, also for
-decoding steps (there a layer's own count of cached tokens). The code cuts after layers 2, 6, 10, 14: before 3, 7, 11, 15 here.
-Its default thresholds (1.0, 0.0) drop nothing.
+g and the key set are of all tokens of a picture, LLaVA-NeXT's crops together. Differs from the official code: each crop merges
+separately (official: as many windows as the least similar crop of the batch); a merged token takes the middle of its window and
+patches stay in raster order (official: merged ones first); the key set is the picture's, by the attention of each crop's own
+CLS token (official: 8 % of each crop); rows and columns that do not fill a window stay as they are; pictures are un-padded
+(official: never); row separators stay unless newlines="drop" (official: none); scores are fp32; positions are kept, in decoding
+steps too (official: a layer's own count of cached tokens). The code prunes after layers 2, 6, 10, 14; here that is before 3, 7,
+11, 15. Its default thresholds (1.0, 0.0) drop nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vlmprune.view import TowerFacts, View
 
 WINDOW = 3
 FILTERED = stages(dict.fromkeys((3, 7, 11, 15), 1.0))
-"""Where thresholds are applied; they set no count."""
+"""The layers at which thresholds are applied; they set no count."""
 THRESHOLDS = {
     "textvqa-192": (0.001, 0.001),
     "textvqa-128": (0.0012, 0.001),
@@ -50,11 +50,11 @@ class MustDrop(TowerPruner):
     """Merge what is alike, keep what the question reads. Default: target counts 40, 20, 14 and 10 % (our choice).
 
     Args:
-        global_threshold: g; together with u it replaces the target counts. The presets are the published pairs, by benchmark
-            and the tokens they came to on average.
-        individual_threshold: u, beside g.
-        merge: least similarity of a window that is merged in the tower; above 1 merges none.
-        windows: exactly this many windows of each view, the most similar ones, instead of `merge`.
+        global_threshold: g; together with u it replaces the target counts. The presets are the published pairs, named after
+            the benchmark and the mean number of tokens they kept there.
+        individual_threshold: u, given together with g.
+        merge: lowest similarity of a window that is merged in the tower; above 1, none is merged.
+        windows: merge exactly this many windows of each crop, the most similar ones, instead of those above `merge`.
     """
 
     name = "mustdrop"
@@ -76,15 +76,16 @@ class MustDrop(TowerPruner):
     cache_layer: int = number(2, low=-1, whole=True)
 
     def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
-        if preset is not None and (self.global_threshold, self.individual_threshold) == (None, None) and preset in THRESHOLDS:
-            object.__setattr__(self, "global_threshold", THRESHOLDS[preset][0])
-            object.__setattr__(self, "individual_threshold", THRESHOLDS[preset][1])
-        thresholds = [self.global_threshold, self.individual_threshold]
-        if None in thresholds and thresholds != [None, None]:
-            raise UsageError("mustdrop: global_threshold and individual_threshold go together: give both or neither.")
-        if self.thresholds and self.schedule is None and (layer, tokens, fraction, preset) == (None, None, None, None):
+        if str(preset) in THRESHOLDS and self.global_threshold is None and self.individual_threshold is None:
+            object.__setattr__(self, "global_threshold", THRESHOLDS[str(preset)][0])
+            object.__setattr__(self, "individual_threshold", THRESHOLDS[str(preset)][1])
+        if self.thresholds and all(given is None for given in (self.schedule, layer, tokens, fraction, preset)):
             object.__setattr__(self, "schedule", FILTERED)
         super().__post_init__(layer, tokens, fraction, preset)
+
+    def validate(self) -> None:
+        if (self.global_threshold is None) != (self.individual_threshold is None):
+            raise UsageError("mustdrop: global_threshold and individual_threshold go together: give both or neither.")
 
     @property
     def thresholds(self) -> bool:
@@ -100,16 +101,14 @@ class MustDrop(TowerPruner):
 
     def plan(self, facts: TowerFacts) -> Schedule:
         super().plan(facts)
-        everything = Budget(fraction=1.0)
-        tower = (Stage(0, everything, "vision"),) if self.windows != 0 and (self.windows or self.merge <= 1) else ()
-        return Schedule((*tower, *self.stages))
+        merges = self.merge <= 1 if self.windows is None else self.windows > 0
+        return Schedule(((Stage(0, Budget(fraction=1.0), "vision"),) if merges else ()) + self.stages)
 
     def drop(self, index: int, last: int, hidden: Tensor, state: TowerState) -> tuple[Tensor, Tensor] | None:
-        per_side = state.side // WINDOW
-        if index or not per_side:
+        if index or state.side < WINDOW:
             return None
         window, middle = _windows(state.side, hidden.device)  # [window, 9], [window]
-        unit = normalize(hidden.float(), dim=-1)[:, window]  # [view, window, 9, dim]
+        unit = normalize(hidden.float(), dim=-1)[:, window]  # [crop, window, 9, dim]
         similar = (unit.sum(dim=2).square().sum(dim=-1) - unit.square().sum(dim=(2, 3))) / (WINDOW**2 * (WINDOW**2 - 1))
         merged = similar >= self.merge
         if self.windows is not None:
@@ -135,10 +134,9 @@ class MustDrop(TowerPruner):
         attention = see.attention_from_text.mean(dim=1)  # [image, text, visual]
         mass = attention.sum(dim=1)
         total = mass.sum(dim=-1, keepdim=True)
-        key_set = wanted > total
         weak = (mass < self.global_threshold * total) & (attention.amax(dim=1) < self.individual_threshold)
-        best = torch.zeros_like(key_set).scatter(1, top(wanted, keep), True)  # never more than the budget
-        return Choice([on_device(row.nonzero()[0], best.device) for row in on_host((key_set | ~weak) & best)])
+        best = torch.zeros_like(weak).scatter(1, top(wanted, keep), True)  # never more than the budget
+        return Choice([on_device(row.nonzero()[0], best.device) for row in on_host(((wanted > total) | ~weak) & best)])
 
 
 def _windows(side: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,9 @@
     s_j = mean_h softmax_j( q^h(last) · k^h(j) / √d )       with the projections of the layer that comes next
 
 At each boundary the next layer's own norm, projections and rotary embedding score the tokens that are about to enter it.
-Differs from the official code in: shares are rounded half up (there cut off), survivors keep their positions (there
-renumbered), left padding and any batch, heads are averaged in fp32 (there in the model's dtype), and row separators of
-LLaVA-NeXT stay, on top of the budget, unless newlines="drop" (there they are candidates like the rest of the picture's span).
+Differs from the official code: fractions are rounded half up (official: down); survivors keep their positions (official:
+renumbered); left padding and any batch; heads are averaged in fp32 (official: the model's dtype); row separators of LLaVA-NeXT
+stay, on top of the budget, unless newlines="drop" (official: they are candidates like the picture's other tokens).
 """
 
 from __future__ import annotations

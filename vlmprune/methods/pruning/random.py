@@ -1,9 +1,9 @@
-"""Random tokens: the reference every method has to beat, and after the information horizon the method of choice.
+"""Random tokens: the baseline that every method has to beat; after the information horizon, the method of choice.
 
     S ~ uniform over the subsets of size K
 
-Drawn per picture from (seed, layer, prompt, n-th picture of the prompt): the same set whatever the batch, and another one for
-another prompt. Where every picture is asked the same question they share one draw per seed, so average over seeds there.
+Drawn per picture from (seed, layer, prompt, n-th picture of the prompt): the same set whatever the batch, another one for
+another prompt. Pictures that are asked the same question share one draw per seed; average over seeds in that case.
 """
 
 from __future__ import annotations

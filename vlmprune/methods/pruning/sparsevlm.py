@@ -1,15 +1,15 @@
-"""SparseVLM. Zhang et al., ICML 2025, arXiv:2410.04417. Words that look at the picture rate it; what they drop is recycled.
+"""SparseVLM. Zhang et al., ICML 2025, arXiv:2410.04417. Words about the picture rate its tokens; what they drop is recycled.
 
     raters   r_t = mean_v softmax_t( x_v · x_t ) of what enters the language model; the words with r_t above the mean of all
-    v1.5     s_j = mean over heads and raters of the attention in the layer before the cut. Of the n dropped tokens, the best
+    v1.5     s_j = mean over heads and raters of the attention in the layer before the stage. Of the n dropped tokens, the best
              ⌊0.3 · n⌋ + 1 are clustered (density peaks) into c = ⌊(⌊0.3 · n⌋ + 1) / 10⌋ + 1, which are kept as their means
     v2       attention is divided by what rotary positions alone would give, B = (rotated 1)·(rotated 1) / √d, and only the 14
              heads with the largest mass count; nothing is recycled
 
-K counts clusters too: K = k + c, the presets add c to the published k. Differs from the official code in: a cluster stands at
-its centre's place (there behind all kept tokens), positions are kept (its v1.5 renumbers, its v2 does not), equal densities go
-to the lower index (there decided by noise), all words rate if none lies above the mean. The code cuts after layers 2, 6, 15:
-before 3, 7, 16 here.
+K counts clusters too: K = k + c; the presets add c to the published k. Differs from the official code: a cluster takes its
+centre's place (official: after all kept tokens); positions are kept (its v1.5 renumbers, its v2 does not); of equal densities
+the lower index is denser (official: noise decides); all words rate if none is above the mean. The code prunes after layers 2,
+6, 15; here that is before 3, 7, 16.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HEADS = 14
 
 @dataclass(frozen=True, kw_only=True)
 class SparseVLM(Pruner):
-    """Keep what picture-minded words attend to.
+    """Keep what the words attend to that are close to the picture.
 
     Args:
         version: 1.5 (recycles) or 2 (corrects for position); a preset brings its own.
@@ -38,7 +38,7 @@ class SparseVLM(Pruner):
 
     name = "sparsevlm"
     paper = "arXiv:2410.04417 (ICML 2025)"
-    note = "K counts recycled clusters; they stand at their centres' places"
+    note = "K counts recycled clusters; they take their centres' places"
     default = stages({3: 82, 7: 32, 16: 18})  # v1.5-64
     first_layer = 1
     presets = {  # noqa: RUF012

@@ -1,11 +1,11 @@
-"""Token merging in the manner of ToMe. Bolya et al., ICLR 2023, arXiv:2210.09461. Nothing is dropped, the like are averaged.
+"""Token merging in the manner of ToMe. Bolya et al., ICLR 2023, arXiv:2210.09461. Similar tokens are averaged, none is dropped.
 
     repeat  A = every other token, B = the rest; each of A finds its most similar one in B (cosine of features);
-            the r most similar pairs become one token each, the mean weighted by how many tokens each stands for
+            the r most similar pairs become one token each: the mean, weighted by how many tokens each represents
     until   K tokens are left; r = min(n − K, ⌊n / 2⌋)
 
-Differs from the paper in: done on the tokens of the language model, where the stage stands, instead of a few in every block of
-the tower; similar by features instead of keys; no proportional attention. A merged token stands where the one of B stood.
+Differs from the paper: it merges the language model's tokens, all at one stage (paper: a few in every block of the tower);
+similarity of features (paper: of keys); no proportional attention. A merged token takes the place of its token of B.
 """
 
 from __future__ import annotations

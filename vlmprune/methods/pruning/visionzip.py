@@ -1,14 +1,14 @@
-"""VisionZip. Yang et al., CVPR 2025, arXiv:2412.04467. What CLS looks at, and a summary of the rest.
+"""VisionZip. Yang et al., CVPR 2025, arXiv:2412.04467. What CLS attends to, and a summary of the rest.
 
     dominant    the K − C patches with the most attention from CLS, summed over heads, in the block that feeds the projector
     contextual  of the R others, every ⌊R / C⌋-th is a target; each remaining one joins the target with the most similar key
                 (cosine, mean over heads); a target becomes itself plus the mean of those that joined it, before the projector
 
-Attention, targets and merging are one view's own, as in the code. Differs from the official code in: K counts patches (there
-the CLS token takes one of the K places); contextual tokens stand where their targets were (there behind all others); survivors
-keep their positions; scores and means are fp32 (there the tower's dtype); any number of pictures. On LLaVA-NeXT: K is the
-picture's, shared among its views by their tokens (there K of each view); un-padding leaves padding neither kept nor merged
-(there pictures are never un-padded); row separators stay unless newlines="drop" (there none).
+Attention, targets and merging are within one crop, as in the code. Differs from the official code: K counts patches (official:
+the CLS token is one of the K); contextual tokens take their targets' places (official: after all others); survivors keep their
+positions; scores and means are fp32 (official: the tower's dtype); any number of pictures. On LLaVA-NeXT: K is the picture's,
+shared among its crops by their tokens (official: K of each crop); padding is neither kept nor merged, because pictures are
+un-padded first (official: never); row separators stay unless newlines="drop" (official: none).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class VisionZip(Pruner):
     """Keep what the tower's CLS token attends to, and merge the rest into a few tokens.
 
     Args:
-        contextual: how many of the kept tokens of each view (LLaVA-1.5: of the picture) are merged ones; 5/32 of them if not
+        contextual: how many of the kept tokens of each crop (LLaVA-1.5: of the picture) are merged ones; 5/32 of them if not
             given (10 of 64, 20 of 128, 30 of 192).
     """
 
     name = "visionzip"
     paper = "arXiv:2412.04467 (CVPR 2025)"
-    note = "merges; K without the CLS token; merged tokens stand at their targets' places; row separators stay"
+    note = "merges; K without the CLS token; merged tokens take their targets' places; row separators stay"
     needs = frozenset({"attention_from_cls", "tower_keys", "tower_features", "features", "project"})
     official_positions = "compact"
     default = at(layer=0, tokens=64)
@@ -50,7 +50,7 @@ class VisionZip(Pruner):
     def plan(self, facts: TowerFacts) -> Schedule:
         if any(stage.layer for stage in self.stages):
             raise UsageError(
-                f"visionzip merges before the projector: its only place is layer=0, found {self.stages[-1].layer}."
+                f"visionzip merges before the projector: its only stage is layer=0, found {self.stages[-1].layer}."
             )
         return super().plan(facts)
 

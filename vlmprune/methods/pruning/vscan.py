@@ -1,17 +1,17 @@
-"""VScan. Zhang et al., arXiv:2505.22654. A local and a global scan of the picture, and a second look half-way through the
+"""VScan. Zhang et al., arXiv:2505.22654. A local and a global scan of the picture, and a second stage half-way through the
 decoder.
 
-    local    in each of 4 × 4 windows of a view, the ⌊⌊K/2⌋ / 16⌋ patches with the most attention from CLS in an early block
+    local    in each of 4 × 4 windows of a crop, the ⌊⌊K/2⌋ / 16⌋ patches with the most attention from CLS in an early block
     global   of the rest, those with the most attention from CLS in the block that feeds the projector, until there are K
     merge    every other token is added to its nearest kept one (cosine), which is then divided by 1 + the number added
     decoder  at later stages, what the last prompt token is about to attend to (PyramidDrop's rule)
 
-Both scans and merging are one view's own, as in the code. Differs from the official code in: exactly K tokens (the global scan
-makes up for windows that cannot be shared out evenly; there fewer survive); windows that need not divide the picture;
-positions (survivors keep theirs); scores and means are fp32 (there the model's dtype). On LLaVA-NeXT: K is the picture's,
-shared among its views by their tokens (there K of each view); padding is no candidate and joins nothing (there K of all 576
-patches of a view are chosen, padding too, and un-padded afterwards, so that fewer than K stay, some with padding merged in).
-Row separators stay, as in the code, unless newlines="drop". The early block is a quarter into the tower (5 of 24).
+Both scans and merging are within one crop, as in the code. Differs from the official code: exactly K tokens (the global scan
+fills up what windows cannot share evenly; official: fewer survive); windows need not divide the picture; survivors keep their
+positions; scores and means are fp32 (official: the model's dtype). On LLaVA-NeXT: K is the picture's, shared among its crops by
+their tokens (official: K of each crop); padding is no candidate and joins nothing (official: K of all 576 patches of a crop,
+padding included, are chosen and un-padded afterwards, so that fewer than K stay, some with padding merged in). Row separators
+stay, as in the code, unless newlines="drop". The early block is a quarter into the tower (5 of 24).
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""One file per paper."""
+"""One file per paper. Each line exports one method: `vlmprune.X`, recipes and the command line have it from here."""
 
-from vlmprune.methods.redistribution.act import ACT
-from vlmprune.methods.redistribution.pai import PAI
-from vlmprune.methods.redistribution.paint import PAINT
-from vlmprune.methods.redistribution.var import VAR
-from vlmprune.methods.redistribution.vhr import VHR
-from vlmprune.methods.redistribution.zerotuning import ZeroTuning
-
-__all__ = ["ACT", "PAI", "PAINT", "VAR", "VHR", "ZeroTuning"]
+from vlmprune.methods.redistribution.act import ACT as ACT
+from vlmprune.methods.redistribution.pai import PAI as PAI
+from vlmprune.methods.redistribution.paint import PAINT as PAINT
+from vlmprune.methods.redistribution.var import VAR as VAR
+from vlmprune.methods.redistribution.vhr import VHR as VHR
+from vlmprune.methods.redistribution.zerotuning import ZeroTuning as ZeroTuning

@@ -37,7 +37,7 @@ class ACT(GroupEditor):
     note = "safe in decoding; all heads of the given layers: no search"
     rows = "all"
     default_layers = "2:-1"
-    groups = 1
+    group_count = 1
     causal = False
     presets = {"released-code": {"threshold": 0.1}}  # noqa: RUF012
 
@@ -49,12 +49,12 @@ class ACT(GroupEditor):
     def neutral(self) -> bool:
         return self.beta == 1
 
-    def codes(self, see: Scene) -> Tensor:
+    def groups(self, see: Scene) -> Tensor:
         counts = see.prompt.sum(dim=1)[:, None, None]
         means = see.column_means()
         sinks = means > (self.alpha / counts if self.threshold is None else self.threshold)
-        codes = (sinks & see.prompt[:, None]).to(torch.int8)
-        return codes if see.first is None else codes.scatter(2, see.first[:, None, None].expand(-1, codes.shape[1], -1), 0)
+        groups = (sinks & see.prompt[:, None]).to(torch.int8)
+        return groups if see.first is None else groups.scatter(2, see.first[:, None, None].expand(-1, groups.shape[1], -1), 0)
 
     def coefficients(self, mass: Tensor, present: Tensor | None = None) -> Tensor:
         rest, sinks = mass.unbind(dim=-1)

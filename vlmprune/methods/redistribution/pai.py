@@ -41,5 +41,5 @@ class PAI(ScoreEditor):
     def strengths(self) -> tuple[float, ...]:
         return (self.alpha,)
 
-    def codes(self, see: Scene) -> Tensor:
+    def groups(self, see: Scene) -> Tensor:
         return see.visual.to(torch.int8)[:, None]

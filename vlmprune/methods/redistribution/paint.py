@@ -55,8 +55,8 @@ class PAINT(ScoreEditor):
     def strengths(self) -> tuple[float, ...]:
         return self.alpha, self.beta
 
-    def codes(self, see: Scene) -> Tensor:
-        codes = torch.zeros(see.prompt.shape, dtype=torch.int8, device=see.prompt.device)
+    def groups(self, see: Scene) -> Tensor:
+        groups = torch.zeros(see.prompt.shape, dtype=torch.int8, device=see.prompt.device)
         for picture in see.pictures:
             early, late = (
                 picture.tower[name].float().sum(dim=-1) for name in ("attention_from_cls_first", "attention_from_cls")
@@ -65,5 +65,5 @@ class PAINT(ScoreEditor):
             sets[early.argsort(descending=True, stable=True)[: int(self.local * picture.original)]] = LOCAL
             low, high = late.quantile(on_device(np.array([0.25, 0.75]), late.device).to(late))
             sets[late > high + 1.5 * (high - low)] = SUMMARY
-            codes[picture.sample, picture.rows] = sets[picture.index.to(sets.device)].to(codes.device)
-        return codes[:, None]
+            groups[picture.sample, picture.rows] = sets[picture.index.to(sets.device)].to(groups.device)
+        return groups[:, None]

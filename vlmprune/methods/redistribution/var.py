@@ -1,14 +1,14 @@
 """VAR, visual attention redistribution. Kang et al., ICLR 2025, arXiv:2503.03321; code MICV-yonsei/VisAttnSink @ 98e62d6.
 
-    φ_j = max_{d ∈ D} |x_jd| / rms(x_j)          x: residual entering the layer; D: dimensions of massive activations
-    sinks = { j : φ_j ≥ τ },  visual (V_s) or text (T_s);  V_n: the other visual tokens;  μ_g: attention to a group g
+    φ_j = max_{d ∈ D} |x_jd| / rms(x_j)          x: residual that enters the layer; D: dimensions of massive activations
+    sinks = { j : φ_j ≥ τ },  visual (V_s) or text (T_s);  V_n: the other visual tokens;  μ_g: attention to group g
     selected heads, per row:  μ_Vs ≤ max_sink_share · (μ_Vs + μ_Vn),  μ_Vs + μ_Vn ≥ min_image_mass,  a visual sink exists
     a′_k = keep · a_k                                       k a visual or a text sink
     a′_k = a_k · (1 + (1 − keep) · (μ_Vs + μ_Ts) / μ_Vn)    k a visual token that is no sink
-    a′_k = a_k                                              else; every row goes on summing to one
+    a′_k = a_k                                              all other keys; every row still sums to one
 
-One convention: we say what sinks *keep* and the *highest share* of sinks. The paper's p is what they lose, its rho the lowest
-share of the others; the released code has the same names for the opposite. `p=` and `rho=` are read in the paper's sense.
+Parameters are the share that sinks *keep* and the *highest* share of sinks. The paper's p is the share that they lose, its rho
+the lowest share of non-sinks; the released code means the opposites. `p=` and `rho=` have the paper's meaning.
 
                     this class            paper                    released code
     sinks keep      keep = 0.4            p = 0.6 (moved)          p = 0.4; its preset says 0.6
@@ -16,51 +16,48 @@ share of the others; the released code has the same names for the opposite. `p=`
     image's mass    min_image_mass = 0.2  0.2                      summ = 0.2
     layers          2:-1                  not the last             2: (its switch for the last layer is dead)
 
-τ = 20 at dim 4096 is a share τ²/dim = 9.8 % of a token's energy in one dimension; φ is at most √dim. Neither transfers:
-in SmolLM2 (dim 576) 9.8 % makes nine of ten tokens sinks and 69 % (τ = 20) the right ones, so that the threshold belongs to the
-model (`vlmprune/methods/sink_dims.py`, `vlmprune sinks`).
+φ is at most √dim; τ = 20 at dim 4096 is a share τ²/dim = 9.8 % of a token's energy. In SmolLM2 (dim 576), 9.8 % makes nine of
+ten tokens sinks, and 69 % finds the right ones: each model has its own threshold (`methods/sink_dims.py`, `vlmprune sinks`).
 
-Differs from the released code in: fp32 probabilities; no ε in the share; any batch;
-several pictures; sinks are this conversation's (there those of the process's first picture); the prompt's first token is
-there (BOS, which the code drops). As in the code: text sinks alone select nothing; generated tokens are no sinks.
+Differs from the released code in: fp32 probabilities; no ε in the share; any batch and several images; each conversation has
+its own sinks (the code reuses those of its first image); the BOS token is kept (the code drops it). As in the code: heads
+without a visual sink are not selected; generated tokens are never sinks.
 """
 
 from __future__ import annotations
 
 from dataclasses import InitVar, dataclass
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError
 from vlmprune.methods.parameters import check, number
-from vlmprune.methods.redistributing import GroupEditor, Scene
+from vlmprune.methods.redistributing import GroupEditor, ModelFacts, Scene, written
+from vlmprune.methods.sink_dims import sinks_for
 from vlmprune.schedule import plain
 
 VISUAL, VISUAL_SINK, TEXT_SINK = 1, 2, 3
-DEFAULT_ENERGY = 400 / 4096
-"""τ = 20 in a residual of 4096 numbers."""
-COSINE = 0.9
-"""arXiv:2512.22213's threshold on |cos(x_j, x_first)|, where the dimensions are unknown."""
+DEFAULT_ENERGY = 400 / 4096  # τ = 20 in a residual of 4096 numbers
+COSINE = 0.9  # threshold on |cos(x_j, x_first)| of arXiv:2512.22213, for models whose sink dimensions are unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAR(GroupEditor):
-    """Move attention from sinks to the other visual tokens, in heads that look at the picture.
+    """Move attention from sinks to the other visual tokens, in heads that attend to the image.
 
     Args:
         keep: share of their attention that sinks keep; 1 − p.
-        max_sink_share: highest share of visual sinks in a head's attention to the picture; 1 − rho.
-        min_image_mass: lowest attention to the picture.
-        sink_energy: share of a residual's energy in one sink dimension that makes a token a sink; if not given, what is known
-            of these dimensions of this model (τ = 20 for the paper's), else 400 / 4096.
-        tau: the same in the paper's unit, τ = √(sink_energy · dim), below √dim; it wins.
-        sink_dims: "auto" (known ones of this model), dimensions as "1415|2533", or "cosine" (tokens whose residual points where
-            the first token's does; needs no dimensions).
-        p: share of their attention that sinks lose, 1 − keep, as in the paper; instead of `keep`.
-        rho: lowest share of other tokens in a head's attention to the picture, 1 − max_sink_share, as in the paper; instead of
-            `max_sink_share`.
+        max_sink_share: highest share of visual sinks in a head's attention to the image; 1 − rho.
+        min_image_mass: lowest attention to the image.
+        sink_energy: share of a residual's energy in one sink dimension from which a token is a sink. Default: the known share
+            for these dimensions of this model (τ = 20 for the paper's models), otherwise 400 / 4096.
+        tau: the same in the paper's unit, τ = √(sink_energy · dim), below √dim; it wins over `sink_energy`.
+        sink_dims: "auto" (the model's known ones), dimensions as "1415|2533", or "cosine" (tokens whose residual is parallel to
+            the first token's; needs no dimensions).
+        p: share of their attention that sinks lose, as in the paper; instead of `keep`.
+        rho: lowest share of non-sinks in a head's attention to the image, as in the paper; instead of `max_sink_share`.
     """
 
     name = "var"
@@ -68,7 +65,7 @@ class VAR(GroupEditor):
     note = "threshold as a share of energy; conversations do not meet; first token there"
     rows = "behind"
     default_layers = "2:-1"
-    groups = 3
+    group_count = 3
     presets = {  # noqa: RUF012
         "general": {"keep": 0.4, "max_sink_share": 0.2},
         "hallucination": {"keep": 0.4, "max_sink_share": 0.5},
@@ -85,6 +82,8 @@ class VAR(GroupEditor):
     p: InitVar[float | None] = number(None, low=0, high=1)
     rho: InitVar[float | None] = number(None, low=0, high=1)
 
+    _known: ClassVar[tuple[tuple[int, ...], float | None] | None] = None  # of one model, set by `bind`
+
     def __post_init__(self, preset: str | None, p: float | None, rho: float | None) -> None:
         super().__post_init__(preset)
         for ours, paper, value in (("keep", "p", p), ("max_sink_share", "rho", rho)):
@@ -94,12 +93,7 @@ class VAR(GroupEditor):
                 raise UsageError(f"var: {paper} is 1 − {ours}: give {paper}, {ours} or a preset; only one of these.")
             check(self, **{paper: value})
             object.__setattr__(self, ours, 1 - plain(value))
-        dims = (
-            "|".join(map(str, self.sink_dims))
-            if isinstance(self.sink_dims, list | tuple | range | np.ndarray)
-            else str(self.sink_dims)
-        )
-        object.__setattr__(self, "sink_dims", dims)
+        object.__setattr__(self, "sink_dims", dims := written(self.sink_dims))
         if dims not in ("auto", "cosine") and not all(piece.isdecimal() for piece in dims.split("|")):
             raise UsageError(f"var: sink_dims must be 'auto', 'cosine' or dimensions as 1415|2533, found {dims!r}.")
 
@@ -112,23 +106,33 @@ class VAR(GroupEditor):
         """The dimensions that were given, or None."""
         return None if self.sink_dims in ("auto", "cosine") else tuple(map(int, self.sink_dims.split("|")))
 
+    @property
+    def compares_with_first(self) -> bool:
+        return self.sink_dims == "cosine"
+
+    def bind(self, model: ModelFacts) -> VAR:
+        """With the model's sink dimensions, and their known share of energy; see `sinks_for`."""
+        if self.compares_with_first or self.neutral:
+            return super().bind(model)
+        return super().bind(model)._copy_with(_known=sinks_for(model.config, model.hidden_size, self.dims, self.tau))
+
     def sinks(self, see: Scene) -> Tensor:
-        """`[batch, token]` bool."""
+        """`[batch, token]` bool. Known dimensions are looked up by `bind`."""
         x = see.hidden.float()
-        if self.sink_dims == "cosine":
+        if self.compares_with_first:
             assert see.anchor is not None
-            anchor = see.anchor.float()[:, None]
-            return torch.nn.functional.cosine_similarity(x, anchor, dim=-1).abs() > COSINE
-        assert see.sink_dims is not None
+            return torch.nn.functional.cosine_similarity(x, see.anchor.float()[:, None], dim=-1).abs() > COSINE
+        dims, known = self._known or (self.dims, None)
+        assert dims is not None
         mean_square = x.square().mean(dim=-1) + 1e-6
-        phi = x[..., list(see.sink_dims)].abs().amax(dim=-1) * mean_square.rsqrt()
-        energy = next(energy for energy in (self.sink_energy, see.sink_energy, DEFAULT_ENERGY) if energy is not None)
+        phi = x[..., list(dims)].abs().amax(dim=-1) * mean_square.rsqrt()
+        energy = next(energy for energy in (self.sink_energy, known, DEFAULT_ENERGY) if energy is not None)
         return phi >= (self.tau if self.tau is not None else (energy * x.shape[-1]) ** 0.5)
 
-    def codes(self, see: Scene) -> Tensor:
+    def groups(self, see: Scene) -> Tensor:
         sink = self.sinks(see) & see.prompt
-        codes = see.visual * VISUAL + sink * torch.where(see.visual, VISUAL_SINK - VISUAL, TEXT_SINK)
-        return codes.to(torch.int8)[:, None]
+        groups = see.visual * VISUAL + sink * torch.where(see.visual, VISUAL_SINK - VISUAL, TEXT_SINK)
+        return groups.to(torch.int8)[:, None]
 
     def coefficients(self, mass: Tensor, present: Tensor | None = None) -> Tensor:
         _, visual, visual_sink, text_sink = mass.unbind(dim=-1)

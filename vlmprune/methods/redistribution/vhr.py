@@ -54,11 +54,11 @@ class VHR(HeadScaler):
             return super().layers_of(depth)
         return tuple(sorted({min(1, depth - 1), *range(depth - round(depth * 14 / 32), depth)}))
 
-    def scale(self, seeing: Tensor, blind: Tensor) -> Tensor:
-        differs = (seeing - blind).norm(dim=-1)
+    def scale(self, with_image: Tensor, text_only: Tensor) -> Tensor:
+        differs = (with_image - text_only).norm(dim=-1)
         if self.distance == "l2sq":
             differs = differs.square()
-        alone = blind.square().sum(dim=-1)
+        alone = text_only.square().sum(dim=-1)
         outlier = _exceptional(differs) & _exceptional(alone)
         differs = differs.masked_fill(outlier, 0)
         middle = differs.quantile(0.5, dim=-1, keepdim=True)

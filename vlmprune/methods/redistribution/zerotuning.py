@@ -32,7 +32,7 @@ class ZeroTuning(GroupEditor):
     note = "all heads of the given layers: no search"
     rows = "all"
     default_layers = ":"
-    groups = 1
+    group_count = 1
 
     gain: float = number(1.0, low=0, high=1e4)
 
@@ -40,12 +40,12 @@ class ZeroTuning(GroupEditor):
     def neutral(self) -> bool:
         return self.gain == 1
 
-    def codes(self, see: Scene) -> Tensor:
+    def groups(self, see: Scene) -> Tensor:
         return first_token(see, see.prompt.shape[0])
 
     def coefficients(self, mass: Tensor, present: Tensor | None = None) -> Tensor:
         others, first = mass.unbind(dim=-1)
-        total = others + self.gain * first
-        possible = total > torch.finfo(mass.dtype).tiny
-        rest = torch.where(possible, 1 / torch.where(possible, total, 1), 1)
-        return torch.stack((rest, torch.where(possible, self.gain * rest, 1)), dim=-1)
+        total = torch.add(others, first, alpha=self.gain)
+        nothing = total <= torch.finfo(mass.dtype).tiny
+        rest = total.masked_fill(nothing, 1).reciprocal()
+        return torch.stack((rest, (self.gain * rest).masked_fill(nothing, 1)), dim=-1)

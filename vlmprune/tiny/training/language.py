@@ -1,6 +1,6 @@
 """Stage 2: the language model learns to answer, on frozen visual tokens.
 
-About fifteen questions share one picture: they are packed behind its visual tokens into one sequence, in which every question
+About fifteen questions share one picture: they are packed after its visual tokens into one sequence, in which every question
 attends to the picture and to itself only. Auxiliary losses, whose weight falls to zero, start circuits that next-word
 prediction alone finds late or never: one head attends from the last word of a noun phrase to the word before it, two heads of
 some layers attend from a word to the patches that it means, and a linear probe reads the object's place from that last word.
@@ -64,7 +64,7 @@ def read(
     batch: Batch,
     on_layer: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Hidden states `[B, Q, D]` of packed questions behind visual tokens `[B, P, D]`, before the final norm.
+    """Hidden states `[B, Q, D]` of packed questions after visual tokens `[B, P, D]`, before the final norm.
 
     It computes what the stock forward pass computes with a block mask. `on_layer(index, hidden, queries, keys)` receives each
     layer's input `[B, PREFIX + Q, D]`, the questions' scaled queries `[B, H, Q, d]` and all keys `[B, H, PREFIX + Q, d]`.

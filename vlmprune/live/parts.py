@@ -1,0 +1,117 @@
+"""The parts of a model, found by their names and kinds, and what must be true of them whatever the recipe is.
+
+A model that is not built as expected is refused by the name of the class that differs, with what was looked for and found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from vlmprune.errors import UsageError
+
+
+def uncompiled(module: Any) -> Any:
+    """A module itself, where `torch.compile` was applied to it."""
+    return getattr(module, "_orig_mod", module)
+
+
+def part(module: Any, path: str, what: str, name: str | None = None) -> Any:
+    """A part of a module.
+
+    Args:
+        path: its name, with dots.
+        what: what it is, for the error.
+        name: what the module is called in the error; its class if not given.
+
+    Raises:
+        UsageError: there is no such part.
+    """
+    try:
+        return module.get_submodule(path)
+    except AttributeError as error:
+        raise UsageError(
+            f"{name or type(module).__name__} is not built as expected: looked for {what}, found "
+            f"{', '.join(child for child, _ in module.named_children()) or 'no modules'}; such models are not supported."
+        ) from error
+
+
+def attention_name(layer: Any, usual: str) -> str:
+    """The name of a decoder layer's attention module; `usual` where there is one of this name.
+
+    Raises:
+        UsageError: the layer has no attention module, or several of unusual names; or its attention is not causal.
+    """
+    children = dict(uncompiled(layer).named_children())
+    named = {name: child for name, child in children.items() if hasattr(child, "config") and hasattr(child, "layer_idx")}
+    name = usual if usual in named else next(iter(named), "")
+    if not named or (usual not in named and len(named) > 1):
+        raise UsageError(
+            f"{type(layer).__name__} is not built as expected: looked for one attention module with a config, found "
+            f"{', '.join(named) or 'none'} among {', '.join(children)}; such text models are not supported."
+        )
+    if getattr(named[name], "is_causal", True) is False:
+        raise UsageError(
+            f"{type(named[name]).__name__} is not causal: tokens attend to later tokens, and masks of pruned layers are "
+            "causal; such text models are not supported."
+        )
+    return name
+
+
+def only(text: Any, usual: str, fits: Callable[[nn.Module], bool], what: str) -> str:
+    """The name of a language model's only child of a kind; `usual` where there is a child of this name.
+
+    Args:
+        fits: whether a child is of that kind.
+        what: the kind, for the error.
+
+    Raises:
+        UsageError: there is none, or there are several.
+    """
+    children = dict(uncompiled(text).named_children())
+    if usual in children:
+        return usual
+    names = [name for name, child in children.items() if fits(child)]
+    last = [name for name in names if "final" in name] if len(names) > 1 else names
+    if len(last) != 1:
+        raise UsageError(
+            f"{type(text).__name__} is not built as expected: looked for one {what}, found {', '.join(names) or 'none'} among "
+            f"{', '.join(children)}; such text models are not supported."
+        )
+    return last[0]
+
+
+def check_config(text: Any) -> None:
+    """Refuse a language model by its config.
+
+    Raises:
+        UsageError: sizes are missing, its KV cache does not keep every token, or its attention implementation is not supported.
+    """
+    config, name = text.config, type(text).__name__
+    for needed in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if not isinstance(getattr(config, needed, None), int):
+            raise UsageError(
+                f"{name} is not built as expected: its config has no number {needed}; such text models are not supported."
+            )
+    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers):
+        kinds = sorted(set(getattr(config, "layer_types", None) or ["sliding_attention"]) - {"full_attention"})
+        if kinds == ["sliding_attention"]:
+            raise UsageError(
+                "the language model has sliding-window layers, whose caches keep the last tokens only and not their "
+                "places: pruning them is not supported; load the model with full attention."
+            )
+        raise UsageError(
+            f"the language model has layers of other kinds than full attention ({', '.join(kinds)}), whose caches do not keep "
+            "every token: pruning them is not supported."
+        )
+    implementation = config._attn_implementation
+    supported = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+    supported += ["flex_attention"] if text._supports_flex_attn else []
+    if implementation not in supported:
+        raise UsageError(
+            f"attention implementation {implementation!r} is not supported (supported: {', '.join(supported)}): call "
+            'model.set_attn_implementation("sdpa").'
+        )
