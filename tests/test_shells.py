@@ -199,7 +199,7 @@ def test_learned_prompts():
         (nn.Linear(2, 2).state_dict(), ["found an OrderedDict of 2 tensors, which are weights without a model: load one"]),
         ({"model": None}, ["found a dict of 1, with no model in it: load one"]),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,  # the same in every process
 )
 def test_what_is_no_model(given, sentences):
     refused(given, "expected a ", *sentences)

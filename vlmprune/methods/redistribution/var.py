@@ -62,7 +62,7 @@ class VAR(GroupEditor):
 
     name = "var"
     paper = "arXiv:2503.03321 (ICLR 2025)"
-    note = "threshold as a share of energy; conversations do not meet; first token there"
+    note = "sink threshold is a share of the residual's energy; sinks per conversation; the BOS token is kept"
     rows = "behind"
     default_layers = "2:-1"
     group_count = 3
