@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass, field
@@ -63,17 +64,17 @@ PICTURE = (0, 0)
 @functools.cache
 def deep(family: str, attn: str = "sdpa"):
     """A tiny model with a tower deep enough that several cuts differ between pictures. Wrap it only in a `with`."""
-    cls, make = tiny_models._MODELS[family]
+    tiny = tiny_models.TINY[family]
 
     def config():
-        made = make()
+        made = tiny.config()
         for name, value in {"llava": LLAVA, "llava_next": NEXT, "qwen2_vl": QWEN, "qwen2_5_vl": WINDOWS}[family].items():
             setattr(made.vision_config, name, value)
         if "llava" in family:
             made.image_seq_length = SIDE**2
         return made
 
-    with mock.patch.dict(tiny_models._MODELS, {family: (cls, config)}):
+    with mock.patch.dict(tiny_models.TINY, {family: dataclasses.replace(tiny, config=config)}):
         model = tiny_models.build(family, attn)
     if "qwen" in family:  # one direction of its own for all queries: the mean query of a block then looks at few patches
         for block in model.model.visual.blocks:
