@@ -270,7 +270,7 @@ BUGS = (
     Bug(
         "a new picture",
         "FastV looks at columns of the earlier turn",
-        f"{LIVE}/observed.py",
+        f"{LIVE}/attention_probes.py",
         "attention_mask, scaling, last)[..., -here:]",
         "attention_mask, scaling, last)[..., :here]",
         ("test_fastv_of_a_new_image_looks_at_the_new_image",),

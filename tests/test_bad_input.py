@@ -33,7 +33,7 @@ def test_unknown_family():
 
 
 def test_layer_out_of_range():
-    refused(shared("llava"), "random:layer=6,fraction=0.5", "random cuts at layer 6, but the model has layers 0 to 5")
+    refused(shared("llava"), "random:layer=6,fraction=0.5", "random prunes at layer 6, but the model has layers 0 to 5")
 
 
 def test_cls_without_cls_token():

@@ -182,7 +182,7 @@ def test_table_on_a_narrow_terminal(monkeypatch, capsys):
         (("--dtype", "int8"), "unknown dtype 'int8'"),
         (("--device", "zzz"), "cannot use device 'zzz'"),
         (("--reduce", "3"), "a shape can be reduced by 1, 2, 4, 8, 16, found 3"),
-        (("--recipe", "fastv:layer=20,tokens=3"), "fastv cuts at layer 20, but the model has layers 0 to 7"),
+        (("--recipe", "fastv:layer=20,tokens=3"), "fastv prunes at layer 20, but the model has layers 0 to 7"),
     ],
 )
 def test_mistakes(monkeypatch, capsys, arguments, sentence):

@@ -96,7 +96,7 @@ def test_methods_and_env(monkeypatch, capsys):
         (("run", "--image", "nowhere.png"), "there is no picture at nowhere.png"),
         (("run", "--image", "{text}"), "is not a picture that can be read"),
         (("run", "--recipe", "fastvv"), "unknown method 'fastvv': did you mean 'fastv'?"),
-        (("run", "--recipe", "fastv:layer=99"), "fastv cuts at layer 99, but the model has layers 0 to 7"),
+        (("run", "--recipe", "fastv:layer=99"), "fastv prunes at layer 99, but the model has layers 0 to 7"),
         (("run", "--image", "{cut}"), "is not a picture that can be read"),
         (("run", "--model", "{tmp}"), "no model at"),
         (("run", "--model", "{folder}"), "no model at"),
@@ -334,7 +334,7 @@ def embedded():
 
 @pytest.mark.parametrize("name", names.method_names())
 def test_the_example_runs_as_printed(embedded, name):
-    """`--model tiny` stands beside it. Red: the example cuts at layers of a larger model, wants sink dimensions that nobody
+    """`--model tiny` stands beside it. Red: the example prunes at layers of a larger model, wants sink dimensions that nobody
     knows, or changes nothing."""
     model, inputs, plain = embedded
     with vp.wrap(model, describe(name)["example"]) as run, torch.no_grad():

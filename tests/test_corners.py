@@ -30,7 +30,7 @@ from vlmprune.kernels.select_diverse import select_diverse
 from vlmprune.live import feature_index
 from vlmprune.live.cache import Entries, PrunedLayer, pruned_layers
 from vlmprune.live.rows import Reduction
-from vlmprune.live.section import Decoder, Section
+from vlmprune.live.section import LayerStack, Section
 from vlmprune.view import View
 
 FAMILIES = ("llava", "qwen2_5_vl")
@@ -335,7 +335,7 @@ def test_report_of_bfloat16_and_of_a_later_turn():
 def test_every_layer_may_have_its_own_rotary():
     section = Section(rows=Reduction.keeping(torch.tensor([[True, False, True]])))
     one, two = ((torch.full((1, 3, 2), x), torch.full((1, 3, 2), -x)) for x in (1.0, 2.0))
-    decoder = Decoder(shared("llava").config.text_config, lambda *_: pytest.fail("no position has moved"), (1,), 6)
+    decoder = LayerStack(shared("llava").config.text_config, lambda *_: pytest.fail("no position has moved"), (1,), 6)
 
     def rotary(full):
         return section.rotary(torch.zeros(1, 3, 4), None, {"position_embeddings": full}, decoder)

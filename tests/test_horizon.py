@@ -315,7 +315,7 @@ def test_refusals():
     with pytest.raises(vp.UsageError, match=r"here 17.* are no grids"):
         horizon_groups.groups(model.config, other.inputs, [17], 2)
     only = Only(layer=LAYERS, fraction=1.0, rows=(None,), visual=(16,))
-    with pytest.raises(vp.UsageError, match=r"cuts at layer \d+, .*: choose among them\.$"):  # and proposes no method of ours
+    with pytest.raises(vp.UsageError, match=r"prunes at layer \d+, .*: choose among them\.$"):  # and proposes no method of ours
         vp.wrap(model, only)
     assert len(horizon_groups.groups(model.config, other.inputs, [17], 1)) == 17
 

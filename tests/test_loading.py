@@ -83,7 +83,7 @@ def test_a_recipe_that_cannot_run_is_refused_before_the_first_answer(made, pictu
     model, processor = load_model(str(made["llava"]), "cpu")
     monkeypatch.setattr(model, "generate", lambda **more: pytest.fail("generated"))
     monkeypatch.setattr(questions, "open_model", lambda *where: (processor, lambda: model))
-    with pytest.raises(vp.UsageError, match="fastv cuts at layer 30"):
+    with pytest.raises(vp.UsageError, match="fastv prunes at layer 30"):
         asking.ask_once("x", picture, "what ?", "fastv:layer=30,fraction=0.5", 5, "cpu", None)
 
 

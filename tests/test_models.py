@@ -383,7 +383,7 @@ def test_layers_the_model_lacks_are_proposed_to_scale(depth, recipe, proposed):
     assert f"the model has layers 0 to {depth - 1}" in sentence
     if recipe == "mustdrop":
         assert (
-            "mustdrop has 4 stages in the language model, and may cut at 3 of its 4 layers, 1 to 3: give it fewer" in sentence
+            "mustdrop has 4 stages in the language model, and may prune at 3 of its 4 layers, 1 to 3: give it fewer" in sentence
         )
     _, found, advice = sentence.partition("for example ")
     assert advice == f"{proposed}."

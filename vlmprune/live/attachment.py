@@ -135,13 +135,13 @@ class Attachment:
 
     def _wanted(self, plan: Plan) -> Iterator[tuple[Any, Callable[[], _Place]]]:
         """The name of every hook that a plan needs, and what puts it in place."""
-        ours, base, text = self.hooks, self.base, plan.text
+        ours, base, language_model = self.hooks, self.base, plan.language_model
         if plan.model is not base:
             yield ("model", plan.model), partial(self._before, plan.model, ours.enter_model)
         yield "base", partial(self._before, base, ours.enter_base)
         yield "base left", partial(self._after, base, ours.leave_base, always_call=True)
-        yield "text", partial(self._before, text, ours.enter_language_model)
-        yield "text left", partial(_Place, text.register_forward_hook, hooks.leave_language_model)
+        yield "text", partial(self._before, language_model, ours.enter_language_model)
+        yield "text left", partial(_Place, language_model.register_forward_hook, hooks.leave_language_model)
         if (tower := plan.family.tower) is not None:  # whose images they are is decided when they are encoded
             root = base.get_submodule(tower.root)
             yield ("tower", 0), partial(self._before, root, ours.enter_tower)
@@ -245,7 +245,7 @@ def check_unshared(plan: Plan) -> None:
     Raises:
         UsageError: the language model or the vision tower is a part of another model, which is wrapped.
     """
-    parts = {"language model": plan.text}
+    parts = {"language model": plan.language_model}
     if (tower := plan.family.tower) is not None:
         parts["vision tower"] = plan.base.get_submodule(tower.root)
     for name, part in parts.items():

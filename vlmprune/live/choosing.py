@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from vlmprune.adapters.family import Family, has_mrope
 from vlmprune.device import on_device, on_host
+from vlmprune.live.attention_probes import attention_ahead
 from vlmprune.live.call import Call, Chosen, Prompt
 from vlmprune.live.explain import by_picture, judged
 from vlmprune.live.layout import group_by_size
-from vlmprune.live.observed import attention_ahead
 from vlmprune.live.probes import build_view
 from vlmprune.live.prompt_rows import rows_now
 from vlmprune.live.record import Judged
@@ -54,7 +54,7 @@ class Model:
 
     family: Family
     base: Any
-    text: Any
+    language_model: Any
 
 
 def make_tools(
@@ -83,7 +83,7 @@ def make_tools(
     return Tools(
         ahead=cache(partial(run, ahead)),
         rotary=rotary,
-        norm=partial(run, model.text.get_submodule(model.family.final_norm)),
+        norm=partial(run, model.language_model.get_submodule(model.family.final_norm)),
         # Without its hooks: nothing is recorded.
         project=partial(run, None if tower is None else model.base.get_submodule(tower.projector).forward),
         start=partial(_start, model, call, hidden, kwargs),
@@ -107,11 +107,11 @@ def _start(model: Model, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> 
         index = starts.to(cos.device)[..., None].expand(-1, -1, cos.shape[-1])
         return cos.gather(1, index), sin.gather(1, index)
     position = kwargs.get("position_ids")
-    if position is None or has_mrope(model.text.config):
+    if position is None or has_mrope(model.language_model.config):
         return None
     before = call.past if call.mask is None else (call.mask[:, : call.past] != 0).sum(dim=1, keepdim=True).to(starts.device)
     first = (position.expand(hidden.shape[0], -1).gather(1, starts) - before).clamp_min(0)
-    cos, sin = model.text.get_submodule(model.family.rotary)(hidden, first)
+    cos, sin = model.language_model.get_submodule(model.family.rotary)(hidden, first)
     return cos, sin
 
 

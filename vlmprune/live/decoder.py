@@ -38,7 +38,7 @@ class Attention:
         mask: the attention mask.
         scaling: factor on the scores.
         kwargs: all other arguments.
-        told: whether a keyword argument of the layer arrives there: "by the layer" itself, "by a hook" (`carry`), or "not".
+        reached: whether a keyword argument of the layer arrives there: "by the layer" itself, "by a hook" (`carry`), or "not".
     """
 
     query: Tensor
@@ -47,7 +47,7 @@ class Attention:
     mask: Any
     scaling: float
     kwargs: dict[str, Any]
-    told: Literal["by the layer", "by a hook", "not"]
+    reached: Literal["by the layer", "by a hook", "not"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Decoder:
 
     Attributes:
         family: the description of its family, with the names of this model's modules.
-        base, text, layers: the base model, its language model and the decoder layers.
+        base, language_model, layers: the base model, its language model and the decoder layers.
         scaled: the first layer is not given the embeddings, but a multiple of them (Gemma, Granite).
         call: arguments with which the first layer was called for one token.
         seen: what each kind of layer gives its attention function, filled by `look_at_attention`.
@@ -64,7 +64,7 @@ class Decoder:
 
     family: Family
     base: Any
-    text: Any
+    language_model: Any
     layers: Any
     scaled: bool
     call: tuple[tuple[Any, ...], dict[str, Any]]
@@ -73,7 +73,7 @@ class Decoder:
     @property
     def name(self) -> str:
         """The class of the language model."""
-        return type(self.text).__name__
+        return type(self.language_model).__name__
 
     def gives_mask(self, mask: Any) -> bool:
         """Whether a mask of an attention function is the one that the layer was called with."""
@@ -85,7 +85,7 @@ class Decoder:
     def turns_by_position(self) -> bool:
         """Whether rotary embeddings follow from hidden states and positions alone."""
         try:
-            signature(self.text.get_submodule(self.family.rotary).forward).bind(None, None)
+            signature(self.language_model.get_submodule(self.family.rotary).forward).bind(None, None)
         except TypeError:
             return False
         return True
@@ -103,8 +103,8 @@ class Decoder:
             fresh = {**kwargs, "past_key_values": None, "use_cache": False}
             try:
                 seen = attention_of(layer, self.family.attention, *args, **fresh)
-                if seen.told == "not" and _would_take(layer, self.family.attention, args, fresh):
-                    seen = replace(seen, told="by a hook")
+                if seen.reached == "not" and _would_take(layer, self.family.attention, args, fresh):
+                    seen = replace(seen, reached="by a hook")
                 self.seen[kinds] = seen
             except UsageError:
                 raise
@@ -158,7 +158,7 @@ CARRIER = "position_embeddings"
 """The argument that every layer passes on to its attention."""
 
 
-class _Told(tuple[Tensor, Tensor]):
+class _WithCall(tuple[Tensor, Tensor]):
     """Cosines and sines, with the call they belong to."""
 
     call: Any
@@ -168,20 +168,20 @@ def carried(decoder: Decoder, indices: Iterable[int]) -> frozenset[int]:
     """The layers among `indices` that do not pass their keyword arguments on (StableLM). There the call travels with the rotary
     embeddings, from the layer (`carry`) to its attention module (`take`). Nothing is stored between the two, so that each
     thread, and each recomputation in the backward pass, gets its own call."""
-    return frozenset(index for index in indices if decoder.look_at_attention(index).told == "by a hook")
+    return frozenset(index for index in indices if decoder.look_at_attention(index).reached == "by a hook")
 
 
 def carry(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of a layer, with its call put into the rotary embeddings."""
-    told = _Told(kwargs[CARRIER])
-    told.call = kwargs[CALL_ARGUMENT]
-    return {**kwargs, CARRIER: told}
+    carrier = _WithCall(kwargs[CARRIER])
+    carrier.call = kwargs[CALL_ARGUMENT]
+    return {**kwargs, CARRIER: carrier}
 
 
 def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A hook of an attention module that takes out the call which `carry` put in."""
-    told = kwargs.get(CARRIER)
-    return (args, {**kwargs, CALL_ARGUMENT: told.call}) if isinstance(told, _Told) else None
+    carrier = kwargs.get(CARRIER)
+    return (args, {**kwargs, CALL_ARGUMENT: carrier.call}) if isinstance(carrier, _WithCall) else None
 
 
 def _would_take(layer: Any, attention: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -207,45 +207,58 @@ def look_at(model: Any, family: Family) -> Decoder:
         UsageError: a part is missing, or something is built in an unknown way; the sentence names it.
     """
     base = getattr(model, "base_model", model)
-    text = part(base, family.language_model, f"its language model ({family.language_model})")
-    layers = part(text, family.layers, f"a list of decoder layers ({family.layers})", type(text).__name__)
-    check_config(text)
+    language_model = part(base, family.language_model, f"its language model ({family.language_model})")
+    layers = part(language_model, family.layers, f"a list of decoder layers ({family.layers})", type(language_model).__name__)
+    check_config(language_model)
     family = family.as_built(family, base)
     width = getattr(base.config.vision_config, "hidden_size", 0)
     family = replace(
         family,
         facts=replace(family.facts, width=width),
         attention=attention_name(layers[0], family.attention),
-        rotary=only(text, family.rotary, lambda child: hasattr(child, "inv_freq"), "rotary embedding"),
-        final_norm=only(text, family.final_norm, lambda child: "norm" in type(child).__name__.lower(), "final norm"),
+        rotary=only(language_model, family.rotary, lambda child: hasattr(child, "inv_freq"), "rotary embedding"),
+        final_norm=only(language_model, family.final_norm, lambda child: "norm" in type(child).__name__.lower(), "final norm"),
     )
-    embeddings, call = _first_layer_call(text, layers)
-    _check_call(type(text).__name__, call)
+    embeddings, call = _first_layer_call(language_model, layers)
+    _check_call(type(language_model).__name__, call)
     hidden = call[0][0] if call[0] else call[1]["hidden_states"]
     known_alike = hidden.is_meta or torch.equal(hidden, embeddings)
-    return Decoder(family, base, text, layers, not known_alike, call)
+    return Decoder(family, base, language_model, layers, not known_alike, call)
 
 
 # -- how layers are called -------------------------------------------------------------------------------------------------
 
 
-def _first_layer_call(text: Any, layers: Any) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
+def _first_layer_call(language_model: Any, layers: Any) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
     """The embedding of one token `[1, 1, dim]`, and the arguments with which the language model calls its first layer."""
-    copied = unhooked(text, {layers: nn.ModuleList([Stop()] * len(layers))})
-    words = text.get_input_embeddings()
+    copied = unhooked(language_model, {layers: nn.ModuleList([Stop()] * len(layers))})
+    words = language_model.get_input_embeddings()
     # Offloaded weights are on no device; the hook that fetches them also moves their inputs.
     device = getattr(getattr(words, "_hf_hook", None), "execution_device", None)
-    one = torch.ones(1, 1, text.config.hidden_size, dtype=text.dtype, device=words.weight.device if device is None else device)
-    kwargs = {"inputs_embeds": one, "past_key_values": DynamicCache(config=text.config), "use_cache": True, CALL_ARGUMENT: None}
+    one = torch.ones(
+        1,
+        1,
+        language_model.config.hidden_size,
+        dtype=language_model.dtype,
+        device=words.weight.device if device is None else device,
+    )
+    kwargs = {
+        "inputs_embeds": one,
+        "past_key_values": DynamicCache(config=language_model.config),
+        "use_cache": True,
+        CALL_ARGUMENT: None,
+    }
     try:
         call = run_to_stop(copied, (), kwargs)
     except Exception as error:  # the model is not ours and may raise anything: the reason is passed on
         raise UsageError(
-            f"{type(text).__name__} is not built as expected: running one token up to its first layer failed "
+            f"{type(language_model).__name__} is not built as expected: running one token up to its first layer failed "
             f"({type(error).__name__}: {one_line(error)}); such text models are not supported."
         ) from error
     if call is None:
-        raise UsageError(f"{type(text).__name__} does not call its decoder layers; such text models are not supported.")
+        raise UsageError(
+            f"{type(language_model).__name__} does not call its decoder layers; such text models are not supported."
+        )
     return one, call
 
 

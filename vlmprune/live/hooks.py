@@ -168,7 +168,7 @@ class Hooks:
             return None
         plan, settings = owner.plan, owner.plan.contexts.settings
         changes = settings.enabled and plan.may_change(None, settings.budget)
-        if changes and (count := strange_embeddings(kwargs, plan.text)):
+        if changes and (count := strange_embeddings(kwargs, plan.language_model)):
             raise UsageError(
                 f"the language model was called by itself with {count} embeddings that are no word's: if pictures are among "
                 f"them, nothing tells where, and {plan.recipe} cannot be applied; call the whole model, or run this call "

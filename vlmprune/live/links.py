@@ -32,7 +32,7 @@ class Links:
 
     Args:
         base: the base model.
-        text: its language model.
+        language_model: its language model.
         modules: what carries hooks.
         routed: attention modules that are led through ours.
         recipe: for sentences.
@@ -42,15 +42,20 @@ class Links:
     """
 
     def __init__(
-        self, base: nn.Module, text: nn.Module, modules: Iterable[nn.Module], routed: Iterable[nn.Module], recipe: object
+        self,
+        base: nn.Module,
+        language_model: nn.Module,
+        modules: Iterable[nn.Module],
+        routed: Iterable[nn.Module],
+        recipe: object,
     ) -> None:
         self._recipe = recipe
         paths = {module: path for path, module in base.named_modules()}
         self._routed = {module: paths[module] for module in routed if module in paths}
-        found = [_chain(base, paths[module]) for module in (text, *modules, *self._routed) if module in paths]
+        found = [_chain(base, paths[module]) for module in (language_model, *modules, *self._routed) if module in paths]
         self._links = {link.path: link for links in found for link in links}
-        self._text = found[0] if found else []
-        self.way = tuple((link.parent._modules, link.name, link.child) for link in self._text)
+        self._to_language_model = found[0] if found else []
+        self.way = tuple((link.parent._modules, link.name, link.child) for link in self._to_language_model)
 
     def check(self, whole: bool) -> None:
         """Refuse to go on past a part that was replaced; the way to the language model alone, if not `whole`.
@@ -58,7 +63,7 @@ class Links:
         Raises:
             UsageError: a hooked module is not in its place, or a module's own config leads past our attention.
         """
-        for link in self._links.values() if whole else self._text:
+        for link in self._links.values() if whole else self._to_language_model:
             if link.parent._modules.get(link.name) is not link.child and not link.holds:
                 raise UsageError(
                     f"{link.path} was replaced after vlmprune.wrap, and {self._recipe} does not reach what is there now: call "

@@ -61,7 +61,7 @@ def attention_name(layer: Any, usual: str) -> str:
     return name
 
 
-def only(text: Any, usual: str, fits: Callable[[nn.Module], bool], what: str) -> str:
+def only(language_model: Any, usual: str, fits: Callable[[nn.Module], bool], what: str) -> str:
     """The name of a language model's only child of a kind; `usual` where there is a child of this name.
 
     Args:
@@ -71,26 +71,27 @@ def only(text: Any, usual: str, fits: Callable[[nn.Module], bool], what: str) ->
     Raises:
         UsageError: there is none, or there are several.
     """
-    children = dict(uncompiled(text).named_children())
+    children = dict(uncompiled(language_model).named_children())
     if usual in children:
         return usual
     names = [name for name, child in children.items() if fits(child)]
     last = [name for name in names if "final" in name] if len(names) > 1 else names
     if len(last) != 1:
         raise UsageError(
-            f"{type(text).__name__} is not built as expected: looked for one {what}, found {', '.join(names) or 'none'} among "
+            f"{type(language_model).__name__} is not built as expected: looked for one {what}, found "
+            f"{', '.join(names) or 'none'} among "
             f"{', '.join(children)}; such text models are not supported."
         )
     return last[0]
 
 
-def check_config(text: Any) -> None:
+def check_config(language_model: Any) -> None:
     """Refuse a language model by its config.
 
     Raises:
         UsageError: sizes are missing, its KV cache does not keep every token, or its attention implementation is not supported.
     """
-    config, name = text.config, type(text).__name__
+    config, name = language_model.config, type(language_model).__name__
     for needed in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         if not isinstance(getattr(config, needed, None), int):
             raise UsageError(
@@ -109,7 +110,7 @@ def check_config(text: Any) -> None:
         )
     implementation = config._attn_implementation
     supported = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
-    supported += ["flex_attention"] if text._supports_flex_attn else []
+    supported += ["flex_attention"] if language_model._supports_flex_attn else []
     if implementation not in supported:
         raise UsageError(
             f"attention implementation {implementation!r} is not supported (supported: {', '.join(supported)}): call "

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from vlmprune.adapters.registry import family_of
 from vlmprune.cost import DecoderShape
 from vlmprune.live.attention import CALL_ARGUMENT
+from vlmprune.live.attention_probes import see_attention
 from vlmprune.live.call import Call
 from vlmprune.live.context import Contexts
 from vlmprune.live.decoder import carried, carry, look_at
 from vlmprune.live.links import Links
-from vlmprune.live.observed import see_attention
 from vlmprune.live.pruning import Pruning, timed
 from vlmprune.live.redistribution import Redistribution
-from vlmprune.live.refusals import check_cuts, check_edits, check_tower
+from vlmprune.live.refusals import check_edits, check_stages, check_tower
 from vlmprune.live.tower_plan import TowerPlan, is_recomputed
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Budget
@@ -66,14 +66,19 @@ class Plan:
         self.model, self.recipe, self.contexts = model, recipe, contexts
         self.warned_of_labels = False
         decoder = look_at(model, family_of(model.config))
-        self.family, self.base, self.text, self.layers = decoder.family, decoder.base, decoder.text, decoder.layers
-        family, self.config, self.shape = self.family, self.base.config, DecoderShape.of(self.text.config)
+        self.family, self.base, self.language_model, self.layers = (
+            decoder.family,
+            decoder.base,
+            decoder.language_model,
+            decoder.layers,
+        )
+        family, self.config, self.shape = self.family, self.base.config, DecoderShape.of(self.language_model.config)
         facts = _facts(family, self.base)
-        self.redistribution = Redistribution(recipe.redistributors, family, facts, self.text)
-        self.pruning = Pruning(recipe, family, facts, self.base, self.text, len(self.layers))
+        self.redistribution = Redistribution(recipe.redistributors, family, facts, self.language_model)
+        self.pruning = Pruning(recipe, family, facts, self.base, self.language_model, len(self.layers))
         self.needs = self.redistribution.needs | self.pruning.needs
-        self.tower = TowerPlan(self, family, self.base, self.text, facts, self.pruning, self.needs, contexts)
-        check_cuts(recipe, decoder, self.pruning.stages)
+        self.tower = TowerPlan(self, family, self.base, self.language_model, facts, self.pruning, self.needs, contexts)
+        check_stages(recipe, decoder, self.pruning.stages)
         check_edits(decoder, self.redistribution)
         if self.tower.used:
             check_tower(recipe, decoder, facts, self.tower.stage, self.tower.last_block)
@@ -91,7 +96,7 @@ class Plan:
         self.carried = carried(decoder, (*(bound.stage.layer - 1 for bound in looking), *self.redistribution.routed))
         hooked = [self.layers[index] for kind, index in self.places() if kind == "layer"]
         routed = {**self.observers, **self.editors}
-        self.links = Links(self.base, self.text, (*hooked, *self.tower.hooked()), routed, recipe)
+        self.links = Links(self.base, self.language_model, (*hooked, *self.tower.hooked()), routed, recipe)
 
     def _attention(self, index: int) -> nn.Module:
         """The attention module of a decoder layer."""

@@ -96,7 +96,7 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
     counts = call.images = _encoded_counts(encoded.get("image")) or plan.family.tokens_per_image(kwargs, plan.config)
     plan.links.check(whole=counts is not None)
     if counts is None:
-        refuse_merged(kwargs, plan.text)
+        refuse_merged(kwargs, plan.language_model)
         return  # a prompt without an image, a later step, or a turn without a new image
     if (ids := identity_of(kwargs)) is None:
         return  # the model itself refuses this
@@ -113,7 +113,7 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
     if known is not None:
         call.tail += ids.shape[1] - known.ids.shape[1]
         call.uncached, call.resumed = known.marks, bool(known.marks)
-    tokens = read_prompt(call, kwargs, plan.family.image_token(plan.config), plan.text, plan.needs, edits)
+    tokens = read_prompt(call, kwargs, plan.family.image_token(plan.config), plan.language_model, plan.needs, edits)
     call.prompt = begin_prompt(call, tokens, counts, ids.device)
     if known is not None:
         call.prompt.chosen, call.prompt.replayed = known.chosen, bool(known.chosen)
@@ -166,7 +166,7 @@ def enter_prompt(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str
             plan.redistribution.enter_text(call, embeddings)
     # With padding, the model would make a mask of the whole prompt, [batch, 1, n, n], which no layer would see. Without
     # cache and mask, however, it would take positions with padding for packed sequences, and make a mask for these.
-    cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache", plan.text.config.use_cache)
+    cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache", plan.language_model.config.use_cache)
     unseen = (cached or kwargs.get("position_ids") is None) and plan.pruning.shortens_at_once(call) and not call.custom
     return (args, {**kwargs, "attention_mask": None}) if unseen else None
 
@@ -206,7 +206,7 @@ def _begin_record(plan: Plan, call: Call, embeddings: Tensor) -> Prefill:
         newlines=0 if prompt is None or prompt.newlines is None else int(prompt.newlines.sum()),
         hidden=0 if prompt is None else visual - sum(prompt.candidates),
     )
-    record.prefill.start = Clock.now(embeddings.device)
+    record.prefill = Clock(device=embeddings.device).__enter__()
     record.tower, plan.tower.now.clocks = list(plan.tower.now.clocks), ()
     return record
 
@@ -225,7 +225,7 @@ def leave_prompt(plan: Plan, call: Call, record: Prefill, output: Any) -> Any:
         record.stored += [call.past + call.sequence if section.stored is None else section.stored] * layers
     record.resident, record.peak = list(record.stored), sum(record.stored)
     plan.pruning.forget(call, output.get("past_key_values"))  # made by the model itself in a plain call
-    record.prefill.end = Clock.now(hidden.device)
+    record.prefill.__exit__()
     hand_over(output.get("past_key_values"), call.owner)
     if call.labels and last.rows is not None and last.alive is not None:
         _ignore_labels(plan, call, last.alive)

@@ -76,7 +76,7 @@ def full_mask(kwargs: Mapping[str, Any]) -> Any:
 
 
 def read_prompt(
-    call: Call, kwargs: Mapping[str, Any], image_token: int, text: Any, needs: frozenset[str], editing: Sequence[str]
+    call: Call, kwargs: Mapping[str, Any], image_token: int, language_model: Any, needs: frozenset[str], editing: Sequence[str]
 ) -> Tokens:
     """Read the tokens of a call with pictures; notes in `call` what their mask says.
 
@@ -84,16 +84,16 @@ def read_prompt(
         call: the running forward pass, after `read_mask`.
         kwargs: the base model's arguments, all by name.
         image_token: id of the placeholder.
-        text: the language model.
+        language_model: it.
         needs: probes that the recipe's methods look at.
         editing: names of the redistribution methods at work.
 
     Raises:
         UsageError: what the call says of its tokens cannot be followed.
     """
-    config, mask = text.config, full_mask(kwargs)
+    config, mask = language_model.config, full_mask(kwargs)
     flash = "flash" in config._attn_implementation
-    ids, placeholders = _tokens(kwargs, image_token, text, needs)
+    ids, placeholders = _tokens(kwargs, image_token, language_model, needs)
     segments = None
     packed = None if mask is not None else packed_samples(kwargs, ids, config, flash)
     if flash and (packed is not None or kwargs.get("cu_seq_lens_q") is not None):
@@ -160,13 +160,13 @@ def packed_samples(kwargs: Mapping[str, Any], ids: Tensor, config: Any, flash: b
     return None if position is None else find_packed_sequence_indices(position.expand(ids.shape[0], -1))
 
 
-def refuse_merged(kwargs: Mapping[str, Any], text: Any) -> None:
+def refuse_merged(kwargs: Mapping[str, Any], language_model: Any) -> None:
     """Refuse embeddings that may have pictures among them, where a call brings none.
 
     Raises:
         UsageError: an embedding is no word's.
     """
-    if count := strange_embeddings(kwargs, text):
+    if count := strange_embeddings(kwargs, language_model):
         raise UsageError(
             f"inputs_embeds holds {count} embeddings that are no word's: if pictures were merged into them, where "
             "they stand cannot be known; pass pixel_values with them and the placeholder's embedding in the places of the "
@@ -175,12 +175,12 @@ def refuse_merged(kwargs: Mapping[str, Any], text: Any) -> None:
         )
 
 
-def strange_embeddings(kwargs: Mapping[str, Any], text: Any) -> int:
+def strange_embeddings(kwargs: Mapping[str, Any], language_model: Any) -> int:
     """How many of a call's embeddings are no word's; 0 where ids were given, and for a single one, which is decoding."""
     embeddings = kwargs.get("inputs_embeds")
     if embeddings is None or kwargs.get("input_ids") is not None or embeddings.shape[1] == 1:
         return 0
-    words = text.get_input_embeddings().weight.detach().to(embeddings.device, embeddings.dtype)
+    words = language_model.get_input_embeddings().weight.detach().to(embeddings.device, embeddings.dtype)
     return int(on_host((~torch.isin(hash_rows(embeddings.flatten(0, 1)), hash_rows(words))).sum()))
 
 
@@ -195,7 +195,9 @@ def visible_images(prompt: Prompt) -> tuple[Tensor, ...]:
     )
 
 
-def _tokens(kwargs: Mapping[str, Any], image_token: int, text: Any, needs: frozenset[str]) -> tuple[Tensor, Tensor | None]:
+def _tokens(
+    kwargs: Mapping[str, Any], image_token: int, language_model: Any, needs: frozenset[str]
+) -> tuple[Tensor, Tensor | None]:
     """Ids `[batch, sequence]`; or numbers of their embeddings, and which of these are placeholders."""
     ids: Tensor | None = kwargs.get("input_ids")
     if ids is not None:
@@ -203,7 +205,7 @@ def _tokens(kwargs: Mapping[str, Any], image_token: int, text: Any, needs: froze
     embeddings: Tensor = kwargs["inputs_embeds"]
     if "text_ids" in needs:
         raise UsageError("the method reads the words of the question, which inputs_embeds does not tell: pass input_ids.")
-    placeholder = text.get_input_embeddings()(torch.full((), image_token, device=embeddings.device))
+    placeholder = language_model.get_input_embeddings()(torch.full((), image_token, device=embeddings.device))
     return hash_rows(embeddings.flatten(0, 1)).view(embeddings.shape[:2]), (embeddings == placeholder).all(dim=-1)
 
 

@@ -25,7 +25,7 @@ from vlmprune.live.choosing import BoundStage, Model, choose, left_by_tower, mak
 from vlmprune.live.explain import how_it_chooses
 from vlmprune.live.record import Clock, Judged, Kept
 from vlmprune.live.rows import Reduction
-from vlmprune.live.section import Decoder, Section, complete_entries
+from vlmprune.live.section import LayerStack, Section, complete_entries
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Budget
 from vlmprune.view import TowerFacts
@@ -36,7 +36,7 @@ class Pruning:
 
     Args:
         recipe, family, facts: as they are.
-        base, text: the model's base model and its language model.
+        base, language_model: the model's base model and its language model.
         layers: how many decoder layers it has.
 
     Attributes:
@@ -49,8 +49,8 @@ class Pruning:
 
     explains = False
 
-    def __init__(self, recipe: Recipe, family: Family, facts: TowerFacts, base: Any, text: Any, layers: int) -> None:
-        self._family, self._text = family, text
+    def __init__(self, recipe: Recipe, family: Family, facts: TowerFacts, base: Any, language_model: Any, layers: int) -> None:
+        self._family, self._language_model = family, language_model
         self.stages = [_bound(number, *found, facts) for number, found in enumerate(recipe.cuts(facts))]
         self.at = tuple(sorted({bound.stage.layer for bound in self.stages}))
         self.cache_stage = next((bound for bound in self.stages if bound.stage.site == "cache"), None)
@@ -59,8 +59,10 @@ class Pruning:
         for bound in self.stages:
             if bound.stage.site != "cache":
                 self._running[bound.stage.layer].append(bound)
-        self._model = Model(family, base, text)
-        self._decoder = Decoder(text.config, lambda *args: text.get_submodule(family.rotary)(*args), self.at, layers)
+        self._model = Model(family, base, language_model)
+        self._stack = LayerStack(
+            language_model.config, lambda *args: language_model.get_submodule(family.rotary)(*args), self.at, layers
+        )
 
     # -- what is known beforehand ----------------------------------------------------------------------------------------
 
@@ -128,7 +130,9 @@ class Pruning:
             call.padded_step = not on_host(_all_seen(call.mask, first)).all()
         if call.padded_step or not visible:
             return False
-        implementation = self._text.config._attn_implementation  # the others make a mask in any case, and we a shorter one
+        implementation = (
+            self._language_model.config._attn_implementation
+        )  # the others make a mask in any case, and we a shorter one
         return (implementation == "sdpa" or "flash" in implementation) and (self.at[0] == 0 or first.recorded.unpadded)
 
     # -- at a layer ----------------------------------------------------------------------------------------------------
@@ -159,7 +163,7 @@ class Pruning:
             if hidden.shape[1] == 1 and every and call.prompt is None and not call.padded_step:
                 # Decoding without padding: every stored entry is visible, no mask is needed.
                 return None if kwargs.get("attention_mask") is None else (hidden, {**kwargs, "attention_mask": None})
-        return hidden, section.arguments(call, hidden, kwargs, self._decoder)
+        return hidden, section.arguments(call, hidden, kwargs, self._stack)
 
     def _open(self, index: int, module: nn.Module, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Open the section that begins with a stage's layer, and shorten the hidden states `[batch, token, dim]`.
@@ -194,7 +198,7 @@ class Pruning:
         cache_ = kwargs.get("past_key_values") if call.past else None
         recorded = None if cache_ is None else getattr(cache_.layers[index], "recorded", None)
         earlier = recorded and recorded.shift
-        rotary = partial(section.rotary, hidden, earlier, kwargs, self._decoder)
+        rotary = partial(section.rotary, hidden, earlier, kwargs, self._stack)
         chosen = prompt.chosen.get(bound.number)
         if chosen is None or (chosen.merges and not first):  # what is merged has a gradient
             if bound.stage.site == "vision":
@@ -294,11 +298,9 @@ def _bound(number: int, stage: Any, method: Any, facts: TowerFacts) -> BoundStag
 @contextmanager
 def timed(call: Call, device: torch.device, what: str, record: bool = True) -> Iterator[None]:
     """Record the time that choosing takes; and let it compute in full precision, also inside `torch.autocast`."""
-    clock = Clock(start=Clock.now(device), what=what)
     call.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-    with torch.autocast(device.type, enabled=False):
+    with Clock(what=what, device=device) as clock, torch.autocast(device.type, enabled=False):
         yield
-    clock.end = Clock.now(device)
     if record and call.record is not None:
         call.record.selection.append(clock)
 

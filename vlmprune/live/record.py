@@ -17,23 +17,27 @@ from vlmprune.schedule import Site
 class Clock:
     """Time on the device that does the work. Events of a GPU are read only when somebody asks for the time.
 
+    `with` starts and ends it.
+
     Attributes:
         start, end: seconds of the host's clock, or GPU events.
         what: what was timed, in words.
+        device: where it is done.
     """
 
     start: Any = None
     end: Any = None
     what: str = ""
+    device: torch.device | None = None
 
-    @staticmethod
-    def now(device: torch.device) -> Any:
-        """The present time: seconds of the host's clock, or an event in the GPU's queue."""
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(device))
-        return event
+    def __enter__(self) -> Clock:
+        on_gpu = self.device is not None and self.device.type == "cuda"
+        self.start = _event(self.device) if on_gpu else time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        on_gpu = self.device is not None and self.device.type == "cuda"
+        self.end = _event(self.device) if on_gpu else time.perf_counter()
 
     @property
     def ms(self) -> float:
@@ -49,6 +53,13 @@ def place_of(site: Site, layer: int) -> str:
     if site == "llm":
         return f"before layer {layer}" if layer else "before the language model"
     return "inside the vision tower" if site == "vision" else f"in the KV cache from layer {layer} on"
+
+
+def _event(device: torch.device | None) -> Any:
+    """The present time in the GPU's queue."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,7 +44,7 @@ class Redistribution:
 
     Args:
         methods: of the recipe, in its order.
-        family, facts, text: the model's family, facts about its vision tower, and its language model.
+        family, facts, language_model: the model's family, facts about its vision tower, and its language model.
 
     Attributes:
         by_layer: the method, bound to this model, that edits each layer.
@@ -56,10 +56,10 @@ class Redistribution:
         UsageError: a layer that the model lacks, two methods in one layer, or a method that does not work with the model.
     """
 
-    def __init__(self, methods: Sequence[Redistributor], family: Family, facts: TowerFacts, text: Any) -> None:
-        self._family, self._text = family, text
-        self._layers: Any = text.get_submodule(family.layers)
-        model = ModelFacts(text.config, text.config.hidden_size, len(self._layers), facts)
+    def __init__(self, methods: Sequence[Redistributor], family: Family, facts: TowerFacts, language_model: Any) -> None:
+        self._family, self._language_model = family, language_model
+        self._layers: Any = language_model.get_submodule(family.layers)
+        model = ModelFacts(language_model.config, language_model.config.hidden_size, len(self._layers), facts)
         edited: dict[int, Redistributor] = {}
         self._names: dict[int, str] = {}
         for method in methods:
@@ -100,7 +100,7 @@ class Redistribution:
             return self.enter_text(apart.now(call), apart.take(embeddings, 1))
         if self._compared >= 0 and not call.past and not call.resumed:
             layers, name = self._layers[: self._compared + 1], self.by_layer[self._compared].name
-            call.edits.text_only = TextOnly.enter(call, embeddings, self._text, self._family, layers, name)
+            call.edits.text_only = TextOnly.enter(call, embeddings, self._language_model, self._family, layers, name)
 
     def enter_step(self, call: Call, kwargs: dict[str, Any]) -> None:
         """A later call without an image enters the language model: look up the marks of all layers at once. If a layer has none
@@ -109,7 +109,7 @@ class Redistribution:
         if not call.enabled or cache is None:
             return
         layers, steps, idle = cache.layers, call.edits.steps, True
-        plain = embeddings is not None and self._compared < 0 and _sees_all(call, embeddings, self._text.config)
+        plain = embeddings is not None and self._compared < 0 and _sees_all(call, embeddings, self._language_model.config)
         for index, name in self._names.items():
             layer = layers[index] if index < len(layers) else None
             if not isinstance(layer, MarkedLayer) or (marks := layer.marks) is None or marks.by != name:
@@ -241,7 +241,9 @@ class Redistribution:
             _record(given, method, marks, first)
             return own()
         result = None
-        if rows is not None or kwargs.get("output_attentions", getattr(self._text.config, "output_attentions", False)):
+        if rows is not None or kwargs.get(
+            "output_attentions", getattr(self._language_model.config, "output_attentions", False)
+        ):
             result = own()
             if rows is not None and rows.rows.shape[1] == 0:
                 return result

@@ -21,43 +21,43 @@ from vlmprune.schedule import Schedule, scaled_layer
 from vlmprune.view import AHEAD, BEFORE_THE_STAGE, TowerFacts, known_probes
 
 
-def check_cuts(recipe: Recipe, decoder: Decoder, cuts: Sequence[BoundStage]) -> None:
+def check_stages(recipe: Recipe, decoder: Decoder, stages: Sequence[BoundStage]) -> None:
     """The stages of a recipe, in the language model.
 
     Raises:
         UsageError: a layer the model lacks, positions that have no meaning, or attention that cannot be looked at.
     """
-    text_config, layers = decoder.text.config, len(decoder.layers)
-    for cut in cuts:
-        check_needs(cut.method.name, cut.needs, known_probes())
-        if cut.stage.layer >= layers:
+    text_config, layers = decoder.language_model.config, len(decoder.layers)
+    for bound in stages:
+        check_needs(bound.method.name, bound.needs, known_probes())
+        if bound.stage.layer >= layers:
             raise UsageError(
-                f"{cut.method.name} cuts at layer {cut.stage.layer}, but the model has layers 0 to {layers - 1}: "
-                + _fitting(recipe, cut, layers)
+                f"{bound.method.name} prunes at layer {bound.stage.layer}, but the model has layers 0 to {layers - 1}: "
+                + _fitting(recipe, bound, layers)
             )
-        if cut.method.positions == "compact" and has_mrope(text_config):
+        if bound.method.positions == "compact" and has_mrope(text_config):
             raise UsageError(
-                f'{cut.method.name}: positions="compact" has no meaning for the M-RoPE of {decoder.family.name}, whose '
+                f'{bound.method.name}: positions="compact" has no meaning for the M-RoPE of {decoder.family.name}, whose '
                 'positions are places in the picture: use positions="original".'
             )
-        if cut.method.positions == "compact" and not decoder.turns_by_position():
+        if bound.method.positions == "compact" and not decoder.turns_by_position():
             raise UsageError(
-                f'{cut.method.name}: positions="compact" needs rotary embeddings that follow from positions, but those of '
+                f'{bound.method.name}: positions="compact" needs rotary embeddings that follow from positions, but those of '
                 f'{decoder.name} depend on the layer: use positions="original".'
             )
-    for cut in cuts:
-        ahead = bool(cut.needs & AHEAD)
-        if not (cut.needs & BEFORE_THE_STAGE or ahead):
+    for bound in stages:
+        ahead = bool(bound.needs & AHEAD)
+        if not (bound.needs & BEFORE_THE_STAGE or ahead):
             continue
         if "flash" in text_config._attn_implementation:
             raise UsageError(
-                f"{cut.method.name} looks at attention in the language model, which {text_config._attn_implementation!r} does "
-                'not offer yet: call model.set_attn_implementation("sdpa").'
+                f"{bound.method.name} looks at attention in the language model, which {text_config._attn_implementation!r} "
+                'does not offer yet: call model.set_attn_implementation("sdpa").'
             )
-        if cut.needs & BEFORE_THE_STAGE:
-            _check_attention(decoder, cut.stage.layer - 1, cut.method.name, told=True)
+        if bound.needs & BEFORE_THE_STAGE:
+            _check_attention(decoder, bound.stage.layer - 1, bound.method.name, needs_call=True)
         if ahead:
-            _check_attention(decoder, cut.stage.layer, cut.method.name, told=False)
+            _check_attention(decoder, bound.stage.layer, bound.method.name, needs_call=False)
 
 
 def check_edits(decoder: Decoder, redistribution: Redistribution) -> None:
@@ -71,14 +71,14 @@ def check_edits(decoder: Decoder, redistribution: Redistribution) -> None:
     for index in redistribution.routed:
         name = names.get(index, scalers[0] if scalers else "")
         edits = index in redistribution.by_layer and not isinstance(redistribution.by_layer[index], HeadScaler)
-        _check_attention(decoder, index, name, told=True, weights=edits)
+        _check_attention(decoder, index, name, needs_call=True, weights=edits)
         seen = decoder.look_at_attention(index)
         if edits and seen.value.shape[-1] != seen.key.shape[-1]:
             raise UsageError(
                 f"{name} edits attention whose values are as wide as its keys, but layer {index} of {decoder.name} has keys of "
                 f"{seen.key.shape[-1]} numbers and values of {seen.value.shape[-1]}: choose a method that drops tokens."
             )
-    if scalers and any(decoder.look_at_attention(index).told != "by the layer" for index in redistribution.routed):
+    if scalers and any(decoder.look_at_attention(index).reached != "by the layer" for index in redistribution.routed):
         raise UsageError(
             f"{scalers[0]} runs the prompt without its picture beside it, layer by layer, but "
             f"{type(decoder.layers[0]).__name__} does not hand its keyword arguments on to its attention: choose another "
@@ -106,7 +106,7 @@ def check_tower(
         last_block: gives the block before which the sequence has its final length.
 
     Raises:
-        UsageError: this tower cannot be looked at, or cannot be cut.
+        UsageError: this tower cannot be looked at, or cannot be bound.
     """
     if decoder.family.facts.cls and not facts.cls:  # only towers of this family with CLS tokens are followed
         raise UsageError(
@@ -116,7 +116,7 @@ def check_tower(
     if inside is not None and inside.stage.site == "vision" and last_block() == 0:
         raise UsageError(
             f"{inside.method.name} drops patches between blocks of the vision tower, but this model takes its features from "
-            "the first one: choose a method that cuts in the language model."
+            "the first one: choose a method that prunes in the language model."
         )
     if "flash" in (found := str(decoder.base.config.vision_config._attn_implementation)):
         raise UsageError(
@@ -125,16 +125,16 @@ def check_tower(
         )
 
 
-def _check_attention(decoder: Decoder, index: int, method: str, told: bool, weights: bool = True) -> None:
+def _check_attention(decoder: Decoder, index: int, method: str, needs_call: bool, weights: bool = True) -> None:
     """Whether a method may look at, or edit, the attention of a layer.
 
     Args:
-        told: it must be told which call that is.
+        needs_call: the call must reach it.
         weights: it computes attention weights itself.
     """
     seen = decoder.look_at_attention(index)
     layer = type(decoder.layers[index]).__name__
-    if told and seen.told == "not":
+    if needs_call and seen.reached == "not":
         raise UsageError(
             f"{method} needs the attention of layer {index}, but {layer} does not hand its keyword arguments on to it: choose "
             "a method that does not look at attention; `vlmprune methods` says what each one looks at."
@@ -149,20 +149,20 @@ def _check_attention(decoder: Decoder, index: int, method: str, told: bool, weig
         )
 
 
-def _fitting(recipe: Recipe, cut: BoundStage, depth: int) -> str:
+def _fitting(recipe: Recipe, bound: BoundStage, depth: int) -> str:
     """What to do about a stage behind the last layer: the same method with its layers scaled to the model's depth."""
-    method = cut.method
+    method = bound.method
     stages = [stage for stage in method.stages if stage.site == "llm"]
     room = range(method.first_layer, depth)
     if len(stages) > max(len(room), 1):
         fewer = [replace(stage, layer=layer) for stage, layer in zip(stages, room, strict=False)]
         example = Recipe((replace(method, schedule=Schedule(tuple(fewer))),))
         return (
-            f"{method.name} has {len(stages)} stages in the language model, and may cut at {len(room)} of its {depth} layers, "
-            f"{room[0]} to {room[-1]}: give it fewer stages, for example {example}."
+            f"{method.name} has {len(stages)} stages in the language model, and may prune at {len(room)} of its {depth} "
+            f"layers, {room[0]} to {room[-1]}: give it fewer stages, for example {example}."
         )
     try:
-        fitted = _scaled(method, cut, depth)
+        fitted = _scaled(method, bound, depth)
         methods = tuple(fitted if other is method else other for other in recipe.methods)
         fits = all(stage.layer < depth for stage, _ in Recipe(methods).cuts())
         text = str(Recipe((fitted,)))
@@ -173,11 +173,11 @@ def _fitting(recipe: Recipe, cut: BoundStage, depth: int) -> str:
     return f"choose among them, for example {text}." if fits and readable else "choose among them."
 
 
-def _scaled(method: Pruner, cut: BoundStage, depth: int) -> Pruner:
+def _scaled(method: Pruner, bound: BoundStage, depth: int) -> Pruner:
     layers = [stage.layer for stage in method.stages]
-    if cut.stage.layer not in layers or cut.stage.site == "cache":  # a stage that a parameter names
-        names = [field.name for field in fields(method) if getattr(method, field.name) == cut.stage.layer]
-        values: dict[str, Any] = {name: max(scaled_layer(cut.stage.layer, depth), 1) for name in names}
+    if bound.stage.layer not in layers or bound.stage.site == "cache":  # a stage that a parameter names
+        names = [field.name for field in fields(method) if getattr(method, field.name) == bound.stage.layer]
+        values: dict[str, Any] = {name: max(scaled_layer(bound.stage.layer, depth), 1) for name in names}
         return replace(method, **values)
     fitted: list[int] = []
     for stage in method.stages:

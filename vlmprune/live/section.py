@@ -29,7 +29,7 @@ Mask = Tensor | BlockMask | None
 
 
 @dataclass(frozen=True, eq=False)
-class Decoder:
+class LayerStack:
     """What is the same in all calls of a language model.
 
     Attributes:
@@ -90,7 +90,7 @@ class Section:
 
     # -- what a layer is given -------------------------------------------------------------------------------------------
 
-    def arguments(self, call: Call, hidden: Tensor, kwargs: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
+    def arguments(self, call: Call, hidden: Tensor, kwargs: dict[str, Any], stack: LayerStack) -> dict[str, Any]:
         """The keyword arguments of a layer that computes fewer tokens than the conversation has.
 
         Args:
@@ -98,13 +98,13 @@ class Section:
             kwargs: as the model gives them.
         """
         if not self._mask:
-            self._prepare(call, hidden, kwargs, decoder)
+            self._prepare(call, hidden, kwargs, stack)
         made = self._rotary.get((id(kwargs["position_embeddings"][0]), id(self._earlier)))
-        rotary = self.rotary(hidden, self._earlier, kwargs, decoder) if made is None else made[0]
+        rotary = self.rotary(hidden, self._earlier, kwargs, stack) if made is None else made[0]
         # position_ids serve only flash attention's search for packed sequences, which gaps would mislead.
         return {**kwargs, "position_ids": None, "position_embeddings": rotary, "attention_mask": self._mask[0]}
 
-    def rotary(self, hidden: Tensor, earlier: Tensor | None, kwargs: dict[str, Any], decoder: Decoder) -> Rotary:
+    def rotary(self, hidden: Tensor, earlier: Tensor | None, kwargs: dict[str, Any], stack: LayerStack) -> Rotary:
         """The rotary embeddings of the rows that a layer computes; some models give different ones to different layers.
 
         Args:
@@ -118,7 +118,7 @@ class Section:
         shift = earlier if earlier is None else earlier[:, None]
         if self.shift is not None:
             shift = self.shift + (0 if shift is None else shift)
-        moved = full if shift is None else decoder.rotary(hidden, kwargs["position_ids"] - shift)
+        moved = full if shift is None else stack.rotary(hidden, kwargs["position_ids"] - shift)
         own = moved if self.rows is None else (self.rows.gather(moved[0]), self.rows.gather(moved[1]))
         return self.hand_on(own, full, earlier)
 
@@ -127,14 +127,14 @@ class Section:
         self._rotary[id(full[0]), id(earlier)] = own, full, earlier  # held, so that their identities stay theirs
         return own
 
-    def _prepare(self, call: Call, hidden: Tensor, kwargs: dict[str, Any], decoder: Decoder) -> None:
+    def _prepare(self, call: Call, hidden: Tensor, kwargs: dict[str, Any], stack: LayerStack) -> None:
         """At the section's first layer: make the mask, and record in all its cache layers what they are about to store."""
         cache: Cache | None = kwargs.get("past_key_values")
         layers: list[PrunedLayer] = []
         if cache is not None:
-            layers = pruned_layers(cache, decoder.section_at(self.start), decoder.stages, partial(complete_entries, call))
+            layers = pruned_layers(cache, stack.section_at(self.start), stack.stages, partial(complete_entries, call))
             self._earlier = None if layers[0].recorded is None else layers[0].recorded.shift
-        implementation = decoder.config._attn_implementation
+        implementation = stack.config._attn_implementation
         if layers and self.rows is None and hidden.shape[1] == 1 and not (call.padded_step or call.custom):
             # A decoding step, whose token the cache appends by itself.
             keys = layers[0].entries.then(1)

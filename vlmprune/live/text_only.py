@@ -51,13 +51,15 @@ class TextOnly:
     scale: Tensor | None = None
 
     @staticmethod
-    def enter(call: Call, embeddings: Tensor, text: Any, family: Family, layers: Sequence[Any], name: str) -> TextOnly:
+    def enter(
+        call: Call, embeddings: Tensor, language_model: Any, family: Family, layers: Sequence[Any], name: str
+    ) -> TextOnly:
         """Begin the stream of a prompt with images.
 
         Args:
             call: the prompt's call.
             embeddings: `[batch, token, dim]` what enters the language model.
-            text, family: the language model, and where its parts are.
+            language_model, family: the language model, and where its parts are.
             layers: the decoder layers up to the last one that is compared.
             name: of the method, for a refusal.
 
@@ -68,14 +70,14 @@ class TextOnly:
         hidden = words.gather(embeddings)
         slots = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
         valid = words.valid.to(hidden.device)
-        mask = pruned_mask(slots, valid, slots, valid, words.dense, text.config._attn_implementation, hidden.dtype)
+        mask = pruned_mask(slots, valid, slots, valid, words.dense, language_model.config._attn_implementation, hidden.dtype)
         positions = (valid.cumsum(dim=1) - 1).clamp_min(0)
-        positions = positions.expand(3, -1, -1) if has_mrope(text.config) else positions
+        positions = positions.expand(3, -1, -1) if has_mrope(language_model.config) else positions
         own = Call(owner=call.owner, plan=call.plan, edits=Edits(is_text_only=True))
         kwargs = {
             "attention_mask": mask,
             "position_ids": None,
-            "position_embeddings": text.get_submodule(family.rotary)(hidden, positions),
+            "position_embeddings": language_model.get_submodule(family.rotary)(hidden, positions),
             "past_key_values": None,
             "use_cache": False,
             CALL_ARGUMENT: own,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from threading import local
 from typing import Any
@@ -37,7 +36,7 @@ class TowerPlan:
 
     Args:
         plan: the plan that this is a part of.
-        family, base, text, facts: the model's family, its base model and language model, and the traits of the tower.
+        family, base, language_model, facts: the model's family, its base model and language model, and the traits of the tower.
         pruning: the stages.
         needs: all probes that methods look at.
         contexts: what callers say about the handle.
@@ -55,13 +54,13 @@ class TowerPlan:
         plan: Any,
         family: Family,
         base: Any,
-        text: Any,
+        language_model: Any,
         facts: TowerFacts,
         pruning: Pruning,
         needs: frozenset[str],
         contexts: Contexts,
     ) -> None:
-        self._plan, self._family, self._base, self._text, self._facts = plan, family, base, text, facts
+        self._plan, self._family, self._base, self._language_model, self._facts = plan, family, base, language_model, facts
         self._pruning, self._contexts, self._config = pruning, contexts, base.config
         self.wanted, self.stage = taken_in_tower(needs), stage_in_tower(pruning.stages, needs)
         self.used = bool(self.wanted) or self.stage is not None
@@ -146,7 +145,7 @@ class TowerPlan:
     ) -> None:
         """Look at the attention of a block. One that gradient checkpointing runs again was seen before."""
         if not tower.over:
-            with self._in_tower(query.device), torch.no_grad():
+            with self._timed(query.device), torch.no_grad():
                 tower.watch(index, query, key, value, scaling, probes)
 
     def enter_block(
@@ -155,9 +154,10 @@ class TowerPlan:
         """Shorten what enters a block of the tower."""
         if tower.pruner is None:
             return None
-        tower = _as_it_was(tower, index, module)
+        if module.training:
+            tower = _as_it_was(tower, index, module)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        with self._in_tower(hidden.device):
+        with self._timed(hidden.device):
             if self._facts.cls:
                 hidden = tower.shorten_crops(index, hidden)
                 mask = tower.mask(self._config.vision_config._attn_implementation, hidden.dtype)
@@ -171,7 +171,7 @@ class TowerPlan:
         return args if tower.pruner is None else (tower.shorten_packed(len(self._blocks()), args[0]), *args[1:])
 
     def leave_projector(self, tower: TowerPass, args: tuple[Any, ...], features: Tensor) -> Tensor:
-        with self._in_tower(features.device):
+        with self._timed(features.device):
             return self._remember(tower, args, features)
 
     def _remember(self, tower: TowerPass, args: tuple[Any, ...], features: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class TowerPlan:
         restored = tower.restore(features)
         if tower.wanted:
             # transformers casts features to the dtype of the words they are put among, and so must their names
-            among = self._text.get_input_embeddings().weight.dtype
+            among = self._language_model.get_input_embeddings().weight.dtype
             lives = (restored.untyped_storage(), tower.output)
             tower.observed = self.memory.add(
                 features.flatten(0, -2).to(among), tower.probes(features, args[0]), lives, differentiable=tower.in_call
@@ -197,13 +197,11 @@ class TowerPlan:
         if tower.observed is not None and hasattr(output, "__weakref__"):  # a projector inside the tower
             tower.observed.holders.append(ref(output))
 
-    @contextmanager
-    def _in_tower(self, device: torch.device) -> Iterator[None]:
-        """Record the time that looking and shortening inside the tower takes."""
-        clock = Clock(start=Clock.now(device), what="inside the vision tower")
-        yield
-        clock.end = Clock.now(device)
+    def _timed(self, device: torch.device) -> Clock:
+        """A clock of the time that is spent inside the tower."""
+        clock = Clock(what="inside the vision tower", device=device)
         self.now.clocks = (*self.now.clocks, clock)
+        return clock
 
 
 @torch.compiler.disable
