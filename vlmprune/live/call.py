@@ -153,6 +153,11 @@ class Call:
     uncached: dict[int, MarkedLayer] = field(default_factory=dict)
     resumed: bool = False
 
+    def begin_sections(self, remaining: tuple[Tensor, ...], alive: Tensor, counts: tuple[int, ...]) -> None:
+        """A prompt enters the language model: the first section begins, before all stages."""
+        self.section = Section(remaining=remaining, alive=alive, counts=counts)
+        self.sections = [self.section]
+
     def section_of(self, layer: int) -> Section:
         """The section that a layer belongs to."""
         if not self.sections:

@@ -155,7 +155,7 @@ def enter_prompt(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str
     remaining = visible_images(prompt)
     prompt.candidates = [len(index) for index in remaining]
     prompt.entered = list(prompt.candidates)
-    plan.pruning.begin(call, remaining, prompt.layout.real, prompt.layout.counts)
+    call.begin_sections(remaining, prompt.layout.real, prompt.layout.counts)
     call.record = _begin_record(plan, call, embeddings)
     if plan.needs & EMBEDDINGS:
         prompt.embeddings = embeddings

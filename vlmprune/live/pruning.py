@@ -137,13 +137,6 @@ class Pruning:
 
     # -- at a layer ----------------------------------------------------------------------------------------------------
 
-    def begin(
-        self, call: Call, remaining: tuple[Tensor, ...] = (), alive: Tensor | None = None, counts: Sequence[int] = ()
-    ) -> None:
-        """A call enters the language model: its first section begins, before all stages."""
-        call.section = Section(remaining=remaining, alive=alive, counts=tuple(counts))
-        call.sections = [call.section]
-
     def enter_layer(
         self, index: int, module: nn.Module, call: Call, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]] | None:
