@@ -485,3 +485,17 @@ def test_on_the_command_line(monkeypatch, capsys, tmp_path):
     assert first["lines"][1] in out
     assert vlmprune(monkeypatch, *asked, "--why", 144) == 2
     assert "there is no token 144: the picture has 144" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_a_dropped_token_above_a_kept_one_is_no_matter_of_scores():
+    """Red: a token is dropped with a higher score than the last kept one has, and the sentence leaves it at that."""
+    model = shared("llava")
+    run = run_once(model, make_inputs("llava", model, [["text7", "image", "text4"]]), "visionzip:fraction=0.4")
+    verdicts = [run.explain(token).verdicts[0] for token in range(16)]
+    above = [verdict for verdict in verdicts if not verdict.kept and verdict.score > verdict.last_kept_score]
+    assert any(verdict.rank > verdict.left for verdict in above)
+    for verdict in above:
+        assert "the score alone does not decide: the method keeps what CLS attends to most" in str(verdict)
+    below = [verdict for verdict in verdicts if not verdict.kept and verdict.score < verdict.last_kept_score]
+    assert not any("alone" in str(verdict) for verdict in below)

@@ -19,7 +19,7 @@ from torch import Tensor
 from vlmprune.errors import UsageError, shown
 from vlmprune.live.record import Judged, Kept, Prefill, place_of
 from vlmprune.methods import Choice, Pruner
-from vlmprune.methods.checks import check_numbers
+from vlmprune.methods.checks import check_joined, check_numbers, check_order
 from vlmprune.methods.tower import TowerPruner
 from vlmprune.schedule import Site, plain
 from vlmprune.show import units
@@ -36,17 +36,24 @@ def judged(method: Pruner, see: View | None, choice: Choice, index: Sequence[Ten
         see: what the method saw; None where it was not asked, because the budget keeps everything or nothing.
         choice: what it chose.
         index: `[visual]` of each, the tokens that were there.
+
+    Raises:
+        UsageError: the method's scores, its order or `Choice.joined` are not what they must be.
     """
     if see is None:
         return [Judged(own, asked=False) for own in index]
-    score, order = method.scores(see), method.order(see, choice.index.shape[1]) if isinstance(choice.index, Tensor) else None
+    score, order = method.scores(see), None
     if score is not None:
         check_numbers(f"{method.name}: scores(see)", score, (see.images, see.visual))
+    if isinstance(choice.index, Tensor) and (order := method.order(see, choice.index.shape[1])) is not None:
+        check_order(method.name, order, choice.index)
+    if choice.joined is not None:
+        check_joined(method.name, choice.joined, choice.index, see.visual)
     return [
         Judged(
             index=own,
             score=None if score is None else score[number].detach(),
-            order=None if order is None else own[order[number].to(own.device)],
+            order=None if order is None else own[order[number].long().to(own.device)],
             joined=None if choice.joined is None else _tokens(own, choice.joined[number]),
         )
         for number, own in enumerate(index)
@@ -55,7 +62,7 @@ def judged(method: Pruner, see: View | None, choice: Choice, index: Sequence[Ten
 
 def _tokens(index: Tensor, joined: Tensor) -> Tensor:
     """Places among the tokens that were there, as indices into the picture; −1 stays."""
-    joined = joined.to(index.device)
+    joined = joined.long().to(index.device)
     return torch.where(joined < 0, joined, index[joined.clamp_min(0)])
 
 
@@ -150,8 +157,11 @@ class Verdict:
 
     @property
     def _in_spite_of_score(self) -> bool:
+        """Whether a choice of the highest scores would have decided otherwise, or would have kept others."""
+        assert self.score is not None
         assert self.rank is not None
-        return (self.rank <= self.left) != self.kept
+        above_a_kept_one = self.last_kept_score is not None and self.score > self.last_kept_score
+        return (self.rank <= self.left) != self.kept or (above_a_kept_one and not self.kept)
 
 
 @dataclass(frozen=True)
