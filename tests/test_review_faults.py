@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import pytest
 import torch
 from tiny_models import make_inputs, shared
 
 import vlmprune as vp
+from vlmprune.cli.why import explained, lines
 
+Crop = namedtuple("Crop", ["name", "cells"])
 CHATTY = [["text4", "image", "text6"], ["text3", "image", "text3"]]
 
 
@@ -93,3 +97,65 @@ def test_what_explains_may_be_of_any_whole_numbers():
     assert [verdict.pick for verdict in found] == [3, 2, 4, 1, None, None, None]
     assert [verdict.merged_into for verdict in found] == [None] * 4 + [1, 1, None]
     assert found[1].merged_from == 2
+
+
+# -- tokens without a place --------------------------------------------------------------------------------------------------
+
+NO_PLACE = "numbers their tokens 0 to {}, so that no number is a place in the picture"
+
+
+@torch.no_grad()
+def test_tokens_that_the_tower_merged_anywhere_have_no_place():
+    """Red: token 0 of what is left is said to be the first of the picture."""
+    model = shared("qwen2_vl")
+    inputs = make_inputs("qwen2_vl", model, CHATTY)
+    with vp.wrap(model, "flowcut:fraction=0.3", explain=True) as run:
+        model(**inputs)
+    left = len(run.last.kept[0].index)
+    assert run.last.kept[0].index.tolist() == list(range(left))
+    for token in range(16):
+        why = run.explain(token)
+        assert not why.in_place
+        assert NO_PLACE.format(left - 1) in str(why.verdicts[0])
+        assert str(why).count("no number is a place") == 1
+        assert why.to_dict()["verdicts"][0]["in_place"] is False
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        ("qwen2_vl", "flowcut:fraction=1.0"),
+        ("qwen2_vl", "flowcut:fraction=0.3,variant_on_units=unit"),
+        ("qwen2_5_vl", "flowcut:fraction=0.3"),
+        ("qwen2_vl", "fastv:layer=2,tokens=4"),
+        ("llava", "flowcut:tokens=4"),
+        ("llava_next", "flowcut:tokens=4"),
+    ],
+)
+@torch.no_grad()
+def test_all_others_have_one(family, recipe):
+    model = shared(family)
+    with vp.wrap(model, recipe, explain=True) as run:
+        model(**make_inputs(family, model, CHATTY))
+    assert all(run.explain(token).in_place for token in range(run.last.kept[0].original))
+    assert "no place" not in str(run.explain(0))
+
+
+@torch.no_grad()
+def test_a_token_without_a_place_has_no_cell():
+    """Red: `run --why` prints "Its cell is row 0, column 0" of a token that was merged from patches of anywhere."""
+    model = shared("qwen2_vl")
+
+    class Asked:
+        def crops(self):
+            return [Crop("picture", torch.arange(16).reshape(4, 4))]
+
+    for recipe, cell in (
+        ("flowcut:fraction=0.3", None),
+        ("fastv:layer=2,tokens=4", {"crop": "picture", "row": 1, "column": 1}),
+    ):
+        with vp.wrap(model, recipe, explain=True) as run:
+            model(**make_inputs("qwen2_vl", model, CHATTY))
+        (why,) = explained(run, Asked(), [5])
+        assert why["cell"] == cell
+        assert ("Its cell is row 1, column 1" in " ".join(lines(why))) is (cell is not None)

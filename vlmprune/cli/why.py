@@ -38,14 +38,15 @@ def check_tokens(question: Question, wanted: Sequence[int]) -> None:
 
 
 def explained(run: Run, question: Question, tokens: Sequence[int]) -> list[dict[str, Any]]:
-    """What `run --json` prints of each token: the explanation, and the token's cell in its raster."""
+    """What `run --json` prints of each token: the explanation, and the token's cell in its raster if its index says where it
+    is."""
     crops = question.crops() if tokens else []
     found = []
     for token in tokens:
         explanation = run.explain(token)
         cells = [(crop, *cell) for crop in crops for cell in (crop.cells == token).nonzero().tolist()]
         place = [{"crop": crop.name, "row": row, "column": column} for crop, row, column in cells]
-        found.append({**explanation.to_dict(), "cell": place[0] if place else None})
+        found.append({**explanation.to_dict(), "cell": place[0] if place and explanation.in_place else None})
     return found
 
 

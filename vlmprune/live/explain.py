@@ -100,6 +100,8 @@ class Verdict:
             many there are; else None and 1.
         asked: False where the budget keeps everything or nothing, so that the method was not asked.
         how: how the method decides, in words.
+        in_place: False where the tower merged the patches that were left wherever they were (FlowCut on Qwen2-VL): the number
+            of a token is no place in the picture from there on.
     """
 
     layer: int
@@ -118,6 +120,7 @@ class Verdict:
     crops: int = 1
     asked: bool = True
     how: str = ""
+    in_place: bool = True
 
     @property
     def place(self) -> str:
@@ -154,6 +157,11 @@ class Verdict:
         yield f"{self.left} of {self.among} tokens{within} stay"
         known = "scores inside the tower are not kept" if self.site == "vision" else "no token has a score"
         yield f"{known}: the method {self.how}"
+        if not self.in_place:
+            yield (
+                f"it merges the patches that are left wherever they were, and numbers their tokens 0 to {self.left - 1}, so "
+                "that no number is a place in the picture"
+            )
 
     @property
     def _in_spite_of_score(self) -> bool:
@@ -189,6 +197,11 @@ class Explanation:
     def kept(self) -> bool:
         """Whether the token was there until the last layer of the prompt."""
         return not self.hidden and all(verdict.kept for verdict in self.verdicts if verdict.site != "cache")
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the token's index says where in the picture it is; see `Verdict.in_place`."""
+        return all(verdict.in_place for verdict in self.verdicts)
 
     @property
     def dropped_by(self) -> Verdict | None:
@@ -314,6 +327,7 @@ def _of_part(stage: Kept, part: Judged, there: list[int], token: int, kept: bool
         crops=len(stage.judged),
         asked=part.asked,
         how=stage.how,
+        in_place=stage.in_place,
     )
 
 

@@ -50,7 +50,7 @@ class Pruning:
     explains = False
 
     def __init__(self, recipe: Recipe, family: Family, facts: TowerFacts, base: Any, language_model: Any, layers: int) -> None:
-        self._family, self._language_model = family, language_model
+        self._family, self._facts, self._language_model = family, facts, language_model
         self.stages = [_bound(number, *found, facts) for number, found in enumerate(recipe.cuts(facts))]
         self.at = tuple(sorted({bound.stage.layer for bound in self.stages}))
         self.cache_stage = next((bound for bound in self.stages if bound.stage.site == "cache"), None)
@@ -235,8 +235,21 @@ class Pruning:
             record.keep[layer] = alive
             reasons = chosen.judged or [(Judged(left),) if self.explains else () for left in section.remaining]
             how = how_it_chooses(bound.method, bound.stage.site) if self.explains else ""
+            packed = bound.stage.site == "vision" and chosen.emptied and not self._facts.cls  # see `TowerPass.restore`
             record.kept += [
-                Kept(layer, bound.label, bound.stage.site, image.sample, image.ordinal, len(image), left, features, why, how)
+                Kept(
+                    layer,
+                    bound.label,
+                    bound.stage.site,
+                    image.sample,
+                    image.ordinal,
+                    len(image),
+                    left,
+                    features,
+                    why,
+                    how,
+                    in_place=not (packed and len(left) < len(image)),
+                )
                 for image, left, features, why in zip(
                     images, chosen.remaining, prompt.chosen[bound.number].features, reasons, strict=True
                 )

@@ -95,6 +95,8 @@ class Kept:
         features: `[kept, dim]` hidden states that replaced those of the kept tokens (merging), or None.
         judged: what was decided together, crops in their order; empty unless the model was wrapped with `explain=True`.
         how: how the method decides, in words; empty likewise.
+        in_place: False where `index` is no place in the picture: a vision tower without crops merges the patches that are left
+            wherever they were, and their tokens are numbered from 0.
     """
 
     layer: int
@@ -107,6 +109,7 @@ class Kept:
     features: Tensor | None = None
     judged: tuple[Judged, ...] = ()
     how: str = ""
+    in_place: bool = True
 
 
 @dataclass(frozen=True, eq=False)
