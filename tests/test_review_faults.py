@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import make_inputs, shared
+from tiny_models import build, make_inputs, shared
+from torch import nn
 
 import vlmprune as vp
 from vlmprune.cli.why import explained, lines
@@ -159,3 +162,115 @@ def test_a_token_without_a_place_has_no_cell():
         (why,) = explained(run, Asked(), [5])
         assert why["cell"] == cell
         assert ("Its cell is row 1, column 1" in " ".join(lines(why))) is (cell is not None)
+
+
+# -- values of the wrong kind ------------------------------------------------------------------------------------------------
+
+STAGE = vp.Stage(2, vp.Budget(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: vp.VAR(preset=[1]),
+            r"^unknown preset of var '\[1\]': known: general, hallucination, released-code, vision\.$",
+        ),
+        (lambda: vp.stages([1, 2]), r"^stages takes what is kept by the numbers of the layers, .*, found \[1, 2\]\.$"),
+        (lambda: vp.stages(None), r"^stages takes what is kept .*, found None\.$"),
+        (lambda: vp.stages({"a": 0.5, 2: 0.5}), r"^stages takes what is kept .*, found \{'a': 0\.5, 2: 0\.5\}\.$"),
+        (
+            lambda: vp.Schedule((1, 2)),
+            r"^a Schedule is made of stages, found 1 among them: write vlmprune\.Stage\(layer, budget\)",
+        ),
+        (lambda: vp.Schedule("ab"), r"^a Schedule is made of stages, found 'a' among them"),
+        (
+            lambda: vp.Schedule(STAGE),
+            r"^a Schedule is made of a tuple of stages, found Stage\(layer=2, .*: write vlmprune\.Schedule",
+        ),
+        (lambda: vp.Schedule(None), r"^a Schedule is made of a tuple of stages, found None: write"),
+        (lambda: vp.Schedule(()), r"^a schedule needs at least one stage\.$"),
+        (lambda: vp.Recipe.parse(None), r"^Recipe\.parse reads a recipe string, for example 'fastv:.*', found None: "),
+        (lambda: vp.Recipe.parse(vp.FastV()), r"^Recipe\.parse reads a recipe string, .*, found FastV\(.*Recipe\.of"),
+        (
+            lambda: vp.Recipe.from_pretrained(None),
+            r"^a recipe is read from a JSON file, a folder or a hub id, found None: give",
+        ),
+        (
+            lambda: vp.PAI(layers=[]),
+            r"^pai: layers=… names the decoder layers to edit, found \[\], which names none: give at least",
+        ),
+        (lambda: vp.PAI(layers=range(0)), r"^pai: layers=… .*, found range\(0, 0\), which names none"),
+        (lambda: vp.PAI(layers=np.array([])), r"^pai: layers=… .*, found array\(\[\], .*\), which names none"),
+    ],
+)
+def test_values_of_the_wrong_kind(make, said):
+    """Red: a TypeError or AttributeError from inside; or the paper's layers, where none were named."""
+    with pytest.raises(vp.UsageError, match=said):
+        make()
+
+
+def test_a_schedule_of_a_list_is_one_of_a_tuple():
+    """Red: a frozen schedule holds a list, and has no hash."""
+    given = [STAGE, vp.Stage(4, vp.Budget(2))]
+    schedule = vp.Schedule(given)
+    assert schedule == vp.Schedule(tuple(given)) == vp.stages({2: 3, 4: 2}) == vp.Schedule(stage for stage in given)
+    assert hash(schedule) == hash(vp.Schedule(tuple(given)))
+    assert vp.stages({np.int64(2): np.float32(0.5)}) == vp.stages({2: 0.5})
+    assert vp.PAI(layers="").layers == vp.PAI().layers == ""
+
+
+@pytest.mark.parametrize("value", ["no", "False", 0, 1, None, [], torch.tensor(False)])
+def test_switches_are_bools(value):
+    """Red: "no" switches on, because a string that is not empty counts as true."""
+    model = build("llava")
+    recipe, shown = "fastv:layer=2,tokens=4", re.escape(repr(value))
+    with pytest.raises(vp.UsageError, match=rf"^explain must be True or False, found {shown}\.$"):
+        vp.wrap(model, recipe, explain=value)
+    assert not list(model.model.language_model.layers[2]._forward_pre_hooks), "refused before the model changes"
+    with vp.wrap(model, recipe) as run:
+        with pytest.raises(vp.UsageError, match=rf"^enabled must be True or False, found {shown}\.$"):
+            run.enabled = value
+        if value is not None:
+            with pytest.raises(vp.UsageError, match=rf"^enabled must be True or False, found {shown}\.$"):
+                run.override(enabled=value).__enter__()
+        assert run.enabled
+        run.enabled = np.bool_(False)
+        assert run.enabled is False
+        with run.override(enabled=np.bool_(True)):
+            assert run.enabled is True
+
+
+HOLDERS = {
+    "Sequential": nn.Sequential,
+    "ModuleList": lambda model: nn.ModuleList([nn.Linear(2, 2), model]),
+    "ModuleDict": lambda model: nn.ModuleDict({"vlm": model}),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_what_holds_a_model_is_named(name):
+    """Red: a container of the model is taken for a module of timm, and the answer is to load a model."""
+    model = shared("llava")
+    said = rf"found a {name}, which holds a model \(LlavaForConditionalGeneration\): pass that one\.$"
+    with pytest.raises(vp.UsageError, match=said):
+        vp.wrap(HOLDERS[name](model), "fastv:layer=2,tokens=4")
+    with pytest.raises(vp.UsageError, match=r"found a ModuleList, which holds 2 models \(Llava.*\): wrap each of them"):
+        vp.wrap(nn.ModuleList([model, shared("llava_next")]), "fastv:layer=2,tokens=4")
+    with pytest.raises(vp.UsageError, match=r"found a Sequential, which has no config\.model_type"):
+        vp.wrap(nn.Sequential(nn.Linear(2, 2)), "fastv:layer=2,tokens=4")
+
+
+def test_a_method_of_a_model_is_named():
+    """Red: `wrap(model.generate)` is told to call the function, and to pass the model that it returns."""
+    model = shared("llava")
+    for method in (model.generate, model.forward):
+        with pytest.raises(vp.UsageError, match=r"found a method of a LlavaForConditionalGeneration: pass the model itself\.$"):
+            vp.wrap(method, "fastv:layer=2,tokens=4")
+    pipeline = type("Pipeline", (), {"model": model, "ask": lambda self: None})()
+    with pytest.raises(vp.UsageError, match=r"found a method of a Pipeline: pass the model in it, its attribute \.model\.$"):
+        vp.wrap(pipeline.ask, "fastv:layer=2,tokens=4")
+    with pytest.raises(
+        vp.UsageError, match=r"found the function .*from_pretrained: call it, and pass the model that it returns"
+    ):
+        vp.wrap(type(model).from_pretrained, "fastv:layer=2,tokens=4")

@@ -14,7 +14,7 @@ A *budget* says how many tokens of each image are kept. A fraction refers to the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -128,12 +128,25 @@ class Schedule:
     """Stages in the order in which they run.
 
     Raises:
-        UsageError: no stage, two stages at one place, or a later stage that keeps more than an earlier one.
+        UsageError: no stage, something else than stages, two stages at one place, or a later stage that keeps more than an
+            earlier one.
     """
 
     stages: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.stages, Iterable):
+            raise UsageError(
+                f"a Schedule is made of a tuple of stages, found {shown(self.stages)}: write vlmprune.Schedule((stage,)), or "
+                "vlmprune.at(layer=2, fraction=0.5)."
+            )
+        object.__setattr__(self, "stages", tuple(self.stages))
+        for stage in self.stages:
+            if not isinstance(stage, Stage):
+                raise UsageError(
+                    f"a Schedule is made of stages, found {shown(stage)} among them: write vlmprune.Stage(layer, budget), or "
+                    "vlmprune.stages({8: 0.5, 16: 0.25})."
+                )
         if not self.stages:
             raise UsageError("a schedule needs at least one stage.")
         for before, after in pairwise(self.stages):
@@ -195,7 +208,16 @@ def at(layer: int, tokens: int | None = None, fraction: float | None = None) -> 
 
 def stages(kept: Mapping[int, int | float]) -> Schedule:
     """A schedule of several stages, by their layers: `stages({8: 0.5, 16: 0.25})` with fractions (floats),
-    `stages({2: 300, 6: 200})` with tokens (ints)."""
+    `stages({2: 300, 6: 200})` with tokens (ints).
+
+    Raises:
+        UsageError: it is no mapping from layers, or `Stage`, `Budget` or `Schedule` refuse what it has.
+    """
+    if not isinstance(kept, Mapping) or not all(isinstance(plain(layer), int) for layer in kept):
+        raise UsageError(
+            f"stages takes what is kept by the numbers of the layers, for example vlmprune.stages({{8: 0.5, 16: 0.25}}), found "
+            f"{shown(kept)}."
+        )
     amounts = {layer: plain(kept[layer]) for layer in sorted(kept)}
     return Schedule(
         tuple(

@@ -10,7 +10,7 @@ from weakref import ReferenceType, ref
 
 from torch import nn
 
-from vlmprune.errors import UsageError
+from vlmprune.errors import UsageError, shown
 from vlmprune.live.attachment import Attachment, attachment_of, check_unshared
 from vlmprune.live.context import Contexts
 from vlmprune.live.explain import Explanation, explain, not_asked
@@ -21,7 +21,7 @@ from vlmprune.live.report import Report, no_prefill
 from vlmprune.live.shells import model_inside
 from vlmprune.methods import Pruner, Redistributor
 from vlmprune.recipe import Recipe
-from vlmprune.schedule import Budget
+from vlmprune.schedule import Budget, plain
 
 
 def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str, explain: bool = False) -> Run:
@@ -42,8 +42,8 @@ def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str, expl
         follows the new recipe.
 
     Raises:
-        UsageError: no model, an unsupported model, an unknown method, a layer that the model does not have, or methods that
-            exclude each other. All of this is checked here, before the first token.
+        UsageError: no model, an unsupported model, an unknown method, a layer that the model does not have, methods that
+            exclude each other, or an `explain` that is no bool. All of this is checked here, before the first token.
     """
     return Run(model, Recipe.of(*methods), explain)
 
@@ -55,6 +55,17 @@ def unwrap(model: nn.Module) -> nn.Module:
     if found is not None:
         found.clear()
     return model
+
+
+def _truth(name: str, value: Any) -> bool:
+    """A bool of Python's or NumPy's; nothing else counts as one.
+
+    Raises:
+        UsageError: says what was found.
+    """
+    if not isinstance(value := plain(value), bool):
+        raise UsageError(f"{name} must be True or False, found {shown(value)}.")
+    return value
 
 
 class Run:
@@ -69,10 +80,10 @@ class Run:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, explain: bool = False) -> None:
-        self.model, self.recipe, self._explains = model_inside(model), recipe, explain
+        self.model, self.recipe, self._explains = model_inside(model), recipe, _truth("explain", explain)
         self._contexts = Contexts()
         plan = Plan(self.model, recipe, self._contexts)  # refuses what cannot work
-        plan.pruning.explains = explain
+        plan.pruning.explains = self._explains
         check_unshared(plan)  # from here on the model changes
         self._plan: Plan | None = plan
         self._attachment: Attachment = attachment_of(plan.base, make=True)  # type: ignore[assignment]
@@ -116,7 +127,7 @@ class Run:
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._contexts.switch(bool(value))
+        self._contexts.switch(_truth("enabled", value))
 
     @contextmanager
     def override(
@@ -132,9 +143,10 @@ class Run:
             enabled: False runs prompts un-pruned.
 
         Raises:
-            UsageError: the recipe has several stages, and one number cannot be meant for all; the budget is out of range; or
-                the handle was removed.
+            UsageError: the recipe has several stages, and one number cannot be meant for all; the budget is out of range;
+                `enabled` is neither True nor False; or the handle was removed.
         """
+        enabled = None if enabled is None else _truth("enabled", enabled)
         plan = self._plan
         if plan is None or self._attachment.current is None:
             raise UsageError(

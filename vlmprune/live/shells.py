@@ -29,6 +29,8 @@ def model_inside(given: Any) -> nn.Module:
     model = _without_shells(given)
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
+    if kind is None and (held := _held(model)):
+        raise UsageError(f"expected a Hugging Face vision-language model, found {_named(given)}, which {held}.")
     if kind is None:
         raise UsageError(
             f"expected a Hugging Face vision-language model, found {_named(given)}, which has no config.model_type (models of "
@@ -93,6 +95,17 @@ def _refuse_prompt_learning(shell: Any) -> None:
         )
 
 
+def _held(module: nn.Module) -> str:
+    """What to do with a module that has vision-language models as parts, a Sequential for example; empty if it has none."""
+    configs = ((part, getattr(part, "config", None)) for part in module.children())
+    models = [
+        type(part).__name__ for part, config in configs if getattr(config, "model_type", None) in FAMILIES or _sees(config)
+    ]
+    if len(models) == 1:
+        return f"holds a model ({models[0]}): pass that one"
+    return f"holds {len(models)} models ({', '.join(models)}): wrap each of them, one call per model" if models else ""
+
+
 def _sees(config: Any) -> bool:
     return any(getattr(config, name, None) is not None for name in ("vision_config", "visual", "vision_tower"))
 
@@ -126,6 +139,11 @@ def _instead_of_model(found: Any) -> str:
         return f"{_named(found)}, which prepares the inputs of a model: pass the model itself; {LOAD}"
     if hasattr(found, "model_type"):
         return f"{_named(found)}, which describes a model and has no weights: {LOAD}"
+    owner = getattr(found, "__self__", None)
+    if isinstance(owner, nn.Module):
+        return f"a method of {_named(owner)}: pass the model itself"
+    if isinstance(getattr(owner, "model", None), nn.Module):
+        return f"a method of {_named(owner)}: pass the model in it, its attribute .model"
     if callable(found) and hasattr(found, "__qualname__"):
         return f"the function {found.__qualname__}: call it, and pass the model that it returns"
     return f"{_named(found)}: {LOAD}"

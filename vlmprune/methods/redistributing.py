@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmprune.errors import UsageError, unknown
+from vlmprune.errors import UsageError, shown, unknown
 from vlmprune.methods.checks import check_class, check_needs
 from vlmprune.methods.parameters import settle
 from vlmprune.schedule import scaled_layer
@@ -145,13 +145,18 @@ class Redistributor:
         check_class(type(self), ("name", str, "'mine'"), ("rows", str, "'all'"), ("default_layers", str, "':'"))
         check_needs(self.name, self.needs, FROM_TOWER)
         if preset is not None:
-            if preset not in self.presets:
-                raise unknown(f"preset of {self.name}", str(preset), self.presets)
+            if not (isinstance(preset, str) and preset in self.presets):
+                raise unknown(f"preset of {self.name}", preset if isinstance(preset, str) else shown(preset), self.presets)
             for key, value in self.presets[preset].items():
                 if key not in self._given:
                     object.__setattr__(self, key, value)
         settle(self)
-        object.__setattr__(self, "layers", written(self.layers))
+        if not (layers := written(self.layers)) and not isinstance(self.layers, str):
+            raise UsageError(
+                f"{self.name}: layers=… names the decoder layers to edit, found {shown(self.layers)}, which names none: give "
+                "at least one, or leave layers out for the paper's."
+            )
+        object.__setattr__(self, "layers", layers)
         _pieces(self.name, self.layers)
 
     @property

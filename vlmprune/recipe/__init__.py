@@ -126,8 +126,14 @@ class Recipe:
         """Read the string form.
 
         Raises:
-            UsageError: a method or parameter that does not exist (names the nearest), or a value that cannot be read.
+            UsageError: no string, a method or parameter that does not exist (names the nearest), or a value that cannot be
+                read.
         """
+        if not isinstance(string, str):
+            raise UsageError(
+                f"Recipe.parse reads a recipe string, for example 'fastv:layer=2,fraction=0.25', found {shown(string)}: "
+                "vlmprune.Recipe.of(…) also takes methods, and Recipe.from_dict(…) the JSON form."
+            )
         return Recipe(tuple(entries.method_of(entry) for entry in text.read(string)))
 
     def __str__(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,13 @@ def load(source: str | Path) -> Any:
     """The content of a JSON file, of `vlmprune.json` in a folder, or of that file in a repository on the hub.
 
     Raises:
-        UsageError: there is no such file, or it is not JSON.
+        UsageError: it is no name, there is no such file, or it is not JSON.
     """
+    if not isinstance(source, str | PathLike):
+        raise UsageError(
+            f"a recipe is read from a JSON file, a folder or a hub id, found {shown(source)}: give its name as a string or a "
+            "Path."
+        )
     path = Path(source)
     if path.suffix == ".json" and not path.exists():
         raise UsageError(f"no recipe at {str(source)!r}: there is no such file.")
