@@ -8,8 +8,8 @@ from planted import BUGS, ROOT, lost, table
 
 
 def test_every_bug_still_applies():
-    """Red: the code that a bug replaces was rewritten, or a test that must turn red was renamed or removed: the guard is guarded
-    by nothing."""
+    """Red: the code that a bug replaces was rewritten, or a test that must turn red was renamed or removed: nothing guards the
+    guard."""
     assert lost(BUGS) == []
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 import re
 from collections import namedtuple
 
@@ -13,6 +16,8 @@ from torch import nn
 
 import vlmprune as vp
 from vlmprune.cli.why import explained, lines
+from vlmprune.methods.redistributing import GroupEditor
+from vlmprune.view import TowerFacts
 
 Crop = namedtuple("Crop", ["name", "cells"])
 CHATTY = [["text4", "image", "text6"], ["text3", "image", "text3"]]
@@ -274,3 +279,36 @@ def test_a_method_of_a_model_is_named():
         vp.UsageError, match=r"found the function .*from_pretrained: call it, and pass the model that it returns"
     ):
         vp.wrap(type(model).from_pretrained, "fastv:layer=2,tokens=4")
+
+
+# -- names of earlier versions -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_reading_a_former_name_says_the_new_one():
+    """Red: a method that was written for an earlier version ends in an AttributeError without a word about the new name."""
+    model = shared("llava")
+    with vp.wrap(model, "pai") as run:
+        model(**make_inputs("llava", model, CHATTY))
+    renamed = [
+        (TowerFacts(), "unit", "patches_per_token"),
+        (run.last, "steered", "edits"),
+        (run.last.edits[0], "codes", "groups"),
+    ]
+    for found, former, new in renamed:
+        with pytest.raises(AttributeError, match=rf"object has no attribute '{former}': it is called {new} now$"):
+            getattr(found, former)
+        assert not hasattr(found, former)
+        assert hasattr(found, new)
+        with pytest.raises(AttributeError, match=r"object has no attribute 'nothing'$"):
+            found.nothing  # noqa: B018
+    facts = TowerFacts(cls=True)
+    assert pickle.loads(pickle.dumps(facts)) == copy.deepcopy(facts) == dataclasses.replace(facts) == facts
+    assert [field.name for field in dataclasses.fields(facts)][:3] == ["cls", "crops", "patches_per_token"]
+
+
+def test_a_class_with_the_former_name_of_its_groups_is_refused():
+    """Red: `codes` is never called, and the method ends in a NotImplementedError at its first prompt."""
+    traits = {"name": "mine", "paper": "", "rows": "all", "default_layers": ":", "codes": lambda self, see: None}
+    with pytest.raises(vp.UsageError, match=r"^the method Mine defines codes, which is called groups now: rename it\.$"):
+        type("Mine", (GroupEditor,), traits)()

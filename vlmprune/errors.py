@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, ClassVar
 
 
 class UsageError(ValueError):
     """Something asked for that cannot be done. The command line prints its sentence and exits with 2."""
+
+
+class Renamed:
+    """A base for classes with attributes that users' code reads, and that had other names in earlier versions.
+
+    Raises:
+        AttributeError: a former name is read; says the new one.
+    """
+
+    _former: ClassVar[Mapping[str, str]] = {}
+    """New names of attributes, by their former ones."""
+
+    if not TYPE_CHECKING:  # type checkers report a former name as any other that does not exist
+
+        def __getattr__(self, name: str) -> Any:
+            now = f": it is called {self._former[name]} now" if name in self._former else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{now}", name=name, obj=self)
 
 
 def shown(value: object) -> str:

@@ -10,11 +10,13 @@ if it is taken from a block of the vision tower).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
+
+from vlmprune.errors import Renamed
 
 Taken = Literal["host", "prompt", "stage", "layer before", "layer ahead", "tower block", "tower end", "tower method"]
 
@@ -212,7 +214,7 @@ def taken_in_tower(needs: Iterable[str]) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class TowerFacts:
+class TowerFacts(Renamed):
     """What a method may know about a model before it runs.
 
     Attributes:
@@ -230,6 +232,8 @@ class TowerFacts:
     windows: bool = False
     width: int = 0
     refusal: str = "its vision tower has no CLS token"
+
+    _former: ClassVar[Mapping[str, str]] = {"unit": "patches_per_token"}
 
 
 @dataclass(frozen=True, eq=False)

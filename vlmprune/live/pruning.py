@@ -233,27 +233,7 @@ class Pruning:
             record.newlines_kept, changed = False, True
         if first:
             record.keep[layer] = alive
-            reasons = chosen.judged or [(Judged(left),) if self.explains else () for left in section.remaining]
-            how = how_it_chooses(bound.method, bound.stage.site) if self.explains else ""
-            packed = bound.stage.site == "vision" and chosen.emptied and not self._facts.cls  # see `TowerPass.restore`
-            record.kept += [
-                Kept(
-                    layer,
-                    bound.label,
-                    bound.stage.site,
-                    image.sample,
-                    image.ordinal,
-                    len(image),
-                    left,
-                    features,
-                    why,
-                    how,
-                    in_place=not (packed and len(left) < len(image)),
-                )
-                for image, left, features, why in zip(
-                    images, chosen.remaining, prompt.chosen[bound.number].features, reasons, strict=True
-                )
-            ]
+            record.kept += _kept(bound, prompt, chosen, section.remaining, self.explains, self._facts)
         if not changed:
             call.section = replace(section, remaining=chosen.remaining)
             return False
@@ -289,6 +269,33 @@ class Pruning:
             Kept(bound.stage.layer, bound.label, "cache", image.sample, image.ordinal, len(image), remaining)
             for image, remaining in zip(prompt.layout.images, last.remaining, strict=True)
         ]
+
+
+def _kept(
+    bound: BoundStage, prompt: Prompt, chosen: Chosen, before: Sequence[Tensor], explains: bool, facts: TowerFacts
+) -> list[Kept]:
+    """What a stage kept of every image, for the record. `before`: per image, the tokens that were there."""
+    reasons = chosen.judged or [(Judged(left),) if explains else () for left in before]
+    how = how_it_chooses(bound.method, bound.stage.site) if explains else ""
+    packed = bound.stage.site == "vision" and chosen.emptied and not facts.cls  # see `TowerPass.restore`
+    return [
+        Kept(
+            layer=bound.stage.layer,
+            method=bound.label,
+            site=bound.stage.site,
+            sample=image.sample,
+            ordinal=image.ordinal,
+            original=len(image),
+            index=left,
+            features=features,
+            judged=why,
+            how=how,
+            in_place=not (packed and len(left) < len(image)),
+        )
+        for image, left, features, why in zip(
+            prompt.layout.images, chosen.remaining, prompt.chosen[bound.number].features, reasons, strict=True
+        )
+    ]
 
 
 def _bound(number: int, stage: Any, method: Any, facts: TowerFacts) -> BoundStage:

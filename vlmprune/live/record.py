@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlmprune.cost import DecoderShape
+from vlmprune.errors import Renamed
 from vlmprune.schedule import Site
 
 
@@ -113,7 +115,7 @@ class Kept:
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
+class Edit(Renamed):
     """What a redistribution method edited in one decoder layer of a prompt.
 
     Attributes:
@@ -134,6 +136,8 @@ class Edit:
     valid: Tensor | None = None
     heads: Tensor | None = None
 
+    _former: ClassVar[Mapping[str, str]] = {"codes": "groups"}
+
     @property
     def changed(self) -> Tensor | None:
         """`[batch, head, row]` bool, True where a row was edited in a head."""
@@ -148,7 +152,7 @@ class Edit:
 
 
 @dataclass(eq=False)
-class Prefill:
+class Prefill(Renamed):
     """The record of one prompt's forward pass, the *prefill*; decoding steps are not recorded.
 
     The whole batch:
@@ -209,3 +213,5 @@ class Prefill:
     prefill: Clock = field(default_factory=Clock)
     selection: list[Clock] = field(default_factory=list)
     tower: list[Clock] = field(default_factory=list)
+
+    _former: ClassVar[Mapping[str, str]] = {"steered": "edits"}

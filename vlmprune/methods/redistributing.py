@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UsageError, shown, unknown
-from vlmprune.methods.checks import check_class, check_needs
+from vlmprune.methods.checks import check_class, check_needs, check_renamed
 from vlmprune.methods.parameters import settle
 from vlmprune.schedule import scaled_layer
 from vlmprune.view import FROM_TOWER, TowerFacts
@@ -124,6 +124,8 @@ class Redistributor:
     default_layers: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     causal: ClassVar[bool] = True
+    _renamed: ClassVar[Mapping[str, str]] = {}
+    """New names of what a class defines, by the names of earlier versions."""
     _given: ClassVar[frozenset[str]] = frozenset()
     """Names of the parameters that an instance was given."""
 
@@ -143,6 +145,7 @@ class Redistributor:
 
     def __post_init__(self, preset: str | None) -> None:
         check_class(type(self), ("name", str, "'mine'"), ("rows", str, "'all'"), ("default_layers", str, "':'"))
+        check_renamed(type(self), self._renamed)
         check_needs(self.name, self.needs, FROM_TOWER)
         if preset is not None:
             if not (isinstance(preset, str) and preset in self.presets):
@@ -227,6 +230,7 @@ class GroupEditor(Redistributor):
 
     edits = "attention weights"
     group_count: ClassVar[int]
+    _renamed = {"codes": "groups"}  # noqa: RUF012
 
     def groups(self, see: Scene) -> Tensor:
         """`[batch, 1 or head, token]` group of every token of a prompt, 0 … `group_count`."""
@@ -246,6 +250,7 @@ class ScoreEditor(Redistributor):
     """A method that raises the scores of marked keys by a fraction of their absolute value."""
 
     edits = "scores"
+    _renamed = {"codes": "groups"}  # noqa: RUF012
 
     def groups(self, see: Scene) -> Tensor:
         """`[batch, 1, token]` group of every token of a prompt."""
