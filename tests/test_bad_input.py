@@ -218,7 +218,7 @@ def test_method_with_a_wrong_count(monkeypatch):
     with (
         vp.wrap(model, RECIPE),
         torch.no_grad(),
-        pytest.raises(RuntimeError, match=r"random.select chose \[9\] tokens of 1 pictures, expected 8"),
+        pytest.raises(vp.UsageError, match=r"random.select chose \[9\] tokens of 1 pictures, expected 8"),
     ):
         model(**make_inputs("llava", model, [["text2", "image", "text2"]]))
 

@@ -279,9 +279,10 @@ def check_same_stages(cache: Cache | None, stages: tuple[int, ...]) -> None:
     """
     last = cache.layers[-1] if cache is not None and cache.layers else None  # pruned if any layer is
     if isinstance(last, PrunedLayer) and last.stages != stages:
+        here = f"prunes at {', '.join(map(str, stages))}" if stages else "prunes nothing"
         raise UsageError(
-            f"the conversation in this cache was pruned at layer(s) {', '.join(map(str, last.stages))}, this recipe prunes at "
-            f"{', '.join(map(str, stages))}: go on with the recipe it began with, or start with an empty cache."
+            f"the conversation in this cache was pruned at layer(s) {', '.join(map(str, last.stages))}, this recipe {here}: go "
+            "on with the recipe it began with, or start with an empty cache."
         )
 
 

@@ -94,14 +94,15 @@ class Hooks:
                 owner = self.owners.of_conversation(cache)
         else:
             owner = self.owners.of_prompt(call, cache, kwargs)
-        if owner is None:
+        plan = None if owner is None else owner.plan  # read once: another thread may remove it
+        if owner is None or plan is None:
             return (), _without_ours(kwargs)
         self._thread.call = self.inside[me] = ref(call)
         if torch.is_grad_enabled():
             self._watch_graph(call)
-        call.owner, call.plan = owner, owner.plan
+        call.owner, call.plan = owner, plan
         if not call.past or not self._only_goes_on(call, cache, kwargs):
-            begin(owner.plan, call, owner, kwargs)
+            begin(plan, call, owner, kwargs)
         return (), {**kwargs, CALL_ARGUMENT: call}
 
     def _only_goes_on(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> bool:
@@ -157,6 +158,8 @@ class Hooks:
             return None
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
+        if _innermost(type(self.base), only=self.base, function="forward") is not None:
+            return None  # this pass began before the hooks were there, in the un-wrapped model
         return None if self._of_another() else self._enter_alone(args, kwargs)
 
     def _of_another(self) -> bool:
@@ -207,6 +210,9 @@ class Hooks:
         """What the tower returned gets an owner, where it was encoded for a later prompt."""
         tower, owner = self._thread.tower, self._thread.encoding
         self._thread.encoding = None
+        if output is None:  # the pass has failed
+            self._thread.tower = None
+            return
         if owner is not None and hasattr(output, "__dict__"):
             output.vlmprune = made = Encoded(owner, tower is not None and tower.drops and tower.pruner is not None)
             self.on_the_way[threading.get_ident()] = ref(output)
@@ -266,13 +272,14 @@ def leave_language_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return leave_prompt(call.plan, call, call.record, output)
 
 
-def _innermost(kind: type, only: Any = None) -> Any:
-    """The innermost object of a type among those whose methods are on the stack, or None; or that one object `only`. Frames
-    beyond it are not looked at: that would keep what their variables hold."""
+def _innermost(kind: type, only: Any = None, function: str | None = None) -> Any:
+    """The innermost object of a type among those whose methods are on the stack, or None; or that one object `only`; by any
+    method, or by `function`. Frames beyond it are not looked at: that would keep what their variables hold."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         found = frame.f_locals.get("self")
-        if found is only if only is not None else type(found) is kind:
+        matches = found is only if only is not None else type(found) is kind
+        if matches and function in (None, frame.f_code.co_name):
             return found
         frame = frame.f_back
     return None

@@ -118,22 +118,23 @@ class Pruning:
         layers, embeddings = getattr(kwargs.get("past_key_values"), "layers", None), kwargs.get("inputs_embeds")
         if not (self.at and layers) or embeddings is None or embeddings.shape[1] != 1 or call.custom:
             return False
-        visible = True
-        for index in self.at:  # the other layers store what one of these does, or everything
-            layer = layers[index]
-            if not isinstance(layer, PrunedLayer) or layer.recorded is None:
-                return False
-            visible &= layer.recorded.dense and layer.recorded.shift is None
-        first = layers[self.at[0]]
-        if embeddings.shape[0] > 1 and call.mask is not None:
+        # The other layers store what one of these does, or everything.
+        pruned = []
+        for index in self.at:
+            if isinstance(layer := layers[index], PrunedLayer) and layer.recorded is not None:
+                pruned.append(layer)
+        if pruned and embeddings.shape[0] > 1 and call.mask is not None:
             # Samples of a batch that have ended may hide their tokens. Where they do not, transformers need not ask it again.
-            call.padded_step = not on_host(_all_seen(call.mask, first)).all()
-        if call.padded_step or not visible:
+            call.padded_step = not on_host(_all_seen(call.mask, pruned[0])).all()
+        if call.padded_step or len(pruned) < len(self.at):
             return False
-        implementation = (
-            self._language_model.config._attn_implementation
-        )  # the others make a mask in any case, and we a shorter one
-        return (implementation == "sdpa" or "flash" in implementation) and (self.at[0] == 0 or first.recorded.unpadded)
+        for layer in pruned:
+            if (recorded := layer.recorded) is None or not recorded.dense or recorded.shift is not None:
+                return False
+        first, config = pruned[0].recorded, self._language_model.config
+        assert first is not None
+        implementation = config._attn_implementation  # the others make a mask in any case, and we a shorter one
+        return (implementation == "sdpa" or "flash" in implementation) and (self.at[0] == 0 or first.unpadded)
 
     # -- at a layer ----------------------------------------------------------------------------------------------------
 
