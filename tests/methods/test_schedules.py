@@ -82,7 +82,7 @@ def test_averages(recipe, nominal, compute):
     assert report.visual_compute_average == pytest.approx(compute, abs=0.051)
     if nominal is not None:
         assert report.visual_nominal_average == pytest.approx(nominal, abs=0.051)
-    assert f"{report.visual_compute_average:.1f} entering on average" in str(report)
+    assert f"{report.visual_compute_average:.1f} enter a layer on average" in str(report)
 
 
 @pytest.mark.parametrize(("preset", "nominal", "compute"), [(10, 10.1, 13.6), (30, 29.7, 32.9), (50, 51.1, 54.0)])

@@ -1,7 +1,7 @@
 """Which plan a forward pass follows: that of its conversation, that of its images, or the one in force.
 
 A recipe can be replaced while requests run: a conversation goes on under the plan it began with, and a new one follows the new
-plan. What only the old plan needed goes when nobody follows it any more.
+plan. What only the old plan needed is removed when no conversation follows it any more.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Owners:
         self._wrapped = -1, -1  # which thread wrapped the model last, and when
 
     def add(self, plan: Plan) -> Owner:
-        """Whoever is given the owner follows `plan`, as long as somebody holds it."""
+        """An owner whose conversations follow `plan`, as long as a reference to it is held."""
         owner = Owner(plan)
         with self.lock:
             self._all.append(ref(owner))
@@ -56,7 +56,7 @@ class Owners:
             self._wrapped = threading.get_ident(), now()
 
     def alive(self) -> list[Owner]:
-        """Owners that somebody holds: the attachment, a running call, the cache of a conversation, or an open block."""
+        """Owners that something holds: the attachment, a running call, the cache of a conversation, or an open block."""
         with self.lock:
             found = [owner for find in self._all if (owner := find()) is not None and owner.plan is not None]
             self._all = [ref(owner) for owner in found]
