@@ -286,7 +286,7 @@ def test_a_decoding_step_asks_one_python_call_of_the_checks():
     finally:
         sys.setprofile(None)
     own = [name for file, name in seen if file.startswith(root)]
-    assert own == ["grouped_attention", "__call__", "grouped_attention", "_seen"]
+    assert own == ["grouped_attention", "checked_grouped", "__call__", "grouped_attention", "_seen"]
 
 
 def test_in_fp32_is_free_where_no_autocast_runs(monkeypatch):

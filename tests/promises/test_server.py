@@ -326,7 +326,7 @@ def test_a_plain_switch_reaches_the_stream_that_is_started_after_it(model):
         assert cache.layers[-1].keys.shape[2] == 9 + VISUAL
         assert earlier.do(lambda: run.enabled) is True
         ask(model)
-        with pytest.raises(vp.UsageError, match="ran its last one switched off"):
+        with pytest.raises(vp.UsageError, match="ran its last prompt with the recipe switched off"):
             run.report()
         run.enabled = True
         assert in_a_thread(lambda: run.enabled) is True

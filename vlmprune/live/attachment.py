@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from threading import RLock
 from typing import Any
-from weakref import ReferenceType, WeakSet, finalize, ref
+from weakref import ReferenceType, WeakMethod, WeakSet, finalize, ref
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ class Attachment:
 
     def __init__(self, base: nn.Module) -> None:
         self.base, self.owners = base, Owners(base)
-        self.hooks = Hooks(self.owners, self._watch_graph)
+        self.hooks = Hooks(self.owners, WeakMethod(self._watch_graph))  # no cycle: it goes with the last hook
         self._places: dict[Any, _Place] = {}
         self._sleeps = False
         self._lock, self._awake = RLock(), 0

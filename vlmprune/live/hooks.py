@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from typing import Any
-from weakref import ReferenceType, ref
+from weakref import ReferenceType, WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
@@ -47,19 +47,24 @@ class Hooks:
 
     Args:
         owners: gives the plan that a call follows.
-        watch: is given every call, and every pass through the tower, that a backward pass may run again.
+        watch: finds the function that is given every call, and every pass through the tower, that a backward pass may run
+            again.
 
     Attributes:
         inside, on_the_way: by thread, the call that is in the base model; and the images that were encoded and not used yet.
         shortened: images that were encoded with patches dropped inside the tower.
     """
 
-    def __init__(self, owners: Owners, watch: Callable[[Any], None]) -> None:
+    def __init__(self, owners: Owners, watch: WeakMethod[Callable[[Any], None]]) -> None:
         self.owners, self.base, self._watch = owners, owners.base, watch
         self.inside: dict[int, ReferenceType[Call]] = {}
         self.on_the_way: dict[int, ReferenceType[Any]] = {}
         self.shortened: list[ReferenceType[Any]] = []
         self._thread = _PerThread()
+
+    def _watch_graph(self, state: Any) -> None:
+        if (watch := self._watch()) is not None:
+            watch(state)
 
     # -- the model -------------------------------------------------------------------------------------------------------
 
@@ -94,7 +99,7 @@ class Hooks:
             return (), _without_ours(kwargs)
         self._thread.call = self.inside[me] = ref(call)
         if torch.is_grad_enabled():
-            self._watch(call)
+            self._watch_graph(call)
         call.owner, call.plan = owner, owner.plan
         if not call.past or not self._only_goes_on(call, cache, kwargs):
             begin(owner.plan, call, owner, kwargs)
@@ -196,7 +201,7 @@ class Hooks:
             return args, _without_ours(kwargs)
         self._thread.tower = tower = owner.plan.tower.begin(call)
         if torch.is_grad_enabled():
-            self._watch(tower)
+            self._watch_graph(tower)
         return args, {**kwargs, CALL_ARGUMENT: tower}
 
     def leave_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
