@@ -6,22 +6,15 @@ import re
 
 import pytest
 import torch
-from cases import PRUNING
 from tiny_models import make_inputs, shared
 
 import vlmprune as vp
-from vlmprune.cli import method_rows
 from vlmprune.cost import DecoderShape
 from vlmprune.live.record import Clock, Kept, Prefill
 from vlmprune.live.report import Report
 from vlmprune.view import TowerFacts
 
 CLIP = TowerFacts(cls=True)
-
-
-def test_positions_in_the_papers_codes():
-    """What README's column says: versions and model families differ."""
-    assert {row["method"]: row["positions"] for row in method_rows()} == {row.name: row.code_positions for row in PRUNING}
 
 
 LLAVA_7B = DecoderShape(layers=32, dim=4096, heads=32, kv_heads=32, head_dim=128, mlp=11008)
