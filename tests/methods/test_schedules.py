@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tiny_models import make_inputs, shared
@@ -75,7 +77,8 @@ def test_averages(recipe, nominal, compute):
     assert report.visual_compute_average == pytest.approx(compute, abs=0.051)
     if nominal is not None:
         assert report.visual_nominal_average == pytest.approx(nominal, abs=0.051)
-    assert f"{report.visual_compute_average:.1f} entering on average" in str(report)
+    line = f"{report.visual_compute_average:.1f} enter a layer on average, {report.visual_nominal_average:.1f} leave it"
+    assert re.search(rf"^visual tokens per prompt +{re.escape(line)}$", str(report), re.MULTILINE)
 
 
 @pytest.mark.parametrize(("preset", "nominal", "compute"), [(10, 10.1, 13.6), (30, 29.7, 32.9), (50, 51.1, 54.0)])

@@ -55,7 +55,7 @@ class Attachment:
         return owner
 
     def join(self, plan: Plan) -> Owner:
-        """Whoever is given the owner follows `plan`, as long as somebody holds it."""
+        """An owner whose conversations follow `plan`, as long as a reference to it is held."""
         with self._change():
             owner = self.owners.add(plan)
             for name, put in self._wanted(plan):
@@ -65,13 +65,13 @@ class Attachment:
         return owner
 
     def clear(self) -> None:
-        """Nobody follows a plan any more, and the model is as it was; where gradient checkpointing will run layers again, the
-        hooks wait for that, and go with the graph.
+        """No conversation follows a plan any more, and the model is as it was. Where gradient checkpointing will run layers
+        again, the hooks stay until then, and go with the graph.
 
         Raises:
             UsageError: another thread does not leave the model.
         """
-        current, self.owners.current = self.owners.current, None  # held until its callers are told
+        current, self.owners.current = self.owners.current, None  # held until `close` reached its callers
         self._wait()
         for other in self.owners.alive():
             other.plan.contexts.close()
@@ -154,8 +154,8 @@ class Attachment:
                 return
             time.sleep(0.001)
         raise UsageError(
-            f"the hooks cannot be taken away: another thread is inside the model, for {PATIENCE:g} s already; new prompts run "
-            "un-pruned from now on; call run.remove() again when that thread has come to its end."
+            f"the hooks cannot be taken away: another thread has been running the model for {PATIENCE:g} s; new prompts run "
+            "un-pruned from now on; call run.remove() again when that thread has finished."
         )
 
     # -- places ----------------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def _of_others(doing: dict[int, ReferenceType[Any]]) -> bool:
 
 
 def _spoil(output: Any) -> None:
-    """Encoded images with rows of NaN in the places of dropped patches, which nobody will remove any more, refuse to be used:
+    """Encoded images with rows of NaN in the places of dropped patches, which no hook will remove any more, refuse to be used:
     the plain model would answer NaN."""
     kind = type(output)
     output.__class__ = type(kind.__name__, (kind,), {"pooler_output": property(_gone)})

@@ -1,5 +1,5 @@
-"""Attention of pruned layers: their masks, and our attention function, under which a probe looks at queries and keys and an
-editor computes some rows anew. Everything else goes on to the implementation the model was loaded with."""
+"""Our attention function, which is put around the one that the model was loaded with: observers read its queries, keys and
+values, and an editor recomputes some of its rows. Everything else is left to the model's own. Masks are in `masks.py`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmprune.kernels.attention_mass import attention_rows
-from vlmprune.live.masks import (
-    not_hidden,
-    visible_in_rows,
-)
+from vlmprune.live.masks import not_masked, visible_in_rows
 
 ATTENTION_KEY = "vlmprune"
 """Our key in transformers' registry of attention functions, which is made for additions; it must not contain "flash"."""
@@ -55,7 +52,7 @@ def rows_attention(
     else:
         mask = attention_mask.expand(batch, -1, -1, -1)[:, 0]
         visible = mask.gather(1, rows[:, :, None].expand(-1, -1, keys))
-        visible = not_hidden(visible)
+        visible = not_masked(visible)
     return attention_rows(chosen, key, scaling, visible)
 
 

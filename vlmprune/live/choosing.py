@@ -15,7 +15,7 @@ from vlmprune.adapters.family import Family, has_mrope
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError, shown
 from vlmprune.live.attention_probes import attention_ahead
-from vlmprune.live.call import Call, Chosen, Prompt
+from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.explain import by_picture, judged
 from vlmprune.live.layout import group_by_size
 from vlmprune.live.probes import build_view
@@ -118,7 +118,7 @@ def _start(model: Model, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> 
 
 def choose(
     bound: BoundStage, budget: Budget, call: Call, prompt: Prompt, hidden: Tensor, tools: Tools, explains: bool
-) -> Chosen:
+) -> StageResult:
     """What remains of every image after a stage.
 
     Args:
@@ -158,23 +158,23 @@ def choose(
     ]
     why = by_picture(reasons, [part.image for part in parts], len(kept)) if explains else None
     remaining, features = zip(*joined, strict=True)
-    return Chosen(remaining, features, any(x is not None for x in features), judged=why)
+    return StageResult(remaining, features, any(x is not None for x in features), judged=why)
 
 
-def left_by_tower(prompt: Prompt, hidden: Tensor) -> Chosen:
+def left_by_tower(prompt: Prompt, hidden: Tensor) -> StageResult:
     """What the vision tower left of every image: the rest are rows of NaN in `hidden` `[batch, token, dim]`."""
     images, real = prompt.layout.images, prompt.tokens.real
-    there = on_host(~torch.cat([hidden[image.sample, image.positions.to(hidden.device), 0] for image in images]).isnan())
+    there = on_host(~torch.cat([hidden[image.sample, image.places_on_device.to(hidden.device), 0] for image in images]).isnan())
     seen = np.concatenate([real[image.sample, image.places] for image in images])
     ends = np.cumsum(list(map(len, images)))[:-1]
     remaining = tuple(
-        on_device(mine.nonzero()[0], image.positions.device)
+        on_device(mine.nonzero()[0], image.places_on_device.device)
         for mine, image in zip(np.split(there & seen, ends), images, strict=True)
     )
-    return Chosen(remaining, (None,) * len(remaining), emptied=not there.all())
+    return StageResult(remaining, (None,) * len(remaining), emptied=not there.all())
 
 
-def merged(call: Call, prompt: Prompt, chosen: Chosen, hidden: Tensor) -> Tensor:
+def merged(call: Call, prompt: Prompt, chosen: StageResult, hidden: Tensor) -> Tensor:
     """Hidden states `[batch, token, dim]` with merged features in the places of the kept tokens that represent several."""
     if not chosen.merges:
         return hidden

@@ -46,8 +46,9 @@ class Hooks:
     """The hooks of one model.
 
     Args:
-        owners: says whose plan a call follows.
-        watch: finds what is called with every call, and pass through the tower, that a backward pass may run again.
+        owners: gives the plan that a call follows.
+        watch: finds the function that is given every call, and every pass through the tower, that a backward pass may run
+            again.
 
     Attributes:
         inside, on_the_way: by thread, the call that is in the base model; and the images that were encoded and not used yet.
@@ -113,7 +114,7 @@ class Hooks:
         if mask is None:
             recorded = getattr(cache.layers[-1], "recorded", None)
             if recorded is not None and not recorded.unpadded:
-                return False  # earlier turns hid tokens, so that this one must say which
+                return False  # earlier turns hid tokens, so that this one needs a mask
         elif not isinstance(mask, Tensor) or mask.ndim != 2:
             return False
         for name in IMAGES:
@@ -141,7 +142,7 @@ class Hooks:
         return None
 
     def enter_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call reaches the language model, or this was called by itself."""
+        """The call reaches the language model, or this was called directly."""
         call: Call | None = kwargs.get(CALL_ARGUMENT)
         if call is not None:
             if call.plan is None:
@@ -167,7 +168,7 @@ class Hooks:
         return _innermost(type(self.base)) not in (None, self.base)
 
     def _enter_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The language model was called by itself, past the model around it."""
+        """The language model was called directly, not by the model around it."""
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         owner = self.owners.of_conversation(cache) if past else self.owners.in_force()
@@ -177,9 +178,9 @@ class Hooks:
         changes = settings.enabled and plan.may_change(None, settings.budget)
         if changes and (count := strange_embeddings(kwargs, plan.language_model)):
             raise UsageError(
-                f"the language model was called by itself with {count} embeddings that are no word's: if pictures are among "
-                f"them, nothing tells where, and {plan.recipe} cannot be applied; call the whole model, or run this call "
-                "inside `with run.override(enabled=False):`."
+                f"the language model was called directly with {count} embeddings that are not words; the places of pictures in "
+                f"them are unknown: call the whole model to apply {plan.recipe}, or run this call inside "
+                "`with run.override(enabled=False):`."
             )
         call = Call(past=past)
         begin(plan, call, owner, kwargs)
@@ -244,7 +245,7 @@ class Hooks:
 
 @torch.compiler.disable
 def enter_first_block(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """What enters the tower tells how many patches each image has."""
+    """Reads from what enters the tower how many patches each image has."""
     if isinstance(tower := kwargs.get(CALL_ARGUMENT), TowerPass):
         tower.plan.tower.enter_first_block(tower, args, kwargs)
 

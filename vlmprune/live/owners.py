@@ -1,12 +1,13 @@
 """Which plan a forward pass follows: that of its conversation, that of its images, or the one in force.
 
 A recipe can be replaced while requests run: a conversation goes on under the plan it began with, and a new one follows the new
-plan. What only the old plan needed goes when nobody follows it any more.
+plan. What only the old plan needed is removed when no conversation follows it any more.
 """
 
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -41,7 +42,7 @@ class Owners:
         self._wrapped = -1, -1  # which thread wrapped the model last, and when
 
     def add(self, plan: Plan) -> Owner:
-        """Whoever is given the owner follows `plan`, as long as somebody holds it."""
+        """An owner whose conversations follow `plan`, as long as a reference to it is held."""
         owner = Owner(plan)
         self._all.append(ref(owner))
         return owner
@@ -51,12 +52,13 @@ class Owners:
         self.current, self._wrapped = owner, (threading.get_ident(), now())
 
     def alive(self) -> list[Owner]:
-        """Owners that somebody holds: the attachment, a running call, the cache of a conversation, or an open block."""
+        """Owners that something holds: the attachment, a running call, the cache of a conversation, or an open block."""
         found = []
         for find in tuple(self._all):  # no lock: the garbage collector comes here, too, from anywhere
             owner = find()
             if owner is None:
-                self._all.remove(find)
+                with suppress(ValueError):  # another has removed it meanwhile
+                    self._all.remove(find)
             elif owner.plan is not None:
                 found.append(owner)
         return found
