@@ -161,9 +161,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axes.axhline(100 * row.mean, color="0.4", linewidth=1, label=UNPRUNED)
             continue
         recipe = vlmprune.Recipe.parse(row.recipe)
-        if len(recipe.methods) > 1 or len(recipe.cuts()) != 1:
+        if len(recipe.methods) > 1 or len(recipe.stages()) != 1:
             continue
-        ((stage, method),) = recipe.cuts()
+        ((stage, method),) = recipe.stages()
         if stage.budget.fraction is not None:
             lines.setdefault(f"{method.name}, layer {stage.layer}", []).append((stage.budget.fraction, row))
     for name, points in lines.items():

@@ -11,6 +11,7 @@ from typing import Any
 
 import vlmprune
 from vlmprune.cost import compute_average, nominal_average
+from vlmprune.errors import UsageError
 
 SHARES = (0.5, 0.35, 0.25, 0.15, 0.1)
 """Compute averages of a sweep, as shares of all visual tokens."""
@@ -80,6 +81,9 @@ class PaperSchedule:
         return tuple(round(min(self.tower, high * kept), 6) for kept in self.kept)
 
 
+LLAVA_LAYERS = 32
+"""Decoder layers of LLaVA-1.5-7B, which most papers name their layers for."""
+
 BEFORE = PaperSchedule((0,))
 PAPER_SCHEDULES: dict[str, PaperSchedule] = {
     # Before the language model, or inside the vision tower.
@@ -102,8 +106,29 @@ PAPER_SCHEDULES: dict[str, PaperSchedule] = {
 
 
 def paper_schedule(method: str) -> PaperSchedule:
-    """Where a pruning method drops tokens. A method without an entry has one stage, where its default is."""
-    return PAPER_SCHEDULES.get(method) or PaperSchedule((vlmprune.METHODS[method].default.stages[0].layer,))
+    """Where a pruning method drops tokens.
+
+    A method without an entry has the stages of its default: a single one at its layer, whatever the depth; several at layers of
+    LLaVA-1.5-7B, which are scaled. They keep shares in the proportion of the default's budgets. A stage of the cache is left
+    out: it changes no average.
+
+    Raises:
+        UsageError: several stages of which one is in the vision tower, or whose budgets have no common proportion.
+    """
+    if (known := PAPER_SCHEDULES.get(method)) is not None:
+        return known
+    stages = [stage for stage in vlmprune.METHODS[method].default.stages if stage.site != "cache"]
+    layers = tuple(stage.layer for stage in stages)
+    if len(stages) == 1:
+        return PaperSchedule(layers)
+    for unit in ("tokens", "fraction"):
+        kept = [getattr(stage.budget, unit) for stage in stages]
+        if all(kept) and all(stage.site == "llm" for stage in stages):
+            return PaperSchedule(layers, tuple(map(float, kept)), LLAVA_LAYERS)
+    raise UsageError(
+        f"{method}: the stages of its default cannot be scaled to a budget, because one is in the vision tower, keeps nothing, "
+        "or counts in another unit than the others: add an entry to PAPER_SCHEDULES in evals/budgets.py."
+    )
 
 
 # -- recipes with a horizon --------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def _question(folder: Path, number: int, line: str, answers: bool) -> Question:
 
 
 def scenes(images: int, split: str = "dev") -> list[Question]:
-    """One question about each of some held-out scenes of the embedded model, with its skills in turn: independent samples."""
+    """One question about each of some held-out scenes of the embedded model, cycling through the skills; independent."""
     from vlmprune.tiny.scenes import SKILLS, held_out
 
     asked = []

@@ -16,8 +16,8 @@ The paper only says that all I beyond the horizon are "≈ 0 and equal". Here:
 max_k |I_k| bounds both quantities of the paper: every |I_k|, and (by twice as much) every difference between two groups. The
 mean over groups would hide one window that still matters among many that never did. Noise biases the maximum upwards, so it
 errs towards a later, safer horizon. "For every later layer" prevents a dip in the middle from being taken for the end. Ratios
-are of means over samples, so that images that never mattered cannot blow up. 5 % is the threshold that another project uses
-for the proxy. For the metric it is our choice.
+are of means over samples, so that images that never mattered cannot blow up. The paper names no threshold. For the proxy, 5 %
+is that of another implementation, whose name was not recorded; for the metric it is our choice.
 
 The paper measures the first token of the answer only, and so does the default. Later tokens may need the image in later
 layers: the embedded model reads the last of three digits in later layers than the first. With `answer_tokens=n` up to n tokens

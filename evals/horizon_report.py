@@ -54,7 +54,7 @@ def sentences(numbers: Mapping[str, Any]) -> list[str]:
     ]
     samples = numbers["samples"]
     found.append(
-        f"Probability of what was measured of the right answers, un-pruned: {mean(sample['full'] for sample in samples):.3f}, "
+        f"Un-pruned probability of the measured answer tokens: {mean(sample['full'] for sample in samples):.3f}, "
         f"{len(samples)} samples."
     )
     if longer := sum(sample.get("unseen", 0) > 0 for sample in samples):
@@ -63,7 +63,7 @@ def sentences(numbers: Mapping[str, Any]) -> list[str]:
             "measure more tokens (answer_tokens)."
         )
     if numbers["safe"] is None:
-        found.append("No measured layer can certainly do without visual tokens: no deep random stage is recommended.")
+        found.append("At no measured layer can visual tokens safely be dropped: no deep random stage is recommended.")
     elif numbers["safe"] == 0:
         found.append("The pictures do not matter to these answers: measure on other questions.")
     return found

@@ -110,7 +110,8 @@ class Sinks:
             if self.everywhere:
                 why = f"{self._shared()}, so that they do not separate sinks from other tokens"
             return (
-                f"No sink dimensions: {why}. sink_dims=cosine works without, and calls {self.cosine:.1%} of later tokens sinks."
+                f"No sink dimensions: {why}. sink_dims=cosine needs no dimensions; it marks {self.cosine:.1%} of later tokens "
+                "as sinks."
             )
         return f"var:sink_dims={'|'.join(map(str, self.dims))},sink_energy={self.energy:.2f}"
 
@@ -137,11 +138,12 @@ class Sinks:
         return tuple(said)
 
     def _shared(self) -> str:
-        held = (f"{share:.0%} of later tokens hold dimension {dim} as the first does" for dim, share in self.everywhere)
-        return " and ".join(held)
+        return " and ".join(
+            f"{share:.0%} of later tokens are as large in dimension {dim} as the first token" for dim, share in self.everywhere
+        )
 
     def rows(self) -> list[tuple[str, str]]:
-        """The finding as labelled lines."""
+        """The finding: labels and values."""
         known = (
             "nothing" if self.known is None else f"{', '.join(map(str, self.known))}, as {self.known_as}, by its config alone"
         )

@@ -1,4 +1,4 @@
-"""Sink dimensions for people: the evidence by layer, the finding as labelled lines, and what to write into a recipe."""
+"""Sink dimensions for people: the evidence by layer, the finding, and what to write into a recipe."""
 
 from __future__ import annotations
 
@@ -33,6 +33,5 @@ def result(found: Sinks, stamp: Mapping[str, Any]) -> Result:
         )
         for row in found.evidence
     ]
-    labelled = [f"{label:<28}{value}" for label, value in found.rows()]
-    sentences = [*labelled, found.advice, *found.cautions]
-    return Result({**stamp, **found.to_dict()}, [table(COLUMNS, cells, text_columns=0), sentences])
+    parts = [table(COLUMNS, cells, text_columns=0), table(("finding", ""), found.rows(), text_columns=2)]
+    return Result({**stamp, **found.to_dict()}, [*parts, [found.advice, *found.cautions]])

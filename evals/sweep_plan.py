@@ -99,7 +99,11 @@ def make_plan(model: Any, methods: Iterable[str] | None = None, budgets: Sequenc
             raise UsageError(f"a budget is a share of the visual tokens between 0 and 1, found {budget:g}.")
     depth, plan = model.config.get_text_config().num_hidden_layers, Plan()
     for name in names:
-        schedule = paper_schedule(name)
+        try:
+            schedule = paper_schedule(name)
+        except UsageError as error:
+            plan.refused[name] = str(error)
+            continue
         for budget in sorted(set(budgets), reverse=True):
             fractions = schedule.solve(budget, depth)
             if fractions is None:

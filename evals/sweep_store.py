@@ -70,7 +70,7 @@ class Store:
                 file.write(json.dumps(asdict(row)) + "\n")
 
     def get(self, recipe: vlmprune.Recipe | None, seed: int, split: str, images: int) -> Answers | None:
-        """The answers of a recipe (None: of the un-pruned model) under the code of now, if there are any."""
+        """The answers of a recipe (None: of the un-pruned model) given by the current code, if there are any."""
         return self._rows.get((recipe_name(recipe), code_fingerprint(), seed, split, images))
 
 

@@ -8,9 +8,9 @@ impl           CPU tensors                                    CUDA tensors
 
 (*) Where an op has a `cpu.py`, that one: torch too, the same result, faster than the equation.
 
-Whatever a kernel cannot do is refused with the argument's name. Checks read shapes, dtypes and devices only: a GPU never waits.
+Unsupported arguments are refused by name. Checks read shapes, dtypes and devices only: a GPU never waits.
 What has passed them once is not checked again in every layer (`Checked`).
-Kernels know no gradients: what an op returns from one is detached, unless the op's docstring says otherwise.
+Kernels have no gradients: what an op returns from one is detached, unless the op's docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class Checked:
     """An op's checks, made once for each kind of arguments.
 
     A kind is all that checks read: the shape, dtype and device of every tensor, or that it is None, the implementation, and
-    whether gradients are needed. Of one kind all pass or none does, and what was refused is refused again. Threads may share
-    one of these.
+    whether gradients are needed. Arguments of one kind all pass or all fail, and what was refused is refused again. Threads
+    may share one of these.
 
     Args:
         op: the op's name, for messages.

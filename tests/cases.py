@@ -60,7 +60,6 @@ class Pruning(Row):
         reads: how often a prompt waits for values from the device.
         cls: it needs a CLS token in the vision tower.
         drops_only: inside the language model, and without merging: equal to masking.
-        code_positions: what the paper's code does with positions, as README's table prints it.
     """
 
     tiny: tuple[str, ...]
@@ -72,7 +71,6 @@ class Pruning(Row):
     reads: int = 1
     cls: bool = False
     drops_only: bool = True
-    code_positions: str = "original"
 
     def all_kept(self) -> Iterator[str]:
         """Arguments that keep every token, as shares and as numbers."""
@@ -130,7 +128,6 @@ PRUNING = (
         long=("layer=1|2,tokens=300|100",),
         written=("layer=2|4,tokens=9|4,positions=compact", "preset=llava-64"),
         views={"adaptinfer": Form(vp.AdaptInfer())},
-        code_positions="compact (LLaVA), original (Qwen)",
     ),
     Pruning(
         "cdpruner",
@@ -142,7 +139,6 @@ PRUNING = (
             "cdpruner": Form(vp.CDPruner(), layer=0),
             "cdpruner-relevance": Form(vp.CDPruner(relevance=relevance), layer=0),
         },
-        code_positions="compact",
     ),
     Pruning(
         "cls",
@@ -153,7 +149,6 @@ PRUNING = (
         views={"cls": Form(vp.CLS(), layer=0)},
         reads=2,  # also whether the tower's memory holds the picture
         cls=True,
-        code_positions="compact",
     ),
     Pruning(
         "dart",
@@ -170,7 +165,6 @@ PRUNING = (
         long=("tokens=100",),
         written=("layer=0,fraction=0.098,positions=compact",),
         views={"divprune": Form(vp.DivPrune(), layer=0)},
-        code_positions="compact",
     ),
     Pruning(
         "fastv",
@@ -196,7 +190,6 @@ PRUNING = (
         },
         reads=6,  # the number of patches that stay, at each place in the tower where some are dropped
         drops_only=False,
-        code_positions="compact (LLaVA), original (Qwen)",
     ),
     Pruning(
         "holov",
@@ -207,7 +200,6 @@ PRUNING = (
         views={"holov": Form(vp.HoloV(), layer=0)},
         reads=2,
         cls=True,
-        code_positions="compact (LLaVA), original (Qwen)",
     ),
     Pruning(
         "mustdrop",
@@ -234,7 +226,6 @@ PRUNING = (
         reads=6,
         cls=True,
         drops_only=False,
-        code_positions="compact",
     ),
     Pruning(
         "pdrop",
@@ -243,7 +234,6 @@ PRUNING = (
         long=("layer=1|2,tokens=300|100",),
         written=("layer=1|2|3,fraction=0.5|0.25|0.125,positions=compact",),
         views={"pdrop": Form(vp.PDrop())},
-        code_positions="compact",
     ),
     Pruning(
         "random",
@@ -252,7 +242,6 @@ PRUNING = (
         long=("tokens=300",),
         written=("layer=0|3,tokens=9|0,seed=-7,positions=compact",),
         views={"random": Form(vp.Random(), layer=0)},
-        code_positions="compact",
     ),
     Pruning(
         "sparsevlm",
@@ -263,7 +252,6 @@ PRUNING = (
         written=("preset=v2-96,version=2,positions=compact", "layer=2|4,fraction=0.5|0.3,version=1.5"),
         views={"sparsevlm-1.5": Form(vp.SparseVLM(), merges=True), "sparsevlm-2": Form(vp.SparseVLM(version=2))},
         drops_only=False,
-        code_positions="compact (1.5), original (2)",
     ),
     Pruning(
         "tome",
@@ -296,7 +284,6 @@ PRUNING = (
         reads=2,
         cls=True,
         drops_only=False,
-        code_positions="compact",
     ),
     Pruning(
         "vscan",
@@ -308,7 +295,6 @@ PRUNING = (
         reads=3,  # also which crop each token belongs to
         cls=True,
         drops_only=False,
-        code_positions="compact (LLaVA), original (Qwen)",
     ),
 )
 """One row for each pruning method."""

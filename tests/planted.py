@@ -203,7 +203,7 @@ BUGS = (
     # --- the cache and generate ---------------------------------------------------------------------------------------
     Bug(
         "beams",
-        "logical positions do not follow the rows",
+        "slots do not follow the rows",
         f"{LIVE}/cache.py",
         "        self.recorded = None if self.recorded is None else self.recorded.select(beam_idx)\n",
         "        pass\n",
@@ -211,7 +211,7 @@ BUGS = (
     ),
     Bug(
         "beams",
-        "logical positions are not repeated with the rows",
+        "slots are not repeated with the rows",
         f"{LIVE}/cache.py",
         "repeat_interleave(repeats))\n\n    def crop",
         "repeat(repeats))\n\n    def crop",
@@ -308,8 +308,8 @@ BUGS = (
         "removal",
         "the model's own config is changed in place",
         f"{LIVE}/attention.py",
-        "    config = copy.copy(original)\n",
-        "    config = original\n",
+        "    config: Any = copy.copy(original)\n",
+        "    config: Any = original\n",
         ("test_remove_leaves_no_trace",),
         "llava",
     ),
@@ -350,19 +350,19 @@ BUGS = (
     ),
     Bug(
         "batch equals samples alone",
-        "what the tower knew is found by order, not by content",
+        "what the tower recorded is found by order, not by content",
         f"{LIVE}/feature_index.py",
         "                    rows = entry.order.to(place.device)[place]\n",
         "                    rows = torch.arange(len(place), device=place.device)\n",
         ("test_cls_keeps_what_the_towers_eager_attention_says",),
     ),
     Bug(
-        "views that look alike",
-        "the second gets what the tower knew of the first",
+        "crops that look alike",
+        "the second gets what the tower recorded of the first",
         f"{LIVE}/feature_index.py",
         "twin = (places[number] + _repetition(wanted[number]))",
         "twin = (places[number] + 0 * _repetition(wanted[number]))",
-        ("test_views_that_look_alike_are_told_apart",),
+        ("test_crops_that_look_alike_are_decided_separately",),
     ),
     # --- what methods select ------------------------------------------------------------------------------------------
     Bug(
@@ -396,7 +396,7 @@ BUGS = (
         f"{LIVE}/source.py",
         "self.visual = places if shortened is None else shortened.places(self.samples, places)",
         "self.visual = places.clamp(max=hidden.shape[1] - 1)",
-        ("test_fastv_second_stage_sees_the_pruned_attention", "test_divprune_after_a_cut"),
+        ("test_fastv_second_stage_sees_the_pruned_attention", "test_divprune_after_a_stage"),
     ),
     Bug(
         "ties",
@@ -540,7 +540,7 @@ BUGS = (
         f"{METHODS}/pruning/flowcut.py",
         "        if remaining < 0 or remaining % 2 or patches <= state.target:\n",
         "        if remaining < 0 or patches <= state.target:\n",
-        ("test_flowcut_cuts",),
+        ("test_flowcut_stages",),
     ),
     Bug(
         "the tower",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import vlmprune as vp
 
 ROOT = Path(vp.__file__).resolve().parent.parent
-PARTS = ("vlmprune", "kernels", "adapters", "evals", "tests", "pyproject.toml")
+PARTS = ("vlmprune", "kernels", "adapters", "evals", "tests", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md")
 
 
 @pytest.fixture
@@ -29,6 +30,7 @@ def copy(tmp_path):
             shutil.copytree(ROOT / part, tmp_path / part, symlinks=True, ignore=ignored)
         else:
             shutil.copy(ROOT / part, tmp_path / part)
+    (tmp_path / "vlmprune/tiny/checkpoint").symlink_to(ROOT / "vlmprune/tiny/checkpoint")
     return tmp_path
 
 
@@ -39,10 +41,14 @@ def added(file: Path, before: str, line: str) -> None:
     file.write_text(text.replace(before, line + before, 1))
 
 
-def run_tests(copy: Path, *arguments: str) -> tuple[int, str]:
+def run(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python` with these arguments in the copy."""
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *arguments]
-    ran = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, *arguments], cwd=copy, env=environment, capture_output=True, text=True, check=False)
+
+
+def run_tests(copy: Path, *arguments: str) -> tuple[int, str]:
+    ran = run(copy, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *arguments)
     return ran.returncode, ran.stdout + ran.stderr
 
 
@@ -81,21 +87,37 @@ ROW = """    Pruning(
 
 
 def test_a_method_is_a_file_an_export_a_row_and_its_loops(copy):
-    (worked,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
+    contributing = (ROOT / "CONTRIBUTING.md").read_text().partition("## Adding a redistribution")[0]
+    (worked,) = re.findall(r"^```python\n(.*?)^```$", contributing, re.MULTILINE | re.DOTALL)
     pruning = copy / "vlmprune/methods/pruning"
     (pruning / "knorm.py").write_text(worked)
     export = "from vlmprune.methods.pruning.knorm import KNorm as KNorm\n"
     added(pruning / "__init__.py", "from vlmprune.methods.pruning.mustdrop", export)
-    code, said = run_tests(copy, "tests/test_cases.py")
+    pages = (
+        "tests/test_docs.py::test_the_page_of_the_methods",
+        "tests/test_architecture.py::test_readme_table_is_generated",
+        "tests/test_results.py::test_the_published_sweep_would_run_the_same_recipes",
+    )
+    code, said = run_tests(copy, "tests/test_cases.py", *pages)
     assert code == 1, said
     assert "knorm" in said, "the tests do not miss the row"
+    assert set(re.findall(r"^FAILED (\S+)", said, re.MULTILINE)) >= set(pages[:2]), "the tests do not miss the tables"
+    assert pages[2] not in said, "a new method needs a sweep"
 
     added(copy / "tests/cases.py", '    Pruning(\n        "mustdrop",', ROW)
     (copy / "tests/methods/loops/knorm.py").write_text(LOOPS)
     (copy / "tests/methods/test_knorm.py").write_text(COMPARED)
+    page, table = re.findall(r"`python (docs/methods\.py|-c \"from vlmprune\.cli import methods_markdown[^`]*)`", contributing)
+    assert run(copy, page).returncode == 0
+    readme = copy / "README.md"
+    rows = run(copy, *shlex.split(table)).stdout
+    before = re.search(r"^\| method \| paper \| prunes .*?\n\n", readme.read_text(), re.MULTILINE | re.DOTALL)
+    assert before is not None
+    readme.write_text(readme.read_text().replace(before[0], rows + "\n"))
     promises = [f"tests/promises/test_{name}.py" for name in ("exact", "choices", "waiting", "recipes")]
     chosen = "knorm and not next and not qwen2_vl or test_cases or every_parameter"
-    code, said = run_tests(copy, "tests/test_cases.py", "tests/methods/test_knorm.py", *promises, "-k", chosen)
+    chosen += " or page_of_the_methods or readme_table or published_sweep"
+    code, said = run_tests(copy, "tests/test_cases.py", "tests/methods/test_knorm.py", *promises, *pages, "-k", chosen)
     assert code == 0, said[-3000:]
     ran = int(re.findall(r"(\d+) passed", said)[0])
     assert ran > 40, said

@@ -279,7 +279,7 @@ def test_cls_after_a_cut():
 
 
 @families
-def test_divprune_after_a_cut(family):
+def test_divprune_after_a_stage(family):
     model = shared(family)
     inputs = make_inputs(family, model, [["text7", "image", "text4"], ["text2", "image", "image", "text3"]])
     with vp.wrap(model, "random:layer=1,tokens=10 + divprune:layer=3,tokens=4") as run:

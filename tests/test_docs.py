@@ -5,6 +5,7 @@ Red: a file was renamed or added and the documents do not know it, or an example
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 import textwrap
@@ -39,6 +40,15 @@ def test_what_documents_name_exists(document):
     for path in re.findall(r"`([\w./-]+/[\w./-]*)`", text):
         if path.split("/")[0] in FOLDERS and not any((root / path).exists() for root in (ROOT, ROOT / "vlmprune")):
             missing.append(path)
+    assert not missing, missing
+
+
+def test_the_index_of_results_lists_every_file():
+    """Red: a result was written, or renamed, and docs/results/README.md does not lead to it."""
+    index = ROOT / "docs/results/README.md"
+    linked = {(index.parent / target).resolve() for target in re.findall(r"\]\(([^)#\s]+)\)", index.read_text())}
+    files = {path for folder in ("docs/results", "benchmarks/results") for path in (ROOT / folder).rglob("*.*")} - {index}
+    missing = {path for path in files if not {path, path.with_suffix(".md"), path.with_suffix(".json")} & linked}
     assert not missing, missing
 
 
@@ -110,6 +120,22 @@ def test_the_worked_method():
     norms = keys[:, place].norm(dim=-1).mean(dim=0)
     assert kept == [sorted(norms.argsort()[: len(kept[0])].tolist())] * 2
     assert len(kept[0]) == 5  # of 16
+
+
+def test_the_example_of_a_stage(capsys):
+    """Red: what docs/architecture.md says that its example prints is not what it prints."""
+    (block,) = re.findall(r"^```python\n(.*?)^```$", MAP, re.MULTILINE | re.DOTALL)
+    space: dict = {"__name__": "stage"}
+    with torch.no_grad():
+        exec(compile(block, "docs/architecture.md", "exec"), space)
+    entering, kept, entries, slots = map(ast.literal_eval, capsys.readouterr().out.splitlines())
+    long, short = re.search(r"each decoder layer: (\d+) twice, then (\d+)", block).groups()  # type: ignore[union-attr]
+    assert entering == entries == [int(long)] * 2 + [int(short)] * 6
+    count, visual = re.search(r"the (\d+) of (\d+) visual tokens", block).groups()  # type: ignore[union-attr]
+    assert (len(kept), visual) == (int(count), "144")
+    place = (space["inputs"]["input_ids"][0] == space["model"].config.image_token_id).nonzero()[:, 0].tolist()
+    assert [slot for slot in slots if slot in place] == [place[index] for index in kept]
+    assert len(slots) == int(short)
 
 
 @pytest.fixture

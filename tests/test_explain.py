@@ -401,7 +401,7 @@ def test_as_data_and_as_text(family):
         assert data["verdicts"][0]["score"] == why.verdicts[0].score
         assert str(why).startswith(f"Token 2 of {why.tokens} (picture {image}, sample {sample}) ")
         verdict = why.verdicts[0]
-        assert f"rank {verdict.rank} of {verdict.among}; 6 stay, the last of them with " in str(verdict)
+        assert f"rank {verdict.rank} of {verdict.among}; 6 stay; the lowest kept score is " in str(verdict)
 
 
 def test_numbers_that_differ_are_shown_to_differ():
@@ -481,7 +481,7 @@ def test_on_the_command_line(monkeypatch, capsys, tmp_path):
     assert first["verdicts"][0]["among"] == 144
     assert vlmprune(monkeypatch, *asked) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert first["lines"][0] + " Its cell is row 4, column 9 of the picture." in out
+    assert first["lines"][0] + " Its cell is row 4, column 9 (counted from 0) of the picture." in out
     assert first["lines"][1] in out
     assert vlmprune(monkeypatch, *asked, "--why", 144) == 2
     assert "there is no token 144: the picture has 144" in capsys.readouterr().err

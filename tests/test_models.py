@@ -115,7 +115,7 @@ def test_views_of_a_tower_that_is_not_followed(layer):
         ).eval()
     else:
         model.config.vision_feature_layer = layer
-    with pytest.raises(vp.UsageError, match="needs to know which token stands for which patch of which view, but its "):
+    with pytest.raises(vp.UsageError, match="needs the patch and the crop of each token, but its "):
         vp.wrap(model, "cdpruner:fraction=0.5")
     vp.wrap(model, "random:layer=0,fraction=0.5").remove()
     if layer == -1:
@@ -218,7 +218,7 @@ def test_scores_are_those_of_a_later_turn():
         ("gpt_oss", {}, "pdrop:layer=2,fraction=0.5", "GptOssDecoderLayer adds s_aux"),
         ("gpt_oss", {}, "pai", "pai computes attention as softmax of scaled products"),
         ("doge", {}, "fastv", "DogeDecoderLayer adds a mask of its own"),
-        ("granite", {}, "vhr", "vhr runs the prompt without its picture beside it, from the embeddings on, but GraniteModel"),
+        ("granite", {}, "vhr", "vhr also runs the prompt without its picture, from the embeddings on, but GraniteModel"),
         ("stablelm", {}, "vhr", "StableLmDecoderLayer does not hand its keyword arguments on"),
         ("olmo3", {}, "random:layer=1,fraction=0.5,positions=compact", 'positions="compact" needs rotary embeddings that'),
         ("olmo3", {}, "vhr", "those of Olmo3Model depend on the layer"),

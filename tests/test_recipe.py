@@ -54,7 +54,7 @@ def test_published_defaults():
         ("fastv:layer", "cannot read 'layer'"),
         ("fastv:layer=", "cannot read 'layer='"),
         ("fastv:layer=two", "layer must be a number, found 'two'"),
-        ("fastv:layer=2,layer=3", "'layer' stands twice"),
+        ("fastv:layer=2,layer=3", "'layer' is given twice"),
         ("fastv:layer=2.5", "layer must be a whole number"),
         ("fastv:layer=0", "fastv cannot prune before layer 1"),
         ("fastv:fraction=2", "fraction must lie in [0, 1], found 2"),

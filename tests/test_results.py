@@ -66,9 +66,12 @@ def test_published_tables_are_those_of_their_numbers(stem, monkeypatch):
 
 
 def test_the_published_sweep_would_run_the_same_recipes():
-    """Red: the solver or a paper's schedule gives other fractions than those that the published accuracies belong to."""
+    """Of the methods that the file has: a sweep takes half an hour, and a new method may be added before the next one.
+
+    Red: the solver or a paper's schedule gives other fractions than those that the published accuracies belong to.
+    """
     numbers = json.loads((ROOT / "docs/results/sweep/sweep.json").read_text())
-    plan = make_plan(load()[0])
+    plan = make_plan(load()[0], {row["method"] for row in numbers["rows"]})
     for points, rows in ((plan.points, numbers["rows"]), (plan.controls(), numbers["controls"])):
         assert [point.recipe(0) for point in points] == [vlmprune.Recipe.parse(row["recipe"]) for row in rows]
 

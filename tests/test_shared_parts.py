@@ -67,5 +67,5 @@ def test_both_cannot_be_wrapped(shared):
 def test_the_language_model_alone_is_still_refused():
     mine, _, _ = two("tower")
     strange = torch.randn(1, 5, 64)
-    with vp.wrap(mine, "fastv:layer=2,tokens=4"), pytest.raises(vp.UsageError, match="the language model was called by itself"):
+    with vp.wrap(mine, "fastv:layer=2,tokens=4"), pytest.raises(vp.UsageError, match="the language model was called directly"):
         mine.model.language_model(inputs_embeds=strange)

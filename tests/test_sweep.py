@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,11 @@ from vlmprune.cost import compute_average
 from vlmprune.errors import UsageError
 from vlmprune.evals import accuracy, asking, sweep, sweep_plan, sweep_report, sweep_rows, sweep_store
 from vlmprune.evals.asking import Questions, scenes_of_seed
-from vlmprune.evals.budgets import PAPER_SCHEDULES, SHARES, PaperSchedule
+from vlmprune.evals.budgets import PAPER_SCHEDULES, SHARES, PaperSchedule, paper_schedule
 from vlmprune.evals.results import Result
 from vlmprune.evals.sweep_plan import Plan, Point, make_plan
 from vlmprune.evals.sweep_rows import differences
+from vlmprune.schedule import Budget, Schedule, Stage
 from vlmprune.tiny.answers import Record
 from vlmprune.tiny.evaluate import records
 from vlmprune.tiny.questions import SKILLS
@@ -89,6 +90,40 @@ def test_the_solver_meets_the_average(method):
         assert all(0 < fraction <= round(paper.tower, 6) for fraction in fractions)
         free = [(share, kept) for share, kept in zip(fractions, paper.kept, strict=True) if share < round(paper.tower, 6)]
         assert all(fraction / kept == pytest.approx(free[0][0] / free[0][1], abs=1e-5) for fraction, kept in free)
+
+
+OWN = {
+    "scaled": (vp.stages({4: 0.5, 16: 0.25}), PaperSchedule((4, 16), (0.5, 0.25), 32)),
+    "of tokens": (vp.stages({0: 96, 16: 32}), PaperSchedule((0, 16), (96, 32), 32)),
+    "one stage": (vp.at(layer=2, fraction=0.5), PaperSchedule((2,))),
+    "cache": (Schedule((Stage(2, Budget(fraction=0.5)), Stage(2, Budget(fraction=1.0), "cache"))), PaperSchedule((2,))),
+    "two units": (Schedule((Stage(2, Budget(fraction=0.5)), Stage(4, Budget(tokens=9)))), None),
+    "in the tower": (Schedule((Stage(0, Budget(fraction=0.5), "vision"), Stage(4, Budget(fraction=0.2)))), None),
+    "nothing kept": (vp.stages({2: 0.5, 4: 0.0}), None),
+}
+
+
+@pytest.mark.parametrize(("default", "found"), OWN.values(), ids=OWN)
+def test_a_method_without_an_entry_is_swept_with_all_stages_of_its_default(default, found, embedded, monkeypatch):
+    """Red: only its first stage is swept, or the sweep of all methods ends because one cannot be scaled."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Own(vp.Uniform):
+        """A method of one's own."""
+
+        name = "own"
+
+    Own.default = default
+    monkeypatch.setitem(vp.METHODS, "own", Own)
+    plan = make_plan(embedded[0], ["own"], [0.5])
+    if found is None:
+        assert "add an entry to PAPER_SCHEDULES" in plan.refused["own"]
+        assert {point.method for point in plan.points} == {"random"}
+        return
+    assert paper_schedule("own") == found
+    (point,) = (point for point in plan.points if point.method == "own")
+    assert point.layers == found.at_depth(DEPTH)
+    assert len(point.fractions) == len(found.layers)
 
 
 def test_averages_by_hand():

@@ -9,10 +9,9 @@ Importing has no side effect; torch and transformers are loaded when a name is f
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from vlmprune.names import exports
 
 __version__ = "0.1.0"
 
@@ -39,13 +38,21 @@ if TYPE_CHECKING:  # the only list of the public names: type checkers and editor
     from vlmprune.schedule import at as at
     from vlmprune.schedule import stages as stages
 else:
-    _HOME = exports("vlmprune")  # the module of each public name
-    __all__ = sorted(_HOME)
+
+    @cache
+    def _home() -> dict[str, str]:
+        # Imported at first use: until then this package imports nothing of its own, so that `__main__` runs first and handles
+        # Ctrl-C.
+        from vlmprune.names import exports
+
+        return exports("vlmprune")  # the module of each public name
 
     def __getattr__(name: str) -> Any:
-        if name not in _HOME:
+        if name == "__all__":
+            return sorted(_home())
+        if name not in _home():
             raise AttributeError(f"module 'vlmprune' has no attribute {name!r}")
-        return getattr(import_module(_HOME[name]), name)
+        return getattr(import_module(_home()[name]), name)
 
     def __dir__() -> list[str]:
-        return sorted([*globals(), *_HOME])
+        return sorted([*globals(), "__all__", *_home()])

@@ -90,7 +90,7 @@ def read_part(text: str) -> tuple[str, dict[str, list[str]]]:
     """A method's name, and its parameters with their values as text: `name:key=value,key=value|value`.
 
     Raises:
-        UsageError: it is not written so, or a parameter stands twice.
+        UsageError: it is not written so, or a parameter is given twice.
     """
     name, _, arguments = text.partition(":")
     pairs: dict[str, list[str]] = {}
@@ -99,7 +99,7 @@ def read_part(text: str) -> tuple[str, dict[str, list[str]]]:
         if not equals or not key or not value:
             raise UsageError(f"cannot read {pair!r} in {text!r}: write name:key=value,key=value.")
         if key in pairs:
-            raise UsageError(f"{key!r} stands twice in {text!r}.")
+            raise UsageError(f"{key!r} is given twice in {text!r}.")
         pairs[key] = [piece.strip() for piece in value.split("|")]
     return name.strip(), pairs
 

@@ -215,7 +215,7 @@ def taken_in_tower(needs: Iterable[str]) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class TowerFacts(Renamed):
-    """What a method may know about a model before it runs.
+    """Facts about a model that a method may use before it runs.
 
     Attributes:
         cls: the vision tower has a CLS token whose attention can be used.

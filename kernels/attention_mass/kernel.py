@@ -1,4 +1,4 @@
-"""Two passes over the keys, for one row as for many; nothing of rows by keys is stored, unless it is the result.
+"""Two passes over the keys, for one row as for many. No rows × keys buffer, except the result.
 
     1   m_r, l_r of every row and every split of the keys: the largest score, and Σ exp(score − m_r)
     2   exp(score − M_r) / L_r,  M_r = max m_r,  L_r = Σ l_r · exp(m_r − M_r)  over the splits; written, or summed over rows

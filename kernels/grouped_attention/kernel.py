@@ -150,7 +150,7 @@ def _partial(
 
 @triton.jit(do_not_specialize=["rows", "shares"])
 def _settle(stats, masses, rows, shares, HEADS: tl.constexpr, GROUPS: tl.constexpr, RAISED: tl.constexpr, SHARES: tl.constexpr):
-    """What the shares of the keys come to, for one line. Grid: batch × KV head × line.
+    """Combine the shares of the keys, for one line. Grid: batch × KV head × line.
 
     In `stats` the maximum of each share is replaced by what its sums are to be multiplied with, so that the softmax sums to 1.
     `masses` `[batch, head, row, group]` unless RAISED.

@@ -254,7 +254,7 @@ def test_flowcut_watches_units(variant):
 
 @pytest.mark.parametrize("target", [1, 5, 20])
 @pytest.mark.parametrize("padded", [False, True])
-def test_flowcut_cuts(target, padded):
+def test_flowcut_stages(target, padded):
     """Behind every second block, each view by its own entropy; behind the last, down to the target; ties to the lower index."""
     draw = torch.Generator().manual_seed(target)
     patches, views, last = 30, 4, 7

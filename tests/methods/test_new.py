@@ -72,7 +72,7 @@ def test_nan_of_the_tower_is_not_taken_for_dropped_patches(recipe):
     model = shared("llava")
     inputs = make_inputs("llava", model, SAMPLES[:1])
     inputs["pixel_values"] = inputs["pixel_values"] * torch.nan
-    with vp.wrap(model, recipe), torch.no_grad(), pytest.raises(vp.UsageError, match="made NaN of a picture"):
+    with vp.wrap(model, recipe), torch.no_grad(), pytest.raises(vp.UsageError, match="returned NaN for a picture"):
         model(**inputs)
 
 

@@ -413,8 +413,8 @@ def test_flowcut_shares_of_a_view():
     assert [len(found.index) for found in seen.run.last.kept] == [54, 22]  # a fifth of three views of 36
 
 
-def test_views_that_look_alike_are_told_apart():
-    """A picture with two equal crops (a blank page, say): each view still is decided for itself and gets its own share."""
+def test_crops_that_look_alike_are_decided_separately():
+    """A picture with two equal crops (a blank page, say): each crop is still decided separately and gets its own share."""
     model, prompt = deep("llava_next"), prompts("llava_next", [[(24, 48)]])
     pixels = prompt.inputs["pixel_values"].clone()
     pixels[0, 2] = pixels[0, 1]

@@ -77,7 +77,7 @@ def test_merged_embeddings_run_where_nothing_is_dropped(recipe):
         with vp.wrap(model, recipe):
             assert torch.equal(model(inputs_embeds=merged, **inputs).logits, expected)
         for refusing in ("divprune:tokens=4", "zerotuning:gain=2"):
-            with vp.wrap(model, refusing), pytest.raises(vp.UsageError, match="32 embeddings that are no word's: if pictures"):
+            with vp.wrap(model, refusing), pytest.raises(vp.UsageError, match="32 embeddings that are not word embeddings; if"):
                 model(inputs_embeds=merged, **inputs)
 
 

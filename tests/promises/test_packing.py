@@ -147,7 +147,7 @@ def test_a_gap_inside_a_picture_is_refused():
     (one, _), _ = alone_and_packed("llava", ROWS["two"])
     position_ids = torch.arange(one["input_ids"].shape[1])[None].clone()
     position_ids[:, 10:] += 5
-    with vp.wrap(model, "divprune:tokens=4"), pytest.raises(vp.UsageError, match="stand in two samples that are packed"):
+    with vp.wrap(model, "divprune:tokens=4"), pytest.raises(vp.UsageError, match="lie in two packed samples of row"):
         model(**one, position_ids=position_ids, use_cache=False)
 
 

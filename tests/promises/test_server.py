@@ -939,7 +939,7 @@ def test_removing_waits_and_gives_up_in_a_sentence(model, monkeypatch):
     thread = threading.Thread(target=lambda: results.append((ask(model, max_new_tokens=1), run.last)))
     thread.start()
     assert inside.wait(PATIENCE)
-    with pytest.raises(vp.UsageError, match="another thread is inside the model"):
+    with pytest.raises(vp.UsageError, match="another thread has been running the model"):
         run.remove()
     go.set()
     thread.join(PATIENCE)

@@ -92,7 +92,7 @@ def test_run_says_what_was_edited(picture):
     (edit,) = answer["edits"]
     assert edit["method"] == "var"
     assert edit["edited"] > 0
-    assert "tokens marked" in edit["summary"]
+    assert "tokens marked, by group" in edit["summary"]
     assert json.loads(runner.invoke(app, [*ask, "--json", "--recipe", "random:fraction=0.5"]).stdout)["edits"] == []
 
 

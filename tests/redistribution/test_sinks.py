@@ -158,8 +158,8 @@ def test_what_every_token_holds_is_no_sink_dimension():
     with loud(model, 1, {7: 1e5}, None):
         found = find_sinks(model, prompts())
         assert found.dims == ()
-        assert "100% of later tokens hold dimension 7 as the first does" in found.advice
-        assert "100% of later tokens hold dimension 7" in dict(found.rows())["no sink dimensions"]
+        assert "100% of later tokens are as large in dimension 7 as the first token" in found.advice
+        assert "100% of later tokens are as large in dimension 7" in dict(found.rows())["no sink dimensions"]
         with loud(model, 1, {33: 3e5}):
             found = find_sinks(model, prompts())
     assert found.dims == (33,)

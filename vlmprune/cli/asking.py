@@ -206,7 +206,7 @@ def ask_and_draw(
         "unpruned": plain.to_dict(),
         "pruned": pruned.to_dict(),
         "kept": pruned.index,
-        "views": [asdict(crop) for crop in pruned.crops],
+        "views": [asdict(crop) for crop in pruned.crops],  # crops; the key keeps its name, which scripts read
         "edits": [{**asdict(edit), "summary": str(edit)} for edit in pruned.report.edits],
         **({"why": pruned.why} if why else {}),
     }

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COLUMNS = {
     "method": "method",
     "paper": "paper",
-    "cuts": "prunes",
+    "cuts": "prunes",  # the key keeps its name in `methods --json`, which scripts read
     "families": "families",
     "looks_at": "scored by",
     "default": "default",

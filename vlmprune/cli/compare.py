@@ -54,7 +54,7 @@ def sweep(
         ),
     ] = None,
     seeds: Annotated[
-        int, typer.Option(metavar="N", min=1, help="How often; each time with other scenes and random draws.")
+        int, typer.Option(metavar="N", min=1, help="Number of repetitions, each with other scenes and draws.")
     ] = 3,
     images: Annotated[int, typer.Option(metavar="N", min=2, help="How many scenes for each seed.")] = 100,
     split: options.Split = "test",

@@ -80,7 +80,7 @@ def _kind(annotation: str) -> str:
 
 def _allowed(method: Any, parameter: str) -> str:
     if parameter == "preset":
-        return ", ".join(method.presets) or "none"
+        return ", ".join(method.presets) or "no presets"
     if parameter == "layers":
         return LAYERS
     if parameter == "layer":

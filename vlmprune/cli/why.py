@@ -54,5 +54,7 @@ def lines(explanation: dict[str, Any]) -> list[str]:
     """The explanation as lines for a terminal."""
     first, *others = explanation["lines"]
     cell = explanation["cell"]
-    where = "" if cell is None else f" Its cell is row {cell['row']}, column {cell['column']} of the {cell['crop']}."
+    where = ""
+    if cell is not None:
+        where = f" Its cell is row {cell['row']}, column {cell['column']} (counted from 0) of the {cell['crop']}."
     return [first + where, *(f"  {line}" for line in others)]

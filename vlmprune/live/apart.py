@@ -1,7 +1,7 @@
 """Samples that are packed into one row, set apart: the same call as a batch of one sample per row, padded on the left.
 
-Attention redistribution knows what a row sees from its place and from padding. Where a row holds several samples it is shown
-this batch, and what it computes is put back. Samples without a picture have nothing to redistribute, and stay away.
+Attention redistribution derives what a row sees from its place and from padding. Where a row holds several samples, it gets
+this batch, and what it computes is put back. Samples without a picture have nothing to redistribute, and are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Apart:
 
     Attributes:
         call: the same forward pass, as these samples see it.
-        owners: `[sample]` rows of the packed call that they stand in.
+        batch_rows: `[sample]` the row of the packed call that each is in.
         full: places of each in its row, on the host.
         index: `[sample, token]` where what the current layer computes of each stands; `valid` is False on left padding.
         of: the reduction that `index` is made for.
@@ -36,7 +36,7 @@ class Apart:
     """
 
     call: Call
-    owners: Tensor
+    batch_rows: Tensor
     full: list[Numbers]
     index: Tensor
     valid: Tensor
@@ -62,7 +62,7 @@ class Apart:
         for image in layout.images:
             sample = samples.index((image.sample, image.segment))
             places = np.searchsorted(full[sample], image.places) + index.shape[1] - len(full[sample])
-            images.append(replace(image, sample=sample, places=places, positions=on_device(places, device), segment=0))
+            images.append(replace(image, sample=sample, places=places, places_on_device=on_device(places, device), segment=0))
         real = on_device(alone.real, device)
         mine = Layout(tuple(images), real, tuple(alone.real.sum(axis=1).tolist()))
         return Apart(
@@ -94,10 +94,10 @@ class Apart:
             self.of, device = section.rows, self.index.device
             computed_rows, there = on_host(self.of.rows), on_host(self.of.valid)
             computed, places = [], []
-            for owner, full in zip(on_host(self.owners), self.full, strict=True):
-                here = (there[owner] & np.isin(computed_rows[owner], full)).nonzero()[0]
+            for row, full in zip(on_host(self.batch_rows), self.full, strict=True):
+                here = (there[row] & np.isin(computed_rows[row], full)).nonzero()[0]
                 computed.append(here)
-                places.append(np.searchsorted(full, computed_rows[owner][here]) + mine.sequence - len(full))
+                places.append(np.searchsorted(full, computed_rows[row][here]) + mine.sequence - len(full))
             index, valid = _padded(computed)
             self.index, self.valid = on_device(index, device), on_device(valid, device)
             rows = Reduction(on_device(_padded(places)[0], device), self.valid, bool(valid.all()))
@@ -115,7 +115,7 @@ class Apart:
 
     def take(self, x: Tensor, token: int) -> Tensor:
         """`[sample, …, token, …]` of `[batch, …, token, …]`, whose axis `token` counts what the layer computes."""
-        chosen, index = x[self.owners.to(x.device)], self.index.to(x.device)
+        chosen, index = x[self.batch_rows.to(x.device)], self.index.to(x.device)
         shape = [len(index), *[1] * (token - 1), -1, *[1] * (x.ndim - token - 1)]
         size = [*chosen.shape]
         size[token] = index.shape[1]
@@ -124,8 +124,8 @@ class Apart:
     def put_back(self, x: Tensor, computed: Tensor) -> Tensor:
         """`[batch, token, …]` with what was computed of the samples, `[sample, token, …]`, in their places."""
         valid = self.valid.to(x.device)
-        owners = self.owners.to(x.device)[:, None].expand_as(valid)[valid]
-        return x.index_put((owners, self.index.to(x.device)[valid]), computed[valid])
+        rows = self.batch_rows.to(x.device)[:, None].expand_as(valid)[valid]
+        return x.index_put((rows, self.index.to(x.device)[valid]), computed[valid])
 
 
 def _padded(rows: list[Numbers]) -> tuple[Numbers, Numbers]:

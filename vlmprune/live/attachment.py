@@ -38,6 +38,7 @@ class Attachment:
         self._places: dict[Any, _Place] = {}
         self._sleeps = False
         self._lock, self._awake = RLock(), 0
+        self._changing = self._late = False
         self._graphs: WeakSet[Any] = WeakSet()
 
     @property
@@ -54,8 +55,8 @@ class Attachment:
         return owner
 
     def join(self, plan: Plan) -> Owner:
-        """Whoever is given the owner follows `plan`, as long as somebody holds it."""
-        with self._lock:
+        """An owner whose conversations follow `plan`, as long as a reference to it is held."""
+        with self._change():
             owner = self.owners.add(plan)
             for name, put in self._wanted(plan):
                 if name not in self._places:
@@ -64,13 +65,13 @@ class Attachment:
         return owner
 
     def clear(self) -> None:
-        """Nobody follows a plan any more, and the model is as it was; where gradient checkpointing will run layers again, the
-        hooks wait for that, and go with the graph.
+        """No conversation follows a plan any more, and the model is as it was. Where gradient checkpointing will run layers
+        again, the hooks stay until then, and go with the graph.
 
         Raises:
             UsageError: another thread does not leave the model.
         """
-        current, self.owners.current = self.owners.current, None  # held until its callers are told
+        current, self.owners.current = self.owners.current, None  # held until `close` reached its callers
         self._wait()
         for other in self.owners.alive():
             other.plan.contexts.close()
@@ -84,7 +85,8 @@ class Attachment:
 
     def tidy(self) -> None:
         """Take away the hooks that no plan needs any more."""
-        with self._lock:
+        with self._change():
+            self._late = False
             alive = self.owners.alive()
             recomputed = {state.plan for state in list(self._graphs) if state.recomputes}
             plans = recomputed.union(owner.plan for owner in alive)
@@ -92,6 +94,31 @@ class Attachment:
             for name in [name for name in self._places if name not in needed]:
                 self._places.pop(name).remove()
             self._sleep(not self._awake and not any(owner.plan.may_change(None, None) for owner in alive))
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """While hooks are put on or taken away, what the garbage collector wants to take away has to wait."""
+        with self._lock:
+            outer, self._changing = self._changing, True
+            try:
+                yield
+            finally:
+                self._changing = outer
+        if self._late and not outer:
+            self.tidy()
+
+    def tidy_after_graph(self) -> None:
+        """The same from the garbage collector, which may run at any place in any thread, and must not wait."""
+        if not self._lock.acquire(blocking=False):
+            self._late = True
+            return
+        try:
+            if self._changing:
+                self._late = True
+            elif self.current is None:  # what waited for this graph goes, too
+                self.tidy()
+        finally:
+            self._lock.release()
 
     def _sleep(self, sleeps: bool) -> None:
         """While no plan changes anything, a model that is compiled whole needs no hook; it is compiled anew afterwards."""
@@ -127,8 +154,8 @@ class Attachment:
                 return
             time.sleep(0.001)
         raise UsageError(
-            f"the hooks cannot be taken away: another thread is inside the model, for {PATIENCE:g} s already; new prompts run "
-            "un-pruned from now on; call run.remove() again when that thread has come to its end."
+            f"the hooks cannot be taken away: another thread has been running the model for {PATIENCE:g} s; new prompts run "
+            "un-pruned from now on; call run.remove() again when that thread has finished."
         )
 
     # -- places ----------------------------------------------------------------------------------------------------------
@@ -145,7 +172,7 @@ class Attachment:
         if (tower := plan.family.tower) is not None:  # whose images they are is decided when they are encoded
             root = base.get_submodule(tower.root)
             yield ("tower", 0), partial(self._before, root, ours.enter_tower)
-            yield ("tower left", 0), partial(self._after, root, ours.leave_tower)
+            yield ("tower left", 0), partial(self._after, root, ours.leave_tower, always_call=True)
         for kind, index in plan.places():
             yield (kind, index), partial(self._put, plan, kind, index)
         for module in {**plan.observers, **plan.editors}:
@@ -273,7 +300,7 @@ def _of_others(doing: dict[int, ReferenceType[Any]]) -> bool:
 
 
 def _spoil(output: Any) -> None:
-    """Encoded images with rows of NaN in the places of dropped patches, which nobody will remove any more, refuse to be used:
+    """Encoded images with rows of NaN in the places of dropped patches, which no hook will remove any more, refuse to be used:
     the plain model would answer NaN."""
     kind = type(output)
     output.__class__ = type(kind.__name__, (kind,), {"pooler_output": property(_gone)})
@@ -284,6 +311,5 @@ def _gone(_: Any) -> None:
 
 
 def _graph_gone(find: ReferenceType[Attachment]) -> None:
-    attachment = find()
-    if attachment is not None and attachment.current is None:  # what waited for this graph goes, too
-        attachment.tidy()
+    if (attachment := find()) is not None:
+        attachment.tidy_after_graph()

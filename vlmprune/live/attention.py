@@ -1,5 +1,5 @@
-"""Attention of pruned layers: their masks, and our attention function, under which a probe looks at queries and keys and an
-editor computes some rows anew. Everything else goes on to the implementation the model was loaded with."""
+"""Our attention function, which is put around the one that the model was loaded with: observers read its queries, keys and
+values, and an editor recomputes some of its rows. Everything else is left to the model's own. Masks are in `masks.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -18,10 +18,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmprune.kernels.attention_mass import attention_rows
-from vlmprune.live.masks import (
-    not_hidden,
-    visible_in_rows,
-)
+from vlmprune.live.masks import not_masked, visible_in_rows
 
 ATTENTION_KEY = "vlmprune"
 """Our key in transformers' registry of attention functions, which is made for additions; it must not contain "flash"."""
@@ -55,7 +52,7 @@ def rows_attention(
     else:
         mask = attention_mask.expand(batch, -1, -1, -1)[:, 0]
         visible = mask.gather(1, rows[:, :, None].expand(-1, -1, keys))
-        visible = not_hidden(visible)
+        visible = not_masked(visible)
     return attention_rows(chosen, key, scaling, visible)
 
 
@@ -90,11 +87,14 @@ class _Stock:
 def routed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """The model's own attention, seen by observers and overwritten by an editor: those that the running call's plan has for
     this module (registered under `ATTENTION_KEY`)."""
-    route: Route = vars(module.config)["vlmprune_route"]  # past the config's own look-up, which is slow
-    implementation = route.original._attn_implementation
+    config: Any = module.config
+    route: Route | None = vars(config).get("vlmprune_route")  # past the config's own look-up, which is slow
+    implementation = (config if route is None else route.original)._attn_implementation
     # "eager" is not in the registry: every modelling file brings its own.
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     own = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    if route is None:  # another thread has just taken the route away
+        return own(module, query, key, value, attention_mask, **kwargs)
     shown = module if implementation in WITHOUT_CONFIG else route.stock
     for observers in tuple(route.users):
         for observer in observers:
@@ -117,24 +117,24 @@ def route_attention(module: nn.Module, observers: Sequence[Observer] = ()) -> Ca
     share one route, may leave in any order, and the last one restores the config.
     """
     AttentionInterface.register(ATTENTION_KEY, routed_attention)
-    mine = tuple(observers)
+    mine, original = tuple(observers), vars(module).get("config", module.config)
+    config: Any = copy.copy(original)
+    config.vlmprune_route = fresh = Route(original, _Stock(module, original), module)
+    config._attn_implementation_internal = ATTENTION_KEY
+    # Nothing is allocated while the lock is held: the garbage collector may finish a graph then, and take away other routes.
     with _routing:
-        route: Route | None = getattr(module.config, "vlmprune_route", None)
+        route = vars(module.config).get("vlmprune_route")
         if route is None or route.module is not module:
-            original: Any = module.config
-            config = copy.copy(original)
-            config.vlmprune_route = route = Route(original, _Stock(module, original), module)
-            config._attn_implementation_internal = ATTENTION_KEY
-            module.config = config
+            route, module.config = fresh, config
         route.users.append(mine)
 
     def undo() -> None:
         with _routing:
-            del route.users[next(number for number, user in enumerate(route.users) if user is mine)]
+            route.users.remove(mine)
             if not route.users:
                 module.config = route.original
 
     return undo
 
 
-_routing = Lock()
+_routing = RLock()

@@ -72,7 +72,7 @@ class Entries:
     It is never changed, and the layers of one section share it.
 
     Attributes:
-        slots: `[batch, stored]` place of each entry in the conversation.
+        slots: `[batch, stored]` slot of each entry.
         valid: `[batch, stored]` bool, False where a ragged batch is padded.
         dense: every entry is valid.
         tokens: how many tokens of the conversation they stand for, dropped ones included.
@@ -99,7 +99,7 @@ class Entries:
         return Entries(slots, valid, dense, tokens, unpadded=dense)
 
     def then(self, more: int) -> Entries:
-        """With `more` entries behind them, one for each token."""
+        """With `more` entries after them, one for each token."""
         if not more:
             return self
         batch, device = self.slots.shape[0], self.slots.device
@@ -147,7 +147,7 @@ class PrunedLayer(MarkedLayer):
     """A dynamic cache layer that stores fewer entries than the conversation has tokens.
 
     Attributes:
-        recorded: the entries of prompts; what is stored behind them is stored token by token. None while there are none.
+        recorded: the entries of prompts; what is stored after them is stored token by token. None while there are none.
         stages: layers of the recipe's stages. A conversation goes on only under stages at the same layers, because these decide
             which layers have equal entries.
         owner: whose conversation it is.
@@ -180,7 +180,7 @@ class PrunedLayer(MarkedLayer):
         self.recorded = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens (assisted decoding). A negative number, as in transformers.
+        """Remove the last tokens (assisted decoding). A negative number, as in transformers.
 
         Raises:
             UsageError: it would reach into the part of the prompt where tokens were dropped.
@@ -221,7 +221,7 @@ class FirstPrunedLayer(PrunedLayer):
         """Store the coming tokens.
 
         Raises:
-            UsageError: the recipe was removed, so that nobody knows which tokens are missing; or several tokens come past the
+            UsageError: the recipe was removed, so that the missing tokens are unknown; or several tokens come past the
                 hooks of a wrapped model, which record what is stored before it is.
         """
         stored = 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
@@ -233,8 +233,8 @@ class FirstPrunedLayer(PrunedLayer):
             )
         if stored and coming > 1 and self.recorded is not None and self.recorded.slots.shape[1] != stored + coming:
             raise UsageError(
-                "this conversation was pruned by a wrapped model, and goes on in one that is not: go on in the model it began "
-                "in, or start with an empty cache."
+                "this conversation was pruned by a wrapped model; an un-wrapped model cannot continue it: go on in the model "
+                "it began in, or start with an empty cache."
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
@@ -250,7 +250,7 @@ def hand_over(cache: Cache | None, owner: Owner) -> None:
 
 
 def keep_only(layers: Sequence[PrunedLayer], alive: Tensor, past: int, counts: Sequence[int] | None = None) -> None:
-    """Forget stored entries of the last prompt for good (site "cache"); the memory of the longer ones is given back.
+    """Remove stored entries of the last prompt for good (site "cache"); the memory of the longer ones is given back.
 
     Args:
         layers: of one cache, filled, with the same entries.
@@ -279,9 +279,10 @@ def check_same_stages(cache: Cache | None, stages: tuple[int, ...]) -> None:
     """
     last = cache.layers[-1] if cache is not None and cache.layers else None  # pruned if any layer is
     if isinstance(last, PrunedLayer) and last.stages != stages:
+        here = f"prunes at {', '.join(map(str, stages))}" if stages else "prunes nothing"
         raise UsageError(
-            f"the conversation in this cache was pruned at layer(s) {', '.join(map(str, last.stages))}, this recipe prunes at "
-            f"{', '.join(map(str, stages))}: go on with the recipe it began with, or start with an empty cache."
+            f"the conversation in this cache was pruned at layer(s) {', '.join(map(str, last.stages))}, this recipe {here}: go "
+            "on with the recipe it began with, or start with an empty cache."
         )
 
 

@@ -28,7 +28,7 @@ class Projections(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
+class StageResult:
     """What one stage left.
 
     Attributes:
@@ -45,7 +45,7 @@ class Chosen:
     emptied: bool = False
     judged: Sequence[tuple[Judged, ...]] | None = None
 
-    def detached(self) -> Chosen:
+    def detached(self) -> StageResult:
         """The same, to be kept: nothing that outlives a layer may hold the graph that a backward pass runs through."""
         if not self.merges:
             return self
@@ -63,9 +63,9 @@ class Prompt:
         candidates: per image, how many of its tokens the call's mask does not hide: what budgets count from.
         entered: per image, how many of its tokens entered the language model.
         newlines: `[batch, sequence]` row separators among the image placeholders, on the host; None if there are none.
-        tower: per image, what the vision tower knew of each token, `[visual, …]` by probe.
+        tower: per image, what was recorded in the vision tower of each token, `[visual, …]` by probe.
         crops: per image `[visual, 2]`, number and side of the crop each token belongs to, −1 where it was dropped inside the
-            tower, on the host; empty where nobody asks or the tower has no crops.
+            tower, on the host; empty where no method needs it or the tower has no crops.
         embeddings: `[batch, sequence, dim]` what entered the language model, where a method looks back at it.
         attention: per decoder layer, `[batch, head, segment, key]` attention of the last prompt token to this call's rows; of
             each sample, where several are packed into a row.
@@ -89,7 +89,7 @@ class Prompt:
     projections: dict[int, Projections] = field(default_factory=dict)
     text: Reduction | None = None
     text_attention: dict[int, Tensor] = field(default_factory=dict)
-    chosen: dict[int, Chosen] = field(default_factory=dict)
+    chosen: dict[int, StageResult] = field(default_factory=dict)
     replayed: bool = False
 
 

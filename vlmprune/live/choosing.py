@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from vlmprune.adapters.family import Family, has_mrope
 from vlmprune.device import on_device, on_host
+from vlmprune.errors import UsageError, shown
 from vlmprune.live.attention_probes import attention_ahead
-from vlmprune.live.call import Call, Chosen, Prompt
+from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.explain import by_picture, judged
 from vlmprune.live.layout import group_by_size
 from vlmprune.live.probes import build_view
@@ -117,7 +118,7 @@ def _start(model: Model, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> 
 
 def choose(
     bound: BoundStage, budget: Budget, call: Call, prompt: Prompt, hidden: Tensor, tools: Tools, explains: bool
-) -> Chosen:
+) -> StageResult:
     """What remains of every image after a stage.
 
     Args:
@@ -146,7 +147,7 @@ def choose(
                 see = replace(see, over_picture=_of_parts(over_image(), members))
             chosen = method.select(see, keep)
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
-        _check_choice(bound, choice, len(group), keep)
+        _check_choice(bound, choice, members, keep, hidden)
         if explains:
             reasons |= zip(group, judged(method, see, choice, [part.index for part in members]), strict=True)
         for number, part in enumerate(members):
@@ -157,23 +158,23 @@ def choose(
     ]
     why = by_picture(reasons, [part.image for part in parts], len(kept)) if explains else None
     remaining, features = zip(*joined, strict=True)
-    return Chosen(remaining, features, any(x is not None for x in features), judged=why)
+    return StageResult(remaining, features, any(x is not None for x in features), judged=why)
 
 
-def left_by_tower(prompt: Prompt, hidden: Tensor) -> Chosen:
+def left_by_tower(prompt: Prompt, hidden: Tensor) -> StageResult:
     """What the vision tower left of every image: the rest are rows of NaN in `hidden` `[batch, token, dim]`."""
     images, real = prompt.layout.images, prompt.tokens.real
-    there = on_host(~torch.cat([hidden[image.sample, image.positions.to(hidden.device), 0] for image in images]).isnan())
+    there = on_host(~torch.cat([hidden[image.sample, image.places_on_device.to(hidden.device), 0] for image in images]).isnan())
     seen = np.concatenate([real[image.sample, image.places] for image in images])
     ends = np.cumsum(list(map(len, images)))[:-1]
     remaining = tuple(
-        on_device(mine.nonzero()[0], image.positions.device)
+        on_device(mine.nonzero()[0], image.places_on_device.device)
         for mine, image in zip(np.split(there & seen, ends), images, strict=True)
     )
-    return Chosen(remaining, (None,) * len(remaining), emptied=not there.all())
+    return StageResult(remaining, (None,) * len(remaining), emptied=not there.all())
 
 
-def merged(call: Call, prompt: Prompt, chosen: Chosen, hidden: Tensor) -> Tensor:
+def merged(call: Call, prompt: Prompt, chosen: StageResult, hidden: Tensor) -> Tensor:
     """Hidden states `[batch, token, dim]` with merged features in the places of the kept tokens that represent several."""
     if not chosen.merges:
         return hidden
@@ -232,9 +233,35 @@ def _joined(
     return index, features[order.to(features.device)]
 
 
-def _check_choice(bound: BoundStage, choice: Choice, images: int, keep: int) -> None:
-    """A method that chooses another number than it was asked for is a bug of the method."""
-    counts = [len(row) for row in choice.index]
-    wrong = len(counts) != images or max(counts) > keep or (min(counts) < keep and not bound.adaptive)
-    if wrong or (choice.features is not None and list(choice.features.shape[:2]) != [images, keep]):
-        raise RuntimeError(f"{bound.method.name}.select chose {counts} tokens of {images} pictures, expected {keep} of each.")
+def _check_choice(bound: BoundStage, choice: Choice, group: Sequence[Part], keep: int, hidden: Tensor) -> None:
+    """Refuse what a method chose, if it is not what it was asked for. It does not wait for a GPU: there, wrong indices fail as
+    an assertion on the device.
+
+    Raises:
+        UsageError: the wrong kind of index, another number, indices that are out of range or do not rise, features that do not
+            fit.
+    """
+    name, visual, images = f"{bound.method.name}.select", len(group[0].index), len(group)
+    rows: Any = choice.index if isinstance(choice.index, Tensor | list | tuple) else [choice.index]
+    for row in rows:
+        if not isinstance(row, Tensor) or row.ndim != 1 or row.is_floating_point() or row.dtype == torch.bool:
+            found = f"{row.dtype} of shape {list(row.shape)}" if isinstance(row, Tensor) else shown(row)
+            raise UsageError(f"{name} must return whole numbers [image, keep], found {found} for a picture.")
+    counts = [len(row) for row in rows]
+    if len(counts) != images or max(counts) > keep or (min(counts) < keep and not bound.adaptive):
+        at_most = "at most " if bound.adaptive else ""
+        raise UsageError(f"{name} chose {counts} tokens of {images} pictures, expected {at_most}{keep} of each.")
+    for row in rows:
+        if row.device.type == "meta" or not len(row):
+            continue
+        good = (row[:1] >= 0).all() & (row[-1:] < visual).all() & (row.diff() > 0).all()
+        bad = f"{name} must return rising indices from 0 to {visual - 1}, each once"
+        if row.device.type == "cuda":
+            torch._assert_async(good, bad)
+        elif not good:
+            raise UsageError(f"{bad}, found {row.tolist()}.")
+    if choice.features is not None and list(choice.features.shape) != [images, keep, hidden.shape[-1]]:
+        wanted = [images, keep, hidden.shape[-1]]
+        raise UsageError(
+            f"{name} must return features [image, keep, dim] of shape {wanted}, found {list(choice.features.shape)}."
+        )

@@ -30,14 +30,14 @@ POOLS = ("concurrent.futures", "multiprocessing.pool", "anyio", "trio")
 
 
 @dataclass(eq=False)
-class Block:
-    """One block.
+class OverrideBlock:
+    """One `with run.override(…)` block.
 
     Attributes:
         number: rises with every block that is opened anywhere.
         thread: the thread that opened it.
         owner: what conversations that begin in it belong to. It is held: it lives as long as a thread has these settings.
-        enabled, budget: what the block says, or None.
+        enabled, budget: what the block sets, or None.
         last: the record of the last prefill that ran in it.
     """
 
@@ -51,7 +51,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """What one context has said about one handle.
+    """The settings of one context for one handle.
 
     Attributes:
         switched: False if it was switched off outside of any block.
@@ -59,7 +59,7 @@ class Settings:
     """
 
     switched: bool = True
-    blocks: tuple[Block, ...] = ()
+    blocks: tuple[OverrideBlock, ...] = ()
 
     @property
     def enabled(self) -> bool:
@@ -89,7 +89,7 @@ def now() -> int:
     return next(_numbers)
 
 
-def open_blocks(since: int = -1) -> list[Block]:
+def open_blocks(since: int = -1) -> list[OverrideBlock]:
     """The blocks of the calling context, of all handles, that were opened after `since`, the innermost first."""
     blocks = [block for settings in _settings().values() for block in settings.blocks if block.number > since]
     return sorted(blocks, key=lambda block: -block.number)
@@ -108,11 +108,11 @@ class Contexts:
 
     @property
     def settings(self) -> Settings:
-        """What the calling context has said."""
+        """The calling context's settings."""
         return _settings().get(self._number, DEFAULT)
 
     def switch(self, enabled: bool) -> None:
-        """Switch the calling context on or off, and the threads that it starts from now on; inside a block that says so itself,
+        """Switch the calling context on or off, and the threads that it starts from now on; inside a block that sets it itself,
         until that block ends."""
         for block in reversed(self.settings.blocks):
             if block.enabled is not None:
@@ -124,7 +124,7 @@ class Contexts:
         self._change(switched=enabled)
 
     def close(self) -> None:
-        """The handle is removed: nobody needs to take anything over any more."""
+        """The handle is removed: new threads need no settings of it any more."""
         if self._handed_on is not None:
             self._handed_on()  # once, however often it is called
 
@@ -135,7 +135,7 @@ class Contexts:
     @contextmanager
     def block(self, owner: Any, enabled: bool | None = None, budget: Budget | None = None) -> Iterator[None]:
         """Settings of the calling context, and of the threads that it starts, inside a `with`."""
-        opened = Block(next(_numbers), threading.current_thread(), owner, enabled, budget)
+        opened = OverrideBlock(next(_numbers), threading.current_thread(), owner, enabled, budget)
         self._change(blocks=(*self.settings.blocks, opened))
         _inheriting.begin()
         try:
@@ -153,7 +153,7 @@ class Contexts:
         mine = self._records.get(me)
         return blocks[-1].last if mine is None and blocks else mine
 
-    def note(self, record: Any, blocks: tuple[Block, ...]) -> None:
+    def note(self, record: Any, blocks: tuple[OverrideBlock, ...]) -> None:
         """Keep the record of a prefill that the calling thread ran, in the blocks that were open when it began."""
         self._records[threading.current_thread()] = record
         for block in blocks:
@@ -171,7 +171,7 @@ def _serves_many(thread: threading.Thread) -> bool:
 
 
 class _Inheriting:
-    """`Thread.start`, replaced while somebody has something to hand on."""
+    """`Thread.start`, replaced while a context has settings to hand on."""
 
     def __init__(self) -> None:
         self._lock, self._open, self._original = threading.RLock(), 0, threading.Thread.start
@@ -192,7 +192,7 @@ class _Inheriting:
     def end(self) -> None:
         with self._lock:
             self._open -= 1
-            if self._open == 0 and threading.Thread.start is self._ours:  # else somebody replaced it after us
+            if self._open == 0 and threading.Thread.start is self._ours:  # else other code replaced it after us
                 threading.Thread.start = self._original  # type: ignore[method-assign]
 
 

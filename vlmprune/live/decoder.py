@@ -143,7 +143,7 @@ def _run_to_attention(copied: Any, attention: Any, args: tuple[Any, ...], kwargs
     if reached is None:
         raise UsageError(
             f"{type(copied).__name__} computes its attention without transformers' attention functions, through which methods "
-            "read it: choose a method that does not look at attention; `vlmprune methods` says what each one looks at."
+            "read it: choose a method that does not look at attention; see the column 'scored by' of `vlmprune methods`."
         )
     (query, key, value, mask), rest = reached
     scaling = rest.pop("scaling", None)

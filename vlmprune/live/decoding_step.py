@@ -18,7 +18,7 @@ from vlmprune.methods.redistributing import GroupEditor, Redistributor, ScoreEdi
 
 @dataclass(frozen=True, eq=False)
 class DecodingStep:
-    """What is the same in all decoding steps behind a prompt, in one layer. It runs for every token, and so does as little as
+    """What is the same in all decoding steps after a prompt, in one layer. It runs for every token, and so does as little as
     possible; it needs no gradients, and no padding among the keys.
 
     Attributes:

@@ -47,8 +47,8 @@ class Edits:
             which runs layers again in the backward pass, finds what the first run found.
         rows: the rows that are edited, per kind of rows, number of tokens that a layer computes, and start of its section.
         valid: per number of keys, which of them are real, where the call's own mask says it.
-        steps: in a decoding step of one token that sees all keys, the cache layer with the marks, per edited layer.
-        ready: every edited layer is in `inputs` or in `steps`: the layers' hooks have nothing to prepare.
+        marked_layers: in a decoding step of one token that sees all keys, the cache layer with the marks, per edited layer.
+        ready: every edited layer is in `inputs` or in `marked_layers`: the layers' hooks have nothing to prepare.
         text_only: the stream that runs the prompt without its images, if a method compares with it.
         is_text_only: True in the call of that stream.
         apart: the samples that are packed into rows, each in a row of its own; None if they are not packed.
@@ -57,7 +57,7 @@ class Edits:
     inputs: dict[int, LayerInput] = field(default_factory=dict)
     rows: dict[tuple[str, int, int], Reduction | None] = field(default_factory=dict)
     valid: dict[int, Tensor | None] = field(default_factory=dict)
-    steps: dict[int, MarkedLayer] = field(default_factory=dict)
+    marked_layers: dict[int, MarkedLayer] = field(default_factory=dict)
     ready: bool = False
     text_only: TextOnly | None = None
     is_text_only: bool = False

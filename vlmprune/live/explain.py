@@ -4,7 +4,7 @@
         model(**inputs)
     print(run.explain(image=0, token=57))
 
-Scores are computed and kept only under `explain=True`. They stay on the device; ranks are read when somebody asks.
+Scores are computed and kept only under `explain=True`. They stay on the device; ranks are computed by `run.explain`.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Verdict:
             yield f"score {_number(self.score, self.last_kept_score)}, rank {self.rank} of {self.among}{within}"
             if self.last_kept_score is not None:
                 last = _number(self.last_kept_score, self.score)
-                yield f"{self.left} {'stays, with' if self.left == 1 else 'stay, the last of them with'} {last}"
+                yield f"{self.left} {'stays, with' if self.left == 1 else 'stay; the lowest kept score is'} {last}"
             if self._in_spite_of_score:
                 yield f"the score alone does not decide: the method {self.how}"
             return

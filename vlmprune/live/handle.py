@@ -162,13 +162,13 @@ class Run:
             yield self
 
     def _budget(self, plan: Plan, tokens: int | None, fraction: float | None) -> Budget:
-        cutting = [bound for bound in plan.pruning.stages if plan.pruning.may_override(bound)]
-        if len(cutting) != 1:
+        stages = [bound for bound in plan.pruning.stages if plan.pruning.may_override(bound)]
+        if len(stages) != 1:
             raise UsageError(
-                f"override needs a recipe with one stage, found {len(cutting)} ({self.recipe}): wrap again instead."
+                f"override needs a recipe with one stage, found {len(stages)} ({self.recipe}): wrap again instead."
             )
         budget = Budget(tokens, fraction)
-        replace(cutting[0].stage, budget=budget)  # refuses what the stage would refuse
+        replace(stages[0].stage, budget=budget)  # refuses what the stage would refuse
         return budget
 
     @property

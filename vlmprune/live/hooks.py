@@ -46,8 +46,9 @@ class Hooks:
     """The hooks of one model.
 
     Args:
-        owners: says whose plan a call follows.
-        watch: finds what is called with every call, and pass through the tower, that a backward pass may run again.
+        owners: gives the plan that a call follows.
+        watch: finds the function that is given every call, and every pass through the tower, that a backward pass may run
+            again.
 
     Attributes:
         inside, on_the_way: by thread, the call that is in the base model; and the images that were encoded and not used yet.
@@ -94,14 +95,15 @@ class Hooks:
                 owner = self.owners.of_conversation(cache)
         else:
             owner = self.owners.of_prompt(call, cache, kwargs)
-        if owner is None:
+        plan = None if owner is None else owner.plan  # read once: another thread may remove it
+        if owner is None or plan is None:
             return (), _without_ours(kwargs)
         self._thread.call = self.inside[me] = ref(call)
         if torch.is_grad_enabled():
             self._watch_graph(call)
-        call.owner, call.plan = owner, owner.plan
+        call.owner, call.plan = owner, plan
         if not call.past or not self._only_goes_on(call, cache, kwargs):
-            begin(owner.plan, call, owner, kwargs)
+            begin(plan, call, owner, kwargs)
         return (), {**kwargs, CALL_ARGUMENT: call}
 
     def _only_goes_on(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> bool:
@@ -112,7 +114,7 @@ class Hooks:
         if mask is None:
             recorded = getattr(cache.layers[-1], "recorded", None)
             if recorded is not None and not recorded.unpadded:
-                return False  # earlier turns hid tokens, so that this one must say which
+                return False  # earlier turns hid tokens, so that this one needs a mask
         elif not isinstance(mask, Tensor) or mask.ndim != 2:
             return False
         for name in IMAGES:
@@ -140,7 +142,7 @@ class Hooks:
         return None
 
     def enter_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call reaches the language model, or this was called by itself."""
+        """The call reaches the language model, or this was called directly."""
         call: Call | None = kwargs.get(CALL_ARGUMENT)
         if call is not None:
             if call.plan is None:
@@ -157,6 +159,8 @@ class Hooks:
             return None
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
+        if _innermost(type(self.base), only=self.base, function="forward") is not None:
+            return None  # this pass began before the hooks were there, in the un-wrapped model
         return None if self._of_another() else self._enter_alone(args, kwargs)
 
     def _of_another(self) -> bool:
@@ -164,7 +168,7 @@ class Hooks:
         return _innermost(type(self.base)) not in (None, self.base)
 
     def _enter_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The language model was called by itself, past the model around it."""
+        """The language model was called directly, not by the model around it."""
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         owner = self.owners.of_conversation(cache) if past else self.owners.in_force()
@@ -174,9 +178,9 @@ class Hooks:
         changes = settings.enabled and plan.may_change(None, settings.budget)
         if changes and (count := strange_embeddings(kwargs, plan.language_model)):
             raise UsageError(
-                f"the language model was called by itself with {count} embeddings that are no word's: if pictures are among "
-                f"them, nothing tells where, and {plan.recipe} cannot be applied; call the whole model, or run this call "
-                "inside `with run.override(enabled=False):`."
+                f"the language model was called directly with {count} embeddings that are not words; the places of pictures in "
+                f"them are unknown: call the whole model to apply {plan.recipe}, or run this call inside "
+                "`with run.override(enabled=False):`."
             )
         call = Call(past=past)
         begin(plan, call, owner, kwargs)
@@ -207,6 +211,9 @@ class Hooks:
         """What the tower returned gets an owner, where it was encoded for a later prompt."""
         tower, owner = self._thread.tower, self._thread.encoding
         self._thread.encoding = None
+        if output is None:  # the pass has failed
+            self._thread.tower = None
+            return
         if owner is not None and hasattr(output, "__dict__"):
             output.vlmprune = made = Encoded(owner, tower is not None and tower.drops and tower.pruner is not None)
             self.on_the_way[threading.get_ident()] = ref(output)
@@ -238,7 +245,7 @@ class Hooks:
 
 @torch.compiler.disable
 def enter_first_block(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """What enters the tower tells how many patches each image has."""
+    """Reads from what enters the tower how many patches each image has."""
     if isinstance(tower := kwargs.get(CALL_ARGUMENT), TowerPass):
         tower.plan.tower.enter_first_block(tower, args, kwargs)
 
@@ -266,13 +273,14 @@ def leave_language_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return leave_prompt(call.plan, call, call.record, output)
 
 
-def _innermost(kind: type, only: Any = None) -> Any:
-    """The innermost object of a type among those whose methods are on the stack, or None; or that one object `only`. Frames
-    beyond it are not looked at: that would keep what their variables hold."""
+def _innermost(kind: type, only: Any = None, function: str | None = None) -> Any:
+    """The innermost object of a type among those whose methods are on the stack, or None; or that one object `only`; by any
+    method, or by `function`. Frames beyond it are not looked at: that would keep what their variables hold."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         found = frame.f_locals.get("self")
-        if found is only if only is not None else type(found) is kind:
+        matches = found is only if only is not None else type(found) is kind
+        if matches and function in (None, frame.f_code.co_name):
             return found
         frame = frame.f_back
     return None

@@ -30,7 +30,7 @@ class Tokens:
     Attributes:
         ids: `[batch, sequence]`; where only embeddings were given, numbers that are equal for equal ones.
         real: `[batch, sequence]` False on what the call's mask hides: padding, or any other token, pictures' too.
-        placeholders: `[batch, sequence]` True on image placeholders, hidden or not.
+        placeholders: `[batch, sequence]` True on image placeholders, masked or not.
         end: `[batch]` place of the last token that belongs to the prompt.
         segments: `[batch, sequence]` which of several samples in one row each token belongs to, from 0; None if every row is
             one sample.
@@ -75,11 +75,11 @@ class Tokens:
 
     @property
     def visual(self) -> Bools:
-        """`[batch, sequence]` image placeholders that are not hidden."""
+        """`[batch, sequence]` image placeholders that the mask does not hide."""
         return self.placeholders & self.real
 
     @property
-    def hidden(self) -> Bools:
+    def masked(self) -> Bools:
         """`[batch, sequence]` image placeholders that the mask hides."""
         return self.placeholders & ~self.real
 
@@ -107,7 +107,7 @@ class Tokens:
 
     @property
     def own(self) -> Bools:
-        """`[batch, sequence]` tokens of the prompt itself: no padding, and nothing behind its end."""
+        """`[batch, sequence]` tokens of the prompt itself: no padding, and nothing after its end."""
         return self.real & (np.arange(self.real.shape[1]) <= self.end[:, None])
 
 
@@ -119,14 +119,14 @@ class Image:
         sample: batch row.
         ordinal: n-th picture of that row, from 0.
         places: `[visual]` indices into the call's sequence, rising, on the host.
-        positions: the same on the device.
+        places_on_device: the same on the device.
         segment: which of several samples in that row it belongs to.
     """
 
     sample: int
     ordinal: int
     places: np.ndarray[Any, Any]
-    positions: Tensor
+    places_on_device: Tensor
     segment: int = 0
 
     def __len__(self) -> int:
@@ -140,7 +140,7 @@ class Layout:
     Attributes:
         images: every picture, in the order of rows, then of tokens.
         real: `[batch, sequence]` bool, False on padding and on everything else that the call's mask hides.
-        counts: tokens of each row that are not hidden, on the host.
+        counts: tokens of each row that are not masked, on the host.
     """
 
     images: tuple[Image, ...]
@@ -154,7 +154,7 @@ class Layout:
         Args:
             prompt: the tokens.
             tokens_per_image: tokens of each picture, in the order of the batch.
-            device: where positions are needed.
+            device: for `Image.places_on_device`.
 
         Raises:
             UsageError: the placeholders and the pictures do not match, in total or in one row.
@@ -167,7 +167,7 @@ class Layout:
                 + _why(prompt, rows.size, sum(tokens_per_image))
             )
         images: list[Image] = []
-        positions = on_device(columns, device)
+        on_the_device = on_device(columns, device)
         start = ordinal = 0
         for count in tokens_per_image:
             here = slice(start, start + count)
@@ -181,10 +181,10 @@ class Layout:
             segments = prompt.segment(row)[columns[here]]
             if segments[0] != segments[-1]:
                 raise UsageError(
-                    f"the tokens of picture {len(images)} stand in two samples that are packed into row {row} and cannot see "
-                    "each other: let position ids start anew, and masks separate, between samples only."
+                    f"the tokens of picture {len(images)} lie in two packed samples of row {row}, which cannot see each other. "
+                    "Restart position ids, and separate masks, only between samples."
                 )
-            images.append(Image(row, ordinal, columns[here], positions[here], int(segments[0])))
+            images.append(Image(row, ordinal, columns[here], on_the_device[here], int(segments[0])))
             start += count
         return Layout(tuple(images), on_device(prompt.real, device), tuple(prompt.real.sum(axis=1).tolist()))
 
@@ -193,12 +193,13 @@ class Layout:
         images = []
         for image in self.images:
             places = image.places[~dropped[image.sample, image.places]]
-            images.append(replace(image, places=places, positions=on_device(places, image.positions.device)))
+            device = image.places_on_device.device
+            images.append(replace(image, places=places, places_on_device=on_device(places, device)))
         return Layout(tuple(images), self.real, self.counts)
 
     @property
-    def behind(self) -> dict[tuple[int, int], int]:
-        """Of every sample with a picture (row, and which of several in it), the first place behind its last picture."""
+    def first_text_place(self) -> dict[tuple[int, int], int]:
+        """Of every sample with a picture (row, and which of several in it), the first place after its last picture."""
         return {(image.sample, image.segment): int(image.places[-1]) + 1 for image in self.images}
 
 

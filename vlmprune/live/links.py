@@ -77,15 +77,15 @@ def check_routes(routed: Mapping[nn.Module, str], recipe: object) -> None:
     """Refuse attention that does not come through ours any more. `routed`: attention modules and their paths.
 
     Raises:
-        UsageError: somebody set the implementation in a module's own config.
+        UsageError: the implementation was set in a module's own config.
     """
     for module, path in routed.items():
         config = module.config
         if (found := config._attn_implementation_internal) != ATTENTION_KEY:  # type: ignore[union-attr]
             raise UsageError(
-                f"the attention implementation of {path} was set to {found!r} in its own config after vlmprune.wrap, which "
-                f"leads past {recipe}: call vlmprune.unwrap(model), then model.set_attn_implementation({found!r}), which "
-                "sets it for all layers, and wrap the model again."
+                f"the attention implementation of {path} was set to {found!r} in its own config after vlmprune.wrap, so "
+                f"that {recipe} has no effect there: call vlmprune.unwrap(model), then "
+                f"model.set_attn_implementation({found!r}), which sets it for all layers, and wrap the model again."
             )
 
 

@@ -1,4 +1,4 @@
-"""Marks are made here: a redistribution method sees a prompt, and says which group each of its tokens is in."""
+"""Marks are made here: a redistribution method is given a prompt, and returns the group of each of its tokens."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def mark_words_only(name: str, method: Redistributor, call: Call, hidden: Tensor
 
 
 def mark_prompt(
-    name: str, method: GroupEditor | ScoreEditor, step: LayerInput, query: Tensor, key: Tensor, scaling: float
+    name: str, method: GroupEditor | ScoreEditor, given: LayerInput, query: Tensor, key: Tensor, scaling: float
 ) -> Marks:
-    """Marks of a conversation whose current prompt has an image: those of earlier prompts, and this prompt's behind them.
+    """Marks of a conversation whose current prompt has an image: those of earlier prompts, and this prompt's after them.
 
     Args:
         name: the method as its recipe string.
-        method: says the group of each token.
-        step: the layer, with its residual.
+        method: gives the group of each token.
+        given: what the layer is given.
         query, key: `[batch, head, query, dim]`, `[batch, kv_head, key, dim]` after rotary embedding.
         scaling: factor on the scores.
     """
-    call, hidden, before = step.call, step.hidden, step.layer.marks
+    call, hidden, before = given.call, given.hidden, given.layer.marks
     assert hidden is not None
     past = key.shape[2] - query.shape[2]
     prompt, visual = _prompt(call, query.device)
@@ -50,7 +50,7 @@ def mark_prompt(
         first=first,
         anchor=anchor,
         pictures=_pictures(call, query.device) if method.needs else (),
-        column_means=lambda: column_means(query.detach(), key.detach(), scaling, position, step.valid, prompt)[..., past:],
+        column_means=lambda: column_means(query.detach(), key.detach(), scaling, position, given.valid, prompt)[..., past:],
     )
     groups = method.groups(see)
     # A sample without an image gets no marks, also beside samples that have one.
@@ -83,7 +83,7 @@ def _prompt(call: Call, device: torch.device) -> tuple[Tensor, Tensor]:
     prompt = layout.real & (place <= call.prompt.end[:, None])
     visual = torch.zeros_like(prompt)
     for image in layout.images:
-        visual[image.sample, image.positions] = True
+        visual[image.sample, image.places_on_device] = True
     visual &= layout.real
     return computed(call, prompt).to(device), computed(call, visual).to(device)
 

@@ -12,8 +12,8 @@ BLOCK = 128
 """Rows and columns of a block of flex attention's masks, as in transformers'."""
 
 
-HIDDEN = -1e4
-"""What is added to a score to hide it: this or less, by custom. Its share of a softmax is zero in every dtype."""
+MASKED = -1e4
+"""What is added to a score to mask it: this or less, by custom. Its share of a softmax is zero in every dtype."""
 
 
 def pruned_mask(
@@ -28,7 +28,7 @@ def pruned_mask(
     """The causal mask of a shortened sequence, in the form the attention implementation expects.
 
     Args:
-        query_slots, query_valid: `[batch, query]` logical positions, and False on left padding.
+        query_slots, query_valid: `[batch, query]` slots, and False on left padding.
         key_slots, key_valid: `[batch, key]` the same of all stored entries, the queries' own last.
         dense: no padding among queries and keys.
         implementation: the model's own: sdpa (bool mask), eager (additive mask), flash_attention_* (2-D mask) or
@@ -97,9 +97,9 @@ def block_mask(queries: int, key_valid: Tensor, dense: bool = False, causal: boo
     )
 
 
-def not_hidden(mask: Tensor) -> Tensor:
+def not_masked(mask: Tensor) -> Tensor:
     """Which cells of a bool or additive mask can be seen."""
-    return mask if mask.dtype == torch.bool else mask > HIDDEN
+    return mask if mask.dtype == torch.bool else mask > MASKED
 
 
 def shown(mask: Tensor | BlockMask, batch: int, queries: int, past: int) -> Tensor:
@@ -124,7 +124,7 @@ def shown(mask: Tensor | BlockMask, batch: int, queries: int, past: int) -> Tens
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise UsageError(f"an attention_mask with 4 axes is True and False, or added to scores: found {mask.dtype}.")
-    return not_hidden(mask)[..., :keys].any(dim=1).expand(batch, -1, -1)
+    return not_masked(mask)[..., :keys].any(dim=1).expand(batch, -1, -1)
 
 
 def shown_cells(mask: Tensor | BlockMask, rows: Tensor, columns: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def shown_cells(mask: Tensor | BlockMask, rows: Tensor, columns: Tensor) -> Tens
     if isinstance(mask, BlockMask):
         seen = visible_in_rows(mask, rows, int(mask.shape[-1]))
     else:
-        visible = not_hidden(mask).to(rows.device).any(dim=1).expand(len(rows), -1, -1)
+        visible = not_masked(mask).to(rows.device).any(dim=1).expand(len(rows), -1, -1)
         seen = visible.gather(1, rows[..., None].expand(-1, -1, visible.shape[2]))
     return seen.gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
 
@@ -162,8 +162,8 @@ def part_of_mask(
     mask = mask.to(rows.device).expand(len(rows), -1, -1, -1)
     part = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
     part = part.gather(3, columns[:, None, None].expand(-1, mask.shape[1], queries, -1))
-    hidden, seen = (False, True) if mask.dtype == torch.bool else (torch.finfo(mask.dtype).min, 0)
-    part = part.masked_fill(~columns_valid[:, None, None], hidden)
+    masked, seen = (False, True) if mask.dtype == torch.bool else (torch.finfo(mask.dtype).min, 0)
+    part = part.masked_fill(~columns_valid[:, None, None], masked)
     place = torch.arange(keys, device=rows.device)
     own = place[keys - queries :, None] == place
     return part.masked_fill(~rows_valid[:, None, :, None] & own, seen)  # padding rows see themselves: none may be empty

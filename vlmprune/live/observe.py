@@ -27,7 +27,7 @@ from vlmprune.errors import UsageError, shown, unknown
 from vlmprune.kernels.attention_mass import attention_rows
 from vlmprune.live.attention import CALL_ARGUMENT, route_attention, rows_attention
 from vlmprune.live.decoder import KNOWN
-from vlmprune.live.masks import HIDDEN
+from vlmprune.live.masks import MASKED
 from vlmprune.live.shells import decoder_inside
 from vlmprune.schedule import plain
 
@@ -93,7 +93,7 @@ class LayerAttention:
         added = [name for name, x in self.kwargs.items() if name not in KNOWN and isinstance(x, Tensor)]
         added += ["softcap"] if self.kwargs.get("softcap") is not None else []
         if isinstance(self.mask, Tensor) and self.mask.is_floating_point() and not self.mask.is_meta:
-            added += [] if bool(((self.mask == 0) | (self.mask <= HIDDEN)).all()) else ["a bias in its mask"]
+            added += [] if bool(((self.mask == 0) | (self.mask <= MASKED)).all()) else ["a bias in its mask"]
         if added:
             raise UsageError(
                 f"layer {self.layer} does not compute attention as a plain softmax of scaled products, it adds "
@@ -253,7 +253,7 @@ def observe(
     The block records the calls of the thread that opened it. Other threads may run the model meanwhile; their calls are neither
     recorded nor changed. Blocks can be nested. Leaving the block, also by an exception, restores the model bit for bit.
 
-    Of a wrapped model, what its layers really compute is recorded: behind a stage that drops tokens, rows and keys are those
+    Of a wrapped model, what its layers really compute is recorded: after a stage that drops tokens, rows and keys are those
     that are left (`run.last.keep[layer]` says which), and attention is what it is before redistribution edits it.
 
     Args:

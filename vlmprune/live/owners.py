@@ -1,13 +1,13 @@
 """Which plan a forward pass follows: that of its conversation, that of its images, or the one in force.
 
 A recipe can be replaced while requests run: a conversation goes on under the plan it began with, and a new one follows the new
-plan. What only the old plan needed goes when nobody follows it any more.
+plan. What only the old plan needed is removed when no conversation follows it any more.
 """
 
 from __future__ import annotations
 
 import threading
-from threading import RLock
+from contextlib import suppress
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -38,29 +38,30 @@ class Owners:
     def __init__(self, base: nn.Module) -> None:
         self.base = base
         self.current: Owner | None = None
-        self.lock = RLock()
         self._all: list[ReferenceType[Owner]] = []
         self._wrapped = -1, -1  # which thread wrapped the model last, and when
 
     def add(self, plan: Plan) -> Owner:
-        """Whoever is given the owner follows `plan`, as long as somebody holds it."""
+        """An owner whose conversations follow `plan`, as long as a reference to it is held."""
         owner = Owner(plan)
-        with self.lock:
-            self._all.append(ref(owner))
+        self._all.append(ref(owner))
         return owner
 
     def follow(self, owner: Owner) -> None:
         """New conversations belong to `owner` from now on."""
-        with self.lock:
-            self.current = owner
-            self._wrapped = threading.get_ident(), now()
+        self.current, self._wrapped = owner, (threading.get_ident(), now())
 
     def alive(self) -> list[Owner]:
-        """Owners that somebody holds: the attachment, a running call, the cache of a conversation, or an open block."""
-        with self.lock:
-            found = [owner for find in self._all if (owner := find()) is not None and owner.plan is not None]
-            self._all = [ref(owner) for owner in found]
-            return found
+        """Owners that something holds: the attachment, a running call, the cache of a conversation, or an open block."""
+        found = []
+        for find in tuple(self._all):  # no lock: the garbage collector comes here, too, from anywhere
+            owner = find()
+            if owner is None:
+                with suppress(ValueError):  # another has removed it meanwhile
+                    self._all.remove(find)
+            elif owner.plan is not None:
+                found.append(owner)
+        return found
 
     def has(self, owner: Owner | None) -> bool:
         """Whether an owner's plan is one of this model, and was not removed."""

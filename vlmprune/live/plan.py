@@ -3,12 +3,15 @@
 A forward pass, from hook to hook (`Call` carries the state as an extra keyword argument, which transformers hands down from
 the model to every attention function; a `TowerPass` travels through the vision tower in the same way):
 
-    model             how many of the last tokens are no prompt (assisted decoding)        hooks.py
-    vision tower      attention that methods look at, shorter sequences, features          tower_plan.py, tower.py
-    base model        which plan the call follows, which tokens are whose image            hooks.py, owners.py, prefill.py
-    language model    the first section, what the tower saw, the record                    prefill.py
-    decoder layers    from the first stage on: drop tokens, open a section                 pruning.py, section.py
-    language model    rows back in their places; the cache stage; the record               prefill.py
+    model             how many last tokens are not the prompt's (assisted decoding)       hooks.py
+    base model        which plan the call follows; its mask and pictures                  owners.py, prefill.py, prompt.py
+    vision tower      attention that methods look at, shorter sequences, features         tower_plan.py, tower.py
+    language model    the first section, what the tower recorded, the record              prefill.py
+    decoder layers    from the first stage on: choose, drop tokens, open a section        choosing.py, pruning.py, section.py
+                      in edited layers: marks, and the edit                               redistribution.py
+    language model    rows back in their places; the cache is shortened; the record       prefill.py
+
+`generate` runs the vision tower before the call.
 
 No hook is made here: `attachment.py` puts them on a model, and each asks the call which plan it follows.
 """
@@ -154,6 +157,6 @@ def _see_attention(
 
 
 def _facts(family: Any, base: nn.Module) -> TowerFacts:
-    """What methods may know of this very model: its checkpoint may lack what its family usually has."""
+    """Facts about this model that methods may use: its checkpoint may lack what its family usually has."""
     refusal = None if family.tower is None else family.tower.refusal(base)
     return family.facts if refusal is None else replace(family.facts, cls=False, refusal=refusal)

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmprune.device import on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.cache import check_growing, hand_over
-from vlmprune.live.call import Call, Chosen, Prompt
+from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.owner import Encoded, Owner, encoded_of
 from vlmprune.live.prompt import begin_prompt, check_mask_goes_on, read_mask, read_prompt, refuse_merged, visible_images
 from vlmprune.live.pruning import timed
@@ -31,14 +31,14 @@ IGNORED = -100
 
 @dataclass(eq=False)
 class Uncached:
-    """A prompt that is run again for every token, with the same encoded images: whose it is, what its caller had said, what
+    """A prompt that is run again for every token, with the same encoded images: whose it is, its caller's settings, what
     was chosen, and what redistribution marked. It lives as long as the images."""
 
     ids: Tensor
     owner: Owner
     enabled: bool
     budget: Budget | None
-    chosen: dict[int, Chosen] = field(default_factory=dict)
+    chosen: dict[int, StageResult] = field(default_factory=dict)
     marks: dict[int, Any] = field(default_factory=dict)
 
     def goes_on(self, ids: Tensor) -> bool:
@@ -103,10 +103,10 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
     cache, edits = kwargs.get("past_key_values"), plan.redistribution.names
     if edits or plan.pruning.may_drop(counts, call.budget):
         check_growing(cache, "attention redistribution" if edits else "pruning inside the language model")
-    forgets = plan.pruning.cache_stage
-    if forgets is not None and (call.tail or (cache is None and kwargs.get("mm_encoder_outputs") is not None)):
+    shortens = plan.pruning.cache_stage
+    if shortens is not None and (call.tail or (cache is None and kwargs.get("mm_encoder_outputs") is not None)):
         raise UsageError(
-            f"{forgets.method.name} forgets tokens in the KV cache after prefill, which needs use_cache=True and no "
+            f"{shortens.method.name} removes tokens from the KV cache after prefill, which needs use_cache=True and no "
             "assisted decoding; or turn that stage off (cache_layer=-1)."
         )
     known = call.again
@@ -120,7 +120,7 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
 
 
 def identity_of(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """`[batch, token]` what tells one prompt from another: ids, or the first numbers of embeddings."""
+    """`[batch, token]` by which prompts are compared: ids, or the first numbers of embeddings."""
     ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     return embeddings[..., 0] if ids is None and embeddings is not None else ids
 
@@ -216,7 +216,7 @@ def _begin_record(plan: Plan, call: Call, embeddings: Tensor) -> Prefill:
 
 @torch.compiler.disable
 def leave_prompt(plan: Plan, call: Call, record: Prefill, output: Any) -> Any:
-    """A prompt leaves the language model: rows go back to their places, the cache stage forgets, the record is complete."""
+    """A prompt leaves the language model: rows go back to their places, the cache is shortened, the record is complete."""
     hidden, last = output[0], call.sections[-1] if call.sections else call.section
     if last.rows is not None:
         output.last_hidden_state = last.rows.scatter(hidden, call.sequence)
@@ -224,7 +224,7 @@ def leave_prompt(plan: Plan, call: Call, record: Prefill, output: Any) -> Any:
         record.entering += [call.sequence if section.rows is None else section.rows.rows.shape[1]] * layers
         record.stored += [call.past + call.sequence if section.stored is None else section.stored] * layers
     record.resident, record.peak = list(record.stored), sum(record.stored)
-    plan.pruning.forget(call, output.get("past_key_values"))  # made by the model itself in a plain call
+    plan.pruning.shorten_cache(call, output.get("past_key_values"))  # made by the model itself in a plain call
     record.prefill.__exit__()
     hand_over(output.get("past_key_values"), call.owner)
     if call.labels and last.rows is not None and last.alive is not None:
@@ -245,7 +245,7 @@ def _ignore_labels(plan: Plan, call: Call, alive: Tensor) -> None:
     if lost and not plan.warned_of_labels:
         plan.warned_of_labels = True
         warnings.warn(
-            f"{lost} label(s) stand directly behind tokens that {plan.recipe} dropped, or behind padding: there is nothing "
-            f"to predict them from, and they are left out of the loss. Set them to {IGNORED} in your data. (Said once.)",
+            f"{lost} label(s) directly follow tokens that {plan.recipe} dropped, or padding. No row predicts them, so they are "
+            f"left out of the loss. Set them to {IGNORED} in your data. (This warning appears once.)",
             stacklevel=2,
         )

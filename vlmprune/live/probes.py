@@ -81,7 +81,7 @@ def normed_text_features(source: Source) -> Tensor:
 
 @probe
 def embeddings(source: Source) -> Tensor:
-    return source.rows(source.embeddings, torch.stack([image.positions for image in source.images]))
+    return source.rows(source.embeddings, torch.stack([image.places_on_device for image in source.images]))
 
 
 @probe

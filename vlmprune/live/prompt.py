@@ -1,14 +1,12 @@
-"""What a call says about its tokens: which are there, which belong together, and which are pictures.
+"""Reads from a call which tokens are hidden, packed, or pictures.
 
-Nothing is assumed that can be looked at:
+    2-D mask           0 hides a token, at any place: padding on either side, holes in the text, tokens of a picture
+    4-D mask           if it only hides tokens from all rows, it is read as a 2-D mask; any other one is applied cell by cell
+    position ids       where transformers reads packed samples from them, every sample is processed separately
+    inputs_embeds      placeholders are the places that hold the placeholder's own embedding, as in transformers
 
-    2-D mask           what is 0 is hidden, wherever it stands: padding on either side, holes in the text, tokens of a picture
-    4-D mask           one that says no more than that is read as such; any other one is obeyed as it is, cell by cell
-    position ids       where transformers takes them for samples packed into one row, every sample is one for itself
-    inputs_embeds      placeholders are where the placeholder's own embedding stands, as in transformers
-
-What cannot be known, or not be obeyed, is refused here, before anything runs; `attach` asks for that only where something would
-be dropped or redistributed.
+What is ambiguous or not supported is refused here, before anything runs; `prefill.begin` does so only if the plan would drop or
+redistribute something.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from vlmprune.live.cache import PrunedLayer
 from vlmprune.live.call import Call, Prompt
 from vlmprune.live.feature_index import hash_rows
 from vlmprune.live.layout import Bools, Layout, Tokens
-from vlmprune.live.masks import not_hidden, shown
+from vlmprune.live.masks import not_masked, shown
 from vlmprune.view import WEIGHTS
 
 
@@ -47,24 +45,24 @@ def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def read_mask(call: Call, kwargs: Mapping[str, Any]) -> None:
-    """Note a call's mask: as 2-D, or that layers are given one of which every cell counts."""
+    """Store a call's mask: as 2-D, or that layers are given one of which every cell counts."""
     mask = full_mask(kwargs)
     call.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
     call.custom = mask is not None and call.mask is None
 
 
 def check_mask_goes_on(call: Call, cache: Cache | None) -> None:
-    """Refuse a later turn without a mask, where the conversation has hidden tokens: those that were dropped with the first cut
-    cannot come back to sight, as they do in the plain model.
+    """Refuse a later turn without a mask, where the conversation has hidden tokens: those that were dropped at the first stage
+    cannot become visible again, as they do in the plain model.
 
     Raises:
         UsageError: there is no mask, and something is hidden.
     """
     last = cache.layers[-1] if call.past and cache is not None and cache.layers else None
-    hidden = isinstance(last, PrunedLayer) and last.recorded is not None and not last.recorded.unpadded
-    if hidden and call.mask is None and not call.custom:
+    masked = isinstance(last, PrunedLayer) and last.recorded is not None and not last.recorded.unpadded
+    if masked and call.mask is None and not call.custom:
         raise UsageError(
-            "the attention mask of earlier turns hid tokens, which were dropped with the first cut, and this call has none: "
+            "the attention mask of earlier turns hid tokens, which were dropped at the first stage, and this call has none: "
             "pass attention_mask, [batch, tokens of the whole conversation]."
         )
 
@@ -112,8 +110,8 @@ def read_prompt(
         else:
             if editing:
                 raise UsageError(
-                    f"{', '.join(editing)} decides what a row sees by its place and by padding, but attention_mask says more "
-                    "than which tokens are padding: give a 2-D mask, or leave the method out."
+                    f"{', '.join(editing)} supports masks that only mark padding; this attention_mask hides more: give a 2-D "
+                    "mask, or leave the method out."
                 )
             if biased and needs & WEIGHTS:
                 raise UsageError(
@@ -164,19 +162,18 @@ def refuse_merged(kwargs: Mapping[str, Any], language_model: Any) -> None:
     """Refuse embeddings that may have pictures among them, where a call brings none.
 
     Raises:
-        UsageError: an embedding is no word's.
+        UsageError: an embedding is not a word embedding.
     """
     if count := strange_embeddings(kwargs, language_model):
         raise UsageError(
-            f"inputs_embeds holds {count} embeddings that are no word's: if pictures were merged into them, where "
-            "they stand cannot be known; pass pixel_values with them and the placeholder's embedding in the places of the "
-            "pictures, or input_ids. If they are a soft prompt, and no picture is among them, run this call inside "
-            "`with run.override(enabled=False):`."
+            f"inputs_embeds holds {count} embeddings that are not word embeddings; if they are pictures, their places are "
+            "unknown: pass pixel_values, with the placeholder's embedding in the places of the pictures, or input_ids. If they "
+            "are a soft prompt without pictures, run this call inside `with run.override(enabled=False):`."
         )
 
 
 def strange_embeddings(kwargs: Mapping[str, Any], language_model: Any) -> int:
-    """How many of a call's embeddings are no word's; 0 where ids were given, and for a single one, which is decoding."""
+    """How many of a call's embeddings are not those of words; 0 where ids were given, and for a single one (decoding)."""
     embeddings = kwargs.get("inputs_embeds")
     if embeddings is None or kwargs.get("input_ids") is not None or embeddings.shape[1] == 1:
         return 0
@@ -188,9 +185,9 @@ def visible_images(prompt: Prompt) -> tuple[Tensor, ...]:
     """Per image, the indices of its tokens that the call's mask does not hide."""
     real = prompt.tokens.real
     return tuple(
-        torch.arange(len(image), device=image.positions.device)
+        torch.arange(len(image), device=image.places_on_device.device)
         if (there := real[image.sample, image.places]).all()
-        else on_device(there.nonzero()[0], image.positions.device)
+        else on_device(there.nonzero()[0], image.places_on_device.device)
         for image in prompt.layout.images
     )
 
@@ -204,14 +201,14 @@ def _tokens(
         return ids, None
     embeddings: Tensor = kwargs["inputs_embeds"]
     if "text_ids" in needs:
-        raise UsageError("the method reads the words of the question, which inputs_embeds does not tell: pass input_ids.")
+        raise UsageError("the method reads the words of the question, but inputs_embeds has no token ids: pass input_ids.")
     placeholder = language_model.get_input_embeddings()(torch.full((), image_token, device=embeddings.device))
     return hash_rows(embeddings.flatten(0, 1)).view(embeddings.shape[:2]), (embeddings == placeholder).all(dim=-1)
 
 
 def _said_by(seen: Tensor, past: int) -> Tensor:
-    """What a mask `[batch, query, key]` says of each key: `[3, batch, key]` bool, whether any row sees it; whether it is alone
-    (sees no other, seen by no other); and whether the rows that are not alone see it exactly if it comes before and is no
+    """What a mask `[batch, query, key]` means for each key: `[3, batch, key]` bool, whether any row sees it; whether it is
+    alone (sees no other, seen by no other); and whether the rows that are not alone see it exactly if it comes before and is no
     padding."""
     _, queries, keys = seen.shape
     place = torch.arange(keys, device=seen.device)
@@ -227,14 +224,14 @@ def _said_by(seen: Tensor, past: int) -> Tensor:
 
 
 def _biased(mask: Tensor | BlockMask) -> bool:
-    """Whether a mask differs between heads or has weights besides "seen" and "hidden"."""
+    """Whether a mask differs between heads or has weights besides "visible" and "masked"."""
     if isinstance(mask, BlockMask):
         return mask.shape[1] > 1
     if mask.shape[1] > 1:
         return True
     if mask.dtype == torch.bool:
         return False
-    return bool(on_host(((mask != 0) & not_hidden(mask)).any()))
+    return bool(on_host(((mask != 0) & not_masked(mask)).any()))
 
 
 def _apart(seen: Bools, real: Bools) -> np.ndarray[Any, Any]:
@@ -248,7 +245,7 @@ def _apart(seen: Bools, real: Bools) -> np.ndarray[Any, Any]:
 
 
 def _with_pictures(segments: np.ndarray[Any, Any], placeholders: Bools) -> np.ndarray[Any, Any] | None:
-    """Segments numbered anew: those with a picture from 0 on in each row, all others together behind them."""
+    """Segments numbered anew: those with a picture from 0 on in each row, all others together after them."""
     numbered = np.full(segments.shape, -1)
     for row, mine, there in zip(numbered, segments, placeholders, strict=True):
         for number, segment in enumerate(np.unique(mine[there])):

@@ -20,7 +20,7 @@ def rows_now(call: Call, image: int, index: Tensor) -> Tensor:
     prompt = call.prompt
     assert prompt is not None
     picture = prompt.layout.images[image]
-    places = picture.positions[index][None]
+    places = picture.places_on_device[index][None]
     if call.section.rows is not None:
         places = call.section.rows.places(on_device(np.array([picture.sample]), places.device), places)
     return places[0]
@@ -59,7 +59,7 @@ def text_after_pictures(call: Call) -> Reduction:
     if prompt.text is None:
         text, place = np.zeros_like(prompt.tokens.real), np.arange(call.sequence)
         asked = prompt.tokens.own & ~prompt.tokens.placeholders  # row separators follow the last visual token
-        for (sample, segment), begin in prompt.layout.behind.items():
+        for (sample, segment), begin in prompt.layout.first_text_place.items():
             mine = asked[sample] & (place >= begin) & (prompt.tokens.segment(sample) == segment)
             if not mine.any() and prompt.tokens.visual[sample][prompt.tokens.segment(sample) == segment].any():
                 hides = " that the mask does not hide" if not prompt.tokens.real[sample].all() else ""

@@ -20,7 +20,7 @@ from vlmprune.adapters.family import Family
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layers
-from vlmprune.live.call import Call, Chosen, Prompt
+from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.choosing import BoundStage, Model, choose, left_by_tower, make_tools, merged
 from vlmprune.live.explain import how_it_chooses
 from vlmprune.live.record import Clock, Judged, Kept
@@ -51,7 +51,7 @@ class Pruning:
 
     def __init__(self, recipe: Recipe, family: Family, facts: TowerFacts, base: Any, language_model: Any, layers: int) -> None:
         self._family, self._facts, self._language_model = family, facts, language_model
-        self.stages = [_bound(number, *found, facts) for number, found in enumerate(recipe.cuts(facts))]
+        self.stages = [_bound(number, *found, facts) for number, found in enumerate(recipe.stages(facts))]
         self.at = tuple(sorted({bound.stage.layer for bound in self.stages}))
         self.cache_stage = next((bound for bound in self.stages if bound.stage.site == "cache"), None)
         self.needs: frozenset[str] = frozenset().union(*(bound.needs for bound in self.stages))
@@ -71,7 +71,7 @@ class Pruning:
         return override if override is not None and self.may_override(bound) else bound.stage.budget
 
     def may_override(self, bound: BoundStage) -> bool:
-        """Not a stage that only merges, or only forgets what others dropped."""
+        """Not a stage that only merges, or only removes from the cache what others dropped."""
         return len(self.stages) == 1 or bound.stage.budget.fraction != 1.0
 
     def may_drop(self, images: Sequence[int] | None, override: Budget | None) -> bool:
@@ -118,22 +118,23 @@ class Pruning:
         layers, embeddings = getattr(kwargs.get("past_key_values"), "layers", None), kwargs.get("inputs_embeds")
         if not (self.at and layers) or embeddings is None or embeddings.shape[1] != 1 or call.custom:
             return False
-        visible = True
-        for index in self.at:  # the other layers store what one of these does, or everything
-            layer = layers[index]
-            if not isinstance(layer, PrunedLayer) or layer.recorded is None:
-                return False
-            visible &= layer.recorded.dense and layer.recorded.shift is None
-        first = layers[self.at[0]]
-        if embeddings.shape[0] > 1 and call.mask is not None:
+        # The other layers store what one of these does, or everything.
+        pruned = []
+        for index in self.at:
+            if isinstance(layer := layers[index], PrunedLayer) and layer.recorded is not None:
+                pruned.append(layer)
+        if pruned and embeddings.shape[0] > 1 and call.mask is not None:
             # Samples of a batch that have ended may hide their tokens. Where they do not, transformers need not ask it again.
-            call.padded_step = not on_host(_all_seen(call.mask, first)).all()
-        if call.padded_step or not visible:
+            call.padded_step = not on_host(_all_seen(call.mask, pruned[0])).all()
+        if call.padded_step or len(pruned) < len(self.at):
             return False
-        implementation = (
-            self._language_model.config._attn_implementation
-        )  # the others make a mask in any case, and we a shorter one
-        return (implementation == "sdpa" or "flash" in implementation) and (self.at[0] == 0 or first.recorded.unpadded)
+        for layer in pruned:
+            if (recorded := layer.recorded) is None or not recorded.dense or recorded.shift is not None:
+                return False
+        first, config = pruned[0].recorded, self._language_model.config
+        assert first is not None
+        implementation = config._attn_implementation  # the others make a mask in any case, and we a shorter one
+        return (implementation == "sdpa" or "flash" in implementation) and (self.at[0] == 0 or first.unpadded)
 
     # -- at a layer ----------------------------------------------------------------------------------------------------
 
@@ -186,7 +187,7 @@ class Pruning:
         kwargs: dict[str, Any],
         first: bool,
     ) -> Tensor:
-        """At one stage: let its method choose, drop the rest, and go on in a section of the survivors."""
+        """At one stage: let its method choose, drop the rest, and go on in a section of the kept tokens."""
         index, section = bound.stage.layer, call.section
         cache_ = kwargs.get("past_key_values") if call.past else None
         recorded = None if cache_ is None else getattr(cache_.layers[index], "recorded", None)
@@ -214,15 +215,15 @@ class Pruning:
         call.section.hand_on((cos, sin), kwargs["position_embeddings"], earlier)
         return hidden
 
-    def _drop(self, bound: BoundStage, call: Call, prompt: Prompt, chosen: Chosen, first: bool) -> bool:
+    def _drop(self, bound: BoundStage, call: Call, prompt: Prompt, chosen: StageResult, first: bool) -> bool:
         """Drop what was not chosen: go on in a new section. Whether there was anything to drop."""
         section, record, images, layer = call.section, call.record, prompt.layout.images, bound.stage.layer
         assert record is not None
         assert section.alive is not None
         alive, counts, changed = section.alive.clone(), list(section.counts), chosen.emptied
         for image, remaining, before in zip(images, chosen.remaining, section.remaining, strict=True):
-            alive[image.sample, image.positions] = False
-            alive[image.sample, image.positions[remaining]] = True
+            alive[image.sample, image.places_on_device] = False
+            alive[image.sample, image.places_on_device[remaining]] = True
             counts[image.sample] += len(remaining) - len(before)
             changed |= len(remaining) != len(before)
         newlines = section.newlines and (prompt.newlines is None or bound.method.keeps_newlines)
@@ -246,8 +247,8 @@ class Pruning:
 
     # -- after prefill -------------------------------------------------------------------------------------------------
 
-    def forget(self, call: Call, cache_: Any) -> None:
-        """After prefill, forget in the layers from the cache stage's on what the last stage dropped."""
+    def shorten_cache(self, call: Call, cache_: Any) -> None:
+        """After prefill, remove from the cache, from the cache stage's layer on, the tokens that the last stage dropped."""
         bound, prompt, record = self.cache_stage, call.prompt, call.record
         last = call.sections[-1] if call.sections else call.section
         if bound is None or cache_ is None or prompt is None or record is None or last.rows is None:
@@ -255,7 +256,7 @@ class Pruning:
         assert last.alive is not None
         counts, unpadded = (None, None) if call.past else (last.counts, bool(prompt.tokens.real.all()))
         complete = partial(complete_entries, call, unpadded=unpadded)
-        end = max(other.stage.layer for other in self.stages if other.stage.site != "cache")  # from there on it is forgotten
+        end = max(other.stage.layer for other in self.stages if other.stage.site != "cache")  # from there on it is removed
         starts = [layer for layer in self.at if bound.stage.layer <= layer <= end]
         for start, stop in pairwise(starts):
             layers = pruned_layers(cache_, range(start, stop), self.at, complete)
@@ -272,7 +273,7 @@ class Pruning:
 
 
 def _kept(
-    bound: BoundStage, prompt: Prompt, chosen: Chosen, before: Sequence[Tensor], explains: bool, facts: TowerFacts
+    bound: BoundStage, prompt: Prompt, chosen: StageResult, before: Sequence[Tensor], explains: bool, facts: TowerFacts
 ) -> list[Kept]:
     """What a stage kept of every image, for the record. `before`: per image, the tokens that were there."""
     reasons = chosen.judged or [(Judged(left),) if explains else () for left in before]

@@ -17,7 +17,7 @@ from vlmprune.schedule import Site
 
 @dataclass(eq=False)
 class Clock:
-    """Time on the device that does the work. Events of a GPU are read only when somebody asks for the time.
+    """Time on the device that does the work. Events of a GPU are read only when `ms` is.
 
     `with` starts and ends it.
 

@@ -6,7 +6,7 @@ model's own. Which keys a row sees follows from the stored entries (they are in 
 known), not from the mask, so that every attention implementation can be used.
 
 Marks are made at a prompt with an image, when its queries and keys exist (`live/marking.py`), and are kept on the layers of the
-conversation's cache. Without a cache, they are kept on empty cache layers that stay with the prompt (`live.plan.Uncached`).
+conversation's cache. Without a cache, they are kept on empty cache layers that stay with the prompt (`live.prefill.Uncached`).
 """
 
 from __future__ import annotations
@@ -108,14 +108,14 @@ class Redistribution:
         embeddings, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         if not call.enabled or cache is None:
             return
-        layers, steps, idle = cache.layers, call.edits.steps, True
+        layers, marked, idle = cache.layers, call.edits.marked_layers, True
         plain = embeddings is not None and self._compared < 0 and _sees_all(call, embeddings, self._language_model.config)
         for index, name in self._names.items():
             layer = layers[index] if index < len(layers) else None
             if not isinstance(layer, MarkedLayer) or (marks := layer.marks) is None or marks.by != name:
-                steps.clear()
+                marked.clear()
                 return
-            steps[index] = layer
+            marked[index] = layer
             idle = idle and marks.idle
             plain = plain and (not isinstance(layer, PrunedLayer) or layer.recorded is None or layer.recorded.dense)
         if not idle:
@@ -123,8 +123,8 @@ class Redistribution:
                 check_routes(routes, name)
         call.edits.ready = True
         if not plain:
-            call.edits.inputs = {index: LayerInput(index, call, None, layer) for index, layer in steps.items()}
-            call.edits.steps = {}
+            call.edits.inputs = {index: LayerInput(index, call, None, layer) for index, layer in marked.items()}
+            call.edits.marked_layers = {}
 
     def enter_layer(self, index: int, call: Call, hidden: Tensor, cache: Any) -> None:
         """Before an edited layer: note what enters it, and where its marks are kept.
@@ -194,7 +194,7 @@ class Redistribution:
         if call is None:
             return own()
         edits = call.edits
-        if (layer := edits.steps.get(index)) is not None and (marks := layer.marks) is not None:
+        if (layer := edits.marked_layers.get(index)) is not None and (marks := layer.marks) is not None:
             if marks.idle:
                 return own()
             if query.dtype == value.dtype and not kwargs.get("output_attentions"):

@@ -1,4 +1,4 @@
-"""What cannot work is refused here, before the model is touched: a recipe against a model that was looked at."""
+"""Refuses what cannot work, before the model is touched: a recipe is checked against the model."""
 
 from __future__ import annotations
 
@@ -80,18 +80,18 @@ def check_edits(decoder: Decoder, redistribution: Redistribution) -> None:
             )
     if scalers and any(decoder.look_at_attention(index).reached != "by the layer" for index in redistribution.routed):
         raise UsageError(
-            f"{scalers[0]} runs the prompt without its picture beside it, layer by layer, but "
+            f"{scalers[0]} also runs the prompt without its picture, layer by layer, but "
             f"{type(decoder.layers[0]).__name__} does not hand its keyword arguments on to its attention: choose another "
             "method."
         )
     if scalers and not decoder.turns_by_position():
         raise UsageError(
-            f"{scalers[0]} runs the prompt without its picture beside it, which needs rotary embeddings that follow from "
+            f"{scalers[0]} also runs the prompt without its picture, which needs rotary embeddings that follow from "
             f"positions, but those of {decoder.name} depend on the layer: choose another method."
         )
     if scalers and decoder.scaled:
         raise UsageError(
-            f"{scalers[0]} runs the prompt without its picture beside it, from the embeddings on, but {decoder.name} changes "
+            f"{scalers[0]} also runs the prompt without its picture, from the embeddings on, but {decoder.name} changes "
             "them before its first layer: choose another method."
         )
 
@@ -110,8 +110,8 @@ def check_tower(
     """
     if decoder.family.facts.cls and not facts.cls:  # only towers of this family with CLS tokens are followed
         raise UsageError(
-            f"{recipe} needs to know which token stands for which patch of which view, but {facts.refusal}: choose a method "
-            "that looks at the language model only."
+            f"{recipe} needs the patch and the crop of each token, but {facts.refusal}: choose a method that looks at the "
+            "language model only."
         )
     if inside is not None and inside.stage.site == "vision" and last_block() == 0:
         raise UsageError(
@@ -137,7 +137,7 @@ def _check_attention(decoder: Decoder, index: int, method: str, needs_call: bool
     if needs_call and seen.reached == "not":
         raise UsageError(
             f"{method} needs the attention of layer {index}, but {layer} does not hand its keyword arguments on to it: choose "
-            "a method that does not look at attention; `vlmprune methods` says what each one looks at."
+            "a method that does not look at attention; see the column 'scored by' of `vlmprune methods`."
         )
     strange = [name for name, x in seen.kwargs.items() if name not in KNOWN and isinstance(x, Tensor)]
     strange += [name for name in ("softcap",) if seen.kwargs.get(name) is not None]
@@ -145,12 +145,12 @@ def _check_attention(decoder: Decoder, index: int, method: str, needs_call: bool
     if weights and strange:
         raise UsageError(
             f"{method} computes attention as softmax of scaled products, but {layer} adds {', '.join(strange)}: choose a "
-            "method that does not look at attention; `vlmprune methods` says what each one looks at."
+            "method that does not look at attention; see the column 'scored by' of `vlmprune methods`."
         )
 
 
 def _fitting(recipe: Recipe, bound: BoundStage, depth: int) -> str:
-    """What to do about a stage behind the last layer: the same method with its layers scaled to the model's depth."""
+    """What to do about a stage after the last layer: the same method with its layers scaled to the model's depth."""
     method = bound.method
     stages = [stage for stage in method.stages if stage.site == "llm"]
     room = range(method.first_layer, depth)
@@ -164,7 +164,7 @@ def _fitting(recipe: Recipe, bound: BoundStage, depth: int) -> str:
     try:
         fitted = _scaled(method, bound, depth)
         methods = tuple(fitted if other is method else other for other in recipe.methods)
-        fits = all(stage.layer < depth for stage, _ in Recipe(methods).cuts())
+        fits = all(stage.layer < depth for stage, _ in Recipe(methods).stages())
         text = str(Recipe((fitted,)))
         Recipe((fitted,)).to_dict()  # refuses a method that no recipe string can name, such as those of the analyses
         readable = not isinstance(fitted, Pruner) or ",kept=" not in text

@@ -65,7 +65,8 @@ class EditReport:
         parts = [f"layers {units.spans(self.layers)}" if len(self.layers) > 1 else f"layer {self.layers[0]}"]
         if self.scaled is not None:
             return f"{parts[0]}, {self.scaled:.1%} of heads scaled"
-        parts.append(f"{' / '.join(f'{count:.1f}' for count in self.marked) or 'no'} tokens marked")
+        by_group = ", by group" if len(self.marked) > 1 else ""
+        parts.append(f"{' / '.join(f'{count:.1f}' for count in self.marked) or 'no'} tokens marked{by_group}")
         if self.edited is not None and self.moved is not None:
             parts.append(f"{self.edited:.1%} of heads and rows edited, {self.moved:.2%} of attention moved")
         return ", ".join(parts)
@@ -177,8 +178,8 @@ class Report:
             *((f"redistributed ({edit.method})", str(edit)) for edit in self.edits),
             *((f"redistributed ({name})", "changes nothing with these parameters") for name in self.neutral),
             (
-                "visual tokens per layer",
-                f"{self.visual_compute_average:.1f} entering on average, {self.visual_nominal_average:.1f} leaving, in a row",
+                "visual tokens per prompt",
+                f"{self.visual_compute_average:.1f} enter a layer on average, {self.visual_nominal_average:.1f} leave it",
             ),
             ("prefill FLOPs", units.share(self.flops, self.flops_unpruned, units.operations)),
             ("KV cache", units.share(self.kv_bytes, self.kv_bytes_unpruned, units.size) + peak),

@@ -21,7 +21,7 @@ class Reduction:
 
     Attributes:
         rows: `[batch, kept]` positions in the call's sequence, rising within a sample.
-        valid: `[batch, kept]` bool, False on the left padding of samples with fewer survivors.
+        valid: `[batch, kept]` bool, False on the left padding of samples that keep fewer tokens.
         dense: True when every entry is valid (known on the host, so that masks can be left out).
     """
 

@@ -83,7 +83,7 @@ class Section:
     _mask: list[Mask] = field(default_factory=list)
 
     def at(self, start: int) -> Section:
-        """The same survivors from layer `start` on."""
+        """The same kept tokens from layer `start` on."""
         return Section(
             start, self.remaining, self.alive, self.counts, self.rows, self.shift, self.newlines, _rotary=self._rotary
         )

@@ -90,8 +90,8 @@ def _refuse_prompt_learning(shell: Any) -> None:
     config = getattr(shell, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):
         raise UsageError(
-            f"{type(shell).__name__} puts learned tokens before the prompt ({type(config).__name__}), whose places pruning "
-            "does not know: use an adapter that changes weights, such as LoRA, or wrap its get_base_model() without them."
+            f"{type(shell).__name__} puts learned tokens before the prompt ({type(config).__name__}), whose places are "
+            "unknown: use an adapter that changes weights, such as LoRA, or wrap its get_base_model() without them."
         )
 
 

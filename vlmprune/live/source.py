@@ -86,7 +86,7 @@ class Source:
         device = self.position.device
         self.samples = on_device(np.array([image.sample for image in self.images]), device)
         self.segments = on_device(np.array([image.segment for image in self.images]), device)
-        places = torch.stack([image.positions[part.index] for image, part in zip(self.images, group, strict=True)])
+        places = torch.stack([image.places_on_device[part.index] for image, part in zip(self.images, group, strict=True)])
         shortened = call.section.rows
         self.visual = places if shortened is None else shortened.places(self.samples, places)
 
@@ -152,10 +152,10 @@ class Source:
     @property
     def embeddings(self) -> Tensor:
         """`[batch, sequence, dim]` what entered the language model; NaN for visual tokens that the call's mask hides."""
-        embeddings, hidden = self._prompt.embeddings, self._prompt.tokens.hidden
+        embeddings, masked = self._prompt.embeddings, self._prompt.tokens.masked
         assert embeddings is not None
         return (
-            embeddings.masked_fill(on_device(hidden, embeddings.device)[..., None], torch.nan) if hidden.any() else embeddings
+            embeddings.masked_fill(on_device(masked, embeddings.device)[..., None], torch.nan) if masked.any() else embeddings
         )
 
     @property
@@ -195,7 +195,7 @@ class Source:
 
     @property
     def side(self) -> int:
-        """Rows, and columns, of a crop; 0 if nobody asks, or the tower has none."""
+        """Rows, and columns, of a crop; 0 if no method needs it, or the tower has none."""
         crops = self._prompt.crops
         return int(crops[self.group[0].image][:, 1].max()) if crops else 0
 

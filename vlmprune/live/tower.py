@@ -123,7 +123,7 @@ def look_up_tower(call: Call, index: FeatureIndex, embeddings: Tensor) -> None:
     prompt = call.prompt
     assert prompt is not None
     images = prompt.layout.images
-    prompt.tower = index.find([embeddings[image.sample, image.positions.to(embeddings.device)] for image in images])
+    prompt.tower = index.find([embeddings[image.sample, image.places_on_device.to(embeddings.device)] for image in images])
     if images and CROP in prompt.tower[0]:
         crops = on_host(torch.cat([torch.stack((tower[CROP], tower[SIDE]), dim=1) for tower in prompt.tower]))
         prompt.crops = np.split(crops, np.cumsum(list(map(len, images)))[:-1])
@@ -147,7 +147,8 @@ class TowerPass:
 
     Attributes:
         over: the pass has left the projector. If a block runs later, gradient checkpointing recomputes it.
-        before: per block, the pass as it was when the block was entered; see `Call.before`.
+        before: per block, a copy of the pass as it was when the block was first entered, from which gradient checkpointing
+            runs the block again.
         observed: this pass's entry in the feature index, or None.
         output: what the tower returned, or None.
     """
@@ -320,7 +321,7 @@ class TowerPass:
         return {"cell": state.cells, CROP: crop, SIDE: torch.full_like(crop, state.side)}
 
     def restore(self, projected: Tensor) -> Tensor:
-        """Put the survivors back at their places among all, NaN elsewhere."""
+        """Put the kept patches back in their places among all, NaN elsewhere."""
         if not self.shortened:
             return projected
         if not self.packed:

@@ -91,7 +91,7 @@ class TowerPlan:
             yield from self._blocks()
 
     def observers(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
-        """The attention modules of the tower that somebody looks at, each with what looks, called with the plan first."""
+        """The attention modules of the tower that are observed, each with its observer, which is called with the plan first."""
         if not self.used or (tower := self._family.tower) is None:
             return
         blocks = self._blocks()
@@ -186,8 +186,8 @@ class TowerPlan:
             )
         if tower.pruner is not None and tower.drops and on_host(features.isnan().any()):
             raise UsageError(
-                "the vision tower made NaN of a picture, which would pass for dropped patches: look at the pixel values, or "
-                "load the tower in a dtype with more range (bfloat16, float32)."
+                "the vision tower returned NaN for a picture; NaN marks dropped patches, so the two cannot be told apart: "
+                "check the pixel values, or load the tower in a dtype with more range (bfloat16, float32)."
             )
         return restored
 

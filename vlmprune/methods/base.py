@@ -54,10 +54,10 @@ class Pruner:
         fraction: the share of the picture's original tokens that is kept, instead of `tokens`.
         schedule: several stages, instead of `layer`, `tokens` and `fraction`; see `vlmprune.stages`.
         preset: the name of a schedule its paper publishes, instead of these.
-        positions: "original" (survivors keep their rotary positions; gaps remain) or "compact" (everything after a dropped
+        positions: "original" (kept tokens keep their rotary positions; gaps remain) or "compact" (everything after a dropped
             token moves up, as several papers' LLaVA code does; not with M-RoPE).
-        cache_layer: first decoder layer whose KV cache forgets, once prefill is over, what the last stage dropped; decoding
-            steps no longer see it there. −1: every layer keeps what it computed.
+        cache_layer: first decoder layer from whose KV cache the entries of dropped tokens are removed after the prompt, so that
+            decoding steps no longer attend to them there. −1: every layer keeps what it computed.
         newlines: "keep" the row separators of LLaVA-NeXT, which then count as text, on top of the budget; or "drop" them at
             the method's first stage (most papers' code has none). There is one per row of the un-padded picture: 48 for a
             square one of 2 × 2 crops of 24 × 24 patches.

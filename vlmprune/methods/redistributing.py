@@ -32,7 +32,7 @@ Rows = Literal["behind", "last", "all"]
 
 @dataclass(frozen=True, eq=False)
 class ModelFacts:
-    """What a method may know about a model before the model runs.
+    """Facts about a model that a method may use before the model runs.
 
     Attributes:
         config: the language model's config; read only.
@@ -215,8 +215,8 @@ class Redistributor:
             )
         if not chosen:
             raise UsageError(
-                f"{self.name} edits layers {self.default_layers!r} unless it is told others, and the model has layers 0 to "
-                f"{depth - 1}, none of them: choose with layers=…{_example(self.name, self.default_layers, depth)}."
+                f"{self.name} edits layers {self.default_layers!r} by default; this model has none of them: its layers are "
+                f"0 to {depth - 1}; choose with layers=…{_example(self.name, self.default_layers, depth)}."
             )
         return tuple(sorted(chosen))
 

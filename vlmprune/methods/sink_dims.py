@@ -42,8 +42,8 @@ class Known:
 _LLAMA_2 = {"rope_theta": 1e4, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _QWEN_2 = {"rope_theta": 1e6, "rms_norm_eps": 1e-6}
 _CODE = "constants of VisAttnSink @ 98e62d6, agreeing with massive-activations @ 6521c05"
-_READERS = "appendix A.1 of arXiv:2503.03321, as two readers give it"
-_TABLE = "a public repository's table, unchecked"
+_READERS = "appendix A.1 of arXiv:2503.03321, quoted at second hand"
+_TABLE = "a table of unknown origin, unchecked"
 KNOWN = (
     Known("LLaMA-2-7B (LLaVA-1.5-7B)", ("llama", 4096, 32, 32, 11008), (1415, 2533), 400 / 4096, _CODE, facts=_LLAMA_2),
     Known("LLaMA-2-13B (LLaVA-1.5-13B)", ("llama", 5120, 40, 40, 13824), (2100, 4743), 400 / 5120, _CODE, facts=_LLAMA_2),

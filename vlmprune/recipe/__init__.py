@@ -86,10 +86,10 @@ class Recipe:
         schedules = [(method.stages if facts is None else method.plan(facts), method) for method in self.pruners]
         pairs = ((stage, method) for schedule, method in schedules for stage in (*schedule, *method.forgets))
         ordered = sorted(pairs, key=lambda pair: pair[0].order)
-        forgetful = [method.name for method in self.pruners if method.forgets]
-        if len(forgetful) > 1:
+        shortening = [method.name for method in self.pruners if method.forgets]
+        if len(shortening) > 1:
             raise UsageError(
-                f"{' and '.join(forgetful)} both drop tokens from the cache after prefill: give one of them cache_layer=-1."
+                f"{' and '.join(shortening)} both drop tokens from the cache after prefill: give one of them cache_layer=-1."
             )
         for (before, first), (after, second) in pairwise(ordered):
             if before.order == after.order:

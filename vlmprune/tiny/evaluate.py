@@ -82,7 +82,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from rich.console import Console
-    from rich.table import Table
+
+    from vlmprune.show.table import show, table
 
     model, processor = load(checkpoint=arguments.checkpoint)
     console = Console()
@@ -91,14 +92,19 @@ def main() -> None:
         reached = accuracy_by_skill(records(model, processor, scenes, arguments.shift, arguments.batch_size))
         blind = blind_baseline(held_out(2_000, "dev" if arguments.split == "test" else "test"), scenes)
 
-    table = Table(
-        "skill", "accuracy %", "95 % interval", "questions", "blind %", title=f"{arguments.split}, shift {arguments.shift}"
-    )
-    for skill, entry in reached.items():
-        interval = f"{100 * entry.low:.1f} to {100 * entry.high:.1f}"
-        table.add_row(skill, f"{100 * entry.value:.1f}", interval, str(entry.n), f"{100 * blind[skill].value:.1f}")
-    table.add_row("mean", f"{100 * mean_over_skills(reached):.1f}", "", "", f"{100 * mean_over_skills(blind):.1f}")
-    console.print(table)
+    rows = [
+        (
+            skill,
+            f"{100 * entry.value:.1f}",
+            f"{100 * entry.low:.1f} to {100 * entry.high:.1f}",
+            str(entry.n),
+            f"{100 * blind[skill].value:.1f}",
+        )
+        for skill, entry in reached.items()
+    ]
+    rows.append(("mean", f"{100 * mean_over_skills(reached):.1f}", "", "", f"{100 * mean_over_skills(blind):.1f}"))
+    columns = ("skill", "accuracy %", "95 % interval", "questions", "blind %")
+    show(table(columns, rows, title=f"{arguments.split}, shift {arguments.shift}"), console)
     if arguments.json:
         numbers = {skill: {**asdict(entry), "blind": blind[skill].value} for skill, entry in reached.items()}
         arguments.json.write_text(json.dumps(numbers, indent=2) + "\n")

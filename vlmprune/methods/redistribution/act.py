@@ -3,12 +3,12 @@
     m_j = mean attention that token j gets from the prompt's rows that see it, per head
     sinks of a head = { j : m_j > α / N } without the first token,   N tokens in the prompt
     a′_k = β · a_k                                          k a sink
-    a′_k = a_k · (1 + (1 − β) · μ_S / (1 − μ_S))            else, the first token too; rows go on summing to one
+    a′_k = a_k · (1 + (1 − β) · μ_S / (1 − μ_S))            all others, the first token included; rows still sum to one
 
 Differs from the official code in: threshold α/N, as the paper (there 0.1, here `threshold`); the first token is left out by its
 place (there the first sink found, which may be a real one); decoding goes on with the prompt's sinks (there every step makes
 new ones of a map with one row, and rows do not sum to one); all heads of the given layers, where the paper searches for heads
-on labelled data. What is done to a row of the prompt depends on the rows behind it, as in the paper.
+on labelled data. What is done to a row of the prompt depends on the rows after it, as in the paper.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vlmprune.methods.redistributing import GroupEditor, Scene
 
 @dataclass(frozen=True, kw_only=True)
 class ACT(GroupEditor):
-    """Take attention from each head's sinks behind the first token.
+    """Take attention from each head's sinks after the first token.
 
     Args:
         beta: share of their attention that sinks keep.
