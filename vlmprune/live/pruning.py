@@ -194,7 +194,7 @@ class Pruning:
         earlier = recorded and recorded.shift
         rotary = partial(section.rotary, hidden, earlier, kwargs, self._stack)
         chosen = prompt.chosen.get(bound.number)
-        if chosen is None or (chosen.merges and not first):  # what is merged has a gradient
+        if chosen is None or not (first or prompt.replayed):  # a layer that is run again saves the same tensors again
             if bound.stage.site == "vision":
                 chosen = left_by_tower(prompt, hidden)
                 prompt.entered = [len(index) for index in chosen.remaining]
