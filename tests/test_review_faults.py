@@ -312,3 +312,13 @@ def test_a_class_with_the_former_name_of_its_groups_is_refused():
     traits = {"name": "mine", "paper": "", "rows": "all", "default_layers": ":", "codes": lambda self, see: None}
     with pytest.raises(vp.UsageError, match=r"^the method Mine defines codes, which is called groups now: rename it\.$"):
         type("Mine", (GroupEditor,), traits)()
+
+
+@torch.no_grad()
+def test_one_index_for_all_pictures_is_refused():
+    """Red: a tensor without axes cannot be looped over."""
+    model = shared("llava")
+    method = own(select=lambda self, see, keep: torch.tensor(3))
+    said = r"^mine\.select must return whole numbers \[image, keep\], found torch\.int64 of shape \[\] for a picture\.$"
+    with vp.wrap(model, method), pytest.raises(vp.UsageError, match=said):
+        model(**make_inputs("llava", model, CHATTY))

@@ -242,7 +242,8 @@ def _check_choice(bound: BoundStage, choice: Choice, group: Sequence[Part], keep
             fit.
     """
     name, visual, images = f"{bound.method.name}.select", len(group[0].index), len(group)
-    rows: Any = choice.index if isinstance(choice.index, Tensor | list | tuple) else [choice.index]
+    apart = choice.index.ndim > 0 if isinstance(choice.index, Tensor) else isinstance(choice.index, list | tuple)
+    rows: Any = choice.index if apart else [choice.index]
     for row in rows:
         if not isinstance(row, Tensor) or row.ndim != 1 or row.is_floating_point() or row.dtype == torch.bool:
             found = f"{row.dtype} of shape {list(row.shape)}" if isinstance(row, Tensor) else shown(row)
