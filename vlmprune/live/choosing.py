@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -127,14 +128,17 @@ def choose(
         explains: what is decided by is kept, for `run.explain`.
     """
     method, layer = bound.method, bound.stage.layer
-    parts = [
-        part for image, n in enumerate(prompt.candidates) for part in _parts(bound, call, prompt, image, budget.resolve(n))
-    ]
+    parts: list[Part] = []
+    for image, candidates in enumerate(prompt.candidates):
+        parts += _parts(bound, call, prompt, image, budget.resolve(candidates))
+    groups: dict[tuple[int, ...], list[int]] = {}  # of equal sizes, in order of first appearance: decided in one batch
+    for number, part in enumerate(parts):
+        groups.setdefault((part.original, part.entered, len(part.index), part.keep), []).append(number)
     over_image = cache(partial(_over_images, bound, call, prompt, hidden, tools))
-    kept: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in prompt.layout.images]
+    kept: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
     reasons: dict[int, Judged] = {}
-    for group in group_by_size([part.size for part in parts]):
-        members, see = [parts[number] for number in group], None
+    for group in groups.values():
+        members, see = itemgetter(*group, group[0])(parts)[:-1], None
         first, keep = members[0].index, min(members[0].keep, len(members[0].index))
         chosen: Choice | Tensor
         if keep == 0:
@@ -152,10 +156,11 @@ def choose(
             reasons |= zip(group, judged(method, see, choice, [part.index for part in members]), strict=True)
         for number, part in enumerate(members):
             index = part.index[choice.index[number].to(part.index.device)]
-            kept[part.image].append((index, None if choice.features is None else choice.features[number]))
-    joined = [
-        pieces[0] if len(pieces) == 1 else _joined(call, prompt, hidden, image, pieces) for image, pieces in enumerate(kept)
-    ]
+            kept.setdefault(part.image, []).append((index, None if choice.features is None else choice.features[number]))
+    joined = []
+    for image in range(len(prompt.layout.images)):
+        pieces = kept[image]
+        joined.append(pieces[0] if len(pieces) == 1 else _joined(call, prompt, hidden, image, pieces))
     why = by_picture(reasons, [part.image for part in parts], len(kept)) if explains else None
     remaining, features = zip(*joined, strict=True)
     return StageResult(remaining, features, any(x is not None for x in features), judged=why)
@@ -188,7 +193,7 @@ def merged(call: Call, prompt: Prompt, chosen: StageResult, hidden: Tensor) -> T
 
 def _parts(bound: BoundStage, call: Call, prompt: Prompt, image: int, keep: int) -> list[Part]:
     """What is decided together of one image: all of it, or each of its crops with its share of the budget."""
-    index, original, entered = call.section.remaining[image], len(prompt.layout.images[image]), prompt.entered[image]
+    index, original, entered = call.section.remaining[image], len(prompt.layout.images[image].places), prompt.entered[image]
     if not bound.per_crop or keep >= len(index):
         return [Part(image, index, original, entered, keep)]
     crop = prompt.crops[image][:, 0]

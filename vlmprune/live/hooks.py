@@ -107,9 +107,9 @@ class Hooks:
         return (), {**kwargs, CALL_ARGUMENT: call}
 
     def _only_goes_on(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether this is a decoding step of a plan that only prunes: nothing begins, and no caller's settings matter."""
+        """Whether this is a decoding step, at which nothing begins. Settings of the caller matter only where layers are edited."""
         ids, mask, plan = kwargs.get("input_ids"), kwargs.get("attention_mask"), call.plan
-        if plan.edited or ids is None or ids.shape[1] != 1:
+        if ids is None or ids.shape[1] != 1:
             return False
         if mask is None:
             recorded = getattr(cache.layers[-1], "recorded", None)
@@ -124,6 +124,9 @@ class Hooks:
             if modules.get(name) is not child:
                 return False
         call.mask = mask
+        if plan.edited:
+            settings = plan.contexts.settings
+            call.enabled, call.budget, call.blocks = settings.enabled, settings.budget, settings.blocks
         return True
 
     def leave_base(self, *_: Any) -> None:

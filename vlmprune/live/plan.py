@@ -127,7 +127,10 @@ class Plan:
             call.recomputes |= is_recomputed(module)
         if not call.idle and self.pruning.at and index >= self.pruning.at[0]:
             hidden = args[0] if args else kwargs["hidden_states"]
-            given = self.pruning.enter_layer(index, module, call, hidden, kwargs)
+            if call.section.rows is None or index in self.pruning.at or call.recomputes:
+                given = self.pruning.enter_layer(index, module, call, hidden, kwargs)
+            else:  # the section is open, and its layers are given the same
+                given = hidden, call.section.arguments(call, hidden, kwargs, self.pruning.stack)
             if given is not None:
                 hidden, kwargs = given
                 args, kwargs = changed = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

@@ -194,7 +194,7 @@ def _separate_newlines(prompt: Prompt, embeddings: Tensor, newline: Tensor) -> N
 
 def _begin_record(plan: Plan, call: Call, embeddings: Tensor) -> Prefill:
     prompt = call.prompt
-    visual = 0 if prompt is None else sum(len(image) for image in prompt.layout.images)
+    visual = 0 if prompt is None else sum([len(image.places) for image in prompt.layout.images])
     record = Prefill(
         batch=call.batch,
         sequence=call.sequence,

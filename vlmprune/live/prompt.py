@@ -185,7 +185,7 @@ def visible_images(prompt: Prompt) -> tuple[Tensor, ...]:
     """Per image, the indices of its tokens that the call's mask does not hide."""
     real = prompt.tokens.real
     return tuple(
-        torch.arange(len(image), device=image.places_on_device.device)
+        torch.arange(len(image.places), device=image.places_on_device.device)
         if (there := real[image.sample, image.places]).all()
         else on_device(there.nonzero()[0], image.places_on_device.device)
         for image in prompt.layout.images

@@ -60,7 +60,7 @@ class Pruning:
             if bound.stage.site != "cache":
                 self._running[bound.stage.layer].append(bound)
         self._model = Model(family, base, language_model)
-        self._stack = LayerStack(
+        self.stack = LayerStack(
             language_model.config, lambda *args: language_model.get_submodule(family.rotary)(*args), self.at, layers
         )
 
@@ -77,7 +77,7 @@ class Pruning:
     def may_drop(self, images: Sequence[int] | None, override: Budget | None) -> bool:
         """Whether images with so many tokens could lose some; None: of any size."""
         for bound in self.stages:
-            budget = self.budget_of(bound, override)
+            budget = bound.stage.budget if override is None else self.budget_of(bound, override)
             if bound.stage.site == "cache":
                 continue
             if bound.adaptive or (self._family.newline is not None and not bound.method.keeps_newlines):
@@ -95,7 +95,7 @@ class Pruning:
         """Whether all layers will compute fewer tokens than the prompt has, as far as budgets tell."""
         for bound in self._running.get(0, ()):
             if bound.stage.site == "llm" and not bound.adaptive:
-                budget = self.budget_of(bound, call.budget)
+                budget = bound.stage.budget if call.budget is None else self.budget_of(bound, call.budget)
                 for count in {len(index) for index in call.section.remaining}:
                     if budget.resolve(count) < count:
                         return True
@@ -106,7 +106,7 @@ class Pruning:
         if prompt.replayed or (call.sections and call.sections[-1].start >= layer):
             return False
         for bound in self._running[layer]:
-            budget = self.budget_of(bound, call.budget)
+            budget = bound.stage.budget if call.budget is None else self.budget_of(bound, call.budget)
             for count, index in zip(prompt.candidates, call.section.remaining, strict=True):
                 if bound.stage.site == "llm" and (bound.adaptive or budget.resolve(count) < len(index)):
                     return True
@@ -157,7 +157,7 @@ class Pruning:
             if hidden.shape[1] == 1 and every and call.prompt is None and not call.padded_step:
                 # Decoding without padding: every stored entry is visible, no mask is needed.
                 return None if kwargs.get("attention_mask") is None else (hidden, {**kwargs, "attention_mask": None})
-        return hidden, section.arguments(call, hidden, kwargs, self._stack)
+        return hidden, section.arguments(call, hidden, kwargs, self.stack)
 
     def _open(self, index: int, module: nn.Module, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Open the section that begins with a stage's layer, and shorten the hidden states `[batch, token, dim]`.
@@ -192,7 +192,7 @@ class Pruning:
         cache_ = kwargs.get("past_key_values") if call.past else None
         recorded = None if cache_ is None else getattr(cache_.layers[index], "recorded", None)
         earlier = recorded and recorded.shift
-        rotary = partial(section.rotary, hidden, earlier, kwargs, self._stack)
+        rotary = partial(section.rotary, hidden, earlier, kwargs, self.stack)
         chosen = prompt.chosen.get(bound.number)
         if chosen is None or not (first or prompt.replayed):  # a layer that is run again saves the same tensors again
             if bound.stage.site == "vision":
@@ -201,7 +201,8 @@ class Pruning:
             else:
                 _refuse_lost_gradient(bound, prompt)
                 tools = make_tools(self._model, module, index, call, hidden, kwargs, rotary)
-                chosen = choose(bound, self.budget_of(bound, call.budget), call, prompt, hidden, tools, self.explains)
+                budget = bound.stage.budget if call.budget is None else self.budget_of(bound, call.budget)
+                chosen = choose(bound, budget, call, prompt, hidden, tools, self.explains)
         if first:
             prompt.chosen[bound.number] = chosen.detached()
         hidden = merged(call, prompt, chosen, hidden)
@@ -286,12 +287,12 @@ def _kept(
             site=bound.stage.site,
             sample=image.sample,
             ordinal=image.ordinal,
-            original=len(image),
+            original=len(image.places),
             index=left,
             features=features,
             judged=why,
             how=how,
-            in_place=not (packed and len(left) < len(image)),
+            in_place=not (packed and len(left) < len(image.places)),
         )
         for image, left, features, why in zip(
             prompt.layout.images, chosen.remaining, prompt.chosen[bound.number].features, reasons, strict=True

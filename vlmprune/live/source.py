@@ -81,12 +81,15 @@ class Source:
         assert call.prompt is not None
         self._call, self._prompt, self._layer = call, call.prompt, layer
         self.group, self.hidden, self.tools = group, hidden, tools
-        self.images = [self._prompt.layout.images[part.image] for part in group]
-        self.position = torch.stack([part.index for part in group])
-        device = self.position.device
-        self.samples = on_device(np.array([image.sample for image in self.images]), device)
-        self.segments = on_device(np.array([image.segment for image in self.images]), device)
-        places = torch.stack([image.places_on_device[part.index] for image, part in zip(self.images, group, strict=True)])
+        self.images, index, rows, visual = [], [], [], []
+        for part in group:
+            image = self._prompt.layout.images[part.image]
+            self.images.append(image)
+            index.append(part.index)
+            rows.append((image.sample, image.segment))
+            visual.append(image.places_on_device[part.index])
+        self.position, places = torch.stack(index), torch.stack(visual)
+        self.samples, self.segments = on_device(np.array(rows).T, self.position.device)
         shortened = call.section.rows
         self.visual = places if shortened is None else shortened.places(self.samples, places)
 

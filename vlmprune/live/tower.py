@@ -146,6 +146,7 @@ class TowerPass:
         in_call: the prompt follows in the same call.
 
     Attributes:
+        packed: pictures follow each other in one sequence, without CLS tokens.
         over: the pass has left the projector. If a block runs later, gradient checkpointing recomputes it.
         before: per block, a copy of the pass as it was when the block was first entered, from which gradient checkpointing
             runs the block again.
@@ -165,6 +166,7 @@ class TowerPass:
         in_call: bool = False,
     ) -> None:
         self.plan, self.facts, self.last, self.wanted = plan, facts, last, wanted
+        self.packed = not facts.cls
         self.pruner, self.budget, self.drops, self.in_call = pruner, budget, drops, in_call
         self.states: list[TowerState] = []
         self.before: dict[int, TowerPass] = {}
@@ -199,11 +201,6 @@ class TowerPass:
         cells = torch.arange(patches, device=self.device).expand(crops, patches)
         return TowerState(facts=self.facts, target=target, cells=cells, side=round(patches**0.5))
 
-    @property
-    def packed(self) -> bool:
-        """Whether pictures follow each other in one sequence, without CLS tokens."""
-        return not self.facts.cls
-
     # -- attention of a block --------------------------------------------------------------------------------------------
 
     def watch(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, probes: Sequence[str] = ()) -> None:
@@ -211,7 +208,8 @@ class TowerPass:
         in their order."""
         key, value = key.to(query.dtype), value.to(query.dtype)  # `torch.autocast` leaves them in different ones
         state = self.states[self._picture(index)]
-        block = Block(index, self.last, query, key, value, scaling, self.facts.cls, self._visible(state))
+        visible = None if state.valid is None else self._visible(state)
+        block = Block(index, self.last, query, key, value, scaling, self.facts.cls, visible)
         if self.pruner is not None and (not self.drops or state.cells.shape[1] > state.target):
             self.pruner.watch(block, state)
         for name in probes:
@@ -277,6 +275,8 @@ class TowerPass:
 
     def mask(self, implementation: str, dtype: torch.dtype) -> Tensor | BlockMask | None:
         """The attention mask of crops of different lengths, in the form the implementation expects; None without padding."""
+        if self.states[0].valid is None:
+            return None
         visible = self._visible(self.states[0])
         if visible is None or "flash" in implementation:
             return visible
