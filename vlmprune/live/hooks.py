@@ -107,7 +107,7 @@ class Hooks:
         return (), {**kwargs, CALL_ARGUMENT: call}
 
     def _only_goes_on(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether this is a decoding step, at which nothing begins. The caller's settings matter only where layers are edited."""
+        """Whether this is a decoding step, where nothing begins. The caller's settings matter only if layers are edited."""
         ids, mask, plan = kwargs.get("input_ids"), kwargs.get("attention_mask"), call.plan
         if ids is None or ids.shape[1] != 1:
             return False
