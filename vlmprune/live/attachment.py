@@ -130,7 +130,7 @@ class Attachment:
     @contextmanager
     def awake(self) -> Iterator[None]:
         """While a block is open, hooks act in compiled models, too."""
-        with self._lock:
+        with self._change():
             self._awake += 1
             self._sleep(False)
         try:

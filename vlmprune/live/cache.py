@@ -301,16 +301,16 @@ def pruned_layers(
     """
     found = []
     for index in indices:
-        layer = cache.layers[index] if index < len(cache.layers) else _plain_layer(cache, index, PRUNING)
+        layer: Any = cache.layers[index] if index < len(cache.layers) else _plain_layer(cache, index, PRUNING)
         if not isinstance(layer, PrunedLayer):
             if type(layer) is not DynamicLayer or cache.offloading:
                 _check_layer(cache, layer, PRUNING)
             first = not index or not isinstance(cache.layers[index - 1], PrunedLayer)
             pruned = FirstPrunedLayer() if first else PrunedLayer()
             pruned.stages, pruned.owner, pruned.marks = stages, getattr(cache, "vlmprune", None), getattr(layer, "marks", None)
-            if layer.get_seq_length():  # type: ignore[union-attr]
-                pruned.lazy_initialization(layer.keys, layer.values)  # type: ignore[union-attr, arg-type]
-                pruned.keys, pruned.values, pruned.recorded = layer.keys, layer.values, complete(layer)  # type: ignore
+            if layer.get_seq_length():
+                pruned.lazy_initialization(layer.keys, layer.values)
+                pruned.keys, pruned.values, pruned.recorded = layer.keys, layer.values, complete(layer)
             layer = cache.layers[index] = pruned
         found.append(layer)
     return found

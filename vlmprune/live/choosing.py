@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -131,14 +130,16 @@ def choose(
     parts: list[Part] = []
     for image, candidates in enumerate(prompt.candidates):
         parts += _parts(bound, call, prompt, image, budget.resolve(candidates))
-    groups: dict[tuple[int, ...], list[int]] = {}  # of equal sizes, in order of first appearance: decided in one batch
+    groups: dict[tuple[int, ...], tuple[list[int], list[Part]]] = {}  # of equal sizes: decided in one batch
     for number, part in enumerate(parts):
-        groups.setdefault((part.original, part.entered, len(part.index), part.keep), []).append(number)
+        group, members = groups.setdefault(part.size, ([], []))
+        group.append(number)
+        members.append(part)
     over_image = cache(partial(_over_images, bound, call, prompt, hidden, tools))
     kept: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
     reasons: dict[int, Judged] = {}
-    for group in groups.values():
-        members, see = itemgetter(*group, group[0])(parts)[:-1], None
+    for group, members in groups.values():
+        see = None
         first, keep = members[0].index, min(members[0].keep, len(members[0].index))
         chosen: Choice | Tensor
         if keep == 0:

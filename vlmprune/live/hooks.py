@@ -103,7 +103,7 @@ class Hooks:
             self._watch_graph(call)
         call.owner, call.plan = owner, plan
         if not call.past or not self._only_goes_on(call, cache, kwargs):
-            begin(plan, call, owner, kwargs)
+            begin(call, kwargs)
         return (), {**kwargs, CALL_ARGUMENT: call}
 
     def _only_goes_on(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> bool:
@@ -185,8 +185,8 @@ class Hooks:
                 f"them are unknown: call the whole model to apply {plan.recipe}, or run this call inside "
                 "`with run.override(enabled=False):`."
             )
-        call = Call(past=past)
-        begin(plan, call, owner, kwargs)
+        call = Call(owner, plan, past=past)
+        begin(call, kwargs)
         changed = None if kwargs.get("inputs_embeds") is None else enter_prompt(plan, call, args, kwargs)
         args, kwargs = (args, kwargs) if changed is None else changed
         return args, {**kwargs, CALL_ARGUMENT: call}

@@ -50,16 +50,16 @@ class Uncached:
 # -- before the language model -----------------------------------------------------------------------------------------------
 
 
-def begin(plan: Plan, call: Call, owner: Owner, kwargs: dict[str, Any]) -> None:
-    """A call that follows `plan` enters the base model, with `kwargs`. `owner` owns its conversation."""
+def begin(call: Call, kwargs: dict[str, Any]) -> None:
+    """A call, whose owner and plan are known, enters the base model with `kwargs`."""
+    plan: Plan = call.plan
     settings = plan.contexts.settings
-    call.owner, call.plan = owner, plan
     call.enabled, call.budget, call.blocks = settings.enabled, settings.budget, settings.blocks
     read_mask(call, kwargs)
     if call.past:
         check_mask_goes_on(call, kwargs.get("past_key_values"))
     else:
-        _begin_conversation(plan, call, owner, kwargs)
+        _begin_conversation(plan, call, call.owner, kwargs)
     if not call.enabled:
         return
     try:
@@ -206,7 +206,7 @@ def _begin_record(plan: Plan, call: Call, embeddings: Tensor) -> Prefill:
         newlines=0 if prompt is None or prompt.newlines is None else int(prompt.newlines.sum()),
         hidden=0 if prompt is None else visual - sum(prompt.candidates),
     )
-    record.prefill = Clock(device=embeddings.device).__enter__()
+    record.prefill = Clock(device=embeddings.device).begin()
     record.tower, plan.tower.now.clocks = list(plan.tower.now.clocks), ()
     return record
 
@@ -225,7 +225,7 @@ def leave_prompt(plan: Plan, call: Call, record: Prefill, output: Any) -> Any:
         record.stored += [call.past + call.sequence if section.stored is None else section.stored] * layers
     record.resident, record.peak = list(record.stored), sum(record.stored)
     plan.pruning.shorten_cache(call, output.get("past_key_values"))  # made by the model itself in a plain call
-    record.prefill.__exit__()
+    record.prefill.end_now()
     hand_over(output.get("past_key_values"), call.owner)
     if call.labels and last.rows is not None and last.alive is not None:
         _ignore_labels(plan, call, last.alive)

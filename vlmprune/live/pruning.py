@@ -77,7 +77,7 @@ class Pruning:
     def may_drop(self, images: Sequence[int] | None, override: Budget | None) -> bool:
         """Whether images with so many tokens could lose some; None: of any size."""
         for bound in self.stages:
-            budget = bound.stage.budget if override is None else self.budget_of(bound, override)
+            budget = self.budget_of(bound, override)
             if bound.stage.site == "cache":
                 continue
             if bound.adaptive or (self._family.newline is not None and not bound.method.keeps_newlines):
@@ -95,7 +95,7 @@ class Pruning:
         """Whether all layers will compute fewer tokens than the prompt has, as far as budgets tell."""
         for bound in self._running.get(0, ()):
             if bound.stage.site == "llm" and not bound.adaptive:
-                budget = bound.stage.budget if call.budget is None else self.budget_of(bound, call.budget)
+                budget = self.budget_of(bound, call.budget)
                 for count in {len(index) for index in call.section.remaining}:
                     if budget.resolve(count) < count:
                         return True
@@ -106,7 +106,7 @@ class Pruning:
         if prompt.replayed or (call.sections and call.sections[-1].start >= layer):
             return False
         for bound in self._running[layer]:
-            budget = bound.stage.budget if call.budget is None else self.budget_of(bound, call.budget)
+            budget = self.budget_of(bound, call.budget)
             for count, index in zip(prompt.candidates, call.section.remaining, strict=True):
                 if bound.stage.site == "llm" and (bound.adaptive or budget.resolve(count) < len(index)):
                     return True
@@ -118,23 +118,22 @@ class Pruning:
         layers, embeddings = getattr(kwargs.get("past_key_values"), "layers", None), kwargs.get("inputs_embeds")
         if not (self.at and layers) or embeddings is None or embeddings.shape[1] != 1 or call.custom:
             return False
-        # The other layers store what one of these does, or everything.
-        pruned = []
-        for index in self.at:
-            if isinstance(layer := layers[index], PrunedLayer) and layer.recorded is not None:
-                pruned.append(layer)
-        if pruned and embeddings.shape[0] > 1 and call.mask is not None:
+        first, visible = None, True
+        for index in self.at:  # the other layers store what one of these does, or everything
+            layer = layers[index]
+            if not isinstance(layer, PrunedLayer) or layer.recorded is None:
+                visible = False
+                continue
+            first = layer if first is None else first
+            visible = visible and layer.recorded.dense and layer.recorded.shift is None
+        if first is not None and embeddings.shape[0] > 1 and call.mask is not None:
             # Samples of a batch that have ended may hide their tokens. Where they do not, transformers need not ask it again.
-            call.padded_step = not on_host(_all_seen(call.mask, pruned[0])).all()
-        if call.padded_step or len(pruned) < len(self.at):
+            call.padded_step = not on_host(_all_seen(call.mask, first)).all()
+        if first is None or first.recorded is None or call.padded_step or not visible:
             return False
-        for layer in pruned:
-            if (recorded := layer.recorded) is None or not recorded.dense or recorded.shift is not None:
-                return False
-        first, config = pruned[0].recorded, self._language_model.config
-        assert first is not None
+        config = self._language_model.config
         implementation = config._attn_implementation  # the others make a mask in any case, and we a shorter one
-        return (implementation == "sdpa" or "flash" in implementation) and (self.at[0] == 0 or first.unpadded)
+        return (implementation == "sdpa" or "flash" in implementation) and (self.at[0] == 0 or first.recorded.unpadded)
 
     # -- at a layer ----------------------------------------------------------------------------------------------------
 
@@ -201,8 +200,7 @@ class Pruning:
             else:
                 _refuse_lost_gradient(bound, prompt)
                 tools = make_tools(self._model, module, index, call, hidden, kwargs, rotary)
-                budget = bound.stage.budget if call.budget is None else self.budget_of(bound, call.budget)
-                chosen = choose(bound, budget, call, prompt, hidden, tools, self.explains)
+                chosen = choose(bound, self.budget_of(bound, call.budget), call, prompt, hidden, tools, self.explains)
         if first:
             prompt.chosen[bound.number] = chosen.detached()
         hidden = merged(call, prompt, chosen, hidden)

@@ -19,7 +19,7 @@ from vlmprune.schedule import Site
 class Clock:
     """Time on the device that does the work. Events of a GPU are read only when `ms` is.
 
-    `with` starts and ends it.
+    `begin` and `end_now`, or use `with`.
 
     Attributes:
         start, end: seconds of the host's clock, or GPU events.
@@ -32,14 +32,18 @@ class Clock:
     what: str = ""
     device: torch.device | None = None
 
-    def __enter__(self) -> Clock:
+    def begin(self) -> Clock:
+        """Take the time of the start."""
         on_gpu = self.device is not None and self.device.type == "cuda"
         self.start = _event(self.device) if on_gpu else time.perf_counter()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def end_now(self, *_: object) -> None:
+        """Take the time of the end."""
         on_gpu = self.device is not None and self.device.type == "cuda"
         self.end = _event(self.device) if on_gpu else time.perf_counter()
+
+    __enter__, __exit__ = begin, end_now
 
     @property
     def ms(self) -> float:
