@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ def package(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "vlmprune"
     shutil.copytree(Path(vp.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(fingerprints.vlmprune, "__file__", str(folder / "__init__.py"))
+    monkeypatch.setattr(fingerprints, "_code", cache(fingerprints._code))  # only edited files are parsed again: for time
     return folder
 
 
