@@ -68,9 +68,9 @@ def _entry(line: str, where: str) -> dict[str, Any]:
 def _question(
     folder: Path, number: int, entry: Mapping[str, Any], where: str, needs: Collection[str], scorer: str | None
 ) -> Question:
-    names = _texts(entry, "image", where, "image" in needs)
+    names = _texts(entry, "image", where, needed="image" in needs)
     text = _text(entry, "question", where)
-    answers = _texts(entry, "answer", where, "answer" in needs)
+    answers = _texts(entry, "answer", where, needed=True) if "answer" in needs else ()
     choices = _texts(entry, "choices", where) if "choices" in entry else ()
     own = _text(entry, "scorer", where) if "scorer" in entry else scorer or usual_scorer(choices)
     try:
