@@ -69,6 +69,19 @@ def test_coverage_of_a_difference(units, per_unit, agreement, loss, cluster):
     assert held / EXPERIMENTS >= 0.95 - binomial_error(0.95)
 
 
+def test_coverage_where_every_answer_differs():
+    """Better or worse by a coin: the two shares exclude each other, which makes their difference vary more.
+
+    Red if they are joined as if they were independent, or rose together.
+    """
+    rng, held = np.random.default_rng(7), 0
+    for _ in range(EXPERIMENTS):
+        ours = (rng.random((25, 1)) < 0.5).astype(float)
+        low, high, _ = difference_interval(ours, 1 - ours, np.ones((25, 1)))
+        held += low <= 0 <= high
+    assert held / EXPERIMENTS >= 0.95 - binomial_error(0.95)
+
+
 def test_intervals_of_single_questions_would_be_too_narrow():
     """What the coverage test guards: with every question as its own unit, clusters leave the interval in over a tenth."""
     rng, held = np.random.default_rng(1), 0
