@@ -14,7 +14,7 @@ from vlmprune.evals.question import QuestionSet as QuestionSet
 from vlmprune.evals.question import key_of, opened
 from vlmprune.evals.question_datasets import read_dataset
 from vlmprune.evals.question_files import FILE, read_folder
-from vlmprune.evals.question_tasks import installed, read_task
+from vlmprune.evals.question_tasks import read_task
 from vlmprune.evals.scorers import check_scored, check_scorer
 from vlmprune.loading.datasets import holds_dataset
 from vlmprune.loading.pictures import summary
@@ -68,11 +68,8 @@ def open_questions(
             found, notes = read_folder(folder, needs, images, scorer)
         else:
             found, notes = read_dataset(folder, split, columns, needs, images, scorer)
-    elif not installed() or looks_like_path(str(spec)):
-        more = (
-            "" if looks_like_path(str(spec)) else "; if it is a task of lmms-eval, install that as requirements-lmms.txt says"
-        )
-        raise UsageError(f"there is no folder {spec}: give one that holds {FILE} and the pictures{more}.")
+    elif looks_like_path(str(spec)):
+        raise UsageError(f"there is no folder {spec}: give one that holds {FILE} and the pictures.")
     else:
         task = read_task(str(spec), images, scorer)
         found = task.questions
