@@ -6,6 +6,7 @@
     relaxed      numbers within 5 % (ChartQA)
     anls         similar spelling counts in part (DocVQA, TextVQA)
     choice       one of several choices, by its letter or its text
+    task         what a task of lmms-eval says (not to be chosen by name)
 
 Looked at for this: `evaluate` 0.4.6 (its metrics are scripts on the hub, fetched at the first call), `torchmetrics` 1.8
 (SQuAD's exact match and edit distance, no VQA, no relaxed numbers), `rapidfuzz` 3.14 (edit distance in C++; answers are short,
@@ -173,6 +174,13 @@ def chosen(text: str, choices: tuple[str, ...]) -> int | None:
     return within[0] if len(within) == 1 else None
 
 
+def task(given: str, question: Question) -> float:
+    """What the question's own task gives the answer (lmms-eval)."""
+    if question.judge is None:
+        raise UsageError(f"question {question.id} belongs to no task that scores its answers: take another scorer.")
+    return question.judge(given)
+
+
 SCORERS: dict[str, Callable[[str, Question], float]] = {
     "exact": exact,
     "normalised": normalised,
@@ -180,6 +188,7 @@ SCORERS: dict[str, Callable[[str, Question], float]] = {
     "relaxed": relaxed,
     "anls": anls,
     "choice": choice,
+    "task": task,
 }
 
 
@@ -195,7 +204,7 @@ def check_scorer(name: str) -> None:
         UsageError: names the nearest.
     """
     if name not in SCORERS:
-        raise unknown("scorer", name, SCORERS)
+        raise unknown("scorer", name, [known for known in SCORERS if known != "task"])
 
 
 def check_scored(question: Question) -> None:
@@ -205,6 +214,8 @@ def check_scored(question: Question) -> None:
         UsageError: no such scorer; no right answer; too few answers for `vqa`; no choices, or a right answer that is none.
     """
     check_scorer(question.scorer)
+    if question.judge is not None:
+        return
     if not question.answers:
         raise UsageError(f"question {question.id} has no right answer to compare with: give it one.")
     if question.scorer == "vqa" and len(question.answers) <= PEOPLE:
