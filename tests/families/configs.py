@@ -1,7 +1,7 @@
 """Tiny configurations of the model families, one function each: width 32, six decoder layers, a vocabulary of 96.
 
-Layer kinds, windows, blocks and injected layers are those of the real checkpoints in small: a window of 24 tokens, which a prompt
-with two pictures exceeds; DeepStack into the first three layers; recurrent layers around layers with attention.
+Layer kinds, windows, blocks and injected layers are those of the real checkpoints in small: a window of 24 tokens, which a
+prompt with two pictures exceeds; DeepStack into the first three layers; recurrent layers around layers with attention.
 """
 
 from __future__ import annotations
