@@ -2,8 +2,8 @@
 
 `keep` is a dict: stage's layer -> bool `[batch, sequence]`; True means that the layers from that stage on still see the token.
 
-masked   No cache, full length. Each decoder layer is given the mask that the model itself made for it (windows, blocks, padding),
-         with the columns of dropped tokens hidden from the stage on. Defined for layers with attention only.
+masked   No cache, full length. Each decoder layer is given the mask that the model itself made for it (windows, blocks,
+         padding), with the columns of dropped tokens hidden from the stage on. Defined for layers with attention only.
 dropped  One sample without padding, no cache. The rows of dropped tokens are really cut out before the stage's layer, and with
          them those of whatever the model gives its layers by token: its own masks (rows and columns), rotary embeddings,
          per-layer inputs; features that are injected later are added to the rows that are left. A dropped token is as if it had
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from families.table import TINY, extended
+from families.table import TINY, extended, make_inputs, make_single
 from torch import Tensor
 
 Keep = dict[int, Tensor]
@@ -60,7 +60,7 @@ class _Seen(Exception):  # noqa: N818 (nothing went wrong)
 
 @torch.no_grad()
 def positions_of(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """The position ids with which stock `generate` calls the base model for this prompt: `[batch, sequence]` or `[4, batch, …]`."""
+    """The position ids with which stock `generate` calls the base model for a prompt: `[batch, …]` or `[4, batch, …]`."""
     found: list[Tensor] = []
 
     def look(module: Any, args: tuple, kwargs: dict) -> None:
@@ -142,7 +142,8 @@ def dropped_logits(
     name: str, model: Any, inputs: dict[str, Any], keep: Keep, new: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Logits `[1, left, vocabulary]` of one sample without padding whose rows are really cut out, and the columns `[left]`."""
-    assert inputs["input_ids"].shape[0] == 1 and inputs["attention_mask"].all()
+    assert inputs["input_ids"].shape[0] == 1
+    assert inputs["attention_mask"].all()
     text, call = language_model(model), whole(name, model, inputs, new)
     alive = torch.arange(call["input_ids"].shape[1])
 
@@ -193,7 +194,8 @@ def native_logits(name: str, model: Any, inputs: dict[str, Any], keep: Tensor, n
     For causal families without windows, blocks or injected layers; one sample without padding.
     """
     tiny = TINY[name]
-    assert not (tiny.window or tiny.blocks or tiny.injected) and inputs["attention_mask"].all()
+    assert not any((tiny.window, tiny.blocks, tiny.injected))
+    assert inputs["attention_mask"].all()
     text, call, entering = language_model(model), whole(name, model, inputs, new), {}
 
     def look(module: Any, args: tuple, kwargs: dict) -> None:
@@ -215,3 +217,24 @@ def native_logits(name: str, model: Any, inputs: dict[str, Any], keep: Tensor, n
         use_cache=False,
     )
     return model.lm_head(out.last_hidden_state)
+
+
+@torch.no_grad()
+def expected_logits(name: str, model: Any, samples: list[list[str]], keep: Keep, new: Tensor) -> Tensor:
+    """Logits `[batch, 1 + new, vocabulary]` behind the prompt of `make_inputs(name, samples)`, under each row's `keep`.
+
+    *Masked* for layers with attention; where there are others, *dropped*, one sample after the other.
+    """
+    if not TINY[name].recurrent:
+        inputs = make_inputs(name, samples)
+        return masked_logits(name, model, inputs, keep, new)[:, inputs["input_ids"].shape[1] - 1 :]
+    return torch.cat([dropped_row(name, model, samples, row, keep, new) for row in range(len(samples))])
+
+
+def dropped_row(name: str, model: Any, samples: list[list[str]], row: int, keep: Keep, new: Tensor) -> Tensor:
+    """Logits `[1, 1 + new, vocabulary]` of one row of a left-padded batch, alone and with its dropped tokens cut out."""
+    single = make_single(name, samples, row)
+    length = single["input_ids"].shape[1]
+    alone = {stage: mask[row : row + 1, -length:] for stage, mask in keep.items()}
+    logits, _ = dropped_logits(name, model, single, alone, new[row : row + 1])
+    return logits[:, -new.shape[1] - 1 :]

@@ -256,6 +256,10 @@ _QWEN = {"kinds": "mm_token_type_ids"}
 _TILE = (SIDE // 2) ** 2
 
 TINY = {
+    "llava": Tiny(tf.LlavaForConditionalGeneration, configs.llava, _one_raster(NEXT_SIDE**2, NEXT_SIDE)),
+    "llava_next": Tiny(tf.LlavaNextForConditionalGeneration, configs.llava_next, _crops),
+    "qwen2_vl": Tiny(tf.Qwen2VLForConditionalGeneration, configs.qwen2_vl, _packed, **_QWEN),
+    "qwen2_5_vl": Tiny(tf.Qwen2_5_VLForConditionalGeneration, configs.qwen2_5_vl, _packed, **_QWEN),
     "qwen3_vl": Tiny(tf.Qwen3VLForConditionalGeneration, configs.qwen3_vl, _packed, injected=3, **_QWEN),
     "qwen3_vl_moe": Tiny(tf.Qwen3VLMoeForConditionalGeneration, configs.qwen3_vl_moe, _packed, injected=3, **_QWEN),
     "qwen3_5": Tiny(tf.Qwen3_5ForConditionalGeneration, configs.qwen3_5, _packed, recurrent=True, **_QWEN),
