@@ -31,7 +31,7 @@ def test_cells_are_enough_and_differ():
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if WHOLE or cell.third], ids=lambda cell: cell.id)
 def test_cell(cell: Cell, record_property):
-    """Red: pruned differs from the un-pruned model with the same tokens masked or dropped; or nothing says why it does not run."""
+    """Red: pruned differs from un-pruned with the same tokens masked or dropped; or it is refused, and nothing says why."""
     record_property("cell", cell.id)
     if TINY[cell.family].model_type not in FAMILIES:
         record_property("reason", "not supported yet")
