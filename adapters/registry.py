@@ -14,6 +14,7 @@ from vlmprune.adapters.llava_onevision import LLAVA_ONEVISION
 from vlmprune.adapters.mistral3 import MISTRAL3
 from vlmprune.adapters.one_raster import DEEPSEEK_VL, DEEPSEEK_VL_HYBRID, FAST_VLM, JANUS, OVIS2, PERCEPTION_LM
 from vlmprune.adapters.qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE
+from vlmprune.adapters.refused import REFUSED
 from vlmprune.adapters.video_llama_3 import VIDEO_LLAMA_3
 from vlmprune.errors import UsageError
 
@@ -29,12 +30,14 @@ def family_of(config: Any) -> Family:
     """The family of a model's config.
 
     Raises:
-        UsageError: the family is unknown; says what was looked for.
+        UsageError: the family is unknown, or known and not supported; says what was looked for, or why.
     """
     model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
-        raise UsageError(
-            f"unknown model family: looked for config.model_type among {', '.join(sorted(FAMILIES))}, found {model_type!r}; "
-            "a family is one file in adapters/ (CONTRIBUTING.md says how)."
-        )
-    return FAMILIES[model_type]
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type in REFUSED:
+        raise UsageError(f"models of the type {model_type!r} are not supported: {REFUSED[model_type]}; run it un-wrapped.")
+    raise UsageError(
+        f"unknown model family: looked for config.model_type among {', '.join(sorted(FAMILIES))}, found {model_type!r}; "
+        "a family is one file in adapters/ (CONTRIBUTING.md says how)."
+    )
