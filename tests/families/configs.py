@@ -1,7 +1,7 @@
 """Tiny configurations of the model families, one function each: width 32, six decoder layers, a vocabulary of 96.
 
-Layer kinds, windows, blocks and injected layers are those of the real checkpoints in small: a window of 24 tokens, which a prompt
-with two pictures exceeds; DeepStack into the first three layers; recurrent layers around layers with attention.
+Layer kinds, windows, blocks and injected layers are those of the real checkpoints in small: a window of 24 tokens, which a
+prompt with two pictures exceeds; DeepStack into the first three layers; recurrent layers around layers with attention.
 """
 
 from __future__ import annotations
@@ -103,7 +103,24 @@ def _packed_vision(**more: Any) -> dict[str, Any]:
 
 
 _QWEN_TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+_QWEN2_VISION = ("depth", "embed_dim", "mlp_ratio", "num_heads", "in_channels")
+_QWEN2_VISION += ("patch_size", "spatial_merge_size", "temporal_patch_size")
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+
+
+def qwen2_vl() -> Any:
+    vision = _packed_vision(embed_dim=TOWER, mlp_ratio=2)
+    vision = {name: value for name, value in vision.items() if name in _QWEN2_VISION} | {"hidden_size": WIDTH}
+    text = _text(tf.Qwen2VLTextConfig, rope_parameters=_MROPE)
+    return tf.Qwen2VLConfig(vision_config=vision, text_config=text.to_dict(), **_QWEN_TOKENS)
+
+
+def qwen2_5_vl() -> Any:
+    """Windows of 2×2 tokens in the tower, but for block 1."""
+    vision = _packed_vision(window_size=2 * MERGE * PATCH, fullatt_block_indexes=[1])
+    vision.pop("num_position_embeddings")
+    text = _text(tf.Qwen2_5_VLTextConfig, rope_parameters=_MROPE)
+    return tf.Qwen2_5_VLConfig(vision_config=vision, text_config=text.to_dict(), **_QWEN_TOKENS)
 
 
 def qwen3_vl() -> Any:
@@ -249,6 +266,27 @@ def llava_next_video() -> Any:
         video_token_index=VIDEO,
         image_seq_length=NEXT_SIDE**2,
         image_grid_pinpoints=PINPOINTS,
+        tie_word_embeddings=False,
+    )
+
+
+def llava_next() -> Any:
+    return tf.LlavaNextConfig(
+        vision_config=_clip(),
+        text_config=_text(tf.LlamaConfig),
+        image_token_index=IMAGE,
+        image_seq_length=NEXT_SIDE**2,
+        image_grid_pinpoints=PINPOINTS,
+        tie_word_embeddings=False,
+    )
+
+
+def llava() -> Any:
+    return tf.LlavaConfig(
+        vision_config=_clip(),
+        text_config=_text(tf.LlamaConfig),
+        image_token_index=IMAGE,
+        image_seq_length=NEXT_SIDE**2,
         tie_word_embeddings=False,
     )
 

@@ -1,11 +1,11 @@
 """Every model family of this library, tiny: a random model of the stock class, and inputs for it.
 
 The weights are drawn with standard deviation 0.25, so that attention is peaked and every token matters: a token too many or too
-few, or at a wrong position, changes the logits (standard deviation 1) by a few tenths, while rounding changes them by 2e-5 at most.
-What a fresh stock model sets to a constant (norms, biases, scales) stays around this constant, whatever it is: norms that multiply
-by 1 + w are centred at 0 then, and others at 1.
+few, or at a wrong position, changes the logits (standard deviation 1) by a few tenths; rounding changes them by 2e-5 at most.
+What a fresh stock model sets to a constant (norms, biases, scales) stays around this constant, whatever it is: norms that
+multiply by 1 + w are centred at 0 then, and others at 1.
 
-The pictures of odd number are larger than those of even number wherever the family allows it, so that batches are really ragged.
+The pictures of odd number are larger than those of even number wherever the family allows it: batches are really ragged.
 """
 
 from __future__ import annotations
@@ -17,12 +17,6 @@ from typing import Any
 
 import torch
 import transformers as tf
-from transformers.models.llava_next.modeling_llava_next import (
-    get_anyres_image_grid_shape,
-    image_size_to_num_patches,
-    unpad_image,
-)
-
 from families import configs
 from families.configs import (
     BREAK,
@@ -43,6 +37,11 @@ from families.configs import (
     START,
     TIME,
     VOCAB,
+)
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+    unpad_image,
 )
 
 DEVIATION = 0.25
@@ -233,7 +232,7 @@ class Tiny:
         kinds: name of the argument `[batch, sequence]` that states which tokens are a picture's, or "".
         kind_of_image, kind_of_new: its value at placeholders and at generated tokens (0 elsewhere).
         pictures_first: prompts begin with their pictures.
-        attentions: the attention implementations that run here; the first is the family's own choice.
+        attentions: the attention implementations that run here; the first is what the model takes by itself.
         recurrent: there are decoder layers without attention, for which *masked* is not defined.
         injected: into how many of the first decoder layers the tower's features are added again.
         window: tokens that its sliding layers see, 0 if there are none.
@@ -263,6 +262,10 @@ _QWEN = {"kinds": "mm_token_type_ids"}
 _TILE = (SIDE // 2) ** 2
 
 TINY = {
+    "llava": Tiny(tf.LlavaForConditionalGeneration, configs.llava, _one_raster(NEXT_SIDE**2, NEXT_SIDE)),
+    "llava_next": Tiny(tf.LlavaNextForConditionalGeneration, configs.llava_next, _crops),
+    "qwen2_vl": Tiny(tf.Qwen2VLForConditionalGeneration, configs.qwen2_vl, _packed, **_QWEN),
+    "qwen2_5_vl": Tiny(tf.Qwen2_5_VLForConditionalGeneration, configs.qwen2_5_vl, _packed, **_QWEN),
     "qwen3_vl": Tiny(tf.Qwen3VLForConditionalGeneration, configs.qwen3_vl, _packed, injected=3, **_QWEN),
     "qwen3_vl_moe": Tiny(tf.Qwen3VLMoeForConditionalGeneration, configs.qwen3_vl_moe, _packed, injected=3, **_QWEN),
     "qwen3_5": Tiny(tf.Qwen3_5ForConditionalGeneration, configs.qwen3_5, _packed, recurrent=True, **_QWEN),
@@ -320,7 +323,7 @@ TINY = {
         kind_of_image=0,
         kind_of_new=1,
         pictures_first=True,
-        attentions=("eager", "sdpa"),
+        attentions=("eager",),
         window=configs.WINDOW,
         blocks=True,
     ),
@@ -363,6 +366,8 @@ def build(name: str, attention: str | None = None, seed: int = 0) -> Any:
             constant = weight.detach().flatten()[0].item()
             if weight.ndim == 1 and bool((weight == constant).all()):
                 torch.nn.init.normal_(weight, constant, 0.05)
+            elif full_name.endswith("A_log"):  # of gated delta rules: a memory of several tokens, else nearly one
+                torch.nn.init.uniform_(weight, -3.0, -1.0)
             elif weight.ndim > 1:
                 torch.nn.init.normal_(weight, 0.0, 0.18 if "lm_head" in full_name else DEVIATION)
     settings = model.generation_config
