@@ -368,6 +368,25 @@ def glm46v() -> Any:
     return _glm(tf.Glm46VConfig)
 
 
+def glm4v_moe() -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": rope}
+    experts = {"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+    vision = _packed_vision(image_size=SIDE * PATCH)
+    vision.pop("num_position_embeddings")
+    return tf.Glm4vMoeConfig(
+        vision_config=vision,
+        text_config=_text(tf.Glm4vMoeTextConfig, **heads, **experts).to_dict(),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=START,
+        image_end_token_id=END,
+        video_start_token_id=BREAK,
+        video_end_token_id=FAKE,
+        tie_word_embeddings=False,
+    )
+
+
 def _paligemma(text: Any) -> Any:
     vision = _siglip()
     vision.image_size = NEXT_SIDE * PATCH
@@ -510,6 +529,34 @@ def deepseek_vl() -> Any:
     vision.image_size = NEXT_SIDE * PATCH
     return tf.DeepseekVLConfig(
         vision_config=vision, text_config=_text(tf.LlamaConfig), image_token_id=IMAGE, tie_word_embeddings=False
+    )
+
+
+HIGH = 48
+"""Pixels on a side of what the second tower of DeepSeek-VL's hybrid sees."""
+
+
+def deepseek_vl_hybrid() -> Any:
+    vision = _siglip()
+    vision.image_size = NEXT_SIDE * PATCH
+    second = tf.SamVisionConfig(
+        hidden_size=TOWER,
+        output_channels=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=HIGH,
+        patch_size=PATCH,
+        window_size=3,
+        global_attn_indexes=[1],
+        mlp_dim=24,
+        num_pos_feats=8,
+    )
+    return tf.DeepseekVLHybridConfig(
+        vision_config=vision,
+        high_res_vision_config=second,
+        text_config=_text(tf.LlamaConfig),
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
     )
 
 

@@ -111,6 +111,12 @@ def _one_raster(tokens: int, side: int, before: tuple[int, ...] = (), after: tup
     return make
 
 
+def _two_towers(random: torch.Generator, number: int) -> Picture:
+    """The same picture in two sizes (DeepSeek-VL's hybrid)."""
+    picture = _one_raster(NEXT_SIDE**2, NEXT_SIDE)(random, number)
+    return Picture(picture.ids, {**picture.tensors, "high_res_pixel_values": _pixels(random, 1, 3, configs.HIGH, configs.HIGH)})
+
+
 def _aya(random: torch.Generator, number: int) -> Picture:
     """Each tile has its own run, with a marker before it."""
     count, tokens = _tiles(number), (SIDE // 2) ** 2
@@ -303,6 +309,7 @@ TINY = {
     "mistral3": Tiny(tf.Mistral3ForConditionalGeneration, configs.mistral3, _pixtral),
     "glm4v": Tiny(tf.Glm4vForConditionalGeneration, configs.glm4v, _packed, **_QWEN),
     "glm46v": Tiny(tf.Glm46VForConditionalGeneration, configs.glm46v, _packed, **_QWEN),
+    "glm4v_moe": Tiny(tf.Glm4vMoeForConditionalGeneration, configs.glm4v_moe, _packed, **_QWEN),
     "paligemma": Tiny(
         tf.PaliGemmaForConditionalGeneration,
         configs.paligemma,
@@ -336,6 +343,7 @@ TINY = {
     "ovis2": Tiny(tf.Ovis2ForConditionalGeneration, configs.ovis2, _ovis),
     "fast_vlm": Tiny(tf.FastVlmForConditionalGeneration, configs.fast_vlm, _one_raster(NEXT_SIDE**2, NEXT_SIDE)),
     "janus": Tiny(tf.JanusForConditionalGeneration, configs.janus, _one_raster(NEXT_SIDE**2, NEXT_SIDE, (START,), (END,))),
+    "deepseek_vl_hybrid": Tiny(tf.DeepseekVLHybridForConditionalGeneration, configs.deepseek_vl_hybrid, _two_towers),
     "deepseek_vl": Tiny(tf.DeepseekVLForConditionalGeneration, configs.deepseek_vl, _one_raster(NEXT_SIDE**2, NEXT_SIDE)),
 }
 """By a name of the tests: the model type, or the model type and a variant of it."""
