@@ -9,7 +9,7 @@ from typing import Any
 from vlmprune.evals import report_svg
 from vlmprune.evals.report_lines import Comparison, Estimate, Line
 from vlmprune.evals.report_losses import best_names, verdict_of, worst_names
-from vlmprune.evals.report_parts import Figure, Figures, shares
+from vlmprune.evals.report_parts import Figure, Figures, percent_of, shares
 from vlmprune.evals.report_svg import BAD, QUIET, SERIES, UNITS
 
 WIDE, NARROW = (390, 330), (250, 170)
@@ -92,7 +92,7 @@ def _overview(found: Comparison, axis: Axis, lines: Sequence[Line]) -> Figure:
             if named:
                 labels.append((at[-1], 100 * means[-1].value, method, colour))
         _scale(axes, axis, sorted({round(x, 6) for line in lines if (x := axis.of(line, found)) is not None}), found)
-        axes.set_ylabel("accuracy, mean over skills (%)")
+        axes.set_ylabel(f"accuracy, mean over {found.group_word}s (%)" if len(found.groups) > 1 else "accuracy (%)")
         labels.append((axes.get_xlim()[1], 100 * found.unpruned.mean.value, "un-pruned", "#000000"))
         _label(axes, labels)
         svg = report_svg.from_figure(figure, name, _says(found, axis, best, worst))
@@ -174,8 +174,8 @@ def spread(wanted: Sequence[float], apart: float, low: float, high: float) -> li
 def _says(found: Comparison, axis: Axis, best: Sequence[str], worst: Sequence[str]) -> str:
     said = [f"Line chart: accuracy over {axis.label}.", f"Un-pruned: {found.unpruned.mean}."]
     for name, lines in found.methods.items():
-        if name in best or name in worst or lines[0].is_random:
-            at = [f"{100 * line.mean.value:.1f} at {x:.3g}" for line in lines if (x := axis.of(line, found)) is not None]
+        at = [f"{100 * line.mean.value:.1f} at {x:.3g}" for line in lines if (x := axis.of(line, found)) is not None]
+        if at and (name in best or name in worst or lines[0].is_random):
             said.append(f"{name}: {', '.join(at)}.")
     return " ".join(said)
 
@@ -211,13 +211,13 @@ def _panel(found: Comparison, method: str, lines: Sequence[Line]) -> Figure:
         budgets = [100 * budget for budget in reversed(found.budgets)]
         axes.set_xscale("log")
         axes.set_xlim(budgets[0] * 0.9, budgets[-1] * 1.08)
-        axes.set_xticks(budgets, [f"{tick:g}" for tick in budgets])
+        axes.set_xticks(budgets, [f"{tick:.3g}" for tick in budgets])
         axes.minorticks_off()
         axes.set_ylim(0, 104)
         axes.set_yticks([0, 25, 50, 75, 100])
         axes.grid(axis="y", color="#000000", alpha=0.1, linewidth=0.7)
         axes.tick_params(length=3, width=0.8)
-        says = " ".join(f"At {100 * (line.budget or 0):g} %: {line.mean}, random {line.random}." for line in lines)
+        says = " ".join(f"At {percent_of(line.budget or 0)}: {line.mean}, random {line.random}." for line in lines)
         svg = report_svg.from_figure(figure, name, f"{method}, accuracy over its budget. {says}")
     return Figure(f"`{method}`", svg, says, note=_verdicts(lines))
 
