@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ class StoredPicture:
         folder: of the dataset, to which a path is relative.
     """
 
-    entry: Any
+    entry: Any = field(repr=False)
     name: str
     folder: Path
 

@@ -79,7 +79,9 @@ def read_task(name: str, most: int | None = None, scorer: str | None = None) -> 
 
 def _load(name: str) -> Any:
     from lmms_eval.tasks import TaskManager
+    from loguru import logger
 
+    logger.disable("lmms_eval")  # it reports each of its task files that is no task
     manager = TaskManager("ERROR", include_path=str(FOLDER), include_defaults=not name.startswith(OURS), model_name="vlmprune")
     if name not in manager.all_tasks:
         raise unknown("task of lmms-eval", name, manager.all_tasks)
