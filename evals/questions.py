@@ -165,12 +165,12 @@ def read_pictures(
     if sentences and not skip_bad:
         raise UsageError(_refusal(questions, skipped, sentences, len(digests) + len(broken)))
     if not kept:
-        raise UsageError(f"no question is left: none of {len(broken)} pictures can be read, the first: {sentences[0]}")
+        raise UsageError(f"no question is left: of {len(broken)} pictures none can be read; the first: {sentences[0]}")
     kept = [replace(question, unit=question.unit or _unit(question, digests)) for question in kept]
     notes = summary(lost)
     if skipped:
         notes.append(
-            f"{len(skipped)} of {len(questions)} questions were left out, because {len(broken)} pictures cannot be read: "
+            f"{len(skipped)} of {len(questions)} questions were left out; pictures that cannot be read: {len(broken)}, "
             + "; ".join(sentence.rstrip(".") for sentence in sentences)
         )
     return kept, fingerprint_of(kept, lambda image: digests[key_of(image)]), notes, tuple(skipped)
