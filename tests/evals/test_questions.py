@@ -1,4 +1,4 @@
-"""One kind of question from every source: read as written, checked before a model is loaded, fingerprinted by all that is asked."""
+"""One kind of question from every source: read as written, checked early, fingerprinted by all that is asked."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_dataset_without_its_package(tmp_path, monkeypatch):
 def test_a_task_without_lmms_eval(monkeypatch):
     monkeypatch.setattr("vlmprune.evals.question_tasks.find_spec", lambda name: None)
     with pytest.raises(
-        UsageError, match="there is no folder pope: .*; if it is a task of lmms-eval, install that package first"
+        UsageError, match=r"there is no folder pope: .*; if it is a task of lmms-eval, install that package first"
     ):
         open_questions("pope")
 
