@@ -62,6 +62,8 @@ def answer(
     """
     import torch
 
+    from vlmprune.device import to_model
+
     given: list[str] = []
     for start in range(0, len(pairs), batch_size):
         chunk = pairs[start : start + batch_size]
@@ -71,8 +73,8 @@ def answer(
             padding=True,
             padding_side="left",
             return_tensors="pt",
-        ).to(model.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        )
+        inputs = to_model(model, inputs)
         with torch.inference_mode():
             tokens = model.generate(**{"do_sample": False, "max_new_tokens": LONGEST_ANSWER, **inputs, **generate})
         new = tokens[:, inputs["input_ids"].shape[1] :]
