@@ -51,7 +51,7 @@ def look_up(name: str, file: str, what: str) -> Repository:
         cached = try_to_load_from_cache(name, file)
         if constants.HF_HUB_OFFLINE:
             raise UnreachableError("HF_HUB_OFFLINE is set")
-        info = _within_patience(lambda: HfApi().model_info(name, timeout=PATIENCE / 2))
+        info = within_patience(lambda: HfApi().model_info(name, timeout=PATIENCE / 2))
     except HFValidationError as error:
         raise UsageError(
             f"no {what} at {name!r}: there is no such folder, and it cannot be a hub id; give a folder."
@@ -123,7 +123,7 @@ class UnreachableError(Exception):
     """The hub did not answer."""
 
 
-def _within_patience(ask: Callable[[], Any]) -> Any:
+def within_patience(ask: Callable[[], Any]) -> Any:
     """Call `ask` in a thread of its own, because the look-up of a host's address has no time limit.
 
     Raises:
