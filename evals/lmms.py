@@ -33,8 +33,8 @@ try:
     from lmms_eval.models.registry_v2 import ModelManifest
 except ImportError as error:
     raise UsageError(
-        f"lmms-eval 0.7 cannot be imported here ({error}): install it as docs/lmms.md says, `pip install 'vlmprune[lmms]'` where "
-        "there is a GPU."
+        f"lmms-eval 0.7 cannot be imported here ({error}): install it as docs/lmms.md says, `pip install 'vlmprune[lmms]'` "
+        "where there is a GPU."
     ) from error
 from tqdm import tqdm
 
@@ -53,7 +53,7 @@ def manifests() -> ModelManifest:
 
 @dataclass
 class Counts(TokenCounts):
-    """Token counts with our columns beside them. lmms-eval writes them with each sample, and gathers them from all processes."""
+    """Token counts with our columns beside them. lmms-eval writes them with each sample, and gathers those of all processes."""
 
     columns: Mapping[str, float] = field(default_factory=dict)
 
@@ -88,8 +88,8 @@ class _Model(lmms):
     def chat_template(self) -> str:
         """Refused: the answer to `--apply_chat_template`."""
         raise UsageError(
-            "vlmprune applies the processor's chat template to every prompt, and --apply_chat_template would apply it twice: leave "
-            "it out (a system text goes into --model_args, system=…)."
+            "vlmprune applies the processor's chat template to every prompt, and --apply_chat_template would apply it twice: "
+            "leave it out (a system text goes into --model_args, system=…)."
         )
 
     apply_chat_template = tokenizer_name = chat_template
@@ -142,7 +142,8 @@ class _Model(lmms):
         else:
             raise UsageError(f"{_where(*_named(requests[going[0]]))}: after {ROUNDS} rounds its conversation has not ended.")
         return [
-            GenerationResult(said, Counts.of(mean_columns(own)) if own else None) for said, own in zip(answers, counts, strict=True)
+            GenerationResult(said, Counts.of(mean_columns(own)) if own else None)
+            for said, own in zip(answers, counts, strict=True)
         ]
 
     def _request(self, request: Instance) -> Request:
@@ -169,7 +170,10 @@ class _Model(lmms):
         options = Options.of(wanted, self._arguments.max_new_tokens)
         if new := sorted(set(options.ignored) - self._ignored):
             self._ignored |= set(new)
-            print(f"vlmprune: note: generation_kwargs names what is no option of generate, ignored: {', '.join(new)}", file=sys.stderr)
+            print(
+                f"vlmprune: note: generation_kwargs names what is no option of generate, ignored: {', '.join(new)}",
+                file=sys.stderr,
+            )
         return options
 
     def _document(self, task: str, split: str, number: int) -> Any:

@@ -1,13 +1,13 @@
 """The arguments of the model `vlmprune` in lmms-eval, read and checked; and their text for lmms-eval's command line.
 
-    pretrained      folder or hub id of a VLM; tiny is the embedded model
-    recipe          a recipe in double quotes; a file, folder or hub repository that holds one; none for the un-pruned model
-    dtype           bfloat16, float16 or float32. Default: as the weights are stored
-    device          cpu, cuda, cuda:1, … Default: a GPU if there is one, of several processes one for each
-    device_map      as in transformers' from_pretrained: auto, balanced, … for a model that is larger than one device
-    max_new_tokens  longest answer where the task states none. Default: 128
-    system          a system text for the chat template
-    resume          a folder in which every answer is kept: the same run goes on from there
+pretrained      folder or hub id of a VLM; tiny is the embedded model
+recipe          a recipe in double quotes; a file, folder or hub repository that holds one; none for the un-pruned model
+dtype           bfloat16, float16 or float32. Default: as the weights are stored
+device          cpu, cuda, cuda:1, … Default: a GPU if there is one, of several processes one for each
+device_map      as in transformers' from_pretrained: auto, balanced, … for a model that is larger than one device
+max_new_tokens  longest answer where the task states none. Default: 128
+system          a system text for the chat template
+resume          a folder in which every answer is kept: the same run goes on from there
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ NONE = "none"
 """The recipe of the un-pruned model."""
 FORM = """--model_args 'pretrained=FOLDER,recipe="fastv:layer=2,fraction=0.25",dtype=bfloat16'"""
 QUOTES = "\"'"
+NUMBERS = ("max_new_tokens", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Arguments:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.device is not None and self.device_map is not None:
             raise UsageError(f"device={self.device} and device_map={self.device_map} exclude each other: give one of them.")
-        for name in ("max_new_tokens", "batch_size"):
+        for name in NUMBERS:
             if (number := getattr(self, name)) < 1:
                 raise UsageError(f"{name} must be at least 1, found {number}.")
 
@@ -78,10 +79,10 @@ def read_arguments(given: Mapping[str, Any]) -> Arguments:
     _check_names(said)
     if not said.get("pretrained"):
         raise UsageError(f"no model: say which with pretrained=, for example {FORM}.")
-    texts = {name: str(said[name]) for name in ("pretrained", "recipe", "dtype", "device", "device_map", "system") if name in said}
-    numbers = {name: _number(name, said[name]) for name in ("max_new_tokens", "batch_size") if name in said}
-    resume = Path(str(said["resume"])).expanduser() if said.get("resume") else None
-    return Arguments(**texts, **numbers, resume=resume)
+    values: dict[str, Any] = {name: _number(name, value) if name in NUMBERS else str(value) for name, value in said.items()}
+    if "resume" in values:
+        values["resume"] = Path(values["resume"]).expanduser()
+    return Arguments(**values)
 
 
 def write_arguments(arguments: Arguments) -> str:
@@ -118,8 +119,10 @@ def _check_names(said: Mapping[str, Any]) -> None:
         half = ", ".join(f"{name}={said[name]}" for name in strange)
         whole = ",".join([recipe, *(f"{name}={said[name]}" for name in strange)])
         raise UsageError(
-            f"only half of the recipe arrived: {recipe!r}, and beside it {half}, because lmms-eval splits its arguments at every "
-            f'comma; put the recipe in double quotes: --model_args \'pretrained={said.get("pretrained", "FOLDER")},recipe="{whole}"\'.'
+            f"only half of the recipe arrived: {recipe!r}, and beside it {half}, because lmms-eval splits its arguments at "
+            "every "
+            "comma; put the recipe in double quotes: --model_args "
+            f"'pretrained={said.get('pretrained', 'FOLDER')},recipe=\"{whole}\"'."
         )
     raise UsageError(f"{str(unknown('model argument', strange[0], KNOWN)).rstrip('.')}. Write {FORM}.")
 

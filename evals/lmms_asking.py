@@ -1,8 +1,8 @@
 """Ask a model whole prompts in batches, and measure; or compute how likely given answers are.
 
-Both go through `generate`, so that every family gets its own positions and cache. For likelihoods, `generate` is led: the prompt
-runs alone, and only then, token by token on its cache, the answer. So an answer never takes part in the choice of the visual
-tokens that it is judged by.
+Both go through `generate`, so that every family gets its own positions and cache. For likelihoods, `generate` is led: the
+prompt runs alone, and only then, token by token on its cache, the answer. So an answer never takes part in the choice of the
+visual tokens that it is judged by.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class Asker:
         logits = torch.stack(output.logits, dim=1).float()  # [batch, token, vocabulary], before the lead
         kept = self._kept(len(prompts))
         return [
-            Likelihood(*_judged(logits[row, : len(tokens)], tokens), kept[row], measured[row]) for row, tokens in enumerate(wanted)
+            Likelihood(*_judged(logits[row, : len(tokens)], tokens), kept[row], measured[row])
+            for row, tokens in enumerate(wanted)
         ]
 
     def _generate(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> tuple[Any, int, list[Columns]]:
@@ -131,7 +132,8 @@ class Asker:
             inputs = self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **images, **special)
         except (ValueError, TypeError) as error:
             raise UsageError(
-                f"the processor cannot take {' and '.join(dict.fromkeys(prompt.where for prompt in prompts))}: {first_line(error)}."
+                f"the processor cannot take {' and '.join(dict.fromkeys(prompt.where for prompt in prompts))}: "
+                f"{first_line(error)}."
             ) from error
         return to_model(self.model, inputs)
 

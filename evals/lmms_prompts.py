@@ -62,7 +62,8 @@ def make_prompt(processor: Any, messages: Sequence[Message], system: str = "", w
     token = getattr(processor, "image_token", None)
     if token and text.count(token) != len(images):
         raise UsageError(
-            f"{where}: the chat template places {text.count(token)} pictures instead of {len(images)}: the model cannot be asked this."
+            f"{where}: the chat template places {text.count(token)} pictures instead of {len(images)}: the model cannot be "
+            "asked this."
         )
     return Prompt(text, tuple(images), where)
 
@@ -76,7 +77,9 @@ def render(processor: Any, turns: Sequence[Message], where: str = "") -> str:
     import jinja2
 
     if getattr(processor, "chat_template", None) is None:
-        raise UsageError("the processor has no chat template: save the one of the model's authors (chat_template.jinja) beside it.")
+        raise UsageError(
+            "the processor has no chat template: save the one of the model's authors (chat_template.jinja) beside it."
+        )
     try:
         return processor.apply_chat_template(list(turns), add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -125,8 +128,8 @@ def _parts(processor: Any, message: Message, images: list[Image.Image], where: s
         return parts
     if written != len(found):
         raise UsageError(
-            f"{where}: its text has {written} {token}, which stands for a picture, and there are {len(found)} pictures: change the "
-            "text."
+            f"{where}: its text has {written} {token}, which stands for a picture, and there are {len(found)} pictures: change "
+            "the text."
         )
     return _placed(parts, str(token))
 

@@ -58,7 +58,9 @@ class Options:
         said.setdefault("do_sample", float(said.get("temperature", 0)) > 0)
         known = {name: said[name] for name in OPTIONS if name in said and (said["do_sample"] or name not in SAMPLING)}
         ignored = tuple(sorted(set(said) - set(OPTIONS)))
-        return Options(tuple(sorted(known.items())), (until,) if isinstance(until, str) else tuple(filter(None, until)), ignored)
+        return Options(
+            tuple(sorted(known.items())), (until,) if isinstance(until, str) else tuple(filter(None, until)), ignored
+        )
 
     def cut(self, text: str) -> str:
         """A text up to the first of the texts at which it ends."""
@@ -195,7 +197,8 @@ class Session:
 
 
 def _load(arguments: Arguments) -> tuple[Any, Any]:
-    processor, read_weights = open_model(arguments.pretrained, _device(arguments.device))
+    device = "cpu" if arguments.device_map else _device(arguments.device)  # the map says where the model goes
+    processor, read_weights = open_model(arguments.pretrained, device, arguments.device_map)
     model = read_weights()
     return model if arguments.dtype is None else model.to(getattr(torch, arguments.dtype)), processor
 

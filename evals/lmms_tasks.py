@@ -68,8 +68,8 @@ def stock_folder() -> Path:
     spec = find_spec("lmms_eval")
     if spec is None or spec.origin is None:
         raise UsageError(
-            "lmms-eval is not installed in this environment: `pip install 'vlmprune[lmms]'` where there is a GPU; beside a torch for "
-            "CPUs see requirements-lmms.txt (docs/lmms.md, Install)."
+            "lmms-eval is not installed in this environment: `pip install 'vlmprune[lmms]'` where there is a GPU; beside a "
+            "torch for CPUs see requirements-lmms.txt (docs/lmms.md, Install)."
         )
     return Path(spec.origin).parent / "tasks"
 
@@ -115,10 +115,12 @@ def _check_metrics(task: Task) -> None:
     if not asking or any(os.environ.get(key) for key in KEYS):
         return
     static = f"{task.name}_static"
-    instead = f"take {static}, which compares texts" if _defined(static, [stock_folder()]) else "take a task that compares texts"
+    instead = (
+        f"take {static}, which compares texts" if _defined(static, [stock_folder()]) else "take a task that compares texts"
+    )
     raise UsageError(
-        f"the metric {asking[0]} of {task.name} asks a language model behind an API, and neither of {' and '.join(KEYS)} is set: "
-        f"{instead}, or set a key."
+        f"the metric {asking[0]} of {task.name} asks a language model behind an API, and neither of {' and '.join(KEYS)} is "
+        f"set: {instead}, or set a key."
     )
 
 
@@ -131,7 +133,9 @@ def _check_data(task: Task) -> None:
     if Path(place).expanduser().exists():
         return
     if options.get("load_from_disk") or place.startswith((".", "/", "~")):
-        raise UsageError(f"{task.name} reads its data from {place}, and there is no such folder: check dataset_path in {task.path}.")
+        raise UsageError(
+            f"{task.name} reads its data from {place}, and there is no such folder: check dataset_path in {task.path}."
+        )
     check_dataset(place, task.name)
 
 

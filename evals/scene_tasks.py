@@ -11,8 +11,8 @@ three ways to choose the latter:
     popular      those that are in most of the other pictures
     adversarial  its colour is in the picture, and its shape too, but on different objects
 
-In POPE, adversarial objects are those that often stand beside the ones in the picture; drawn objects are independent, so we take
-what is hard here. Its yes-ratio is that of the *answers*: 50 % of the right ones are yes.
+In POPE, adversarial objects are those that often stand beside the ones in the picture; drawn objects are independent, so we
+take what is hard here. The yes-ratio is that of the *answers*; half of the right ones are yes.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ def _existence(lines: Iterable[Mapping[str, Any]], chooser: Callable[[Sequence[S
         there = _things(scene)
         absent = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in there]
         no, yes = choose(absent, there, rng), rng.sample(sorted(there), min(PAIRS, len(there)))
-        for right, answer in [pair for pair in zip(yes, ["yes"] * len(no), strict=False)] + [(thing, "no") for thing in no[: len(yes)]]:
-            yield _document(scene, "existence", _is_there(*right), answer)
+        count = min(len(yes), len(no))
+        for thing, answer in [*((thing, "yes") for thing in yes[:count]), *((thing, "no") for thing in no[:count])]:
+            yield _document(scene, "existence", _is_there(*thing), answer)
 
 
 def _shuffled(absent: Sequence[Thing], there: set[Thing], rng: random.Random) -> list[Thing]:
@@ -165,7 +166,7 @@ def question(document: Document, words: Mapping[str, str] | None = None) -> str:
 
 
 def judge(document: Document, results: Sequence[str]) -> dict[str, Any]:
-    """The score of one answer, for all questions and for its skill. Case, spaces between digits and a full stop do not count."""
+    """The score of an answer, among all and in its skill. Case, spaces between digits and a full stop do not count."""
     score = float(_plain(results[0]) == _plain(document["answer"]))
     entry = {"score": score, "picture": document["scene"], "skill": document["skill"]}
     return {"accuracy": entry, "mean_of_skills": entry, document["skill"]: entry}
@@ -175,8 +176,9 @@ def judge_existence(document: Document, results: Sequence[str]) -> dict[str, Any
     """Right answer and given answer; given is "" if the answer's first word is neither yes nor no."""
     first = next(iter(results[0].lower().replace(",", " ").replace(".", " ").split()), "")
     given = first if first in ("yes", "no") else ""
-    entry = {"score": float(given == document["answer"]), "picture": document["scene"], "right": document["answer"], "given": given}
-    return {name: entry for name in ("accuracy", "precision", "recall", "f1", "yes_ratio", "unclear")}
+    right, scene = document["answer"], document["scene"]
+    entry = {"score": float(given == right), "picture": scene, "right": right, "given": given}
+    return dict.fromkeys(("accuracy", "precision", "recall", "f1", "yes_ratio", "unclear"), entry)
 
 
 def accuracy(entries: Sequence[Mapping[str, Any]]) -> float:

@@ -2,6 +2,7 @@
 
     ask.py      demo, run, view         a model answers questions about pictures
     compare.py  eval, sweep, bench      recipes side by side: accuracy, speed
+    lmms.py     lmms                    the same on the benchmarks of lmms-eval
     choose.py   horizon, tune, sinks    settings for one model
     about.py    methods, env            what there is
 
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from vlmprune import __version__, names
-from vlmprune.cli import about, ask, choose, compare
+from vlmprune.cli import about, ask, choose, compare, lmms
 from vlmprune.errors import UsageError, unknown
 from vlmprune.loading.environment import environment
 
@@ -26,7 +27,7 @@ __all__ = ["app", "environment", "main", "method_rows", "methods_markdown", "red
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Ask a model": {"demo": ask.demo, "run": ask.run, "view": ask.view},
-    "Compare methods": {"eval": compare.evaluate, "sweep": compare.sweep, "bench": compare.bench},
+    "Compare methods": {"eval": compare.evaluate, "sweep": compare.sweep, "bench": compare.bench, "lmms": lmms.lmms},
     "Find settings for your model": {"horizon": choose.horizon, "tune": choose.tune, "sinks": choose.sinks},
     "Look up": {"methods": about.methods, "env": about.env},
 }

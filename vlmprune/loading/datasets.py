@@ -35,7 +35,8 @@ def check_dataset(name: str, what: str) -> None:
         raise UsageError(f"{needs}, and the hub cannot be asked ({error}): {local}.") from error
     except GatedRepoError as error:
         raise UsageError(
-            f"{needs}, and it is gated: ask for access at {constants.ENDPOINT}/datasets/{name}, then log in with `hf auth login`."
+            f"{needs}, and it is gated: ask for access at {constants.ENDPOINT}/datasets/{name}, then log in with `hf auth "
+            "login`."
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UsageError(f"{needs}, and the hub has none of this name, or a private one: {local}.") from error
