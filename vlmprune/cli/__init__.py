@@ -6,8 +6,12 @@
     sweeping.py sweep                   all methods at equal compute
 =======
     compare.py  eval, sweep, bench      recipes side by side: accuracy, speed
+<<<<<<< HEAD
     plan.py     power                   how many questions a comparison needs
 >>>>>>> h12-stats
+=======
+    lmms.py     lmms                    the same on the benchmarks of lmms-eval
+>>>>>>> h12-lmms
     choose.py   horizon, tune, sinks    settings for one model
     about.py    methods, env            what there is
 
@@ -24,7 +28,7 @@ from typing import Annotated, Any
 import typer
 
 from vlmprune import __version__, names
-from vlmprune.cli import about, ask, choose, compare, plan, sweeping
+from vlmprune.cli import about, ask, choose, compare, lmms, plan, sweeping
 from vlmprune.errors import UsageError, unknown
 from vlmprune.loading.environment import environment
 
@@ -32,7 +36,13 @@ __all__ = ["app", "environment", "main", "method_rows", "methods_markdown", "red
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Ask a model": {"demo": ask.demo, "run": ask.run, "view": ask.view},
-    "Compare methods": {"eval": compare.evaluate, "sweep": sweeping.sweep, "bench": compare.bench, "power": plan.power},
+    "Compare methods": {
+        "eval": compare.evaluate,
+        "sweep": sweeping.sweep,
+        "lmms": lmms.lmms,
+        "bench": compare.bench,
+        "power": plan.power,
+    },
     "Find settings for your model": {"horizon": choose.horizon, "tune": choose.tune, "sinks": choose.sinks},
     "Look up": {"methods": about.methods, "env": about.env},
 }
