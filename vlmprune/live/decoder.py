@@ -211,7 +211,7 @@ def look_at(model: Any, family: Family) -> Decoder:
     layers = part(language_model, family.layers, f"a list of decoder layers ({family.layers})", type(language_model).__name__)
     check_config(language_model)
     family = family.as_built(family, base)
-    width = getattr(base.config.vision_config, "hidden_size", 0)
+    width = getattr(getattr(base.config, "vision_config", None), "hidden_size", 0)
     family = replace(
         family,
         facts=replace(family.facts, width=width),
