@@ -1,9 +1,9 @@
 """Pruned prefill against its bound: the un-pruned model on a prompt that has as few visual tokens from the start.
 
-    python benchmarks/native.py [--rounds 9] [--threads 1] [--out benchmarks/results/native-cpu]
+    python benchmarks/native.py [--shape llava|qwen3_vl|gemma3] [--rounds 9] [--threads 1] [--out benchmarks/results/native-cpu]
 
-The two differ by hooks, masks, choosing and gathers only. A LLaVA-shaped random model, 1024 wide, 12 layers, 16
-heads, 576 visual and 60 text tokens, SDPA everywhere, images encoded beforehand. A recipe with stages between layers is
+The two differ by hooks, masks, choosing and gathers only. A random model, 1024 wide, 12 layers, 16 heads, 576 visual and 60
+text tokens (benchmarks/native_shapes.py), SDPA everywhere, images encoded beforehand. A recipe with stages between layers is
 compared with the sum of its layers' native times, each an equal part of a native prompt of that length. Every round measures
 every line, in turn; ratios are taken within rounds. Decoding: one step with each of the caches, and with one that lacks a
 single token, where only our hooks differ from the un-pruned model.
@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from prefill import llava_shaped  # benchmarks/ is no package: its scripts find each other
+from native_shapes import IMAGE, LAYERS, SHAPES, SIDE, VISUAL, Shape, fewer  # benchmarks/ is no package
 from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
@@ -29,20 +29,8 @@ import vlmprune
 from vlmprune.evals.results import Result, stamp
 from vlmprune.show.table import code, table
 
-VISUAL, KEPT, LAYERS, IMAGE = 576, 64, 12, 1
 WORDS = 35, 25
 """Words before and after the image."""
-RECIPES: dict[str, float | None] = {
-    f"random:layer=0,tokens={KEPT}": 0.03,
-    f"divprune:layer=0,tokens={KEPT}": 0.03,
-    f"visionzip:tokens={KEPT}": 0.03,
-    f"flowcut:tokens={KEPT}": 0.05,
-    f"random:layer=2,tokens={KEPT}": 0.03,
-    f"fastv:layer=2,tokens={KEPT}": 0.03,
-    "adaptinfer:layer=2|4|8,tokens=133|64|27": 0.05,
-    "pdrop:layer=3|6|9,tokens=288|144|72": None,
-}
-"""Recipes, and the share of the un-pruned prefill that choosing and shortening may take."""
 
 HOOKS = f"random:layer=0,tokens={VISUAL - 1}"
 BOUND_AT_ONCE, BOUND_BETWEEN = 1.08, 1.10
@@ -62,29 +50,28 @@ COLUMNS = (
 class Bench:
     """One model, one image, and prompts with any number of its tokens."""
 
-    def __init__(self) -> None:
-        self.model, inputs = llava_shaped(dim=1024, mlp=2816, layers=LAYERS, image_token=IMAGE)
-        ids = inputs["input_ids"][0]
-        self.words, self.pixels = ids[ids != IMAGE], inputs["pixel_values"]
+    def __init__(self, shape: Shape) -> None:
+        self.shape, self.model = shape, shape.build()
+        self.words, self.picture = torch.randint(10, 4096, (sum(WORDS),)), shape.picture()
         self.encoded = self._encode()
 
     def _encode(self) -> Any:
-        return self.model.base_model.get_image_features(pixel_values=self.pixels, return_dict=True)
+        return self.model.base_model.get_image_features(**self.picture, return_dict=True)
 
-    def _prompt(self, encoded: Any) -> dict[str, Any]:
-        count = encoded.pooler_output[0].shape[0]
-        ids = torch.cat((self.words[: WORDS[0]], torch.full((count,), IMAGE), self.words[WORDS[0] :]))[None]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_encoder_outputs": {"image": encoded}}
+    def _prompt(self, encoded: Any, rows: int, columns: int) -> dict[str, Any]:
+        picture = torch.full((rows * columns,), IMAGE)
+        ids = torch.cat((self.words[: WORDS[0]], picture, self.words[WORDS[0] :]))[None]
+        own = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_encoder_outputs": {"image": encoded}}
+        return {**own, **self.shape.rest(ids, rows, columns)}
 
     def native(self, count: int) -> tuple[float, Any]:
         """Seconds of an un-pruned prefill with `count` visual tokens, and its cache."""
-        fewer = type(self.encoded)(**self.encoded)
-        fewer.pooler_output = [self.encoded.pooler_output[0][:count].clone()]
-        return self._prefill(self._prompt(fewer))
+        rows, columns = (SIDE, SIDE) if count == VISUAL else (1, count)
+        return self._prefill(self._prompt(fewer(self.encoded, count), rows, columns))
 
     def pruned(self, recipe: str) -> tuple[float, Any, vlmprune.Report]:
         with vlmprune.wrap(self.model, recipe) as run:
-            seconds, cache = self._prefill(self._prompt(self._encode()))
+            seconds, cache = self._prefill(self._prompt(self._encode(), SIDE, SIDE))
             return seconds, cache, run.report()
 
     def _prefill(self, prompt: Mapping[str, Any]) -> tuple[float, Any]:
@@ -102,13 +89,13 @@ class Bench:
             return time.perf_counter() - start
 
 
-def measure(rounds: int, steps: int, tick: Callable[[], None]) -> dict[str, Any]:
+def measure(shape: Shape, rounds: int, steps: int, tick: Callable[[], None]) -> dict[str, Any]:
     """Seconds of every line in every round, and the reports."""
-    bench = Bench()
-    reports = {recipe: bench.pruned(recipe)[2] for recipe in RECIPES}
+    bench, recipes = Bench(shape), shape.recipes
+    reports = {recipe: bench.pruned(recipe)[2] for recipe in recipes}
     counts = sorted({VISUAL, *(kept - sum(WORDS) for report in reports.values() for kept in report.entering)}, reverse=True)
     seconds: dict[str, list[float]] = {}
-    shares: dict[str, list[dict[str, float]]] = {recipe: [] for recipe in RECIPES}
+    shares: dict[str, list[dict[str, float]]] = {recipe: [] for recipe in recipes}
     decoding: dict[str, list[float]] = {}
     caches: dict[str | None, Any] = {}
     for turn in range(rounds + 1):  # the first warms up
@@ -118,7 +105,7 @@ def measure(rounds: int, steps: int, tick: Callable[[], None]) -> dict[str, Any]
             if count == VISUAL:
                 caches[None] = cache
             tick()
-        for recipe in RECIPES:
+        for recipe in recipes:
             taken, caches[recipe], reports[recipe] = bench.pruned(recipe)
             seconds.setdefault(recipe, []).append(taken)
             shares[recipe].append(dict(reports[recipe].overhead))
@@ -128,7 +115,7 @@ def measure(rounds: int, steps: int, tick: Callable[[], None]) -> dict[str, Any]
             for recipe, cache in caches.items():
                 decoding.setdefault(recipe or "un-pruned", []).append(bench.step(recipe, cache))
         if not turn:
-            seconds, decoding, shares = {}, {}, {recipe: [] for recipe in RECIPES}
+            seconds, decoding, shares = {}, {}, {recipe: [] for recipe in recipes}
     whole = seconds[f"native {VISUAL}"]
     lines = []
     for recipe, report in reports.items():
@@ -150,7 +137,7 @@ def measure(rounds: int, steps: int, tick: Callable[[], None]) -> dict[str, Any]
                 "flops_ratio": report.flops_unpruned / report.flops,
                 "overhead": spread([sum(share.values()) for share in each]),
                 "overhead_by_place": {place: median(share[place] for share in each) for place in each[0]},
-                "overhead_target": RECIPES[recipe],
+                "overhead_target": recipes[recipe],
                 "step_ms": spread([1e3 * s for s in decoding[recipe]]),
                 "step_over_unpruned": spread([s / w for s, w in zip(decoding[recipe], decoding["un-pruned"], strict=True)]),
             }
@@ -203,18 +190,25 @@ def three(found: Mapping[str, float]) -> str:
 
 
 def main(
+    shape: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}.")] = "llava",
     rounds: Annotated[int, typer.Option(min=3)] = 9,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Decoding steps per round.")] = 5,
-    out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = Path("benchmarks/results/native-cpu"),
+    out: Annotated[
+        Path | None, typer.Option(help="Path of the results, without suffix. Default: benchmarks/results/native-SHAPE-cpu.")
+    ] = None,
 ) -> None:
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"there is no shape {shape!r}: choose one of {', '.join(SHAPES)}.", param_hint="--shape")
+    named = "" if shape == "llava" else f"-{shape}"
+    out = out or Path(f"benchmarks/results/native{named}-cpu")
     torch.set_num_threads(threads)
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
         task = progress.add_task("native bound", total=None)
-        results = measure(rounds, steps, lambda: progress.advance(task))
-    command = f"python benchmarks/native.py --rounds {rounds} --threads {threads} --steps {steps}"
+        results = measure(SHAPES[shape], rounds, steps, lambda: progress.advance(task))
+    command = f"python benchmarks/native.py --shape {shape} --rounds {rounds} --threads {threads} --steps {steps}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    result({**stamp(command), **results}).deliver(Console(), out)
+    result({**stamp(command), "shape": shape, **results}).deliver(Console(), out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -134,14 +135,15 @@ def test_commands_on_every_family(monkeypatch, capsys, place, family):
 def test_benchmarks(monkeypatch, capsys, place, script):
     (command,) = [c for c in COMMANDS if c[:2] == ["python", f"benchmarks/{script}.py"]]
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    prefill, module = import_module("prefill"), import_module(script)
+    prefill, shapes, module = import_module("prefill"), import_module("native_shapes"), import_module(script)
     build = prefill.llava_shaped
-    for user in (prefill, module):
+    for user in (prefill, shapes):
         monkeypatch.setattr(user, "llava_shaped", lambda **settings: build(**{**settings, "dim": 64, "mlp": 64}))
-    recipes = list(module.RECIPES)[:2]
-    monkeypatch.setattr(
-        module, "RECIPES", {name: module.RECIPES[name] for name in recipes} if script == "native" else tuple(recipes)
-    )
+    if script == "native":
+        few = dict(list(shapes.SHAPES["llava"].recipes.items())[:2])
+        monkeypatch.setitem(shapes.SHAPES, "llava", replace(shapes.SHAPES["llava"], recipes=few))
+    else:
+        monkeypatch.setattr(module, "RECIPES", module.RECIPES[:2])
     monkeypatch.setattr(sys, "argv", [*command[1:], *SHORTER["benchmarks"], "--out", str(place / script)])
     with pytest.raises(SystemExit) as stop:
         module.typer.run(module.main)

@@ -11,6 +11,7 @@ from torch import Tensor
 from vlmprune.live.cache import MarkedLayer
 from vlmprune.live.edits import Edits
 from vlmprune.live.entries import Entries
+from vlmprune.live.injected import Injections
 from vlmprune.live.layout import Bools, Layout, Tokens
 from vlmprune.live.record import Judged, Prefill
 from vlmprune.live.rows import Reduction
@@ -75,6 +76,7 @@ class Prompt:
         text_attention: per decoder layer, `[batch, head, text, key]` attention of these rows.
         chosen: per stage, what it left; filled from the start when generation without a cache runs the same prompt again.
         replayed: the choices are those of an earlier run of the same prompt.
+        injections: what is to be added to visual tokens between decoder layers; None if the model adds all of it.
     """
 
     tokens: Tokens
@@ -92,6 +94,7 @@ class Prompt:
     text_attention: dict[int, Tensor] = field(default_factory=dict)
     chosen: dict[int, StageResult] = field(default_factory=dict)
     replayed: bool = False
+    injections: Injections | None = None
 
 
 @dataclass(eq=False)

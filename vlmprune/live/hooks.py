@@ -226,6 +226,15 @@ class Hooks:
             tower.plan.tower.leave(tower, output)
             self._thread.tower = None if tower.over else tower
 
+    def enter_first_block_alone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The same as `enter_first_block`, of a tower whose blocks take no keyword arguments: this thread's pass."""
+        if (tower := self._thread.tower) is not None:
+            tower.plan.tower.enter_first_block(tower, args, kwargs)
+
+    def enter_block_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The attention of a block that takes no keyword arguments is given this thread's pass."""
+        return None if (tower := self._thread.tower) is None else (args, {**kwargs, CALL_ARGUMENT: tower})
+
     def enter_merger(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What enters the projector of a packed tower is shortened."""
         tower = self._thread.tower

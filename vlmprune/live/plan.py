@@ -129,11 +129,15 @@ class Plan:
         if module.training:
             call.recomputes |= is_recomputed(module)
         if not call.idle and self.pruning.at and index >= self.pruning.at[0]:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = entered = args[0] if args else kwargs["hidden_states"]
+            if call.prompt is not None and call.prompt.injections is not None:
+                hidden = call.prompt.injections.entering(index, hidden, call.section_of(index - 1).rows)
             if call.section.rows is None or index in self.pruning.at or call.recomputes:
                 given = self.pruning.enter_layer(index, module, call, hidden, kwargs)
             else:  # the section is open, and its layers are given the same
                 given = hidden, call.section.arguments(index, call, hidden, kwargs, self.pruning.stack)
+            if given is None and hidden is not entered:
+                given = hidden, kwargs
             if given is not None:
                 hidden, kwargs = given
                 more = args[1:] if len(args) < 2 or (rows := call.section.rows) is None else _shortened(rows, args[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from vlmprune.device import on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.cache import PrunedLayer, check_growing, conversation_layer, hand_over
 from vlmprune.live.call import Call, Prompt, StageResult
+from vlmprune.live.injected import take_over
 from vlmprune.live.owner import Encoded, Owner, encoded_of
 from vlmprune.live.prompt import (
     begin_prompt,
@@ -76,7 +77,7 @@ def begin(call: Call, kwargs: dict[str, Any]) -> None:
     try:
         _find_images(plan, call, kwargs)
     except UsageError:  # what cannot be followed is refused only where it matters: the plain model takes it
-        if plan.may_change(call.images, call.budget):
+        if plan.may_change(_sizes(plan, call.images), call.budget):
             raise
         read_mask(call, kwargs)
 
@@ -104,7 +105,7 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
             "videos are not pruned yet: pass the frames as pictures, or run this prompt inside "
             "`with run.override(enabled=False):`."
         )
-    counts = call.images = _encoded_counts(encoded.get("image")) or plan.family.tokens_per_image(kwargs, plan.config)
+    counts = call.images = _encoded_counts(plan, encoded.get("image")) or plan.family.tokens_per_image(kwargs, plan.config)
     plan.links.check(whole=counts is not None)
     if counts is None:
         refuse_merged(kwargs, plan.language_model)
@@ -112,7 +113,7 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
     if (ids := identity_of(kwargs)) is None:
         return  # the model itself refuses this
     cache, edits = kwargs.get("past_key_values"), plan.redistribution.names
-    if edits or plan.pruning.may_drop(counts, call.budget):
+    if edits or plan.pruning.may_drop(_sizes(plan, counts), call.budget):
         check_growing(cache, "attention redistribution" if edits else "pruning inside the language model")
     shortens = plan.pruning.cache_stage
     if shortens is not None and (call.tail or (cache is None and kwargs.get("mm_encoder_outputs") is not None)):
@@ -125,7 +126,7 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
         call.tail += ids.shape[1] - known.ids.shape[1]
         call.uncached, call.resumed = known.marks, bool(known.marks)
     tokens = read_prompt(call, kwargs, plan.family.image_token(plan.config), plan.language_model, plan.needs, edits)
-    call.prompt = begin_prompt(call, tokens, counts, ids.device)
+    call.prompt = begin_prompt(call, tokens, counts, ids.device, plan.family.joins)
     if known is not None:
         call.prompt.chosen, call.prompt.replayed = known.chosen, bool(known.chosen)
 
@@ -136,8 +137,13 @@ def identity_of(kwargs: Mapping[str, Any]) -> Tensor | None:
     return embeddings[..., 0] if ids is None and embeddings is not None else ids
 
 
-def _encoded_counts(encoded: Any) -> list[int] | None:
-    """Visual tokens of each image, where `generate` has encoded them already."""
+def _sizes(plan: Plan, counts: Sequence[int] | None) -> Sequence[int] | None:
+    """Visual tokens of each image; None where these are of tiles, so that an image may have any number of them."""
+    return counts if plan.family.joins is None else None
+
+
+def _encoded_counts(plan: Plan, encoded: Any) -> list[int] | None:
+    """Visual tokens of each image, or of each of its tiles, where `generate` has encoded them already."""
     if encoded is None:
         return None
     if encoded.last_hidden_state is None:  # generate() cuts features up for a chunked prefill, and leaves this out
@@ -146,7 +152,7 @@ def _encoded_counts(encoded: Any) -> list[int] | None:
             "them, whether the prompt has one chunk or several: leave prefill_chunk_size out, and pass on what "
             "get_image_features returned as it is."
         )
-    return [features.shape[0] for features in encoded.pooler_output]
+    return plan.family.entries([features.shape[0] for features in encoded.pooler_output], plan.config)
 
 
 # -- at the language model ---------------------------------------------------------------------------------------------------
@@ -186,6 +192,8 @@ def enter_prompt(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str
         kwargs = {**kwargs, "attention_mask": None}
     if kwargs.get(ROWS_WANTED) and plan.pruning.may_drop(prompt.candidates, call.budget):
         kwargs = {**kwargs, ROWS_WANTED: 0}
+    if plan.family.injected is not None and plan.pruning.at:
+        kwargs, prompt.injections = take_over(plan.family.injected, plan.pruning.at[0], len(plan.layers), kwargs)
     return args, kwargs
 
 

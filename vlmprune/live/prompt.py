@@ -136,14 +136,21 @@ def read_prompt(
     return Tokens.of(known, real, there, call.tail, None if segments is None else _with_pictures(segments, there))
 
 
-def begin_prompt(call: Call, tokens: Tokens, counts: Sequence[int], device: torch.device) -> Prompt:
+def begin_prompt(
+    call: Call,
+    tokens: Tokens,
+    counts: Sequence[int],
+    device: torch.device,
+    joins: Callable[[Sequence[int]], bool] | None = None,
+) -> Prompt:
     """The prompt of a call with images.
 
     Args:
-        counts: visual tokens of each image.
+        counts: visual tokens of each image, or of each of its tiles.
+        joins: as in `Layout.find`.
     """
     call.batch, call.sequence = tokens.real.shape
-    return Prompt(tokens, Layout.find(tokens, counts, device), on_device(tokens.end, device))
+    return Prompt(tokens, Layout.find(tokens, counts, device, joins), on_device(tokens.end, device))
 
 
 def packed_samples(kwargs: Mapping[str, Any], ids: Tensor, config: Any, flash: bool) -> Tensor | None:

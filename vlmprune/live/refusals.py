@@ -141,6 +141,12 @@ def check_tower(
             f"{recipe} needs the patch and the crop of each token, but {facts.refusal}: choose a method that looks at the "
             "language model only."
         )
+    if inside is not None and inside.stage.site == "vision" and facts.whole:
+        raise UsageError(
+            f"{inside.method.name} drops patches between blocks of the vision tower, but the tower of {decoder.family.name} needs "
+            "all of them up to its end (it takes features from several blocks, or merges squares of patches): choose a method "
+            "that prunes in the language model."
+        )
     if inside is not None and inside.stage.site == "vision" and last_block() == 0:
         raise UsageError(
             f"{inside.method.name} drops patches between blocks of the vision tower, but this model takes its features from "
