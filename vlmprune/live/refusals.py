@@ -46,6 +46,7 @@ def check_stages(recipe: Recipe, decoder: Decoder, stages: Sequence[BoundStage])
                 f'{bound.method.name}: positions="compact" needs rotary embeddings that follow from positions, but those of '
                 f'{decoder.name} depend on the layer: use positions="original".'
             )
+    check_kinds(recipe, decoder, stages)
     for bound in stages:
         ahead = bool(bound.needs & AHEAD)
         if not (bound.needs & BEFORE_THE_STAGE or ahead):
@@ -59,6 +60,33 @@ def check_stages(recipe: Recipe, decoder: Decoder, stages: Sequence[BoundStage])
             _check_attention(decoder, bound.stage.layer - 1, bound.method.name, needs_call=True)
         if ahead:
             _check_attention(decoder, bound.stage.layer, bound.method.name, needs_call=False)
+
+
+def check_kinds(recipe: Recipe, decoder: Decoder, stages: Sequence[BoundStage]) -> None:
+    """Whether the layers at which a recipe prunes are of kinds that allow it.
+
+    Raises:
+        UsageError: a method looks at the attention of a layer that has none; or layers behind a stage see keys that an earlier
+            layer stored before tokens were dropped.
+    """
+    kinds = decoder.kinds
+    last = kinds.lenders[0] if kinds.lenders else len(kinds.of)
+    for bound in stages:
+        name, layer = bound.method.name, bound.stage.layer
+        if layer > last:
+            raise UsageError(
+                f"{name} prunes at layer {layer}, but later layers see the keys that layer {last} stores, before tokens are "
+                f"dropped: choose a layer up to {last}."
+            )
+        wanted = [layer - 1] * bool(bound.needs & BEFORE_THE_STAGE) + [layer] * bool(bound.needs & AHEAD)
+        for index in wanted:
+            if kinds.of[index].recurrent:
+                shift = 1 if index < layer else 0
+                usable = [str(other + shift) for other in kinds.with_attention if other + shift < len(kinds.of)]
+                raise UsageError(
+                    f"{name} prunes at layer {layer} by the attention of layer {index}, but {kinds.in_words(index)}: prune at "
+                    f"one of the layers {', '.join(usable)}."
+                )
 
 
 def check_edits(decoder: Decoder, redistribution: Redistribution) -> None:
@@ -162,7 +190,7 @@ def _check_attention(decoder: Decoder, index: int, method: str, needs_call: bool
         )
     strange = [name for name, x in seen.kwargs.items() if name not in KNOWN and isinstance(x, Tensor)]
     strange += [name for name in ("softcap",) if seen.kwargs.get(name) is not None]
-    strange += [] if decoder.gives_mask(seen.mask) else ["a mask of its own"]
+    strange += [] if decoder.gives_mask(index, seen.mask) else ["a mask of its own"]
     if weights and strange:
         raise UsageError(
             f"{method} computes attention as softmax of scaled products, but {layer} adds {', '.join(strange)}: choose a "
