@@ -218,7 +218,7 @@ def look_at(model: Any, family: Family) -> Decoder:
     check_config(language_model)
     kinds = kinds_of(language_model, layers)
     family = family.as_built(family, base)
-    width = getattr(base.config.vision_config, "hidden_size", 0)
+    width = getattr(getattr(base.config, "vision_config", None), "hidden_size", 0)
     family = replace(
         family,
         facts=replace(family.facts, width=width),

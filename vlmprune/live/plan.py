@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.adapters.registry import family_of
 from vlmprune.cost import DecoderShape
 from vlmprune.live.attention import CALL_ARGUMENT
 from vlmprune.live.attention_probes import see_attention
 from vlmprune.live.call import Call
 from vlmprune.live.context import Contexts
 from vlmprune.live.decoder import carried, carry, look_at
+from vlmprune.live.finder import choose_family
 from vlmprune.live.links import Links
 from vlmprune.live.pruning import Pruning, timed
 from vlmprune.live.redistribution import Redistribution
@@ -51,8 +51,10 @@ class Plan:
         model: as it was wrapped.
         recipe: what is applied.
         contexts: what callers say about the handle.
+        family: name of a family, or "auto", to use instead of the model's own type.
 
     Attributes:
+        found: what was found in a model of an unknown family; None otherwise.
         pruning, redistribution, tower: what the recipe does in the language model, in its attention, and in the vision tower.
         needs: all probes that methods look at.
         observers, editors: by attention module, what looks at its queries and keys (called with the plan first), and what
@@ -67,10 +69,11 @@ class Plan:
         UsageError: the recipe cannot be applied to this model. The model was not touched.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, contexts: Contexts) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, contexts: Contexts, family: str | None = None) -> None:
         self.model, self.recipe, self.contexts = model, recipe, contexts
         self.warned_of_labels = False
-        decoder = look_at(model, family_of(model.config))
+        described, self.found = choose_family(model, family)
+        decoder = look_at(model, described)
         self.family, self.base, self.language_model, self.layers = (
             decoder.family,
             decoder.base,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmprune.adapters.family import has_mrope
+from vlmprune.adapters.family import Family, has_mrope
 from vlmprune.errors import UsageError
 from vlmprune.live.choosing import BoundStage
 from vlmprune.live.decoder import KNOWN, Decoder
@@ -30,6 +30,7 @@ def check_stages(recipe: Recipe, decoder: Decoder, stages: Sequence[BoundStage])
     text_config, layers = decoder.language_model.config, len(decoder.layers)
     for bound in stages:
         check_needs(bound.method.name, bound.needs, known_probes())
+        _check_reads(decoder.family, bound.method.name, bound.needs)
         if bound.stage.layer >= layers:
             raise UsageError(
                 f"{bound.method.name} prunes at layer {bound.stage.layer}, but the model has layers 0 to {layers - 1}: "
@@ -94,6 +95,11 @@ def check_edits(decoder: Decoder, redistribution: Redistribution) -> None:
     Raises:
         UsageError: attention that is not what the edit takes it for.
     """
+    if redistribution.names and decoder.family.reads is not None:
+        raise UsageError(
+            f"{redistribution.names[0]} edits attention, of which nothing is known in a model that was found by family='auto': "
+            "choose a method that looks at nothing but features; see the column 'scored by' of `vlmprune methods`."
+        )
     names = {index: method.name for index, method in redistribution.by_layer.items()}
     scalers = [method.name for method in redistribution.by_layer.values() if isinstance(method, HeadScaler)]
     for index in redistribution.routed:
@@ -156,6 +162,15 @@ def check_tower(
         raise UsageError(
             f"{recipe} looks at attention in the vision tower, which {found!r} does not offer yet: call "
             'model.set_attn_implementation({"vision_config": "sdpa"}).'
+        )
+
+
+def _check_reads(family: Family, method: str, needs: frozenset[str]) -> None:
+    """Refuse a method that looks at more than is known of a model."""
+    if family.reads is not None and (more := sorted(needs - family.reads)):
+        raise UsageError(
+            f"{method} looks at {', '.join(more)}, of which nothing is known in a model that was found by family='auto': choose "
+            "a method that looks at nothing but features; see the column 'scored by' of `vlmprune methods`."
         )
 
 
