@@ -110,7 +110,13 @@ def _layers(cell: Cell) -> set[int]:
     return set(STAGES[cell.stages])
 
 
-REFUSALS: list[Refusal] = []
+REFUSALS: list[Refusal] = [
+    Refusal(
+        words="would be spread over samples",
+        reason="transformers repeats a row's pictures one by one where it repeats the row, and so mixes them up (GLM-V)",
+        applies=lambda cell: cell.family.startswith("glm4") and cell.way in ("beams", "sampling") and cell.batch == "ragged",
+    ),
+]
 
 
 def refusal_of(cell: Cell) -> Refusal | None:
