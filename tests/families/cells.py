@@ -112,6 +112,11 @@ def _layers(cell: Cell) -> set[int]:
 
 REFUSALS: list[Refusal] = [
     Refusal(
+        words="assisted decoding is not supported",
+        reason="the model's forward takes no logits_to_keep, so that guessed tokens cannot be told from the prompt",
+        applies=lambda cell: cell.family == "video_llama_3" and cell.way == "prompt lookup",
+    ),
+    Refusal(
         words="would be spread over samples",
         reason="transformers repeats a row's pictures one by one where it repeats the row, and so mixes them up (GLM-V)",
         applies=lambda cell: cell.family.startswith("glm4") and cell.way in ("beams", "sampling") and cell.batch == "ragged",
