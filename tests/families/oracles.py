@@ -193,8 +193,7 @@ def native_logits(name: str, model: Any, inputs: dict[str, Any], keep: Tensor, n
 
     For causal families without windows, blocks or injected layers; one sample without padding.
     """
-    tiny = TINY[name]
-    assert not any((tiny.window, tiny.blocks, tiny.injected))
+    assert TINY[name].plain
     assert inputs["attention_mask"].all()
     text, call, entering = language_model(model), whole(name, model, inputs, new), {}
 

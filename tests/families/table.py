@@ -254,6 +254,11 @@ class Tiny:
     blocks: bool = False
 
     @property
+    def plain(self) -> bool:
+        """Whether masks are causal and the same in all layers, and nothing is injected."""
+        return not any((self.window, self.blocks, self.injected))
+
+    @property
     def model_type(self) -> str:
         return self.model.config_class.model_type
 

@@ -22,7 +22,7 @@ from vlmprune.live.attention import CALL_ARGUMENT
 from vlmprune.live.call import Call
 from vlmprune.live.owner import Encoded, Owner
 from vlmprune.live.owners import Owners
-from vlmprune.live.prefill import begin, enter_prompt, leave_prompt
+from vlmprune.live.prefill import begin, enter_prompt, goes_on, leave_prompt
 from vlmprune.live.prompt import by_name, strange_embeddings
 from vlmprune.live.tower import TowerPass
 
@@ -132,7 +132,7 @@ class Hooks:
         if ids is None or ids.shape[1] != 1:
             return False
         if mask is None:
-            recorded = getattr(cache.layers[-1], "recorded", None)
+            recorded = getattr(cache.layers[plan.kinds.last], "recorded", None)
             if recorded is not None and not recorded.unpadded:
                 return False  # earlier turns hid tokens, so that this one needs a mask
         elif not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -168,18 +168,18 @@ class Hooks:
         """The call reaches the language model, or this was called directly."""
         call: Call | None = kwargs.get(CALL_ARGUMENT)
         if call is not None:
-            if call.plan is None:
+            plan = call.plan
+            if plan is None:
                 return None
             if not call.past or call.prompt is not None:
-                return enter_prompt(call.plan, call, args, kwargs)
-            plan = call.plan
+                return enter_prompt(plan, call, args, kwargs)
             if plan.edited and not plan.carried:
                 plan.redistribution.enter_step(call, kwargs)
             call.idle = plan.pruning.decodes_without_padding(call, kwargs)
             if call.idle:
                 return args, {**kwargs, "attention_mask": None}
             call.idle = call.edits.ready and not plan.pruning.at
-            return None
+            return goes_on(plan, call, args, kwargs)
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
         if _innermost(type(self.base), only=self.base, function="forward") is not None:
