@@ -53,7 +53,7 @@ def document(folder: Path, sources: Sequence[Source]) -> Document:
         sections.append(Section("Which tokens stay", "kept", (Paragraph(note), *pictures)))
     sections += [report_sections.costs(one) for one in found]
     sections += [report_sections.other(source) for source in sources if source.kind in report_sections.RESULTS]
-    sections += report_lmms.sections([source for source in sources if source.kind == "lmms"])
+    sections += report_lmms.sections([source for source in sources if source.kind == "lmms-eval"])
     sections += [report_sections.notes_of_sweep(source.numbers) for source in sources if source.kind == "sweep"]
     sections.append(report_sections.measured(sources))
     return Document(f"vlmprune report: {folder.resolve().name}", _lead(sources), _tiles(found), tuple(sections))

@@ -161,7 +161,7 @@ def of_sweep(file: str, numbers: Mapping[str, Any]) -> Comparison:
             name=accuracy.UNPRUNED if point is None else point.method,
             recipe=row.recipe,
             mean=Estimate(row.mean, *row.interval),
-            groups=_groups(row.by_skill),
+            groups={name: Estimate(own.value, own.low, own.high, own.n) for name, own in row.by_skill.items()},
             budget=None if point is None else point.budget,
             places="" if point is None else point.places,
             over_random={key: _against(over) for key, over in row.over_random.items()},
@@ -182,8 +182,8 @@ def of_accuracy(file: str, numbers: Mapping[str, Any]) -> Comparison:
         file: its name.
         numbers: what `accuracy.json` holds.
     """
-    plain, *rows = (accuracy.Row.from_dict(row) for row in numbers["rows"])
-    whole, places = getattr(plain, "kept", None), [_where(row.recipe) for row in rows]
+    plain, *rows = numbers["rows"]
+    whole, places = plain.get("kept"), [_where(row["recipe"]) for row in rows]
     lines = [_accuracy_line(row, place, whole) for row, place in zip(rows, places, strict=True)]
     at_random = {place.stages: line.mean for place, line in zip(places, lines, strict=True) if line.is_random}
     beside = [
@@ -230,31 +230,32 @@ def _where(text: str) -> Where:
     return Where(name, layers, budgets, stages[-1].budget.fraction)
 
 
-def _accuracy_line(row: accuracy.Row, where: Where, whole: float | None) -> Line:
+def _accuracy_line(row: Mapping[str, Any], where: Where, whole: float | None) -> Line:
     """A line from a row; `whole` is the number of visual tokens of the un-pruned model, where the file has it."""
-    plain, kept, left = row.recipe == accuracy.UNPRUNED, where.fraction, getattr(row, "kept", None)
+    plain, kept = row["recipe"] == accuracy.UNPRUNED, where.fraction
     if plain:
         kept = 1.0
-    elif kept is None and where.stages and left is not None and whole:
-        kept = left / whole
+    elif kept is None and where.stages and row.get("kept") is not None and whole:
+        kept = row["kept"] / whole
+    low, high = row["lost_interval"]
     return Line(
-        name=row.recipe if kept is None else where.name,
-        recipe=row.recipe,
-        mean=Estimate(row.mean, *row.interval),
-        groups=_groups(row.by_skill),
+        name=row["recipe"] if kept is None else where.name,
+        recipe=row["recipe"],
+        mean=Estimate(row["mean"], *row["interval"]),
+        groups={name: _group(own) for name, own in row["by_skill"].items()},
         budget=None if plain else kept,
         places=where.places,
-        lost_interval=row.lost_interval,
-        lost_p=getattr(row, "p", None),
-        loyalty=row.loyalty,
-        compute=getattr(row, "share", None),
+        lost_interval=(low, high),
+        lost_p=row.get("p"),
+        loyalty=row["loyalty"],
+        compute=row.get("share"),
         kept=kept,
-        seconds=getattr(row, "seconds", None),
+        seconds=row.get("seconds"),
     )
 
 
-def _groups(by_skill: Mapping[str, Any]) -> dict[str, Estimate]:
-    return {name: Estimate(found.value, found.low, found.high, found.n) for name, found in by_skill.items()}
+def _group(found: Mapping[str, Any]) -> Estimate:
+    return Estimate(found["value"], found["low"], found["high"], found["n"])
 
 
 def _against(over: sweep_rows.Difference) -> Against:

@@ -7,7 +7,17 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
-from vlmprune.evals import bench_report, horizon_report, report_figures, report_svg, sweep_report, sweep_rows, tune
+from vlmprune.evals import (
+    bench_report,
+    horizon_report,
+    lmms_results,
+    power,
+    report_figures,
+    report_svg,
+    sweep_report,
+    sweep_rows,
+    tune,
+)
 from vlmprune.evals.report_lines import Comparison, Line
 from vlmprune.evals.report_losses import collapse_sentences, collapses, findings, losing, verdict_of
 from vlmprune.evals.report_parts import Cell, Facts, Figure, Figures, Paragraph, Part, Section, Sentences, Table, percent_of
@@ -154,6 +164,8 @@ RESULTS: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], Result]]] = {
         "Two line charts: what visual tokens still add, over decoder layers; the table above has the numbers.",
         horizon_report.result,
     ),
+    "lmms": ("lmms-eval", "", lmms_results.result),
+    "power": ("How many questions are needed", "", power.result),
     "tune": ("Schedule from attention", "Chart of the change points; the table above has the numbers.", tune.result),
 }
 """Results that are shown as their command shows them: title, what the figure shows in words, and what makes the `Result`."""
@@ -164,7 +176,7 @@ def other(source: Source) -> Section:
     title, says, make = RESULTS[source.kind]
     result = make(source.numbers)
     stem = source.name.partition(".")[0]
-    parts: list[Part] = [part for shown in result.parts if shown for part in [_part(shown, title)]]
+    parts = [_part(shown, title) for shown in result.parts if shown]
     if result.draw is not None:
         svg = report_svg.from_drawing(result.draw, stem, says)
         parts.append(Figures((Figure("", svg, says, wide=True),)))
@@ -174,7 +186,7 @@ def other(source: Source) -> Section:
 def _part(shown: Any, title: str) -> Part:
     table = shown[0] if isinstance(shown, tuple) else shown
     if isinstance(table, RichTable):
-        return Table.of(table, title)
+        return Table.of(table, str(table.title or title))
     return Sentences(tuple(shown)) if isinstance(shown, list) else Paragraph(shown)
 
 
@@ -203,4 +215,4 @@ def measured(sources: Sequence[Source]) -> Section:
     return Section("How it was measured", "measured", tuple(part for part in parts if not isinstance(part, Facts) or part.rows))
 
 
-_DATED = ("sweep", "accuracy", "bench", "horizon", "tune")
+_DATED = ("sweep", "accuracy", *RESULTS)
