@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import shutil
 from io import BytesIO
 from itertools import pairwise
@@ -344,6 +345,17 @@ def test_pictures_are_made_once_and_found_again(folder, monkeypatch, capsys):
     assert page.count("<img ") == len(rows) == 15
     assert command(monkeypatch, "report", folder, "--out", folder / "again.html") == 0
     assert (folder / "again.html").read_text() == page
+
+
+def test_commands_say_how_to_see_their_folder_as_a_page(tmp_path, monkeypatch, capsys):
+    """`eval` writes a folder, and the command that it names shows it."""
+    out = tmp_path / "my results"
+    assert command(monkeypatch, "eval", "--images", 2, "--recipe", "random:fraction=0.5", "--out", out) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "shows this folder as a page" in line]
+    name, *arguments = shlex.split(line.split("`")[1])
+    assert name == "vlmprune"
+    assert command(monkeypatch, *arguments) == 0
+    assert (out / "report.html").exists()
 
 
 # --- what cannot be shown --------------------------------------------------------------------------------------------
