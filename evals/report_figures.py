@@ -48,17 +48,20 @@ AXES = (
 
 
 def overviews(found: Comparison) -> Figures | None:
-    """Accuracy over compute, tokens and time, for each of them that at least two points have; None if there is none."""
+    """Accuracy over compute, tokens and time, for each of them on which some method has two points; None if there is none."""
     figures = []
     for axis in AXES:
         lines = [line for line in found.lines if axis.of(line, found) is not None and line.budget is not None]
-        if len(lines) >= 2:
+        if any(len({axis.of(line, found) for line in lines if line.name == name}) > 1 for name in found.methods):
             figures.append(_overview(found, axis, lines))
-    return Figures(tuple(figures), legend=_OVERVIEW_LEGEND) if figures else None
+    shown = {"unpruned"} | {
+        _look(name, own[0], best_names(found), worst_names(found))[0] for name, own in found.methods.items()
+    }
+    return Figures(tuple(figures), tuple((key, text) for key, text in _LEGEND if key in shown)) if figures else None
 
 
-_OVERVIEW_LEGEND = (
-    ("s1", "highest mean at some budget, with 95 % band"),
+_LEGEND = (
+    ("best", "highest mean at some budget, with 95 % band"),
     ("bad", "loses to random at some budget"),
     ("random", "random tokens, with 95 % band"),
     ("other", "other methods"),
@@ -82,9 +85,9 @@ def _overview(found: Comparison, axis: Axis, lines: Sequence[Line]) -> Figure:
             if not points:
                 continue
             points.sort(key=lambda point: point[0])
-            colour, dashes, width = _look(method, points[0][1], best, worst)
+            key, colour, dashes, width = _look(method, points[0][1], best, worst)
             at, means = [x for x, _ in points], [line.mean for _, line in points]
-            named = colour != QUIET or points[0][1].is_random
+            named = key != "other"
             if not named and not axis.logarithmic:  # measured values in no order: lines would only cross
                 axes.plot(at, [100 * mean.value for mean in means], ".", color=colour, markersize=3)
             else:
@@ -99,13 +102,13 @@ def _overview(found: Comparison, axis: Axis, lines: Sequence[Line]) -> Figure:
     return Figure(axis.title, svg, _says(found, axis, best, worst))
 
 
-def _look(method: str, line: Line, best: Sequence[str], worst: Sequence[str]) -> tuple[str, str, float]:
-    """Colour, dashes and width of a method's line."""
+def _look(method: str, line: Line, best: Sequence[str], worst: Sequence[str]) -> tuple[str, str, str, float]:
+    """What a method's line is in the legend, its colour, dashes and width."""
     if line.is_random:
-        return QUIET, "--", 1.8
+        return "random", QUIET, "--", 1.8
     if method in best:
-        return SERIES[best.index(method)], "-", 2.0
-    return (BAD, "-.", 1.8) if method in worst else (QUIET, "-", 0.7)
+        return "best", SERIES[best.index(method)], "-", 2.0
+    return ("bad", BAD, "-.", 1.8) if method in worst else ("other", QUIET, "-", 0.7)
 
 
 def _draw(axes: Any, x: Sequence[float], means: Sequence[Estimate], colour: str, dashes: str, width: float, band: bool) -> None:

@@ -177,6 +177,8 @@ def other(source: Source) -> Section:
     result = make(source.numbers)
     stem = source.name.partition(".")[0]
     parts = [_part(shown, title) for shown in result.parts if shown]
+    heads = [part.title for part in parts if isinstance(part, Table)]
+    parts = [part for part in parts if not (isinstance(part, Paragraph) and part.text in heads)]
     if result.draw is not None:
         svg = report_svg.from_drawing(result.draw, stem, says)
         parts.append(Figures((Figure("", svg, says, wide=True),)))
