@@ -17,7 +17,7 @@ from typing import Any
 from vlmprune.errors import UsageError, first_line, shown, unknown
 from vlmprune.evals.question import Question
 from vlmprune.evals.question_datasets import USUAL, usual_choices
-from vlmprune.loading.datasets import check_fetchable
+from vlmprune.loading.dataset_hub import check_dataset
 
 OURS = "vlmprune_"
 """What the names of the tasks that come with vlmprune begin with."""
@@ -130,7 +130,7 @@ def _check_local(name: str, config: Mapping[str, Any]) -> None:
     place = str(config.get("dataset_path"))
     if place in BUILDERS or os.path.exists(place) or _cached(place):
         return
-    check_fetchable(place, f"the task {name!r}")
+    check_dataset(place, f"the task {name!r}")
 
 
 def _cached(dataset: str) -> bool:
