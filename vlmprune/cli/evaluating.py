@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune.cli import terminal
-from vlmprune.cli.asking import read_recipe
 from vlmprune.cli.data import Data
 from vlmprune.evals import accuracy
 from vlmprune.evals.answering import settings_of
@@ -18,6 +17,7 @@ from vlmprune.evals.results import stamp
 from vlmprune.evals.shards import Shard
 from vlmprune.evals.store import Store
 from vlmprune.loading.models import open_model
+from vlmprune.loading.recipes import read_recipe
 
 STORE = "eval-answers"
 """Folder of the store, in that of the results."""
