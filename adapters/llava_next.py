@@ -1,9 +1,10 @@
-"""LLaVA-NeXT (`model_type: llava_next`): a base view and crops of each picture, packed into one raster without the padding,
+"""LLaVA-NeXT and LLaVA-NeXT-Video (`model_type: llava_next`, `llava_next_video`): a base view and crops of each picture, packed into one raster without the padding,
 with a learned row separator after each row."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.llava import CLIP
-from vlmprune.errors import UsageError
 from vlmprune.view import TowerFacts
 
 
@@ -54,33 +54,48 @@ def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
     return [_tokens(size, config) for size in (sizes.tolist() if hasattr(sizes, "tolist") else sizes)]
 
 
-def _image_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]:
-    raise UsageError("the tokens of a picture are not one grid in LLaVA-NeXT: it is packed from a base view and crops.")
+def packed(
+    size: Sequence[int], resolutions: Sequence[Sequence[int]], view: int, side: int, shape: tuple[int, int] | None = None
+) -> list[list[Tensor]]:
+    """Rows of the crops of one picture: per crop `[side, side]` the index of the token that each cell became, behind those of the
+    base view; −1 for padding.
+
+    Args:
+        size: of the picture, height and width in pixels.
+        resolutions: that the model may choose.
+        view: pixels on a side of a crop.
+        side: patches on a side of a crop.
+        shape: rows and columns of tokens that the un-padded crops were made smaller to; None if they were not.
+    """
+    high, wide = (length // view for length in best_resolution(size, resolutions))
+    rows, columns = unpadded(size, high * side, wide * side)
+    down, across = shape or (rows, columns)
+    # The token of a cell is that in whose place its middle is.
+    row, column = ((2 * torch.arange(cells) + 1) * tokens // (2 * cells) for cells, tokens in ((rows, down), (columns, across)))
+    raster = torch.full((high * side, wide * side), -1)
+    top, left = (high * side - rows) // 2, (wide * side - columns) // 2
+    raster[top : top + rows, left : left + columns] = side**2 + row[:, None] * across + column
+    crops = raster.view(high, side, wide, side).transpose(1, 2)  # [crop row, crop column, row, column]
+    return list(map(list, crops))
 
 
 def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
     """The base view, then the crops; padding of crops becomes no token."""
     view = config.vision_config.image_size
     side = view // config.vision_config.patch_size
-    pictures = []
-    for size in inputs["image_sizes"].tolist():
-        high, wide = (length // view for length in best_resolution(size, config.image_grid_pinpoints))
-        rows, columns = unpadded(size, high * side, wide * side)
-        raster = torch.full((high * side, wide * side), -1)
-        top, left = (high * side - rows) // 2, (wide * side - columns) // 2
-        raster[top : top + rows, left : left + columns] = side**2 + torch.arange(rows * columns).view(rows, columns)
-        crops = raster.view(high, side, wide, side).transpose(1, 2)  # [crop row, crop column, row, column]
-        pictures.append([[torch.arange(side**2).view(side, side)], *map(list, crops)])
-    return pictures
+    base = [[torch.arange(side**2).view(side, side)]]
+    return [base + packed(size, config.image_grid_pinpoints, view, side) for size in inputs["image_sizes"].tolist()]
 
 
 LLAVA_NEXT = Family(
     name="llava_next",
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_tokens_per_image,
-    image_grid=_image_grid,
     crops=_crops,
     facts=TowerFacts(cls=True, crops=True),
     tower=CLIP,
     newline="image_newline",
 )
+
+LLAVA_NEXT_VIDEO = replace(LLAVA_NEXT, name="llava_next_video")
+"""Its pictures; videos are refused."""

@@ -1,12 +1,14 @@
-"""Qwen2-VL and Qwen2.5-VL (`model_type: qwen2_vl`, `qwen2_5_vl`): any resolution, 2×2 patches merged into one token, M-RoPE, no
-CLS token. Most blocks of Qwen2.5-VL's tower see windows only."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (`model_type: qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `qwen3_vl_moe`): any resolution, 2×2
+patches merged into one token, M-RoPE, no CLS token. Most blocks of Qwen2.5-VL's tower see windows only. Patches of Qwen3-VL leave
+its tower several times, and what leaves early is added to the visual tokens between the first decoder layers (DeepStack)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from vlmprune.adapters.family import Family, Tower
+from vlmprune.adapters.family import Family, Injected, Tower
 from vlmprune.view import TowerFacts
 
 
@@ -49,3 +51,19 @@ QWEN2_5_VL = Family(
     facts=TowerFacts(patches_per_token=4, windows=True),
     tower=_tower(lambda config: config.vision_config.fullatt_block_indexes),
 )
+
+QWEN3_VL = Family(
+    name="qwen3_vl",
+    image_token=lambda config: config.image_token_id,
+    tokens_per_image=_tokens_per_image,
+    image_grid=_image_grid,
+    facts=TowerFacts(patches_per_token=4, whole=True),
+    tower=_tower(lambda config: range(config.vision_config.depth)),
+    injected=Injected("visual_pos_masks", "deepstack_visual_embeds"),
+)
+
+QWEN3_VL_MOE = replace(QWEN3_VL, name="qwen3_vl_moe")
+
+QWEN3_5 = replace(QWEN2_VL, name="qwen3_5")
+
+QWEN3_5_MOE = replace(QWEN2_VL, name="qwen3_5_moe")

@@ -124,7 +124,13 @@ class Asking:
         more = self._encoded(model, inputs, number) if self.encode_once and "pixel_values" in inputs else {}
         tokens = model.generate(**inputs, **more, do_sample=False, num_beams=1, max_new_tokens=self.questions.max_new_tokens)
         new = tokens[:, inputs["input_ids"].shape[1] :]
-        return [answer.strip() for answer in self.processor.batch_decode(new, skip_special_tokens=True)]
+        return [self._ended(answer) for answer in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def _ended(self, answer: str) -> str:
+        """An answer up to the first text at which it ends."""
+        for text in self.questions.until:
+            answer = answer.split(text)[0]
+        return answer.strip()
 
     def _encoded(self, model: Any, inputs: Any, number: int) -> dict[str, Any]:
         """Features of the batch's pictures as an argument of `generate`, each picture encoded once; takes out the pixels."""

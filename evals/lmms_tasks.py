@@ -125,7 +125,7 @@ def _check_metrics(task: Task) -> None:
 
 
 def _check_data(task: Task) -> None:
-    from vlmprune.loading.datasets import check_dataset
+    from vlmprune.loading.dataset_hub import check_dataset
 
     place, options = task.config.get("dataset_path"), task.config.get("dataset_kwargs") or {}
     if not isinstance(place, str) or place in BUILDERS:

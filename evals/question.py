@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ class Question:
         group: skill or category, of which the results have a column each.
         unit: what is independent of other units, usually the picture. Intervals resample whole units.
         scorer: name in `scorers.SCORERS`.
+        judge: for the scorer `task`: the score of an answer.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Question:
     group: str = ""
     unit: str = ""
     scorer: str = "exact"
+    judge: Callable[[str], float] | None = field(default=None, compare=False, repr=False)
 
     def pictures(self, report: Callable[[str], object] = lambda note: None) -> list[Image.Image]:
         """The pictures as RGB; files are opened at each call.
@@ -59,6 +61,8 @@ class QuestionSet:
         questions: all of them.
         fingerprint: hash of everything that is asked: texts, answers, choices, groups, scorers and pixels.
         max_new_tokens: longest answer, in tokens.
+        until: texts at which an answer ends.
+        metric: name of the score that a task of lmms-eval gives its answers, where that is the scorer.
         notes: what was left out or lost when the questions were read, as sentences.
         skipped: ids of the questions that were left out, because a picture cannot be read.
     """
@@ -67,8 +71,16 @@ class QuestionSet:
     questions: tuple[Question, ...]
     fingerprint: str
     max_new_tokens: int = 32
+    until: tuple[str, ...] = ()
+    metric: str = ""
     notes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+
+    @property
+    def scorers(self) -> list[str]:
+        """How its answers are scored, for tables."""
+        names = sorted({question.scorer for question in self.questions})
+        return [f"{self.metric} of lmms-eval" if name == "task" else name for name in names]
 
     def __len__(self) -> int:
         return len(self.questions)

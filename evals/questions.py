@@ -12,8 +12,11 @@ from vlmprune.errors import UsageError, unknown
 from vlmprune.evals.question import Question as Question
 from vlmprune.evals.question import QuestionSet as QuestionSet
 from vlmprune.evals.question import key_of, opened
+from vlmprune.evals.question_datasets import read_dataset
 from vlmprune.evals.question_files import FILE, read_folder
+from vlmprune.evals.question_tasks import ENDING, read_task
 from vlmprune.evals.scorers import check_scored, check_scorer
+from vlmprune.loading.datasets import holds_dataset
 from vlmprune.loading.pictures import summary
 from vlmprune.tiny.answers import LONGEST_ANSWER
 from vlmprune.tiny.scenes import SPLITS, make_scene
@@ -40,7 +43,8 @@ def open_questions(
     """Open questions, and check everything about them before a model is loaded. Every picture is read once.
 
     Args:
-        spec: `scenes`; a folder with `questions.jsonl`; a folder with a Hugging Face dataset; the name of a task of lmms-eval.
+        spec: `scenes`; a folder with `questions.jsonl`; a folder with a Hugging Face dataset; the name or the
+            YAML file of a task of lmms-eval.
         images: how many scenes (default 150); of other questions, how many at most (default: all).
         split: of the scenes, "test" (default) or "dev"; of a dataset, needed where it has several.
         seed: other seeds have other scenes. Other questions are the same for every seed.
@@ -55,27 +59,42 @@ def open_questions(
     """
     if scorer is not None:
         check_scorer(scorer)
-    longest: int | None = None
+    base = QuestionSet(str(spec), (), "")
     notes: list[str] = []
     if str(spec) == SCENES:
         found = scene_questions(images or USUAL_SCENES, split or "test", seed, scorer or "exact")
-        longest = LONGEST_ANSWER
+        base = replace(base, max_new_tokens=LONGEST_ANSWER)
+    elif (folder := Path(spec).expanduser()).is_dir():
+        if (folder / FILE).exists() or not holds_dataset(folder):
+            found, notes = read_folder(folder, needs, images, scorer)
+        else:
+            found, notes = read_dataset(folder, split, columns, needs, images, scorer)
+    elif looks_like_path(str(spec)) and not str(spec).endswith(ENDING):
+        raise UsageError(f"there is no folder {spec}: give one that holds {FILE} and the pictures.")
     else:
-        found, notes = read_folder(_folder(Path(spec).expanduser()), needs, images, scorer)
-        if images is not None and len(found) < images:
-            notes.append(f"there are {len(found)} questions, fewer than the {images} asked for")
+        task = read_task(str(spec), images, scorer)
+        found = task.questions
+        base = replace(base, max_new_tokens=task.max_new_tokens, until=task.until, metric=task.metric)
+    if images is not None and str(spec) != SCENES and len(found) < images:
+        notes.append(f"there are {len(found)} questions, fewer than the {images} asked for")
     _check_ids(found)
     if "answer" in needs:
         for question in found:
             check_scored(question)
     kept, fingerprint, lost, skipped = read_pictures(found, skip_bad)
-    return QuestionSet(str(spec), tuple(kept), fingerprint, max_new_tokens or longest or 32, (*notes, *lost), skipped)
+    return replace(
+        base,
+        questions=tuple(kept),
+        fingerprint=fingerprint,
+        max_new_tokens=max_new_tokens or base.max_new_tokens,
+        notes=(*notes, *lost),
+        skipped=skipped,
+    )
 
 
-def _folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise UsageError(f"there is no folder {path}: give one that holds {FILE} and the pictures.")
-    return path
+def looks_like_path(spec: str) -> bool:
+    """Whether a name is meant as a folder, and cannot be a task of lmms-eval."""
+    return "/" in spec or "\\" in spec or spec.startswith((".", "~"))
 
 
 def _check_ids(questions: Sequence[Question]) -> None:
@@ -147,14 +166,20 @@ def read_pictures(
     if sentences and not skip_bad:
         raise UsageError(_refusal(questions, skipped, sentences, len(digests) + len(broken)))
     if not kept:
-        raise UsageError(f"no question is left: none of {len(broken)} pictures can be read, the first: {sentences[0]}")
+        raise UsageError(f"no question is left: of {len(broken)} pictures none can be read; the first: {sentences[0]}")
+    kept = [replace(question, unit=question.unit or _unit(question, digests)) for question in kept]
     notes = summary(lost)
     if skipped:
         notes.append(
-            f"{len(skipped)} of {len(questions)} questions were left out, because {len(broken)} pictures cannot be read: "
+            f"{len(skipped)} of {len(questions)} questions were left out; pictures that cannot be read: {len(broken)}, "
             + "; ".join(sentence.rstrip(".") for sentence in sentences)
         )
     return kept, fingerprint_of(kept, lambda image: digests[key_of(image)]), notes, tuple(skipped)
+
+
+def _unit(question: Question, digests: Mapping[Any, str]) -> str:
+    """Questions about the same pictures belong together; a question without one stands alone."""
+    return " ".join(digests[key_of(image)] for image in question.images) or question.id
 
 
 def _refusal(questions: Sequence[Question], skipped: Sequence[str], sentences: Sequence[str], pictures: int) -> str:

@@ -6,6 +6,7 @@
     relaxed      numbers within 5 % (ChartQA)
     anls         similar spelling counts in part (DocVQA, TextVQA)
     choice       one of several choices, by its letter or its text
+    task         what a task of lmms-eval says (not to be chosen by name)
 
 Looked at for this: `evaluate` 0.4.6 (its metrics are scripts on the hub, fetched at the first call), `torchmetrics` 1.8
 (SQuAD's exact match and edit distance, no VQA, no relaxed numbers), `rapidfuzz` 3.14 (edit distance in C++; answers are short,
@@ -26,7 +27,7 @@ ARTICLES = ("a", "an", "the")
 WITHIN = 0.05
 """How far a number may be from the right one, relative to it."""
 SIMILAR = 0.5
-"""Normalised edit distance from which on a spelling is wrong."""
+"""The largest normalised edit distance of a spelling that counts in part."""
 PEOPLE = 3
 """How many people must have given an answer, so that it is right."""
 LETTERS = string.ascii_uppercase
@@ -111,9 +112,10 @@ def _number(text: str) -> float | None:
 
 
 def anls(given: str, question: Question) -> float:
-    """The largest 1 − d over the right answers, or 0 where every d ≥ 0.5: average normalised Levenshtein similarity.
+    """The largest 1 − d over the right answers, or 0 where every d > 0.5: average normalised Levenshtein similarity.
 
-    d is the edit distance divided by the length of the longer text; case and double spaces do not count.
+    d is the edit distance divided by the length of the longer text; case and double spaces do not count. At d = 0.5 the paper's
+    formula gives 0, and the evaluation code in use (lmms-eval's) 0.5; this follows the code, so that numbers can be compared.
 
     Source: Biten et al., ICCV 2019, arXiv:1905.13648.
     """
@@ -125,7 +127,7 @@ def _similarity(one: str, other: str) -> float:
     if not one and not other:
         return 1.0
     distance = _edits(one, other) / max(len(one), len(other))
-    return 1.0 - distance if distance < SIMILAR else 0.0
+    return 1.0 - distance if distance <= SIMILAR else 0.0
 
 
 def _edits(one: str, other: str) -> int:
@@ -173,6 +175,13 @@ def chosen(text: str, choices: tuple[str, ...]) -> int | None:
     return within[0] if len(within) == 1 else None
 
 
+def task(given: str, question: Question) -> float:
+    """What the question's own task gives the answer (lmms-eval)."""
+    if question.judge is None:
+        raise UsageError(f"question {question.id} belongs to no task that scores its answers: take another scorer.")
+    return question.judge(given)
+
+
 SCORERS: dict[str, Callable[[str, Question], float]] = {
     "exact": exact,
     "normalised": normalised,
@@ -180,6 +189,7 @@ SCORERS: dict[str, Callable[[str, Question], float]] = {
     "relaxed": relaxed,
     "anls": anls,
     "choice": choice,
+    "task": task,
 }
 
 
@@ -195,7 +205,7 @@ def check_scorer(name: str) -> None:
         UsageError: names the nearest.
     """
     if name not in SCORERS:
-        raise unknown("scorer", name, SCORERS)
+        raise unknown("scorer", name, [known for known in SCORERS if known != "task"])
 
 
 def check_scored(question: Question) -> None:
@@ -205,6 +215,8 @@ def check_scored(question: Question) -> None:
         UsageError: no such scorer; no right answer; too few answers for `vqa`; no choices, or a right answer that is none.
     """
     check_scorer(question.scorer)
+    if question.judge is not None:
+        return
     if not question.answers:
         raise UsageError(f"question {question.id} has no right answer to compare with: give it one.")
     if question.scorer == "vqa" and len(question.answers) <= PEOPLE:

@@ -28,7 +28,7 @@ def refused(model, recipe, sentence):
 def test_unknown_family():
     model = nn.Linear(2, 2)
     model.config = AutoConfig.for_model("idefics3")
-    refused(model, RECIPE, "unknown model family: looked for config.model_type among llava, llava_next, qwen2_5_vl, qwen2_vl")
+    refused(model, RECIPE, "unknown model family: looked for config.model_type among ")
     refused(model, RECIPE, "found 'idefics3'")
 
 

@@ -220,8 +220,9 @@ class TowerFacts(Renamed):
     Attributes:
         cls: the vision tower has a CLS token whose attention can be used.
         crops: a picture may be cut into several crops (LLaVA-NeXT).
-        patches_per_token: patches that the projector merges into one visual token (Qwen-VL: 4).
+        patches_per_token: patches that become one visual token (Qwen-VL, InternVL: 4).
         windows: the attention of some blocks of the tower is limited to windows of the picture (Qwen2.5-VL).
+        whole: the tower needs every patch up to its end: it takes features from several blocks, or merges squares of patches.
         width: numbers of a patch in the tower, or 0 if unknown.
         refusal: why there is no usable CLS token.
     """
@@ -230,6 +231,7 @@ class TowerFacts(Renamed):
     crops: bool = False
     patches_per_token: int = 1
     windows: bool = False
+    whole: bool = False
     width: int = 0
     refusal: str = "its vision tower has no CLS token"
 

@@ -166,6 +166,7 @@ def ask_and_draw(
     target: Path | None,
     progress: Callable[[str, int, bool], None] = lambda step, tokens, done: None,
     why: Sequence[int] = (),
+    device_map: str | None = None,
 ) -> tuple[dict[str, Any], Image.Image | None]:
     """One question about one picture, to any supported model: one un-pruned answer and one under the recipe.
 
@@ -179,6 +180,7 @@ def ask_and_draw(
         target: where the caller will write the picture with the kept tokens; None if it is not wanted.
         progress: called with the present step, the number of tokens that its answer has so far, and whether it is done.
         why: tokens of the picture to explain.
+        device_map: how to spread a large model over several devices instead.
 
     Returns:
         What `vlmprune run --json` prints, and the picture. The caller writes it, so that the answers can be printed first.
@@ -192,7 +194,8 @@ def ask_and_draw(
         raise UsageError(f"the recipe {plan} drops no visual tokens, so that there is nothing to explain: leave out --why.")
     if target is not None:
         check_target(target, "kept.png")
-    question = open_question(model_name, image, prompt, device, lambda: progress("loading the model", 0, False))
+    loading = partial(progress, "loading the model", 0, False)
+    question = open_question(model_name, image, prompt, device, loading, device_map)
     check_tokens(question, why)
     changed = "pruned" if plan.pruners else "redistributed"
     # The answer under the recipe comes first: if the recipe is refused, no time was spent on the un-pruned answer.

@@ -188,6 +188,10 @@ class Attachment:
         part = self.base.get_submodule
         if kind == "first block":
             return self._before(part(f"{tower.blocks}.{index}"), hooks.enter_first_block)
+        if kind == "first block alone":
+            return self._before(part(f"{tower.blocks}.{index}"), self.hooks.enter_first_block_alone)
+        if kind == "block's attention":
+            return self._before(part(f"{tower.blocks}.{index}.{tower.attention}"), self.hooks.enter_block_attention)
         if kind == "block":
             return self._before(part(f"{tower.blocks}.{index}"), partial(hooks.enter_block, index))
         if kind == "merger":

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vlmprune.live.cache import Entries, MarkedLayer
+from vlmprune.live.cache import MarkedLayer
 from vlmprune.live.edits import Edits
+from vlmprune.live.entries import Entries
+from vlmprune.live.injected import Injections
 from vlmprune.live.layout import Bools, Layout, Tokens
 from vlmprune.live.record import Judged, Prefill
 from vlmprune.live.rows import Reduction
@@ -74,6 +76,7 @@ class Prompt:
         text_attention: per decoder layer, `[batch, head, text, key]` attention of these rows.
         chosen: per stage, what it left; filled from the start when generation without a cache runs the same prompt again.
         replayed: the choices are those of an earlier run of the same prompt.
+        injections: what is to be added to visual tokens between decoder layers; None if the model adds all of it.
     """
 
     tokens: Tokens
@@ -91,6 +94,7 @@ class Prompt:
     text_attention: dict[int, Tensor] = field(default_factory=dict)
     chosen: dict[int, StageResult] = field(default_factory=dict)
     replayed: bool = False
+    injections: Injections | None = None
 
 
 @dataclass(eq=False)
@@ -108,6 +112,7 @@ class Call:
         images: visual tokens of each image that the call brings, or None.
         mask: 2-D attention mask over all tokens so far, or None.
         custom: layers are given a mask of which every cell counts (4-D, block mask, or one for packed samples).
+        given_masks: the language model is given finished masks, in which tokens may see later ones.
         past: tokens in the cache before this call.
         batch, sequence: shape of the call, where it is a prompt.
         prompt: what a call with images has beside; None for any other, and where nothing is done.
@@ -136,6 +141,7 @@ class Call:
     images: Sequence[int] | None = None
     mask: Tensor | None = None
     custom: bool = False
+    given_masks: bool = False
     past: int = 0
     batch: int = 0
     sequence: int = 0

@@ -9,7 +9,7 @@ from there, so that nothing waits for the device while layers run. What is on th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,13 +148,19 @@ class Layout:
     counts: tuple[int, ...]
 
     @staticmethod
-    def find(prompt: Tokens, tokens_per_image: Sequence[int], device: torch.device) -> Layout:
+    def find(
+        prompt: Tokens,
+        tokens_per_image: Sequence[int],
+        device: torch.device,
+        joins: Callable[[Sequence[int]], bool] | None = None,
+    ) -> Layout:
         """Split the visual tokens of a batch into pictures.
 
         Args:
             prompt: the tokens.
-            tokens_per_image: tokens of each picture, in the order of the batch.
+            tokens_per_image: tokens of each picture, or of each tile of one, in the order of the batch; 0 is no picture.
             device: for `Image.places_on_device`.
+            joins: whether two tiles are of one picture, from the ids between them; None if there are no tiles.
 
         Raises:
             UsageError: the placeholders and the pictures do not match, in total or in one row.
@@ -169,7 +175,7 @@ class Layout:
         images: list[Image] = []
         on_the_device = on_device(columns, device)
         start = ordinal = 0
-        for count in tokens_per_image:
+        for count in _pictures(prompt, rows, columns, [count for count in tokens_per_image if count], joins):
             here = slice(start, start + count)
             row, last = int(rows[start]), int(rows[start + count - 1])
             if row != last:
@@ -216,6 +222,33 @@ def real_tokens(attention_mask: Tensor | None, batch: int, sequence: int, device
     if attention_mask is None:
         return torch.ones(batch, sequence, dtype=torch.bool, device=device)
     return attention_mask[:, -sequence:].to(device=device, dtype=torch.bool)
+
+
+def _pictures(
+    prompt: Tokens,
+    rows: np.ndarray[Any, Any],
+    columns: np.ndarray[Any, Any],
+    tiles: Sequence[int],
+    joins: Callable[[Sequence[int]], bool] | None,
+) -> list[int]:
+    """Tokens of each picture, whose tiles have `tiles` tokens.
+
+    Args:
+        rows, columns: `[visual]` of all placeholders.
+        joins: as in `Layout.find`.
+    """
+    if joins is None:
+        return list(tiles)
+    pictures: list[int] = []
+    end = 0
+    for count in tiles:
+        row = rows[end]
+        if end and rows[end - 1] == row and joins(prompt.ids[row, columns[end - 1] + 1 : columns[end]].tolist()):
+            pictures[-1] += count
+        else:
+            pictures.append(count)
+        end += count
+    return pictures
 
 
 def _why(prompt: Tokens, there: int, wanted: int) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import replace
+from math import isqrt
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -300,14 +301,14 @@ class TowerPass:
         return {name: value.reshape(rows, *value.shape[projected.ndim - 1 :]) for name, value in found.items()}
 
     def _carried(self, name: str) -> Tensor:
-        """`[crop, patch, …]` what blocks recorded of each patch; in a packed tower the mean over the patches of each token."""
+        """`[crop, token, …]` what blocks recorded of each patch, the mean over the patches of each token."""
         if any(name not in state.carried for state in self.states):
             made = "the method" if self.pruner is None else self.pruner.name
             raise UsageError(
                 f"{made} provides the probe {name!r}, but its watch(block, state) left no state.carried[{name!r}]."
             )
         if not self.packed:
-            return self.states[0].carried[name]
+            return self._over_squares(self.states[0].carried[name])
         patches = torch.cat([state.carried[name][0] for state in self.states])
         return patches.unflatten(0, (-1, self.facts.patches_per_token)).mean(dim=1)
 
@@ -317,8 +318,25 @@ class TowerPass:
             tokens = [state.cells.shape[1] // self.facts.patches_per_token for state in self.states]
             return {"cell": torch.cat([torch.arange(count, device=self.device) for count in tokens])}
         (state,) = self.states
-        crop = torch.arange(len(state.cells), device=self.device)[:, None].expand_as(state.cells)
-        return {"cell": state.cells, CROP: crop, SIDE: torch.full_like(crop, state.side)}
+        cells, side = state.cells, state.side
+        if (unit := self._unit) > 1:
+            side = side // unit
+            cells = torch.arange(side * side, device=self.device).expand(len(cells), -1)
+        crop = torch.arange(len(cells), device=self.device)[:, None].expand_as(cells)
+        return {"cell": cells, CROP: crop, SIDE: torch.full_like(crop, side)}
+
+    @property
+    def _unit(self) -> int:
+        """Patches on a side of the square that becomes a token."""
+        return isqrt(self.facts.patches_per_token)
+
+    def _over_squares(self, x: Tensor) -> Tensor:
+        """`[crop, token, …]` means of `[crop, patch, …]` over squares of the raster, where these become tokens."""
+        if (unit := self._unit) == 1:
+            return x
+        side = isqrt(x.shape[1])
+        squares = x.unflatten(1, (side // unit, unit, side // unit, unit))  # [crop, row, in it, column, in it, …]
+        return squares.mean(dim=(2, 4)).flatten(1, 2)
 
     def restore(self, projected: Tensor) -> Tensor:
         """Put the kept patches back in their places among all, NaN elsewhere."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from inspect import Parameter, signature
 from threading import local
 from typing import Any
 from weakref import ref
@@ -78,7 +79,12 @@ class TowerPlan:
         if not self.used or (tower := self._family.tower) is None:
             return
         yield "projector", 0
-        yield "first block", tower.full_attention_blocks(self._config)[0] if self.stage is not None else 0
+        first = tower.full_attention_blocks(self._config)[0] if self.stage is not None else 0
+        if passes_on(self._blocks()[first]):
+            yield "first block", first
+        else:
+            yield "first block alone", first
+            yield from (("block's attention", index) for index in self._watched())
         if self.shortens:
             yield from (("block", index) for index in range(1, len(self._blocks())))
             if not self._facts.cls:
@@ -95,13 +101,18 @@ class TowerPlan:
         if not self.used or (tower := self._family.tower) is None:
             return
         blocks = self._blocks()
-        probes = blocks_of_probes(self.wanted, tower.feature_block(self._config), len(blocks))
+        for index, names in self._watched().items():
+            yield blocks[index].get_submodule(tower.attention), partial(_watch_block, index=index, probes=names)
+
+    def _watched(self) -> dict[int, list[str]]:
+        """The blocks whose attention is observed, by number, each with the probes that are taken there."""
+        assert (tower := self._family.tower) is not None
+        probes = blocks_of_probes(self.wanted, tower.feature_block(self._config), len(self._blocks()))
         if self.stage is not None:
             for index in tower.full_attention_blocks(self._config):
                 if index < self.last_block():
                     probes.setdefault(index, [])
-        for index, names in sorted(probes.items()):
-            yield blocks[index].get_submodule(tower.attention), partial(_watch_block, index=index, probes=names)
+        return dict(sorted(probes.items()))
 
     def last_block(self) -> int:
         """The block before which the sequence has its final length: what feeds the projector, or in a packed tower its end."""
@@ -202,6 +213,12 @@ class TowerPlan:
         clock = Clock(what="inside the vision tower", device=device)
         self.now.clocks = (*self.now.clocks, clock)
         return clock
+
+
+def passes_on(block: nn.Module) -> bool:
+    """Whether a block of a tower passes keyword arguments on to its attention."""
+    kinds = [parameter.kind for parameter in signature(type(block).forward).parameters.values()]
+    return Parameter.VAR_KEYWORD in kinds
 
 
 @torch.compiler.disable

@@ -1,57 +1,61 @@
-"""Whether a dataset on the Hugging Face hub can be read: asked once, with a few seconds of patience."""
+"""Open a Hugging Face dataset that lies in a folder. Its package, `datasets`, is imported only here."""
 
 from __future__ import annotations
 
-import os
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from vlmprune.errors import UsageError
-from vlmprune.recipe import hub
+from vlmprune.errors import UsageError, first_line, unknown
+
+SAVED = ("dataset_dict.json", "state.json")
+"""Files that `save_to_disk` writes."""
+TABLES = (".parquet", ".arrow", ".csv", ".json", ".jsonl")
+"""Endings of files that a dataset is read from."""
 
 
-def check_dataset(name: str, what: str) -> None:
-    """Refuse a dataset that is not in the cache on this machine, and cannot be fetched.
+def holds_dataset(folder: Path) -> bool:
+    """Whether a folder has the files of a dataset, itself or in the folders inside it."""
+    return any(path.name in SAVED or path.suffix in TABLES for under in ("*", "*/*") for path in folder.glob(under))
+
+
+def open_dataset(folder: Path, split: str | None = None) -> Any:
+    """The rows of a dataset in a folder.
 
     Args:
-        name: hub id.
-        what: needs it, for the error's sentence.
+        folder: what `save_to_disk` wrote; or a copy of a repository, with parquet, arrow, CSV or JSON files.
+        split: its name; may be None where there is only one.
 
     Raises:
-        UsageError: there is no network, no such repository, or no access; says which.
+        UsageError: the package is missing, the dataset cannot be read, or has no such split, or several and none was named.
     """
-    if _cached(name):
-        return
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    check_package()
+    import datasets
 
-    needs = f"{what} needs the dataset {name}, which is not in the cache on this machine"
-    local = "run it where there is network, or give it local data (docs/lmms.md, Your own data)"
-    offline = [variable for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if _is_on(variable)]
     try:
-        if offline or constants.HF_HUB_OFFLINE:
-            raise hub.UnreachableError(f"{(offline or ['HF_HUB_OFFLINE'])[0]} is set")
-        hub.within_patience(lambda: HfApi().dataset_info(name, timeout=hub.PATIENCE / 2))
-    except hub.UnreachableError as error:
-        raise UsageError(f"{needs}, and the hub cannot be asked ({error}): {local}.") from error
-    except GatedRepoError as error:
+        saved = any((folder / name).exists() for name in SAVED)
+        found = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder))
+    except Exception as error:  # broken files make pyarrow and datasets raise anything
+        raise UsageError(f"the dataset in {folder} cannot be read ({first_line(error)}): save or fetch it again.") from error
+    if not isinstance(found, dict):
+        if split is not None and str(found.split) != split:
+            raise UsageError(f"the dataset in {folder} has no splits: leave out the split {split!r}.")
+        return found
+    if split is None and len(found) > 1:
+        raise UsageError(f"the dataset in {folder} has the splits {', '.join(found)}: name one of them (--split).")
+    if split is not None and split not in found:
+        raise unknown("split", split, found)
+    return found[split or next(iter(found))]
+
+
+def check_package() -> None:
+    """Refuse to go on without the package that reads datasets.
+
+    Raises:
+        UsageError: it is missing.
+    """
+    if find_spec("datasets") is None:
         raise UsageError(
-            f"{needs}, and it is gated: ask for access at {constants.ENDPOINT}/datasets/{name}, then log in with `hf auth "
-            "login`."
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UsageError(f"{needs}, and the hub has none of this name, or a private one: {local}.") from error
-    except HfHubHTTPError as error:
-        raise UsageError(f"{needs}, and the hub answered with error {error.response.status_code}: try again later.") from error
-
-
-def _cached(name: str) -> bool:
-    """Whether `datasets` or the hub's client has stored it."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    stored = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
-    fetched = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    wanted = {(stored, name.replace("/", "___").lower()), (fetched, f"datasets--{name.replace('/', '--')}".lower())}
-    return any(folder.is_dir() and entry in {path.name.lower() for path in folder.iterdir()} for folder, entry in wanted)
-
-
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
+            "reading a Hugging Face dataset needs the package datasets: install it with `pip install datasets`, or write the "
+            "questions into a questions.jsonl."
+        )

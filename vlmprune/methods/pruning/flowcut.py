@@ -13,7 +13,8 @@ variants find the 2K:
     official   patches are dropped inside the tower by I_a · I_d, and every four consecutive survivors are merged, wherever they
                were; their places are lost (as in the code for Qwen2-VL; not with windows)
     unit       no patch is dropped in the tower: whole 2×2 units are kept by the mean of C over their patches, C from the blocks
-               with full attention. Ours, not the paper's; it leaves windows and M-RoPE intact.
+               with full attention. Ours, not the paper's; it leaves windows and M-RoPE intact, and also suits towers that need
+               every patch up to their end (Qwen3-VL, GLM-V, InternVL).
 
 I_a, I_s and r are normalised over the patches that a crop still has; in the decoder over the picture's tokens, all crops
 together. As in the code, each crop keeps ⌊K/2⌋, padding included, and un-padding may then drop survivors: slightly fewer than K
@@ -78,9 +79,10 @@ class FlowCut(TowerPruner):
     def variant(self, facts: TowerFacts) -> str:
         if all(stage.site == "llm" for stage in self.stages):
             return "decoder only"
-        if facts.cls:
+        if facts.cls and not facts.whole:
             return "per crop" if facts.crops else ""
-        return ("unit" if facts.windows else "official") if self.variant_on_units == "auto" else self.variant_on_units
+        whole = facts.windows or facts.whole
+        return ("unit" if whole else "official") if self.variant_on_units == "auto" else self.variant_on_units
 
     def plan(self, facts: TowerFacts) -> Schedule:
         first = self.stages[0]
@@ -88,14 +90,15 @@ class FlowCut(TowerPruner):
             return Schedule(self.stages)
         if not facts.cls and facts.patches_per_token == 1:
             raise UsageError(f"flowcut needs a CLS token or merge units in the vision tower, but {facts.refusal}.")
-        if self.variant(facts) == "official" and facts.windows:
-            raise UsageError('flowcut: variant_on_units="official" breaks the windows of this vision tower: use "unit".')
+        if self.variant(facts) == "official" and (facts.windows or facts.whole):
+            broken = "breaks the windows of this vision tower" if facts.windows else "drops patches that this tower needs"
+            raise UsageError(f'flowcut: variant_on_units="official" {broken}: use "unit".')
         if len(self.stages) > 1 and self.variant(facts) == "unit":
             raise UsageError("flowcut: its unit variant has no stage inside the tower: give tokens or fraction, without sites.")
         if len(self.stages) > 1 or (facts.cls and not facts.crops):
             return Schedule(self.stages)
         # K/2 in each of at most 5 crops of one picture; a fraction is of all of them.
-        wider = first.budget.scaled(0.5, 2.5) if facts.cls else first.budget.scaled(2.0, 2.0)
+        wider = first.budget.scaled(0.5, 2.5) if self.variant(facts) == "per crop" else first.budget.scaled(2.0, 2.0)
         in_tower = replace(first, budget=wider, site="llm" if self.variant(facts) == "unit" else "vision")
         return Schedule((in_tower, Stage(self.decoder_layer, first.budget)))
 

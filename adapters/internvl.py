@@ -1,0 +1,79 @@
+"""InternVL 3 and 3.5 in the format of transformers (`model_type: internvl`): one to twelve tiles of a picture, and the whole of it
+as the last one; a tower with a CLS token; squares of 2 × 2 patches become one token before the projector; any decoder.
+
+The processor does not say how the tiles of a picture are arranged: drawn, they stand in one row, in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmprune.adapters.family import Family, Tower
+from vlmprune.adapters.tiles import rasters, side_of, tiles_of_pictures, without_gap
+from vlmprune.view import TowerFacts
+
+
+def _merged(config: Any) -> int:
+    """Patches on a side of the square that becomes a token."""
+    return round(1 / config.downsample_ratio)
+
+
+def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
+    if (pixels := call.get("pixel_values")) is None:
+        return None
+    patch, merged = config.vision_config.patch_size, _merged(config)
+    rows, columns = (length // size // merged for length, size in zip(pixels.shape[-2:], patch, strict=True))
+    return [rows * columns] * pixels.shape[0]
+
+
+def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
+    side = side_of(config.vision_config, _merged(config))
+    pictures = []
+    for picture in tiles_of_pictures(inputs["input_ids"], config.image_token_id, side * side, without_gap):
+        *tiles, whole = rasters(len(picture), side)
+        pictures.append([tiles, [whole]] if tiles else [[whole]])
+    return pictures
+
+
+def _refusal(base: nn.Module) -> str | None:
+    config: Any = base.config
+    if config.vision_feature_select_strategy != "default":
+        return f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; 'default' is supported"
+    if not isinstance(config.vision_feature_layer, int):
+        return f"its features come from several tower layers ({config.vision_feature_layer})"
+    if _feature_block(config) < 0:
+        return "its features are the tower's embeddings, before any attention"
+    return None
+
+
+def _feature_block(config: Any) -> int:
+    layer, blocks = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    return (layer if layer >= 0 else blocks + 1 + layer) - 1
+
+
+def _as_built(family: Family, base: nn.Module) -> Family:
+    return replace(family, facts=replace(family.facts, patches_per_token=_merged(base.config) ** 2))
+
+
+INTERNVL = Family(
+    name="internvl",
+    image_token=lambda config: config.image_token_id,
+    tokens_per_image=_tokens_per_image,
+    crops=_crops,
+    joins=without_gap,
+    overview=-1,
+    facts=TowerFacts(cls=True, crops=True, patches_per_token=4, whole=True),
+    tower=Tower(
+        blocks="vision_tower.encoder.layer",
+        attention="attention",
+        projector="multi_modal_projector",
+        feature_block=_feature_block,
+        full_attention_blocks=lambda config: range(config.vision_config.num_hidden_layers),
+        refusal=_refusal,
+    ),
+    as_built=_as_built,
+)

@@ -1,0 +1,72 @@
+"""LLaVA-OneVision (`model_type: llava_onevision`): a base view and crops as in LLaVA-NeXT, made smaller where they would be more
+than the model's limit, with a learned row separator after each row; of several pictures in a sample only base views, with one
+separator each. No CLS token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmprune.adapters.family import Family
+from vlmprune.adapters.llava_next import best_resolution, packed, unpadded
+from vlmprune.adapters.tiles import side_of
+from vlmprune.device import on_host
+
+
+def _shape(size: Sequence[int], config: Any) -> tuple[int, int]:
+    """Rows and columns of the crops of a picture (height, width) as they are packed."""
+    view, side = config.vision_config.image_size, side_of(config.vision_config, 1)
+    height, width = best_resolution(size, config.image_grid_pinpoints)
+    rows, columns = unpadded(size, height // view * side, width // view * side)
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(rows * columns / (most * side**2))
+    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+
+def _pictures(call: Mapping[str, Any], config: Any) -> Iterator[tuple[list[int], bool]]:
+    """Size of each picture of a call (height, width), and whether it has crops."""
+    sizes, counts = call["image_sizes"], call.get("batch_num_images")
+    sizes = on_host(sizes).tolist() if isinstance(sizes, Tensor) else sizes
+    counts = [1] * len(sizes) if counts is None else on_host(torch.as_tensor(counts)).tolist()
+    alone = [count == 1 for count in counts for _ in range(count)]
+    view = config.vision_config.image_size
+    for size, cut in zip(sizes, alone, strict=True):
+        yield size, cut and math.prod(length // view for length in best_resolution(size, config.image_grid_pinpoints)) > 0
+
+
+def _tokens(size: Sequence[int], cut: bool, config: Any) -> int:
+    base = side_of(config.vision_config, 1) ** 2
+    if not cut:
+        return base + 1
+    rows, columns = _shape(size, config)
+    return base + rows * (columns + 1)
+
+
+def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
+    if call.get("pixel_values") is None or call.get("image_sizes") is None:
+        return None
+    return [_tokens(size, cut, config) for size, cut in _pictures(call, config)]
+
+
+def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
+    """The base view, then the crops; padding of crops becomes no token. Where crops were made smaller, several cells share the
+    token in whose place they are."""
+    view, side = config.vision_config.image_size, side_of(config.vision_config, 1)
+    pictures = []
+    for size, cut in _pictures(inputs, config):
+        base = [[torch.arange(side**2).view(side, side)]]
+        pictures.append(base + packed(size, config.image_grid_pinpoints, view, side, _shape(size, config)) if cut else base)
+    return pictures
+
+
+LLAVA_ONEVISION = Family(
+    name="llava_onevision",
+    image_token=lambda config: config.image_token_id,
+    tokens_per_image=_tokens_per_image,
+    crops=_crops,
+    newline="image_newline",
+)

@@ -1,0 +1,58 @@
+"""What families have in common that cut a picture into tiles of one size: how the tiles of a prompt make pictures.
+
+A tile's tokens stand together in the prompt, and ids between two tiles say whether both are of one picture
+(`Family.joins`). A budget is the picture's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmprune.device import on_host
+
+Joins = Callable[[Sequence[int]], bool]
+
+
+def without_gap(between: Sequence[int]) -> bool:
+    """Tiles of one picture follow each other, with nothing between them."""
+    return not len(between)
+
+
+def tiles_of_pictures(ids: Tensor, image_token: int, tokens: int, joins: Joins) -> Iterator[list[list[int]]]:
+    """Per picture of a prompt, in its order, the ids before each of its tiles; of the first, none.
+
+    Args:
+        ids: `[batch, sequence]`.
+        image_token: id of the placeholder.
+        tokens: of a tile.
+        joins: as `Family.joins`.
+    """
+    for row in on_host(ids).tolist():
+        places = [place for place, token in enumerate(row) if token == image_token]
+        starts = places[::tokens]
+        picture: list[list[int]] = []
+        for number, start in enumerate(starts):
+            between = row[places[number * tokens - 1] + 1 : start] if number else []
+            if number and joins(between):
+                picture.append(between)
+            else:
+                if picture:
+                    yield picture
+                picture = [[]]
+        if picture:
+            yield picture
+
+
+def rasters(tiles: int, side: int) -> list[Tensor]:
+    """Of each of a picture's tiles, `[side, side]` indices of its tokens."""
+    return list(torch.arange(tiles * side * side).view(tiles, side, side))
+
+
+def side_of(config: Any, merged: int) -> int:
+    """Tokens on a side of a tile, where squares of `merged` × `merged` patches become one."""
+    size, patch = (value[0] if isinstance(value, list | tuple) else value for value in (config.image_size, config.patch_size))
+    return int(size // patch // merged)

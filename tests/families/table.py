@@ -1,0 +1,474 @@
+"""Every model family of this library, tiny: a random model of the stock class, and inputs for it.
+
+The weights are drawn with standard deviation 0.25, so that attention is peaked and every token matters: a token too many or too
+few, or at a wrong position, changes the logits (standard deviation 1) by a few tenths; rounding changes them by 2e-5 at most.
+What a fresh stock model sets to a constant (norms, biases, scales) stays around this constant, whatever it is: norms that
+multiply by 1 + w are centred at 0 then, and others at 1.
+
+The pictures of odd number are larger than those of even number wherever the family allows it: batches are really ragged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as tf
+from families import configs
+from families.configs import (
+    BREAK,
+    END,
+    FAKE,
+    FIRST_WORD,
+    IMAGE,
+    LAYERS,
+    MERGE,
+    MERGED,
+    NEXT_SIDE,
+    PAD,
+    PATCH,
+    PINPOINTS,
+    ROW,
+    SIDE,
+    SIZES,
+    START,
+    TIME,
+    VOCAB,
+)
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+    unpad_image,
+)
+
+DEVIATION = 0.25
+SUPPRESS = list(range(FIRST_WORD))
+"""Tokens that a random model must not emit: a generated image token would ask for pixels."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One random picture: its tokens in the prompt, and what the model is given of it."""
+
+    ids: list[int]
+    tensors: Tensors
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------------
+
+
+def _pixels(random: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=random)
+
+
+def _packed(random: torch.Generator, number: int) -> Picture:
+    """Patches in one sequence; 2×2 of them become one token (Qwen, GLM)."""
+    rows, columns = MERGED[number % 2]
+    grid = [1, rows * MERGE, columns * MERGE]
+    values = _pixels(random, grid[1] * grid[2], 3 * TIME * PATCH**2)
+    ids = [START, *[IMAGE] * (rows * columns), END]
+    return Picture(ids, {"pixel_values": values, "image_grid_thw": torch.tensor([grid])})
+
+
+def _video_llama(random: torch.Generator, number: int) -> Picture:
+    rows, columns = MERGED[number % 2]
+    grid = [1, rows * MERGE, columns * MERGE]
+    tensors = {
+        "pixel_values": _pixels(random, grid[1] * grid[2], 3 * PATCH**2),
+        "image_grid_thw": torch.tensor([grid]),
+        "image_merge_sizes": torch.tensor([MERGE]),
+    }
+    return Picture([IMAGE] * (rows * columns), tensors)
+
+
+def _tiles(number: int) -> int:
+    return 1 + number % 2
+
+
+def _tile_run(tokens: int, side: int, before: tuple[int, ...] = (START,), after: tuple[int, ...] = (END,)) -> Any:
+    """One or two tiles; all their tokens in one run of the prompt (InternVL, Cohere2 Vision)."""
+
+    def make(random: torch.Generator, number: int) -> Picture:
+        count = _tiles(number)
+        values = _pixels(random, count, 3, side * PATCH, side * PATCH)
+        return Picture([*before, *[IMAGE] * (tokens * count), *after], {"pixel_values": values})
+
+    return make
+
+
+def _one_raster(tokens: int, side: int, before: tuple[int, ...] = (), after: tuple[int, ...] = ()) -> Any:
+    """One tile, always (PaliGemma, Janus, DeepSeek-VL, FastVLM, Gemma 3 without pan and scan)."""
+
+    def make(random: torch.Generator, number: int) -> Picture:
+        values = _pixels(random, 1, 3, side * PATCH, side * PATCH)
+        return Picture([*before, *[IMAGE] * tokens, *after], {"pixel_values": values})
+
+    return make
+
+
+def _two_towers(random: torch.Generator, number: int) -> Picture:
+    """The same picture in two sizes (DeepSeek-VL's hybrid)."""
+    picture = _one_raster(NEXT_SIDE**2, NEXT_SIDE)(random, number)
+    return Picture(picture.ids, {**picture.tensors, "high_res_pixel_values": _pixels(random, 1, 3, configs.HIGH, configs.HIGH)})
+
+
+def _aya(random: torch.Generator, number: int) -> Picture:
+    """Each tile has its own run, with a marker before it."""
+    count, tokens = _tiles(number), (SIDE // 2) ** 2
+    ids = [START, *(token for _ in range(count) for token in (BREAK, *[IMAGE] * tokens)), END]
+    return Picture(ids, {"pixel_values": _pixels(random, count, 3, SIDE * PATCH, SIDE * PATCH)})
+
+
+def _gemma3(random: torch.Generator, number: int) -> Picture:
+    """Odd pictures with one pan-and-scan crop beside the whole; both have a run of their own, as the processor writes them."""
+    count = _tiles(number)
+    ids = [token for _ in range(count) for token in (START, *[IMAGE] * 9, END)]
+    return Picture(ids, {"pixel_values": _pixels(random, count, 3, SIDE * PATCH, SIDE * PATCH)})
+
+
+def _gemma4(random: torch.Generator, number: int) -> Picture:
+    """Patches with their cells; every picture is padded to as many as the largest has."""
+    rows, columns = MERGED[number % 2]
+    most = max(r * c for r, c in MERGED) * MERGE**2
+    cells = torch.cartesian_prod(torch.arange(rows * MERGE), torch.arange(columns * MERGE)).flip(1)  # (x, y), row by row
+    values, positions = torch.zeros(1, most, 3 * PATCH**2), torch.full((1, most, 2), -1)
+    values[0, : len(cells)] = _pixels(random, len(cells), 3 * PATCH**2)
+    positions[0, : len(cells)] = cells
+    return Picture([START, *[IMAGE] * (rows * columns), END], {"pixel_values": values, "image_position_ids": positions})
+
+
+def _crops(random: torch.Generator, number: int) -> Picture:
+    """An overview and crops, with a row separator behind every row (LLaVA-NeXT-Video, LLaVA-OneVision)."""
+    size, side = SIZES[number % 2], NEXT_SIDE * PATCH
+    crops = image_size_to_num_patches(size, PINPOINTS, side)
+    most = max(image_size_to_num_patches(size, PINPOINTS, side) for size in SIZES)
+    values = torch.zeros(1, most, 3, side, side)
+    values[0, :crops] = _pixels(random, crops, 3, side, side)
+    down, across = get_anyres_image_grid_shape(size, PINPOINTS, side)
+    rows, columns = unpad_image(torch.empty(1, down * NEXT_SIDE, across * NEXT_SIDE), size).shape[1:]
+    tokens = NEXT_SIDE**2 + rows * (columns + 1)
+    return Picture([IMAGE] * tokens, {"pixel_values": values, "image_sizes": torch.tensor([size])})
+
+
+def _idefics(random: torch.Generator, number: int) -> Picture:
+    """Tiles with markers between their runs, and the whole picture last."""
+    count, tokens = 1 + 2 * (number % 2), (SIDE // 2) ** 2
+    tiles = [token for _ in range(count - 1) for token in (FAKE, ROW, *[IMAGE] * tokens)]
+    ids = [*tiles, *([BREAK] if tiles else []), FAKE, START, *[IMAGE] * tokens, FAKE]
+    return Picture(ids, {"pixel_values": _pixels(random, count, 3, SIDE * PATCH, SIDE * PATCH)})
+
+
+def _pixtral(random: torch.Generator, number: int) -> Picture:
+    """Pictures of any size, padded to the largest; text tokens behind every row."""
+    rows, columns = MERGED[number % 2]
+    most = max(max(r, c) for r, c in MERGED) * MERGE * PATCH
+    height, width = rows * MERGE * PATCH, columns * MERGE * PATCH
+    values = torch.zeros(1, 3, most, most)
+    values[0, :, :height, :width] = _pixels(random, 3, height, width)
+    ids = [token for _ in range(rows) for token in (*[IMAGE] * columns, BREAK)]
+    return Picture([*ids[:-1], END], {"pixel_values": values, "image_sizes": torch.tensor([[height, width]])})
+
+
+def _naflex(random: torch.Generator, number: int) -> Picture:
+    rows, columns = (side * 2 for side in MERGED[number % 2])
+    most = max(r * c for r, c in MERGED) * 4
+    values, mask = torch.zeros(1, most, 3 * PATCH**2), torch.zeros(1, most, dtype=torch.long)
+    values[0, : rows * columns] = _pixels(random, rows * columns, 3 * PATCH**2)
+    mask[0, : rows * columns] = 1
+    tensors = {"pixel_values": values, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor([[rows, columns]])}
+    return Picture([START, *[IMAGE] * (rows * columns // 4), END], tensors)
+
+
+def _ovis(random: torch.Generator, number: int) -> Picture:
+    """Indicator tokens around and between the tiles; the model replaces their embeddings, too."""
+    count, tokens = _tiles(number), (SIDE // 2) ** 2
+    ids = [START, *[IMAGE] * tokens, END]
+    ids += [token for _ in range(count - 1) for token in (*[IMAGE] * tokens, BREAK)] + [ROW]
+    return Picture(ids, {"pixel_values": _pixels(random, count, 3, SIDE * PATCH, SIDE * PATCH)})
+
+
+def _perception(random: torch.Generator, number: int) -> Picture:
+    """[picture, tile, 3, height, width]: pictures of one batch have the same number of tiles."""
+    values = _pixels(random, 1, 2, 3, SIDE * PATCH, SIDE * PATCH)
+    return Picture([IMAGE] * (2 * (SIDE // 2) ** 2), {"pixel_values": values})
+
+
+# -- what is beside the pixels -----------------------------------------------------------------------------------------------
+
+
+def _by_row(pictures: list[list[Picture]], length: int) -> Tensors:
+    """`[row, tile, …]`, rows with fewer tiles end in zeros (Idefics3, SmolVLM)."""
+    tiles = [[tile for picture in row for tile in picture.tensors["pixel_values"]] for row in pictures]
+    most = max(len(row) for row in tiles)
+    if not most:
+        return {}
+    side = SIDE * PATCH
+    values = torch.zeros(len(tiles), most, 3, side, side)
+    for row, of_row in enumerate(tiles):
+        for number, tile in enumerate(of_row):
+            values[row, number] = tile
+    return {"pixel_values": values}
+
+
+def _joined(pictures: list[list[Picture]], length: int) -> Tensors:
+    every = [picture.tensors for row in pictures for picture in row]
+    return {name: torch.cat([tensors[name] for tensors in every]) for name in (every[0] if every else ())}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One family's tiny model.
+
+    Attributes:
+        model: its transformers class.
+        config: makes its configuration.
+        picture: makes picture `number`.
+        collate: joins the pictures of all rows into arguments of a call.
+        kinds: name of the argument `[batch, sequence]` that states which tokens are a picture's, or "".
+        kind_of_image, kind_of_new: its value at placeholders and at generated tokens (0 elsewhere).
+        pictures_first: prompts begin with their pictures.
+        attentions: the attention implementations that run here; the first is what the model takes by itself.
+        recurrent: there are decoder layers without attention, for which *masked* is not defined.
+        injected: into how many of the first decoder layers the tower's features are added again.
+        window: tokens that its sliding layers see, 0 if there are none.
+        blocks: tokens of a picture (or of the prompt) see each other in both directions.
+    """
+
+    model: type
+    config: Callable[[], Any]
+    picture: Callable[[torch.Generator, int], Picture]
+    collate: Callable[[list[list[Picture]], int], Tensors] = _joined
+    kinds: str = ""
+    kind_of_image: int = 1
+    kind_of_new: int = 0
+    pictures_first: bool = False
+    attentions: tuple[str, ...] = ("sdpa", "eager")
+    recurrent: bool = False
+    injected: int = 0
+    window: int = 0
+    blocks: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether masks are causal and the same in all layers, and nothing is injected."""
+        return not any((self.window, self.blocks, self.injected))
+
+    @property
+    def model_type(self) -> str:
+        return self.model.config_class.model_type
+
+
+_QWEN = {"kinds": "mm_token_type_ids"}
+_TILE = (SIDE // 2) ** 2
+
+TINY = {
+    "llava": Tiny(tf.LlavaForConditionalGeneration, configs.llava, _one_raster(NEXT_SIDE**2, NEXT_SIDE)),
+    "llava_next": Tiny(tf.LlavaNextForConditionalGeneration, configs.llava_next, _crops),
+    "qwen2_vl": Tiny(tf.Qwen2VLForConditionalGeneration, configs.qwen2_vl, _packed, **_QWEN),
+    "qwen2_5_vl": Tiny(tf.Qwen2_5_VLForConditionalGeneration, configs.qwen2_5_vl, _packed, **_QWEN),
+    "qwen3_vl": Tiny(tf.Qwen3VLForConditionalGeneration, configs.qwen3_vl, _packed, injected=3, **_QWEN),
+    "qwen3_vl_moe": Tiny(tf.Qwen3VLMoeForConditionalGeneration, configs.qwen3_vl_moe, _packed, injected=3, **_QWEN),
+    "qwen3_5": Tiny(tf.Qwen3_5ForConditionalGeneration, configs.qwen3_5, _packed, recurrent=True, **_QWEN),
+    "qwen3_5_moe": Tiny(tf.Qwen3_5MoeForConditionalGeneration, configs.qwen3_5_moe, _packed, recurrent=True, **_QWEN),
+    "internvl": Tiny(tf.InternVLForConditionalGeneration, configs.internvl, _tile_run(_TILE, SIDE)),
+    "gemma3": Tiny(
+        tf.Gemma3ForConditionalGeneration,
+        configs.gemma3,
+        _gemma3,
+        kinds="token_type_ids",
+        window=configs.WINDOW,
+        blocks=True,
+    ),
+    "gemma4": Tiny(
+        tf.Gemma4ForConditionalGeneration,
+        configs.gemma4,
+        _gemma4,
+        kinds="mm_token_type_ids",
+        window=configs.WINDOW,
+        blocks=True,
+    ),
+    "gemma4_moe": Tiny(
+        tf.Gemma4ForConditionalGeneration,
+        configs.gemma4_moe,
+        _gemma4,
+        kinds="mm_token_type_ids",
+        window=configs.WINDOW,
+        blocks=True,
+    ),
+    "gemma4_e": Tiny(
+        tf.Gemma4ForConditionalGeneration, configs.gemma4_e, _gemma4, kinds="mm_token_type_ids", window=configs.WINDOW
+    ),
+    "llava_onevision": Tiny(tf.LlavaOnevisionForConditionalGeneration, configs.llava_onevision, _crops),
+    "smolvlm": Tiny(tf.SmolVLMForConditionalGeneration, configs.smolvlm, _idefics, _by_row),
+    "idefics3": Tiny(tf.Idefics3ForConditionalGeneration, configs.idefics3, _idefics, _by_row),
+    "mistral3": Tiny(tf.Mistral3ForConditionalGeneration, configs.mistral3, _pixtral),
+    "glm4v": Tiny(tf.Glm4vForConditionalGeneration, configs.glm4v, _packed, **_QWEN),
+    "glm46v": Tiny(tf.Glm46VForConditionalGeneration, configs.glm46v, _packed, **_QWEN),
+    "glm4v_moe": Tiny(tf.Glm4vMoeForConditionalGeneration, configs.glm4v_moe, _packed, **_QWEN),
+    "paligemma": Tiny(
+        tf.PaliGemmaForConditionalGeneration,
+        configs.paligemma,
+        _one_raster(NEXT_SIDE**2, NEXT_SIDE),
+        kinds="token_type_ids",
+        kind_of_image=0,
+        kind_of_new=1,
+        pictures_first=True,
+        blocks=True,
+    ),
+    "paligemma2": Tiny(
+        tf.PaliGemmaForConditionalGeneration,
+        configs.paligemma2,
+        _one_raster(NEXT_SIDE**2, NEXT_SIDE),
+        kinds="token_type_ids",
+        kind_of_image=0,
+        kind_of_new=1,
+        pictures_first=True,
+        attentions=("eager",),
+        window=configs.WINDOW,
+        blocks=True,
+    ),
+    "lfm2_vl": Tiny(tf.Lfm2VlForConditionalGeneration, configs.lfm2_vl, _naflex, recurrent=True),
+    "aya_vision": Tiny(tf.AyaVisionForConditionalGeneration, configs.aya_vision, _aya, window=configs.WINDOW),
+    "cohere2_vision": Tiny(
+        tf.Cohere2VisionForConditionalGeneration, configs.cohere2_vision, _tile_run(_TILE, SIDE), window=configs.WINDOW
+    ),
+    "llava_next_video": Tiny(tf.LlavaNextVideoForConditionalGeneration, configs.llava_next_video, _crops),
+    "video_llama_3": Tiny(tf.VideoLlama3ForConditionalGeneration, configs.video_llama_3, _video_llama),
+    "perception_lm": Tiny(tf.PerceptionLMForConditionalGeneration, configs.perception_lm, _perception),
+    "ovis2": Tiny(tf.Ovis2ForConditionalGeneration, configs.ovis2, _ovis),
+    "fast_vlm": Tiny(tf.FastVlmForConditionalGeneration, configs.fast_vlm, _one_raster(NEXT_SIDE**2, NEXT_SIDE)),
+    "janus": Tiny(tf.JanusForConditionalGeneration, configs.janus, _one_raster(NEXT_SIDE**2, NEXT_SIDE, (START,), (END,))),
+    "deepseek_vl_hybrid": Tiny(tf.DeepseekVLHybridForConditionalGeneration, configs.deepseek_vl_hybrid, _two_towers),
+    "deepseek_vl": Tiny(tf.DeepseekVLForConditionalGeneration, configs.deepseek_vl, _one_raster(NEXT_SIDE**2, NEXT_SIDE)),
+}
+"""By a name of the tests: the model type, or the model type and a variant of it."""
+NAMES = tuple(TINY)
+
+
+# -- models ------------------------------------------------------------------------------------------------------------------
+
+
+def build(name: str, attention: str | None = None, seed: int = 0) -> Any:
+    """A fresh model in evaluation mode (float32); the same seed gives the same weights for every attention.
+
+    Args:
+        name: a key of `TINY`.
+        attention: the implementation; None for the family's own choice.
+    """
+    tiny = TINY[name]
+    config = tiny.config()
+    if attention is not None:
+        config._attn_implementation = attention
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = tiny.model(config).float()
+        for full_name, weight in model.named_parameters():
+            constant = weight.detach().flatten()[0].item()
+            if weight.ndim == 1 and bool((weight == constant).all()):
+                torch.nn.init.normal_(weight, constant, 0.05)
+            elif full_name.endswith("A_log"):  # of gated delta rules: a memory of several tokens, else nearly one
+                torch.nn.init.uniform_(weight, -3.0, -1.0)
+            elif weight.ndim > 1:
+                torch.nn.init.normal_(weight, 0.0, 0.18 if "lm_head" in full_name else DEVIATION)
+    settings = model.generation_config
+    settings.eos_token_id = settings.bos_token_id = None
+    settings.pad_token_id = PAD
+    settings.suppress_tokens = SUPPRESS
+    settings.do_sample = False
+    return model.eval()
+
+
+@functools.cache
+def shared(name: str, attention: str | None = None, seed: int = 0) -> Any:
+    """One model per arguments for a whole test run, with transformers' own permanent hooks already installed.
+
+    Wrap it only in a `with` statement.
+    """
+    model = build(name, attention, seed)
+    with torch.no_grad():
+        inputs = make_inputs(name, [["text2", "image", "text2"]])
+        model(**inputs, output_hidden_states=True)  # the flag matters: without one, no hook is installed
+        model.generate(**inputs, max_new_tokens=2)
+    return model
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------------------
+
+
+BATCHES = {
+    "one": [["text4", "image", "text5"]],
+    "long": [["text8", "image", "text30"]],
+    "pictures": [["text2", "image", "text3", "image", "text4"]],
+    "ragged": [["text3", "image", "text6"], ["text2", "image", "text3", "image", "text4"], ["image", "text5"]],
+    "text row": [["text2", "image", "text9"], ["text11"], ["text1", "image", "image", "text3"]],
+}
+"""By a name of the tests. `long` is beyond the window at the prompt, `one` only in decoding or not at all; the rows of `ragged`
+have different lengths, and different numbers of visual tokens wherever pictures may have different sizes or numbers."""
+
+
+def make_inputs(name: str, samples: list[list[str]], seed: int = 0, first: int = 0, pad: str = "left") -> dict[str, Any]:
+    """Inputs for `model(**inputs)` and `model.generate(**inputs)`.
+
+    Args:
+        name: a key of `TINY`.
+        samples: for every row its parts: `"image"` or `"textN"` (N random words).
+        seed, first: row `i` depends on `seed` and `first + i` only.
+        pad: the side of the padding.
+    """
+    tiny, rows, pictures = TINY[name], [], []
+    for index, parts in enumerate(samples, start=first):
+        random = torch.Generator().manual_seed(1_000_003 * seed + index)
+        ids: list[int] = []
+        of_row: list[Picture] = []
+        if tiny.pictures_first:
+            parts = sorted(parts, key=lambda part: part != "image")
+        for part in parts:
+            if part == "image":
+                of_row.append(tiny.picture(random, index + len(of_row)))
+                ids += of_row[-1].ids
+            else:
+                ids += torch.randint(FIRST_WORD, VOCAB, (int(part.removeprefix("text")),), generator=random).tolist()
+        rows.append(ids)
+        pictures.append(of_row)
+    length = max(len(ids) for ids in rows)
+    input_ids = torch.full((len(rows), length), PAD)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(rows):
+        place = slice(length - len(ids), length) if pad == "left" else slice(0, len(ids))
+        input_ids[row, place] = torch.tensor(ids)
+        attention_mask[row, place] = 1
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **tiny.collate(pictures, length)}
+    if tiny.kinds:
+        inputs[tiny.kinds] = (input_ids == IMAGE).long() * tiny.kind_of_image
+    return inputs
+
+
+def make_single(name: str, samples: list[list[str]], row: int, seed: int = 0) -> dict[str, Any]:
+    """Row `row` of `make_inputs(name, samples, seed)`, alone and without padding."""
+    return make_inputs(name, samples[row : row + 1], seed, first=row)
+
+
+def extended(name: str, inputs: dict[str, Any], new: torch.Tensor) -> dict[str, Any]:
+    """The inputs with `new` `[batch, n]` generated tokens behind a left-padded prompt."""
+    tiny, ids = TINY[name], inputs["input_ids"]
+    longer = {
+        **inputs,
+        "input_ids": torch.cat([ids, new], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1),
+    }
+    if tiny.kinds:
+        longer[tiny.kinds] = torch.cat([inputs[tiny.kinds], torch.full_like(new, tiny.kind_of_new)], 1)
+    return longer
+
+
+def visual_columns(inputs: dict[str, Any]) -> torch.Tensor:
+    """`[batch, sequence]`: where the placeholders are."""
+    return inputs["input_ids"] == IMAGE
+
+
+__all__ = ["BATCHES", "LAYERS", "NAMES", "TINY", "build", "extended", "make_inputs", "make_single", "shared", "visual_columns"]
