@@ -95,8 +95,7 @@ class Asking:
         with torch.inference_mode():
             given = self._generate(model, inputs, number)
         seconds = time.perf_counter() - start
-        record = None if run is None else run.last
-        if run is None or record is None or not record.visual:
+        if run is None or (record := run.last) is None:
             return Batch(given, seconds, float(sum(placeholders)), sum(placeholders), placeholders)
         kept = list(placeholders)
         left = {(one.sample, one.ordinal): one for one in record.kept if one.site != "cache"}
