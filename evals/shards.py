@@ -111,8 +111,8 @@ def wait_for_others(
         if store.stale > stale:
             raise UsageError(
                 "another process adds answers of another version of vlmprune "
-                f"({len(missing)} of {len(keys)} parts are missing, of {whose}): give all processes the same code, then run the "
-                "same command again."
+                f"({len(missing)} of {len(keys)} parts are missing, of {whose}): give all processes the same code, then run "
+                "the same command again."
             )
         if time.monotonic() - since > 60 * minutes:
             raise UsageError(
