@@ -9,7 +9,7 @@ and `group` (skill or category). Which interval, which test and which correction
   good, each unit's difference is as likely with the other sign (Fisher, The Design of Experiments, 1935, section 21).
 - Many p-values are corrected by Holm's method, which holds whatever the tests share.
 
-All draws are seeded: equal arrays give equal numbers, in whatever order the questions come.
+All draws are seeded: equal arrays give equal numbers. Units are numbered as they first occur.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def correct(differences: Mapping[Any, Difference], method: Correction = "holm") 
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
-    """Per unit (in rising order) and group (in the order of first occurrence): `[unit, group]` scores and questions."""
+    """Per unit and group, both in the order of first occurrence: `[unit, group]` scores and questions."""
 
     scores: list[np.ndarray]
     asked: np.ndarray
@@ -301,10 +301,9 @@ def _sums(unit: Array, group: Array | None, *scores: Array) -> _Sums:
     for array in arrays:
         if not bool(((array >= 0) & (array <= 1)).all()):
             raise UsageError(f"a score lies between 0 and 1: found {array[~((array >= 0) & (array <= 1))][0]:g}.")
-    _, row = np.unique(units, return_inverse=True)
-    names, first, column = np.unique(groups, return_index=True, return_inverse=True)
-    place = np.argsort(np.argsort(first))
-    cell = row.reshape(-1), place[column.reshape(-1)]
+    row, _ = _numbered(units)
+    column, names = _numbered(groups)
+    cell = row, column
     shape = (int(row.max()) + 1, len(names))
     asked = np.zeros(shape)
     np.add.at(asked, cell, 1)
@@ -312,4 +311,11 @@ def _sums(unit: Array, group: Array | None, *scores: Array) -> _Sums:
     for array in arrays:
         sums.append(np.zeros(shape))
         np.add.at(sums[-1], cell, array)
-    return _Sums(sums, asked, [str(name) for name in names[np.argsort(first)]])
+    return _Sums(sums, asked, [str(name) for name in names])
+
+
+def _numbered(names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`[question]` number of each entry's name, and the names, in the order of first occurrence."""
+    found, first, number = np.unique(names, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    return np.argsort(order)[number.reshape(-1)], found[order]

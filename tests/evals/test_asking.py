@@ -79,7 +79,7 @@ def test_no_batch_of_nothing(embedded):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_scenes_are_answered_as_in_the_plain_way(embedded, recipe):
-    """Red: the prompt, the padding or the pictures differ from `vlmprune.tiny.evaluate`'s; or a picture encoded once changes."""
+    """Red: prompt, padding or pictures differ from `vlmprune.tiny.evaluate`'s; or a picture that is encoded once changes."""
     model, processor = embedded
     found = open_questions("scenes", 3)
     with under(model, recipe and vp.Recipe.parse(recipe)):

@@ -96,7 +96,8 @@ def test_relaxed(given, answer, expected):
         ("stop", ("stop",), 1.0),
         ("STOP", ("stop",), 1.0),
         ("stap", ("stop",), 0.75),
-        ("st", ("stop",), 0.0),  # 2 of 4 is not below the half
+        ("st", ("stop",), 0.5),  # 2 of 4 is the half, which still counts
+        ("s", ("stop",), 0.0),
         ("sto", ("stop",), 0.75),
         ("coca cola", ("pepsi", "Coca  Cola"), 1.0),
         ("coca cols", ("coca cola company", "coca cola"), 1 - 1 / 9),

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmprune import names
 from vlmprune.cli.why import check_tokens, explained
 from vlmprune.errors import UsageError
 from vlmprune.live.handle import wrap
 from vlmprune.live.report import Report
 from vlmprune.loading.outputs import check_target
 from vlmprune.loading.questions import Question, open_question
+from vlmprune.loading.recipes import read_recipe
 from vlmprune.recipe import Recipe
 from vlmprune.show import draw
 
@@ -214,15 +214,6 @@ def ask_and_draw(
         **({"why": pruned.why} if why else {}),
     }
     return result, None if target is None else draw_kept(question, pruned.crops)
-
-
-def read_recipe(text: str) -> Recipe:
-    """The recipe of a string, of a JSON file, or of a folder or hub repository that holds one.
-
-    Raises:
-        UsageError: there is no such recipe, or it cannot be read.
-    """
-    return Recipe.from_pretrained(text) if names.is_file(text) else Recipe.of(text)
 
 
 def draw_kept(question: Question, crops: list[KeptCrop], width: int = WIDTH) -> Image.Image:
