@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmprune.errors import UsageError
 from vlmprune.evals.results import Result
-from vlmprune.show.table import code, table
+from vlmprune.show.table import table
 
 SHOWN = (
     ("ttft_ms", "TTFT ms", "{:.0f}"),
@@ -147,12 +147,12 @@ def result(numbers: Mapping[str, Any]) -> Result:
         scores.append([task, "documents", *(str(row["documents"]) for row in beside)])
         for name, heading, form in SHOWN:
             costs.append([task, heading, *(_form(form, row["columns"], name) for row in beside)])
-    heads, title = [code(recipe) for recipe in recipes], f"{numbers['model']}, batch {numbers['batch']}"
+    title = f"{numbers['model']}, batch {numbers['batch']}"
     return Result(
         numbers,
         [
-            table(["task", "metric", *heads], scores, title=title, text_columns=2),
-            table(["task", "mean over samples", *heads], costs, title=title, text_columns=2),
+            table(["task", "metric", *recipes], scores, title=title, text_columns=2),
+            table(["task", "mean over samples", *recipes], costs, title=title, text_columns=2),
             "Times are those of a whole batch. GFLOPs and KV cache are a sample's share of its batch, padding included.",
         ],
     )
