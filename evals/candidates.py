@@ -19,6 +19,7 @@ from vlmprune import Schedule
 from vlmprune.errors import UsageError
 from vlmprune.evals.calibration import Sample
 from vlmprune.evals.horizon import find_horizon
+from vlmprune.evals.question import Question
 from vlmprune.evals.sweep_plan import Plan, make_plan
 from vlmprune.schedule import scaled_layer
 
@@ -41,6 +42,17 @@ class Candidate:
     recipe: str
     origin: str
     line: str = ""
+
+
+def check_budgets(budgets: Sequence[float]) -> None:
+    """Refuse what is no share.
+
+    Raises:
+        UsageError: one is not between 0 and 1.
+    """
+    for budget in budgets:
+        if not 0 < budget < 1:
+            raise UsageError(f"a budget is a share of the visual tokens between 0 and 1, found {budget:g}.")
 
 
 def propose(
@@ -124,6 +136,21 @@ def _works(model: Any, recipe: vlmprune.Recipe) -> bool:
     except UsageError:
         return False
     return True
+
+
+def one_per_unit(questions: Sequence[Question], most: int) -> list[Question]:
+    """One question with a picture about each of the first units, cycling through groups: a horizon is of all skills."""
+    pictured = [question for question in questions if question.images]
+    groups = list(dict.fromkeys(question.group for question in pictured))
+    units: dict[str, list[Question]] = {}
+    for question in pictured:
+        units.setdefault(question.unit or question.id, []).append(question)
+    chosen = []
+    for number, own in enumerate(list(units.values())[:most]):
+        turn = number % len(groups)
+        wanted = [*groups[turn:], *groups[:turn]]
+        chosen.append(min(own, key=lambda question: wanted.index(question.group)))
+    return chosen
 
 
 def measured_horizon(model: Any, samples: Iterable[Sample], answer_tokens: int, tick: Any = lambda share: None) -> int | None:

@@ -53,12 +53,13 @@ def find_cheapest(wanted: Wanted, out: Path | None, as_json: bool) -> None:
     quiet()
     from vlmprune.evals import max_drop, max_drop_report
     from vlmprune.evals.asking import BATCH_SIZE, Asking
-    from vlmprune.evals.candidates import GRID, propose
+    from vlmprune.evals.candidates import GRID, check_budgets, propose
     from vlmprune.evals.results import stamp
     from vlmprune.evals.trials import Trials
     from vlmprune.loading.models import open_model
 
     max_drop.check_budget(wanted.max_drop)
+    check_budgets(wanted.budgets or ())
     tuning, held_out, notes = _questions(wanted.data)
     processor, read_weights = open_model(wanted.model, wanted.device, wanted.device_map)
     scenes = wanted.data.name is None
@@ -146,12 +147,11 @@ def _horizon(
     """The information horizon on some tuning questions about different pictures; if there is none, why."""
     from vlmprune.errors import UsageError
     from vlmprune.evals.calibration import samples
-    from vlmprune.evals.candidates import measured_horizon
+    from vlmprune.evals.candidates import measured_horizon, one_per_unit
 
     if (known := store.get(("horizon",))) is not None:
         return known["layer"], known["why"]
-    by_unit = {question.unit or question.id: question for question in reversed(tuning.questions) if question.images}
-    chosen = list(reversed(by_unit.values()))[:HORIZON_QUESTIONS]
+    chosen = one_per_unit(tuning.questions, HORIZON_QUESTIONS)
     done = 0.0
 
     def advance(share: float) -> None:
