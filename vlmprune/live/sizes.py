@@ -1,5 +1,5 @@
-"""The sizes of a language model, for counting FLOPs and bytes: from its config where all layers are alike, else from the modules
-of each layer."""
+"""The sizes of a language model, for counting FLOPs and bytes: from its config where all layers are alike, else from the
+modules of each layer."""
 
 from __future__ import annotations
 
