@@ -1,19 +1,176 @@
-"""The same questions for many recipes: tokenised once, and each image encoded once per recipe, not once per question."""
+"""Ask a model questions in fixed batches, so that recipes and processes are compared on the same inputs, padding included.
+
+A batch is the unit of everything: of a store's rows, of shards, of progress. `batches` depends on the questions and the batch
+size alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import vlmprune
+from vlmprune.evals.question import Question, QuestionSet, key_of
+from vlmprune.loading.placement import execution_device, to_model
+from vlmprune.loading.prompts import make_batch, prompt_text
 from vlmprune.tiny import prompt
 from vlmprune.tiny.answers import LONGEST_ANSWER, Record
 from vlmprune.tiny.scenes import SPLITS, Scene, make_scene
 
 SCENES_PER_BATCH = 8
 """About 80 questions."""
+BATCH_SIZE = 8
+"""Questions in a batch, if nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model answered to one batch.
+
+    Attributes:
+        given: answers, in the order of the batch.
+        seconds: of the whole batch: processor, vision tower, language model and decoding.
+        entered: visual tokens that entered a decoder layer, mean over layers; sum over the batch.
+        visual: visual tokens of the batch before any was dropped.
+        kept: of each question, the visual tokens that leave the last decoder layer. Of an un-wrapped model these three count
+            the placeholders of the prompts.
+    """
+
+    given: list[str]
+    seconds: float
+    entered: float
+    visual: int
+    kept: list[int]
+
+    @property
+    def share(self) -> float:
+        """The compute average: the share of the visual tokens that enter a decoder layer, mean over layers; 1 without any."""
+        return self.entered / self.visual if self.visual else 1.0
+
+
+class Asking:
+    """A set of questions as one processor takes them.
+
+    Args:
+        processor: the model's.
+        questions: what is asked.
+        batch_size: questions in a batch.
+        encode_once: encode each picture once per batch, not once per question. For LLaVA-1.5 only, whose features are then
+            exactly those of the plain way.
+
+    Attributes:
+        batches: numbers of the questions of each batch. Questions without a picture have batches of their own.
+        texts: whole prompts.
+
+    Raises:
+        UsageError: a question cannot be made a prompt; says which and why.
+    """
+
+    def __init__(self, processor: Any, questions: QuestionSet, batch_size: int = BATCH_SIZE, encode_once: bool = False) -> None:
+        if batch_size < 1:
+            raise vlmprune.UsageError(f"a batch has at least one question, found {batch_size}.")
+        self.processor, self.questions, self.encode_once = processor, questions, encode_once
+        self.texts = [_whole(processor, question) for question in questions]
+        self.batches = batches_of(questions.questions, batch_size)
+
+    def ask_batch(self, model: Any, number: int) -> list[str]:
+        """The answers of a model, which may be wrapped, to one batch, by greedy decoding."""
+        inputs = self._inputs(number)
+        with torch.inference_mode():
+            return self._generate(model, inputs, number)
+
+    def measure_batch(self, model: Any, number: int, run: vlmprune.Run | None = None) -> Batch:
+        """The same, with what it cost.
+
+        Args:
+            model: the model.
+            number: of the batch.
+            run: the handle of the wrapped model; None for an un-wrapped one.
+        """
+        start = time.perf_counter()
+        inputs = self._inputs(number)
+        placeholders = self._placeholders(inputs)
+        with torch.inference_mode():
+            given = self._generate(model, inputs, number)
+        seconds = time.perf_counter() - start
+        record = None if run is None else run.last
+        if run is None or record is None or not record.visual:
+            return Batch(given, seconds, float(sum(placeholders)), sum(placeholders), placeholders)
+        kept = list(placeholders)
+        left = {(one.sample, one.ordinal): one for one in record.kept if one.site != "cache"}
+        for (sample, _), one in left.items():
+            kept[sample] += len(one.index) - one.original
+        report = run.report()
+        return Batch(given, seconds, report.visual_compute_average * report.batch, report.visual_tokens, kept)
+
+    def _inputs(self, number: int) -> Any:
+        chosen = self.batches[number]
+        asked = [self.questions[index] for index in chosen]
+        return make_batch(self.processor, [one.pictures() for one in asked], [self.texts[index] for index in chosen])
+
+    def _placeholders(self, inputs: Any) -> list[int]:
+        """Of each row of a batch, the tokens that stand for pictures."""
+        token = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        return (inputs["input_ids"] == token).sum(dim=1).tolist()
+
+    def _generate(self, model: Any, inputs: Any, number: int) -> list[str]:
+        inputs = to_model(model, inputs)
+        more = self._encoded(model, inputs, number) if self.encode_once and "pixel_values" in inputs else {}
+        tokens = model.generate(**inputs, **more, do_sample=False, num_beams=1, max_new_tokens=self.questions.max_new_tokens)
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        return [self._ended(answer) for answer in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def _ended(self, answer: str) -> str:
+        """An answer up to the first text at which it ends."""
+        for text in self.questions.until:
+            answer = answer.split(text)[0]
+        return answer.strip()
+
+    def _encoded(self, model: Any, inputs: Any, number: int) -> dict[str, Any]:
+        """Features of the batch's pictures as an argument of `generate`, each picture encoded once; takes out the pixels."""
+        pictures = [key_of(image) for index in self.batches[number] for image in self.questions[index].images]
+        distinct = list(dict.fromkeys(pictures))
+        pixels: Tensor = inputs.pop("pixel_values")[[pictures.index(key) for key in distinct]]
+        encoded = model.get_image_features(pixel_values=pixels, return_dict=True)
+        # Each question gets the features of its picture; a method finds by them what it computed in the tower.
+        encoded.pooler_output = [encoded.pooler_output[distinct.index(key)] for key in pictures]
+        return {"mm_encoder_outputs": {"image": encoded}}
+
+
+def _whole(processor: Any, question: Question) -> str:
+    try:
+        return prompt_text(processor, question.text, len(question.images))
+    except vlmprune.UsageError as error:
+        raise vlmprune.UsageError(f"question {question.id}: {error}") from error
+
+
+def batches_of(questions: Sequence[Question], size: int) -> list[list[int]]:
+    """Numbers of the questions in batches of at most `size`, in order; with and without pictures apart."""
+    batches: list[list[int]] = []
+    growing: dict[bool, list[int]] = {}
+    for number, question in enumerate(questions):
+        pictured = bool(question.images)
+        if len(growing.get(pictured, ())) in (0, size):
+            batches.append([])
+            growing[pictured] = batches[-1]
+        growing[pictured].append(number)
+    return batches
+
+
+@contextmanager
+def under(model: Any, recipe: vlmprune.Recipe | None) -> Iterator[vlmprune.Run | None]:
+    """The model wrapped with a recipe inside a `with` block; None leaves it un-pruned."""
+    if recipe is None:
+        yield None
+    else:
+        with vlmprune.wrap(model, recipe) as run:
+            yield run
 
 
 def scenes_of_seed(seed: int, images: int, split: str = "test") -> list[Scene]:
@@ -53,9 +210,9 @@ class Questions:
         """
         given: list[str] = []
         for text, pixels, image in self._batches:
-            text = text.to(model.device)
+            text, pixels = text.to(execution_device(model)), pixels.to(execution_device(model), model.dtype)
             with torch.inference_mode():
-                encoded = model.get_image_features(pixel_values=pixels.to(model.device, model.dtype), return_dict=True)
+                encoded = model.get_image_features(pixel_values=pixels, return_dict=True)
                 # Each question gets the features of its image; a method finds by them what it computed in the tower.
                 encoded.pooler_output = [encoded.pooler_output[number] for number in image.tolist()]
                 tokens = model.generate(

@@ -1,38 +1,23 @@
-"""Pictures with questions for choosing settings: a folder with `questions.jsonl`, or scenes of the embedded model's world.
-
-One JSON object per line; pictures are named relative to the folder (docs/tuning.md):
-
-    {"image": "cat.png", "question": "Is there a cat?", "answer": "Yes"}
-"""
+"""Questions as samples for choosing settings: one prompt at a time, with the tokens of its right answer."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import vlmprune
-from vlmprune.loading.pictures import open_picture, summary
-from vlmprune.loading.prompts import make_inputs, prompt_text
+from vlmprune.evals.question import Question
+from vlmprune.evals.questions import scene_questions
+from vlmprune.loading.placement import to_model
+from vlmprune.loading.prompts import make_batch, prompt_text
+from vlmprune.tiny.questions import SKILLS
 
-FILE = "questions.jsonl"
 KEEP_ALL = "random:layer=0,fraction=1"
 """Drops nothing, so that it runs exactly as the un-pruned model does, and leaves a record of the prompt."""
-
-
-@dataclass(frozen=True, eq=False)
-class Question:
-    """A picture (or its path), a question, and its answer where there is one; `name` is for reports."""
-
-    picture: Any
-    text: str
-    answer: str = ""
-    name: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,106 +48,51 @@ class Sample:
         return replace(self, inputs=longer)
 
 
-def read(folder: Path, answers: bool, most: int | None = None) -> list[Question]:
-    """The questions of a folder, checked before anything is computed; pictures are not opened yet.
-
-    Args:
-        folder: holds `questions.jsonl` and the pictures.
-        answers: whether every question needs its answer; if not, answers are ignored.
-        most: questions to read at most; None is all.
-
-    Raises:
-        vlmprune.UsageError: a folder or file is missing, or a line cannot be read; says which.
-    """
-    if not folder.is_dir():
-        raise vlmprune.UsageError(f"there is no folder {folder}: give one that holds {FILE} and the pictures.")
-    path = folder / FILE
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise vlmprune.UsageError(
-            f'{folder} holds no {FILE}: write one {{"image": …, "question": …, "answer": …}} per line.'
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise vlmprune.UsageError(f"{path} cannot be read as UTF-8 text ({error}).") from error
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
-        raise vlmprune.UsageError(f"{path} holds no questions: write one JSON object per line.")
-    return [_question(folder, number, line, answers) for number, line in numbered[:most]]
-
-
-def fewer(found: int, wanted: int | None) -> list[str]:
-    """A sentence if there are fewer questions than were asked for."""
-    return [] if wanted is None or found >= wanted else [f"there are {found} questions, fewer than the {wanted} asked for"]
-
-
-def _question(folder: Path, number: int, line: str, answers: bool) -> Question:
-    where = f"{FILE} line {number}"
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise vlmprune.UsageError(f"{where} is no JSON ({error.msg}): write one JSON object per line.") from error
-    if not isinstance(entry, dict):
-        raise vlmprune.UsageError(f"{where} is no JSON object, but {line.strip()[:40]}: write {{…}} with its keys.")
-    for key in ("image", "question", "answer")[: 3 if answers else 2]:
-        if not isinstance(entry.get(key), str) or not entry[key].strip():
-            found = repr(entry[key]) if key in entry else "only " + (", ".join(entry) or "an empty object")
-            raise vlmprune.UsageError(f"{where} needs a text as {key!r}: found {found}.")
-    picture = folder / entry["image"]
-    if not picture.is_file():
-        raise vlmprune.UsageError(f"{where}: there is no picture at {picture}.")
-    return Question(picture, entry["question"], entry["answer"] if answers else "", f"{number} {entry['image']}")
-
-
 def scenes(images: int, split: str = "dev") -> list[Question]:
     """One question about each of some held-out scenes of the embedded model, cycling through the skills; independent."""
-    from vlmprune.tiny.scenes import SKILLS, held_out
-
-    asked = []
-    for number, scene in enumerate(held_out(images, split)):
+    asked: dict[str, list[Question]] = {}
+    for question in scene_questions(images, split):
+        asked.setdefault(question.unit, []).append(question)
+    chosen = []
+    for number, own in enumerate(asked.values()):
         wanted = [*SKILLS[number % len(SKILLS) :], *SKILLS[: number % len(SKILLS)]]  # not every scene has a sign to read
-        question = min(scene.questions, key=lambda question: wanted.index(question.skill))
-        asked.append(Question(scene.image, question.text, question.answer, f"{split} {number} {question.skill}"))
-    return asked
+        first = min(own, key=lambda question: wanted.index(question.group))
+        chosen.append(replace(first, id=f"{first.unit} {first.group}"))
+    return chosen
 
 
-def samples(processor: Any, questions: Sequence[Question], device: Any = "cpu") -> Iterator[Sample]:
-    """The questions as samples, one at a time, so that not all pixels are in memory at once. Questions and answers are checked
-    at once.
+def samples(processor: Any, questions: Sequence[Question], answers: bool = True) -> Callable[[Any], Iterator[Sample]]:
+    """Check that a model can take the questions, before its weights are read.
 
-    Raises:
-        vlmprune.UsageError: an answer is not in the vocabulary; or, when its sample is taken, a picture cannot be read.
-    """
-    texts = [prompt_text(processor, question.text) for question in questions]
-    answers = [
-        answer_tokens(processor.tokenizer, text, question) if question.answer else ()
-        for text, question in zip(texts, questions, strict=True)
-    ]
+    Args:
+        processor: the model's.
+        questions: each with a picture.
+        answers: whether the tokens of the right answers are wanted.
 
-    def sample(question: Question, text: str, answer: tuple[int, ...]) -> Sample:
-        picture = question.picture
-        if isinstance(picture, Path):
-            picture = open_picture(picture, lambda note: None)  # `check_pictures` reports the notes
-        return Sample(make_inputs(processor, picture, text, device), answer, question.name)
-
-    return map(sample, questions, texts, answers)
-
-
-def check_pictures(questions: Sequence[Question]) -> list[str]:
-    """Read every picture that is a file, and report what their values lost, as sentences.
+    Returns:
+        A function from the model to the samples, one at a time, so that not all pixels are in memory at once.
 
     Raises:
-        vlmprune.UsageError: one cannot be read.
+        UsageError: a question has no picture, or cannot be made a prompt; or its answer is not in the vocabulary.
     """
-    notes: list[str] = []
+    texts, tokens = [], []
     for question in questions:
-        if isinstance(question.picture, Path):
-            open_picture(question.picture, notes.append)
-    return summary(notes)
+        if not question.images:
+            raise vlmprune.UsageError(f"question {question.id} has no picture, which this measurement looks at: leave it out.")
+        texts.append(prompt_text(processor, question.text, len(question.images)))
+        known = answers and bool(question.answers)
+        tokens.append(answer_tokens(processor.tokenizer, texts[-1], question) if known else ())
+
+    def make(model: Any) -> Iterator[Sample]:
+        for question, text, answer in zip(questions, texts, tokens, strict=True):
+            inputs = make_batch(processor, [question.pictures()], [text])
+            yield Sample(to_model(model, inputs), answer, question.id)
+
+    return make
 
 
 def answer_tokens(tokenizer: Any, prompt: str, question: Question) -> tuple[int, ...]:
-    """Ids of the tokens that a model would have to generate: what an answer after the prompt adds to it.
+    """Ids of the tokens that a model would have to generate: what the first right answer after the prompt adds to it.
 
     A space is put between them unless the prompt ends with white space (a chat template's new line).
 
@@ -171,13 +101,13 @@ def answer_tokens(tokenizer: Any, prompt: str, question: Question) -> tuple[int,
     """
     between = "" if prompt[-1:].isspace() else " "
     before = tokenizer(prompt)["input_ids"]
-    whole = tokenizer(prompt + between + question.answer)["input_ids"]
+    whole = tokenizer(prompt + between + question.answers[0])["input_ids"]
     start = _common(before, whole)
     end = len(whole) - _common(before[start:][::-1], whole[start:][::-1])  # a tokenizer may end every text with a token
     added = tuple(whole[start:end])
     if not added or tokenizer.unk_token_id in added:
         raise vlmprune.UsageError(
-            f"the model has no token for the answer {question.answer!r} ({question.name}): check its spelling."
+            f"the model has no token for the answer {question.answers[0]!r} ({question.id}): check its spelling."
         )
     return added
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from dataclasses import asdict, dataclass
-from functools import cache
-from hashlib import blake2b
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import vlmprune
 from vlmprune.evals.accuracy import UNPRUNED
+from vlmprune.evals.fingerprints import code_fingerprint
 
 ROWS = "rows.jsonl"
-NO_ANSWERS = ("cli", "show", "evals")
-"""Rooms of the package that change no answer; of `evals` only `asking.py` does."""
 
 
 @dataclass(frozen=True)
@@ -77,39 +72,3 @@ class Store:
 def recipe_name(recipe: vlmprune.Recipe | None) -> str:
     """A recipe's string, or "un-pruned"."""
     return UNPRUNED if recipe is None else str(recipe)
-
-
-@cache
-def code_fingerprint() -> str:
-    """A hash of everything that can change an answer: this package's code, the embedded model, torch and transformers.
-
-    Comments, docstrings and formatting are not part of it, nor are rooms that only show results.
-    """
-    digest = blake2b(digest_size=6)
-    folder = Path(vlmprune.__file__).parent
-    for path in sorted(_answering(folder)):
-        digest.update(str(path.relative_to(folder)).encode())
-        digest.update(_code(path.read_text()).encode() if path.suffix == ".py" else path.read_bytes())
-    for package in ("torch", "transformers"):
-        digest.update(f"{package} {version(package)}".encode())
-    return digest.hexdigest()
-
-
-def _answering(folder: Path) -> list[Path]:
-    """Files whose content can change an answer."""
-    files = [folder / "evals" / "asking.py"]
-    for room in folder.iterdir():
-        if room.is_dir() and room.name not in NO_ANSWERS:  # a linked folder is walked from its target
-            files += [room / path.relative_to(room.resolve()) for path in room.resolve().rglob("*.py")]
-        elif room.suffix == ".py":
-            files.append(room)
-    return [*files, *(folder / "tiny" / "checkpoint").iterdir()]
-
-
-def _code(source: str) -> str:
-    """The syntax tree of a file without its docstrings: what Python runs."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.dump(tree)

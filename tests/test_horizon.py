@@ -17,9 +17,11 @@ from vlmprune import tiny
 from vlmprune.cost import compute_average, nominal_average
 from vlmprune.evals import calibration, horizon, horizon_groups, horizon_report
 from vlmprune.evals.budgets import compose
-from vlmprune.evals.calibration import Question, Sample
+from vlmprune.evals.calibration import Sample
 from vlmprune.evals.horizon import Horizon, SampleCurves, estimate, find_horizon
 from vlmprune.evals.horizon_groups import Only
+from vlmprune.evals.question import Question
+from vlmprune.evals.questions import open_questions
 
 ANSWERS = (40, 71)
 PROMPTS = {
@@ -320,16 +322,20 @@ def test_refusals():
     assert len(horizon_groups.groups(model.config, other.inputs, [17], 1)) == 17
 
 
+def asked(answer):
+    return Question("1", (), "?", (answer,))
+
+
 def test_tokens_of_an_answer():
     tokenizer = tiny.load()[1].tokenizer
     ask = tiny.prompt("is there a red star ?")
     yes, top, left = tokenizer("yes top left")["input_ids"][-3:]
-    assert calibration.answer_tokens(tokenizer, ask, Question(None, "", "yes")) == (yes,)
-    assert calibration.answer_tokens(tokenizer, ask, Question(None, "", "top left")) == (top, left)
-    assert calibration.answer_tokens(tokenizer, ask + " top", Question(None, "", "left")) == (left,)
+    assert calibration.answer_tokens(tokenizer, ask, asked("yes")) == (yes,)
+    assert calibration.answer_tokens(tokenizer, ask, asked("top left")) == (top, left)
+    assert calibration.answer_tokens(tokenizer, ask + " top", asked("left")) == (left,)
     for answer in ("aubergine", " "):
         with pytest.raises(vp.UsageError, match="no token for the answer"):
-            calibration.answer_tokens(tokenizer, ask, Question(None, "", answer))
+            calibration.answer_tokens(tokenizer, ask, asked(answer))
 
 
 class Letters:
@@ -342,8 +348,8 @@ class Letters:
 
 
 def test_answer_follows_white_space_or_brings_it():
-    assert calibration.answer_tokens(Letters(), "A:", Question(None, "", "yes")) == (*map(ord, " yes"),)
-    assert calibration.answer_tokens(Letters(), "A\n", Question(None, "", "yes")) == (*map(ord, "yes"),)
+    assert calibration.answer_tokens(Letters(), "A:", asked("yes")) == (*map(ord, " yes"),)
+    assert calibration.answer_tokens(Letters(), "A\n", asked("yes")) == (*map(ord, "yes"),)
 
 
 # -- on the command line -----------------------------------------------------------------------------------------------------
@@ -353,8 +359,8 @@ def test_answer_follows_white_space_or_brings_it():
 def data(tmp_path):
     """A folder with two questions about one scene."""
     scene = calibration.scenes(1)[0]
-    scene.picture.save(tmp_path / "scene.png")
-    lines = [{"image": "scene.png", "question": scene.text, "answer": scene.answer}] * 2
+    scene.images[0].save(tmp_path / "scene.png")
+    lines = [{"image": "scene.png", "question": scene.text, "answer": scene.answers[0]}] * 2
     (tmp_path / "questions.jsonl").write_text("\n\n".join(map(json.dumps, lines)) + "\n")
     return tmp_path
 
@@ -372,8 +378,8 @@ def test_command(monkeypatch, capsys, data, tmp_path):
     assert {line.count("|") for line in table} == {6}
     assert Image.open(out / "horizon.png").width > 500
 
-    assert len(calibration.read(data, answers=True, most=1)) == 1
-    assert {question.answer for question in calibration.read(data, answers=False)} == {""}  # may be in other words
+    assert len(open_questions(data, 1)) == 1
+    assert {question.answers for question in open_questions(data, needs=("image",))} == {()}  # may be in other words
     assert vlmprune(monkeypatch, "horizon", "--data", data, "--window", 12, "--layer", 7, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     first, second = result["samples"]
@@ -396,7 +402,7 @@ GOOD = '{"image": "scene.png", "question": "is there a red star ?", "answer": "y
         ('{"image": "scene.png", "question": "", "answer": "yes"}', "line 1 needs a text as 'question': found ''"),
         ('{"image": "scene.png", "question": "x", "answer": 4}', "line 1 needs a text as 'answer': found 4"),
         ("{}", "line 1 needs a text as 'image': found only an empty object"),
-        (GOOD.replace("scene", "gone"), "line 1: there is no picture at"),
+        (GOOD.replace("scene", "gone"), "question 1 gone.png: there is no picture at"),
         (GOOD + "\n" + GOOD.replace("scene.png", "questions.jsonl"), "is not a picture that can be read"),
         (GOOD + "\n" + GOOD.replace("yes", "aubergine"), "no token for the answer 'aubergine' (2 scene.png)"),
         (b"\xff\xfe\xfd", "cannot be read as UTF-8 text"),

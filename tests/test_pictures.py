@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import vlmprune as vp
 from vlmprune.cli import app
-from vlmprune.evals import calibration
+from vlmprune.evals.questions import open_questions
 from vlmprune.loading.pictures import _bits_in_head, open_picture, summary
 from vlmprune.tiny.scenes import make_scene
 
@@ -370,4 +370,4 @@ def test_calibration_refuses_a_broken_picture_before_the_model_is_loaded(tmp_pat
     result = CliRunner().invoke(app, ["horizon", "--data", str(tmp_path)])
     assert isinstance(result.exception, vp.UsageError)
     assert "a.png is not a picture" in str(result.exception)
-    assert calibration.check_pictures(calibration.scenes(2)) == []
+    assert open_questions("scenes", 2).notes == ()

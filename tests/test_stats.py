@@ -7,11 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from vlmprune.evals.accuracy import draws_by_skill
+from vlmprune.evals import stats as evals
 from vlmprune.evals.bench import Ratio
-from vlmprune.evals.sweep_rows import differences
 from vlmprune.show import stats
-from vlmprune.tiny.answers import Record, accuracy, accuracy_by_skill, mean_over_skills
+from vlmprune.tiny.answers import Record, accuracy, accuracy_by_skill
 
 SKILLS = ("colour", "counting", "reading")
 
@@ -50,33 +49,48 @@ RARE = {
 """Reading is asked about one picture of four: a third of all draws lack it."""
 
 
+def arrays(given: list[Record]) -> dict[str, list]:
+    """Records as `evals/stats.py` takes them."""
+    return {
+        "score": [float(record.right) for record in given],
+        "unit": [record.image for record in given],
+        "group": [record.skill for record in given],
+    }
+
+
+def draws(given: list[Record]) -> np.ndarray:
+    """Accuracy `[draw, skill]` in draws of whole pictures; skills in the order of `SKILLS`."""
+    pictures = sorted({record.image for record in given})
+    cells = [[[r.right for r in given if (r.image, r.skill) == (n, skill)] for skill in SKILLS] for n in pictures]
+    right = np.array([[sum(cell) for cell in line] for line in cells], float)
+    return stats.shares(right, np.array([[len(cell) for cell in line] for line in cells]))
+
+
 def mean_interval(given: list[Record]) -> tuple[float, float]:
-    return stats.interval(stats.mean_of_present(draws_by_skill(given)))
+    """Of the bootstrap, however few pictures there are."""
+    return stats.interval(stats.mean_of_present(draws(given)))
 
 
 def test_three_right_answers_of_three():
-    """Red in the code that took a skill which a draw lacks for 0 %: [33, 100]."""
+    """[29.2, 100]: three pictures cannot rule out that seven of ten would be wrong (0.292³ = 2.5 %).
+
+    Red in the code that took a skill which a draw lacks for 0 % ([33, 100], with seven skills [85.7, 100]), and in the code
+    that gave the bootstrap's point [100, 100].
+    """
     given = records({0: {"colour": [True]}, 1: {"counting": [True]}, 2: {"reading": [True]}})
-    assert mean_over_skills(accuracy_by_skill(given)) == 1
-    assert mean_interval(given) == (1.0, 1.0)
-    wrong = records({0: {"colour": [False]}, 1: {"counting": [False]}, 2: {"reading": [False]}})
-    assert mean_interval(wrong) == (0.0, 0.0)
-    assert differences(given, wrong)["mean"].low == differences(given, wrong)["mean"].high == 1.0
-
-
-def test_the_command_says_so_too():
-    """One scene, every question right: the row of `vlmprune eval` and the paired difference to itself are points."""
-    from vlmprune.evals.accuracy import _row
-
-    given = records({0: {"colour": [True]}, 1: {"counting": [True, True]}, 2: {"colour": [True], "reading": [True]}})
-    row = _row("recipe", given, given)
-    assert (row.mean, row.interval, row.lost, row.lost_interval) == (1.0, (1.0, 1.0), 0.0, (0.0, 0.0))
+    found = evals.estimate(**arrays(given))
+    assert (found.value, found.n, found.units, found.source) == (1.0, 3, 3, "exact")
+    assert (found.low, found.high) == (pytest.approx(0.025 ** (1 / 3)), 1.0)
+    same = records({n: {"colour": [True]} for n in range(3)})
+    assert (accuracy(same).low, accuracy(same).high) == (pytest.approx(0.025 ** (1 / 3)), 1.0)
+    wrong = evals.estimate(**arrays(records({n: {"colour": [False, False]} for n in range(3)})))
+    assert (wrong.low, wrong.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 3)))
 
 
 def test_draws_are_all_possible_ones():
     """Against the enumeration of all 256 draws: quantiles, mean and spread. Red: skills, weights or pictures are mixed up."""
     given = records(RARE)
-    exact, drawn = np.array(by_loops(given)), stats.mean_of_present(draws_by_skill(given))
+    exact, drawn = np.array(by_loops(given)), stats.mean_of_present(draws(given))
     assert {round(mean, 9) for mean in drawn.tolist()} <= {round(mean, 9) for mean in exact.tolist()}
     error = exact.std() / len(drawn) ** 0.5
     assert abs(drawn.mean() - exact.mean()) < 4 * error
@@ -88,14 +102,12 @@ def test_draws_are_all_possible_ones():
 
 
 def test_a_skill_by_itself_is_of_the_pictures_that_have_it():
-    """A skill's own interval never holds a draw without it: two right of two are [100, 100], beside whatever other pictures."""
+    """Two right of two about one picture of four: one picture, whose interval is [2.5, 100], beside whatever other pictures."""
     given = records(RARE)
-    assert np.isnan(draws_by_skill(given)[:, 2]).mean() == pytest.approx((3 / 4) ** 4, abs=0.04)
+    assert np.isnan(draws(given)[:, 2]).mean() == pytest.approx((3 / 4) ** 4, abs=0.04)
     reading = accuracy_by_skill(given)["reading"]
-    assert (reading.low, reading.high, reading.n) == (1.0, 1.0, 2)
-    half = records({**RARE, 2: {"colour": [True], "reading": [False, False]}})
-    difference = differences(given, half)["reading"]
-    assert (difference.value, difference.low, difference.high) == (1.0, 1.0, 1.0)
+    assert (reading.value, reading.low, reading.high, reading.n) == (1.0, pytest.approx(0.025), 1.0, 2)
+    assert evals.estimate_by_group(**arrays(given))["reading"].units == 1
 
 
 def test_without_a_lacking_skill_nothing_changed():
@@ -105,8 +117,10 @@ def test_without_a_lacking_skill_nothing_changed():
     picture = np.random.default_rng(0).integers(0, 40, (2_000, 40))
     right = np.array([[record.right for record in given if record.image == n] for n in range(40)], float)
     plain = right[picture].sum(1) / 40
-    assert np.array_equal(draws_by_skill(given), plain)
+    assert np.array_equal(draws(given), plain)
     assert mean_interval(given) == tuple(np.quantile(plain.mean(1), [0.025, 0.975]))
+    whole = evals.estimate(**arrays(given))
+    assert (whole.low, whole.high, whole.source) == (*mean_interval(given), "bootstrap")
     one = [record for record in given if record.skill == "colour"]
     assert (accuracy(one).low, accuracy(one).high) == tuple(np.quantile(plain[:, 0], [0.025, 0.975]))
 
@@ -122,8 +136,9 @@ def test_coverage(rare):
     for _ in range(experiments):
         ease = np.where(rng.random((pictures, 1)) < 0.5, 0.45, 0.95)  # of a picture, for all its questions: mean 0.7
         asked = np.array([2, 2, 2]) * (rng.random((pictures, 3)) < [1.0, 1.0, rare])
+        asked = asked[:, asked.any(axis=0)]
         right = rng.binomial(asked, ease)
-        low, high = stats.interval(stats.mean_of_present(stats.shares(right, asked)))
+        low, high, _ = stats.mean_interval(right.astype(float), asked)
         held += low <= truth <= high
         width.append(high - low)
     assert 0.90 <= held / experiments <= 0.98, held / experiments
@@ -132,10 +147,10 @@ def test_coverage(rare):
 
 def test_nothing_drawn_is_nothing():
     """A column that nobody was asked about is NaN, with no warning and no zero."""
-    draws = stats.shares(np.zeros((3, 2)), np.array([[1, 0], [1, 0], [2, 0]]))
-    assert np.isnan(draws[:, 1]).all()
-    assert (stats.mean_of_present(draws) == 0).all()
-    assert all(np.isnan(stats.interval(draws[:, 1])))
+    none = stats.shares(np.zeros((3, 2)), np.array([[1, 0], [1, 0], [2, 0]]))
+    assert np.isnan(none[:, 1]).all()
+    assert (stats.mean_of_present(none) == 0).all()
+    assert all(np.isnan(stats.interval(none[:, 1])))
     assert np.isnan(accuracy([]).low)
 
 

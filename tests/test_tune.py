@@ -187,7 +187,7 @@ def test_command(monkeypatch, capsys, tmp_path):
     vp.wrap(tiny.load()[0], recipe).remove()
 
     scene = scenes(1)[0]
-    scene.picture.save(tmp_path / "scene.png")
+    scene.images[0].save(tmp_path / "scene.png")
     (tmp_path / "questions.jsonl").write_text(json.dumps({"image": "scene.png", "question": scene.text}))  # no answer needed
     with pytest.raises(SystemExit) as stop:
         vlmprune(monkeypatch, "tune", "--method", "adaptinfer", "--data", tmp_path, "--fraction", 0.5, "--json")

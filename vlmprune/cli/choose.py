@@ -12,6 +12,7 @@ import typer
 
 from vlmprune import names
 from vlmprune.cli import options, terminal
+from vlmprune.cli.data import Data
 from vlmprune.cli.results import prepare, publish
 from vlmprune.errors import UsageError
 from vlmprune.loading.environment import quiet
@@ -21,6 +22,9 @@ def horizon(
     model: options.Model = "tiny",
     data: options.Data = None,
     images: options.Images = None,
+    split: options.DataSplit = None,
+    column: options.Columns = None,
+    skip_bad: options.SkipBad = False,
     window: Annotated[int, typer.Option(metavar="N", min=1, help="Show the model one window of N × N tokens at a time.")] = 2,
     layer: Annotated[
         list[int] | None, typer.Option(metavar="N", help="A decoder layer to measure; may be repeated. If not given: all.")
@@ -30,6 +34,7 @@ def horizon(
         int, typer.Option(metavar="N", min=1, help="Tokens of the answer to measure; the paper measures the first.")
     ] = 1,
     device: options.Device = "cpu",
+    device_map: options.DeviceMap = None,
     out: options.Out = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -37,7 +42,8 @@ def horizon(
     from vlmprune.evals import horizon as evals
     from vlmprune.evals import horizon_report
 
-    with _calibration(model, data, images, device, out, answers=True) as ready:
+    asked = Data(data, images, split, columns=column or (), skip_bad=skip_bad)
+    with _calibration(model, asked, device, device_map, out, answers=True) as ready:
         measured = evals.find_horizon(ready.model, ready.samples, layer, window, chunk, answer_tokens, ready.tick)
     publish(horizon_report.result({**ready.numbers, **measured.to_dict()}), "horizon", out, as_json)
 
@@ -47,6 +53,9 @@ def tune(
     model: options.Model = "tiny",
     data: options.Data = None,
     images: options.Images = None,
+    split: options.DataSplit = None,
+    column: options.Columns = None,
+    skip_bad: options.SkipBad = False,
     tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Budget: visual tokens that leave a layer, on average over layers.")
     ] = None,
@@ -55,6 +64,7 @@ def tune(
         typer.Option(metavar="SHARE", help="Budget as a share of the picture's tokens. If neither is given: 0.3."),
     ] = None,
     device: options.Device = "cpu",
+    device_map: options.DeviceMap = None,
     out: options.Out = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -65,7 +75,8 @@ def tune(
 
     evals.check_method(method)
     budget = Budget(fraction=0.3) if (tokens, fraction) == (None, None) else Budget(tokens, fraction)
-    with _calibration(model, data, images, device, out, answers=False) as ready:
+    asked = Data(data, images, split, columns=column or (), skip_bad=skip_bad)
+    with _calibration(model, asked, device, device_map, out, answers=False) as ready:
         tuned = evals.tune(ready.model, ready.samples, budget, method, ready.tick)
     if out is not None:
         tuned.recipe.save_pretrained(out)
@@ -120,7 +131,7 @@ class Ready:
 
 @contextmanager
 def _calibration(
-    model: str, data: Path | None, images: int | None, device: str, out: Path | None, answers: bool
+    model: str, data: Data, device: str, device_map: str | None, out: Path | None, answers: bool
 ) -> Iterator[Ready]:
     """Check questions, pictures and folder, load the model, and show a progress bar over the samples.
 
@@ -131,17 +142,20 @@ def _calibration(
     from vlmprune.evals.results import stamp
     from vlmprune.loading.models import open_model
 
-    if data is None and model != "tiny":
-        raise UsageError("the built-in scenes are for the embedded model: give --data with questions for yours.")
-    questions = calibration.scenes(images or 40) if data is None else calibration.read(data, answers, images)
-    notes = [*calibration.fewer(len(questions), images), *calibration.check_pictures(questions)]
+    data.check(model)
+    if data.name is None:
+        questions, notes = calibration.scenes(data.images or 40, data.split or "dev"), []
+    else:
+        opened = data.open(("image", "answer") if answers else ("image",))
+        questions, notes = list(opened), list(opened.notes)
     prepare(out)
     quiet()
-    processor, read_weights = open_model(model, device)
-    samples = calibration.samples(processor, questions, device)
+    processor, read_weights = open_model(model, device, device_map)
+    samples_of = calibration.samples(processor, questions, answers)
     loaded = read_weights()
+    samples = samples_of(loaded)
     terminal.note(notes)
-    numbers = {"model": model, "data": str(data or "scenes"), "notes": notes, **stamp()}
+    numbers = {"model": model, "data": data.name or "scenes", "notes": notes, **stamp()}
     with terminal.progress() as progress:
         task = progress.add_task("samples", total=len(questions))
         yield Ready(loaded, samples, lambda share: progress.advance(task, share), numbers)

@@ -26,17 +26,63 @@ Recipes = Annotated[
     ),
 ]
 Data = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        metavar="FOLDER",
-        help="Your questions: a folder with questions.jsonl and its pictures (docs/tuning.md). If not given: scenes of the "
-        "embedded model.",
+        metavar="NAME",
+        help="Your questions: a folder with questions.jsonl and its pictures, a folder with a Hugging Face dataset, or the "
+        "name of a task of lmms-eval (docs/evaluation.md). If not given: scenes of the embedded model.",
     ),
 ]
 Images = Annotated[
     int | None, typer.Option(metavar="N", min=2, help="How many questions to use. If not given: all of --data, or 40 scenes.")
 ]
 Split = Annotated[str, typer.Option(metavar="NAME", help="Held-out scenes: test; or dev, on which settings are chosen.")]
+DataSplit = Annotated[
+    str | None,
+    typer.Option(
+        "--split",
+        metavar="NAME",
+        help="Of the scenes: test, or dev, on which settings are chosen. Of a dataset: the split to use, if it has several.",
+    ),
+]
+Scorer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="How answers are scored: exact, normalised, vqa, relaxed, anls or choice. If not given: as the questions say, "
+        "else choice where there are choices, and normalised.",
+    ),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="MEANING=NAME",
+        help="A column of a dataset with an unusual name, for example question=query; may be repeated. Meanings: id, image, "
+        "question, answer, choices, group, unit.",
+    ),
+]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out questions with a picture that cannot be read; they are counted and named.")
+]
+BatchSize = Annotated[int | None, typer.Option("--batch", metavar="N", min=1, help="Questions asked at once.")]
+Longest = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        metavar="N",
+        min=1,
+        help="The longest answer, in tokens. If not given: as the questions say, else 32.",
+    ),
+]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, …")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Spread a large model over the devices of this machine, and over CPU and disk where it does not fit: auto, "
+        "balanced, balanced_low_0 or sequential.",
+    ),
+]
 Out = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also write the numbers, the table and the figure here.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

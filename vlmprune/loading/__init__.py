@@ -8,6 +8,7 @@ imported inside functions, so that a mistake that needs neither is answered at o
     weights.py       the files of the weights, and the model in them
     processor.py     the processor
     models.py        all of these together: `load_model`, `open_model`, `load_decoder`
+    placement.py     the device on which a loaded model takes its inputs
     prompts.py       a question -> the whole prompt -> the inputs of a model
     pictures.py      a file -> an RGB picture
     questions.py     model, picture and question together, and the picture as the model saw it

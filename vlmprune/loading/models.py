@@ -6,31 +6,36 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.errors import UsageError
+from vlmprune.errors import UsageError, unknown
 from vlmprune.loading.config import check_torchvision, read_config
 from vlmprune.loading.processor import TOKENIZER, load_processor
-from vlmprune.loading.source import find
+from vlmprune.loading.source import Source, find
 from vlmprune.loading.weights import check_weights, load_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def load_model(name: str, device: str) -> tuple[Any, Any]:
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Names of accelerate's ways to spread a model over a machine's devices; what does not fit stays on the CPU or the disk."""
+
+
+def load_model(name: str, device: str, device_map: str | None = None) -> tuple[Any, Any]:
     """A model and its processor.
 
     Args:
         name: path of a folder, hub id, or 'tiny' for the embedded model.
         device: where the model goes.
+        device_map: one of `DEVICE_MAPS`, to spread a large model over several devices instead.
 
     Raises:
         UsageError: as `open_model`; or the weights are not whole.
     """
-    processor, read_weights = open_model(name, device)
+    processor, read_weights = open_model(name, device, device_map)
     return read_weights(), processor
 
 
-def open_model(name: str, device: str) -> tuple[Any, Callable[[], Any]]:
+def open_model(name: str, device: str, device_map: str | None = None) -> tuple[Any, Callable[[], Any]]:
     """The processor of a model, and a function that reads its weights: so that inputs can be checked before it is called.
 
     Raises:
@@ -38,18 +43,26 @@ def open_model(name: str, device: str) -> tuple[Any, Callable[[], Any]]:
             does not have the device.
     """
     check_device(device)
-    if name == "tiny":
+    check_device_map(device, device_map)
+    if name == "tiny" and device_map is None:
         from vlmprune import tiny
 
         model, processor = tiny.load(device)
         return processor, lambda: model
-    source = find(name)
+    source = find(name) if name != "tiny" else _embedded()
     config = read_config(source)
     check_weights(source)
     processor = load_processor(source, config)
     from transformers import AutoModelForImageTextToText
 
-    return processor, partial(load_weights, AutoModelForImageTextToText, source, device)
+    extra = {"dtype": "float32"} if name == "tiny" else {}  # as `tiny.load`
+    return processor, partial(load_weights, AutoModelForImageTextToText, source, device, device_map, **extra)
+
+
+def _embedded() -> Source:
+    from vlmprune.tiny import CHECKPOINT
+
+    return find(str(CHECKPOINT))
 
 
 def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callable[[str], Tensor]]:
@@ -86,6 +99,20 @@ def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callabl
     sees = type(config) in AutoModelForImageTextToText._model_mapping
     model = load_weights(AutoModelForImageTextToText if sees else AutoModelForCausalLM, source, device, **extra)
     return model, lambda text: tokenizer(text, return_tensors="pt").input_ids.to(device)
+
+
+def check_device_map(device: str, device_map: str | None) -> None:
+    """Refuse a device map that accelerate does not know, or that comes with a device.
+
+    Raises:
+        UsageError: says which.
+    """
+    if device_map is None:
+        return
+    if device_map not in DEVICE_MAPS:
+        raise unknown("device map", device_map, DEVICE_MAPS)
+    if device != "cpu":
+        raise UsageError(f"found device {device!r} and device map {device_map!r}, which says where the model goes: give one.")
 
 
 def check_device(device: str) -> None:

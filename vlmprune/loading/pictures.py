@@ -5,7 +5,9 @@ from __future__ import annotations
 import struct
 import warnings
 from collections.abc import Callable, Iterable
+from io import SEEK_END, BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -40,28 +42,46 @@ def open_picture(path: str | Path, report: Callable[[str], object] = warnings.wa
     if not path.exists():
         raise UsageError(f"there is no picture at {path}: give the path of an image file.")
     try:
+        with path.open("rb") as file:
+            return _read(file, str(path), report)
+    except PermissionError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): change its permissions.") from error
+
+
+def decode_picture(data: bytes, name: str, report: Callable[[str], object] = warnings.warn) -> Image.Image:
+    """A picture from the bytes of a file, as a dataset holds them: the same as `open_picture` reads.
+
+    Raises:
+        UsageError: they cannot be read as a picture; says why.
+    """
+    return _read(BytesIO(data), name, report)
+
+
+def _read(file: BinaryIO, name: str, report: Callable[[str], object]) -> Image.Image:
+    """A picture from an open file; `name` is for sentences."""
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about EXIF data, palettes and size; `_losses` reports what matters
-            with Image.open(path) as stored:
-                depth = _bits(stored, path)  # Pillow forgets it once the pixels are read
+            with Image.open(file) as stored:
+                depth = _bits(stored, file)  # Pillow forgets it once the pixels are read
                 upright = ImageOps.exif_transpose(stored)
                 image = upright.convert("RGB")
                 losses = list(_losses(stored, upright, image, depth))
     except Image.DecompressionBombError as error:
         raise UsageError(
-            f"{path} has too many pixels to be read (more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,}): make it smaller."
+            f"{name} has too many pixels to be read (more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,}): make it smaller."
         ) from error
     except UnidentifiedImageError as error:
-        what = "is empty" if not path.stat().st_size else "is not a picture that can be read"
-        raise UsageError(f"{path} {what}: give a PNG, a JPEG or another format that Pillow can read.") from error
-    except PermissionError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}): change its permissions.") from error
+        what = "is not a picture that can be read" if file.seek(0, SEEK_END) else "is empty"
+        raise UsageError(f"{name} {what}: give a PNG, a JPEG or another format that Pillow can read.") from error
+    except PermissionError:
+        raise
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, struct.error) as error:
         raise UsageError(
-            f"{path} is not a picture that can be read ({first_line(error)}): it is cut off or damaged."
+            f"{name} is not a picture that can be read ({first_line(error)}): it is cut off or damaged."
         ) from error
     for loss in losses:
-        report(f"{path}: {loss}.")
+        report(f"{name}: {loss}.")
     return image
 
 
@@ -77,7 +97,7 @@ def summary(notes: Iterable[str]) -> list[str]:
     ]
 
 
-def _bits(stored: Image.Image, path: Path) -> int:
+def _bits(stored: Image.Image, file: BinaryIO) -> int:
     """Bits per channel in the file.
 
     Pillow reads colours of more than 8 bits as 8 bits, and has no attribute for the depth in the file. It is found in the
@@ -91,8 +111,11 @@ def _bits(stored: Image.Image, path: Path) -> int:
             (tile.args[-1].bit_length() for tile in tiles if tile.codec_name.startswith("ppm") and tile.args[-1]), default=8
         )
     if stored.format in ("JPEG2000", "AVIF"):
-        with path.open("rb") as file:
-            return _bits_in_head(file.read(1 << 16))
+        place = file.tell()
+        file.seek(0)
+        head = file.read(1 << 16)
+        file.seek(place)
+        return _bits_in_head(head)
     return 16 if any(";16" in str(tile) or tile.codec_name == "SGI16" for tile in tiles) else 8
 
 

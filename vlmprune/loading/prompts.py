@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.errors import UsageError, first_line
@@ -20,32 +21,41 @@ def check_prompt(prompt: str) -> None:
         raise UsageError("the prompt is empty: ask something about the picture.")
 
 
-def prompt_text(processor: Any, prompt: str) -> str:
-    """The whole prompt of a question about one picture, by the chat template. A prompt with the image token is whole already.
+def prompt_text(processor: Any, prompt: str, pictures: int = 1) -> str:
+    """The whole prompt of a question, by the chat template. A prompt with the image token is whole already.
+
+    Args:
+        pictures: how many the question is about; may be 0.
 
     Raises:
-        UsageError: it is empty, has several image tokens, or the template cannot place a picture.
+        UsageError: it is empty, has another number of image tokens, or the template cannot place the pictures.
     """
     check_prompt(prompt)
     token = getattr(processor, "image_token", None)
     if token and token in prompt:
-        if prompt.count(token) != 1:
+        if prompt.count(token) != pictures:
+            what = "the picture" if pictures == 1 else f"the {pictures} pictures"
+            wanted = "one" if pictures == 1 else str(pictures)
             raise UsageError(
-                f"image tokens do not match the picture: {prompt.count(token)} {token} for one picture; write one."
+                f"image tokens do not match {what}: {prompt.count(token)} {token} for {wanted} "
+                f"picture{'' if pictures == 1 else 's'}; write {wanted}."
             )
         return prompt
     advice = f"put {token or '<image>'} into the prompt, and write it whole"
     if getattr(processor, "chat_template", None) is None:
+        if not pictures:
+            raise UsageError("the processor has no chat template, which a question without a picture needs: set one.")
         raise UsageError(f"the prompt has no image token and the processor no chat template: {advice}.")
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": prompt}]
     import jinja2
 
     try:
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise UsageError(f"the processor's chat template fails on a picture ({first_line(error)}): {advice}.") from error
-    if token and text.count(token) != 1:
-        raise UsageError(f"the processor's chat template places {text.count(token)} pictures instead of one: {advice}.")
+    if token and text.count(token) != pictures:
+        wanted = "one" if pictures == 1 else str(pictures)
+        raise UsageError(f"the processor's chat template places {text.count(token)} pictures instead of {wanted}: {advice}.")
     return text
 
 
@@ -60,3 +70,25 @@ def make_inputs(processor: Any, picture: Image.Image, text: str, device: Any) ->
     except (ValueError, TypeError) as error:
         size = f"{picture.width} × {picture.height} pixels"
         raise UsageError(f"the processor cannot take this picture of {size} and prompt: {first_line(error)}.") from error
+
+
+def make_batch(processor: Any, pictures: Sequence[Sequence[Image.Image]], texts: Sequence[str]) -> Any:
+    """The inputs of a model for several whole prompts, padded on the left.
+
+    Args:
+        pictures: of each prompt; either every prompt has some, or none has.
+        texts: the prompts.
+
+    Raises:
+        UsageError: the processor cannot pad, or cannot take the pictures or the prompts; says why.
+    """
+    if len(texts) > 1 and getattr(processor.tokenizer, "pad_token", None) is None:
+        raise UsageError(
+            "the tokenizer has no padding token, which a batch needs: set processor.tokenizer.pad_token and save the "
+            "processor, or ask one question at a time (--batch 1)."
+        )
+    images = {"images": [list(own) for own in pictures]} if any(pictures) else {}
+    try:
+        return processor(text=list(texts), padding=True, padding_side="left", return_tensors="pt", **images)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"the processor cannot take these {len(texts)} prompts: {first_line(error)}.") from error

@@ -69,13 +69,14 @@ def _check_file(file: Path) -> None:
             raise UsageError(f"{file} is broken or cut off ({first_line(error)}): fetch or save the model again.") from error
 
 
-def load_weights(auto: Any, source: Source, device: str, **extra: Any) -> Any:
+def load_weights(auto: Any, source: Source, device: str, device_map: str | None = None, **extra: Any) -> Any:
     """The model, with every tensor from the files.
 
     Args:
         auto: a class of transformers with `from_pretrained`.
         source: where the weights are.
         device: where the model goes.
+        device_map: how accelerate spreads the model over devices instead, for example "auto".
         extra: further keyword arguments of `from_pretrained`.
 
     Raises:
@@ -84,8 +85,12 @@ def load_weights(auto: Any, source: Source, device: str, **extra: Any) -> Any:
     import torch
 
     options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True, **source.options, **extra}
+    if device_map is not None:
+        options["device_map"] = device_map
     model, found = source.load("model", lambda: auto.from_pretrained(source.place, **options))
     _check_whole(source.name, found)
+    if device_map is not None:
+        return model.eval()
     try:
         return model.to(device).eval()
     except torch.OutOfMemoryError as error:

@@ -82,6 +82,24 @@ def look_up(name: str, file: str, what: str) -> Repository:
     return Repository(frozenset(sibling.rfilename for sibling in info.siblings or ()))
 
 
+def why_not(name: str, kind: str) -> str:
+    """Why a repository of a kind ("dataset", "model") cannot be read from the hub; empty if it can."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return "the hub cannot be asked (HF_HUB_OFFLINE is set)"
+    try:
+        _within_patience(lambda: HfApi().repo_info(name, repo_type=kind, timeout=PATIENCE / 2))
+    except UnreachableError as error:
+        return f"the hub cannot be asked ({error})"
+    except (HFValidationError, RepositoryNotFoundError):
+        return "the hub has no such repository, or a private one"
+    except HfHubHTTPError as error:
+        return f"the hub answered with error {error.response.status_code}"
+    return ""
+
+
 def download(name: str, file: str, what: str) -> Path:
     """One file of a repository, in the cache on this machine.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmprune.show.stats import interval, shares
+from vlmprune.show.stats import mean_interval
 from vlmprune.tiny import prompt
 from vlmprune.tiny.questions import SKILLS
 
@@ -37,7 +37,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of `n` answers that are exactly right, with a 95 % bootstrap interval (one point if all answers are alike)."""
+    """Share of `n` answers that are exactly right, with a 95 % interval (`vlmprune/show/stats.py`)."""
 
     value: float
     n: int
@@ -62,6 +62,8 @@ def answer(
     """
     import torch
 
+    from vlmprune.device import to_model
+
     given: list[str] = []
     for start in range(0, len(pairs), batch_size):
         chunk = pairs[start : start + batch_size]
@@ -71,8 +73,8 @@ def answer(
             padding=True,
             padding_side="left",
             return_tensors="pt",
-        ).to(model.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        )
+        inputs = to_model(model, inputs)
         with torch.inference_mode():
             tokens = model.generate(**{"do_sample": False, "max_new_tokens": LONGEST_ANSWER, **inputs, **generate})
         new = tokens[:, inputs["input_ids"].shape[1] :]
@@ -87,11 +89,10 @@ def accuracy(records: Sequence[Record], seed: int = 0) -> Accuracy:
     right: dict[int, list[bool]] = defaultdict(list)
     for record in records:
         right[record.image].append(record.right)
-    hits = np.array([sum(answers) for answers in right.values()])
-    asked = np.array([len(answers) for answers in right.values()])
-    return Accuracy(
-        float(hits.sum() / asked.sum()), int(asked.sum()), *interval(shares(hits[:, None], asked[:, None], seed)[:, 0])
-    )
+    hits = np.array([[sum(answers)] for answers in right.values()], float)
+    asked = np.array([[len(answers)] for answers in right.values()])
+    low, high, _ = mean_interval(hits, asked, seed)
+    return Accuracy(float(hits.sum() / asked.sum()), int(asked.sum()), low, high)
 
 
 def accuracy_by_skill(records: Iterable[Record], seed: int = 0) -> dict[str, Accuracy]:

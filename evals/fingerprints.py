@@ -1,0 +1,131 @@
+"""Hashes of what an answer depends on: code, packages and weights."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+from collections.abc import Iterable
+from functools import cache
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vlmprune
+
+NO_ANSWERS = ("cli", "show", "evals")
+"""Rooms of the package that change no answer; of `evals`, only what asks does."""
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "pillow")
+"""They compute answers, or prepare what is asked."""
+SAMPLE = 64
+"""Numbers of each weight that are hashed."""
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that can change an answer."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+@cache
+def code_fingerprint(*asking: str) -> str:
+    """A hash of everything in this package that can change an answer, the embedded model included.
+
+    Comments, docstrings and formatting are not part of it, nor are rooms that only show results.
+
+    Args:
+        asking: the modules of `evals` that ask; what they import from `evals` belongs to them. Default: "asking".
+    """
+    digest = blake2b(digest_size=6)
+    folder = Path(vlmprune.__file__).parent
+    for path in sorted({*_answering(folder), *_with_imports(folder / "evals", asking or ("asking",))}):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(_code(path.read_text()).encode() if path.suffix == ".py" else path.read_bytes())
+    return digest.hexdigest()
+
+
+def recipe_fingerprint(recipe: vlmprune.Recipe | None) -> str:
+    """A hash of the files that define a recipe's methods, where these are not part of this package; empty if all are."""
+    methods = () if recipe is None else recipe.methods
+    own = {type(method) for method in methods if not type(method).__module__.startswith("vlmprune.")}
+    if not own:
+        return ""
+    digest = blake2b(digest_size=6)
+    for method in sorted(own, key=lambda method: method.__qualname__):
+        digest.update(method.__qualname__.encode())
+        try:
+            digest.update(inspect.getsource(inspect.getmodule(method) or method).encode())
+        except (OSError, TypeError):  # typed into an interpreter: there is no file
+            digest.update(repr(sorted(vars(method))).encode())
+    return digest.hexdigest()
+
+
+def weights_fingerprint(model: Any) -> str:
+    """A hash of a loaded model: its configuration, and some numbers of every weight.
+
+    Weights that are offloaded (on the meta device) count by their shapes only.
+    """
+    digest = blake2b(digest_size=6)
+    config = model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        if not weight.is_meta and weight.numel():
+            some = weight.detach().reshape(-1)[:: max(1, weight.numel() // SAMPLE)]
+            digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _answering(folder: Path) -> list[Path]:
+    """Files whose content can change an answer, outside `evals`."""
+    files = []
+    for room in folder.iterdir():
+        if room.is_dir() and room.name not in NO_ANSWERS:  # a linked folder is walked from its target
+            files += [room / path.relative_to(room.resolve()) for path in room.resolve().rglob("*") if _counts(path)]
+        elif room.is_file() and _counts(room):
+            files.append(room)
+    return files
+
+
+def _counts(path: Path) -> bool:
+    return path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".md", ".pyc") and path.name != "py.typed"
+
+
+def _with_imports(folder: Path, names: Iterable[str]) -> set[Path]:
+    """Modules of a folder, and all that they import from it, one through the other."""
+    found: set[Path] = set()
+    left = [folder / f"{name}.py" for name in names]
+    while left:
+        path = left.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            for module in modules:
+                if module.startswith("vlmprune.evals.") and (other := folder / f"{module.split('.')[2]}.py").exists():
+                    left.append(other)
+    return found
+
+
+def _code(source: str) -> str:
+    """The syntax tree of a file without its docstrings: what Python runs."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.dump(tree)

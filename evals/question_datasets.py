@@ -1,0 +1,253 @@
+"""Questions from a Hugging Face dataset in a folder. What its columns mean is guessed from their usual names, or given."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.evals.question import Question
+from vlmprune.evals.question_files import usual_scorer, with_choices
+from vlmprune.evals.scorers import LETTERS
+from vlmprune.loading.datasets import open_dataset
+from vlmprune.loading.pictures import decode_picture, open_picture
+
+USUAL: dict[str, tuple[str, ...]] = {
+    "id": ("question_id", "questionId", "id", "index", "idx"),
+    "image": ("image", "images", "picture", "decoded_image"),
+    "question": ("question", "query", "problem", "text", "prompt"),
+    "answer": ("answers", "answer", "label", "labels", "target", "ground_truth", "solution"),
+    "choices": ("choices", "options"),
+    "group": ("category", "skill", "question_type", "type", "subfield", "subject", "topic"),
+    "unit": ("image_id", "imageId", "image_source", "image_name"),
+}
+"""Usual names of the columns, by what they mean; the first that a dataset has counts."""
+
+
+def read_dataset(
+    folder: Path,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    needs: Collection[str] = (),
+    most: int | None = None,
+    scorer: str | None = None,
+) -> tuple[list[Question], list[str]]:
+    """The questions of a dataset, and which columns were read as what, as sentences. Pictures are not decoded.
+
+    Args:
+        folder: of the dataset.
+        split: which to read, where it has several.
+        columns: names of columns by their meanings, where they are unusual.
+        needs: "image" and "answer", where every question must have one.
+        most: questions to read at most; None is all.
+        scorer: for all questions.
+
+    Raises:
+        UsageError: the dataset cannot be read, a column is missing, or a row has no question in it; says which.
+    """
+    rows = open_dataset(folder, split)
+    names = Columns.find(rows, columns or {}, needs)
+    rows = _undecoded(rows, names.all)
+    count = len(rows) if most is None else min(most, len(rows))
+    if not count:
+        raise UsageError(f"the dataset in {folder} has no rows.")
+    questions = [_question(folder, rows[number], number, names, needs, scorer) for number in range(count)]
+    notes = [f"columns read: {names}"]
+    if len({question.id for question in questions}) < count:
+        notes.append(f"the column {names.names['id']} names several rows alike, so that rows are named by their numbers")
+        questions = [replace(question, id=str(number)) for number, question in enumerate(questions)]
+    return questions, notes
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a dataset mean.
+
+    Attributes:
+        names: of columns, by their meanings.
+        images: columns with pictures, in the order of the prompt.
+        options: columns that hold one choice each.
+        labels: names of the classes, where the answer is the number of one.
+    """
+
+    names: dict[str, str]
+    images: tuple[str, ...]
+    options: tuple[str, ...]
+    labels: tuple[str, ...] | None
+
+    @staticmethod
+    def find(rows: Any, given: Mapping[str, str], needs: Collection[str]) -> Columns:
+        """The columns of a dataset by their usual names, or those given.
+
+        Raises:
+            UsageError: a given one does not exist, or one that is needed is neither given nor usual.
+        """
+        present = list(rows.column_names)
+        names: dict[str, str] = {}
+        for meaning, usual in USUAL.items():
+            if meaning in given:
+                if given[meaning] not in present:
+                    raise unknown("column", given[meaning], present)
+                names[meaning] = given[meaning]
+            elif name := next((name for name in usual if name in present), None):
+                names[meaning] = name
+        if "answer" not in needs:
+            names.pop("answer", None)
+        numbered = sorted((name for name in present if re.fullmatch(r"image_?\d+", name)), key=_number)
+        images = (names.pop("image"),) if "image" in names else tuple(numbered)
+        for meaning in ("question", *(meaning for meaning in ("answer", "image") if meaning in needs)):
+            if meaning not in names and not (meaning == "image" and images):
+                raise UsageError(
+                    f"the dataset has no column for the {meaning} with a usual name; its columns are {', '.join(present)}: "
+                    f"name one with --column {meaning}=…."
+                )
+        letters = [letter for letter in LETTERS if letter in present]
+        options = () if "choices" in names or letters[:2] != ["A", "B"] else tuple(letters)
+        labels = getattr(rows.features.get(names.get("answer", "")), "names", None)
+        return Columns(names, images, options, None if labels is None else tuple(labels))
+
+    @property
+    def all(self) -> set[str]:
+        """Every column that is read."""
+        return {*self.names.values(), *self.images, *self.options}
+
+    def value(self, row: Mapping[str, Any], meaning: str) -> Any:
+        """What a row says; None where it says nothing."""
+        if meaning == "choices" and self.options:
+            return [row[name] for name in self.options if row[name] is not None]
+        return row[self.names[meaning]] if meaning in self.names else None
+
+    def __str__(self) -> str:
+        found = [f"{name} as {meaning}" for meaning, name in self.names.items()]
+        found += [f"{name} as image" for name in self.images] + [f"{name} as choice" for name in self.options]
+        return ", ".join(found)
+
+
+def _number(name: str) -> int:
+    return int(re.sub(r"\D", "", name))
+
+
+def _undecoded(rows: Any, names: Collection[str]) -> Any:
+    """Some columns of the rows, with pictures as bytes: one that cannot be decoded must not spoil its row."""
+    rows = rows.select_columns(sorted(names))
+    features = rows.features.copy()
+    for name, feature in features.items():
+        features[name] = _as_bytes(feature)
+    return rows.cast(features)
+
+
+def _as_bytes(feature: Any) -> Any:
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List):
+        return datasets.List(_as_bytes(feature.feature), length=feature.length)
+    return feature
+
+
+# -- one row -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class StoredPicture:
+    """A picture in a row of a dataset, decoded when it is opened.
+
+    Attributes:
+        entry: a mapping with its bytes, or with the path of a file.
+        name: for sentences.
+        folder: of the dataset, to which a path is relative.
+    """
+
+    entry: Any
+    name: str
+    folder: Path
+
+    def open(self) -> Image.Image:
+        """The picture, as RGB.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
+        if isinstance(self.entry, Mapping) and self.entry.get("bytes"):
+            return decode_picture(self.entry["bytes"], self.name, lambda note: None)
+        path = self.entry.get("path") if isinstance(self.entry, Mapping) else self.entry
+        if isinstance(path, bytes):
+            return decode_picture(path, self.name, lambda note: None)
+        if not isinstance(path, str):
+            raise UsageError(f"{self.name} is no picture, but {shown(self.entry)}: name another column as the image.")
+        return open_picture(self.folder / path, lambda note: None)
+
+
+def _question(
+    folder: Path, row: Mapping[str, Any], number: int, columns: Columns, needs: Collection[str], scorer: str | None
+) -> Question:
+    where = f"row {number}"
+    text = columns.value(row, "question")
+    if not isinstance(text, str) or not text.strip():
+        raise UsageError(f"{where} needs a text as its question: found {shown(text)}.")
+    choices = _choices(columns.value(row, "choices"))
+    images = _pictures(folder, row, number, columns)
+    if "image" in needs and not images:
+        raise UsageError(f"{where} has no picture.")
+    answers = _answers(columns.value(row, "answer"), choices, columns.labels) if "answer" in needs else ()
+    if "answer" in needs and not answers:
+        raise UsageError(f"{where} has no right answer: found {shown(columns.value(row, 'answer'))}.")
+    named = columns.value(row, "id")
+    return Question(
+        id=str(number if named is None else named),
+        images=images,
+        text=with_choices(text, choices),
+        answers=answers,
+        choices=choices,
+        group=_name(columns.value(row, "group")),
+        unit=_name(columns.value(row, "unit")),
+        scorer=scorer or usual_scorer(choices),
+    )
+
+
+def _name(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    """The choices of a row: a list, or a text that is one."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            return ()
+    return tuple(str(choice) for choice in value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+
+
+def _answers(value: Any, choices: Sequence[str], labels: Sequence[str] | None) -> tuple[str, ...]:
+    """The right answers of a row: a text, the number of a choice or a class, or a list of texts or of mappings with them."""
+    if isinstance(value, Mapping):  # datasets turns a list of mappings into a mapping of lists
+        value = value.get("answer", value.get("text"))
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        each = [one.get("answer", one.get("text")) if isinstance(one, Mapping) else one for one in value]
+        return tuple(str(one) for one in each if one is not None)
+    if isinstance(value, bool):
+        return ("yes" if value else "no",)
+    if isinstance(value, int) and labels is not None and 0 <= value < len(labels):
+        return (labels[value],)
+    if isinstance(value, int) and 0 <= value < len(choices):
+        return (choices[value],)
+    return () if value is None or not str(value).strip() else (str(value),)
+
+
+def _pictures(folder: Path, row: Mapping[str, Any], number: int, columns: Columns) -> tuple[StoredPicture, ...]:
+    entries = []
+    for name in columns.images:
+        value = row[name]
+        several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        entries += [one for one in (value if several else [value]) if one is not None]
+    return tuple(
+        StoredPicture(entry, f"picture {place} of row {number}", folder) for place, entry in enumerate(entries, start=1)
+    )
