@@ -84,7 +84,8 @@ def test_no_layer_stores_more_than_its_window(name):
 @pytest.mark.parametrize("name", ["aya_vision", "cohere2_vision", "gemma4_e"])
 @pytest.mark.parametrize("words", [4, 40])
 def test_a_picture_comes_late(name, words):
-    """A conversation that begins with words, beyond the window or not; the second and the third turn have a picture. Red: adopted cache layers forget which tokens their entries belong to."""
+    """A conversation that begins with words, beyond the window or not; the second and the third turn have a picture. Red: adopted
+    cache layers forget which tokens their entries belong to."""
     model = shared(name)
     turns = [
         make_inputs(name, [[f"text{words}"]], seed=1),
