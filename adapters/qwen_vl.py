@@ -64,3 +64,7 @@ QWEN3_VL = Family(
 )
 
 QWEN3_VL_MOE = replace(QWEN3_VL, name="qwen3_vl_moe")
+
+QWEN3_5 = replace(QWEN2_VL, name="qwen3_5")
+
+QWEN3_5_MOE = replace(QWEN2_VL, name="qwen3_5_moe")

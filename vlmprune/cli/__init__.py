@@ -1,7 +1,11 @@
 """The command line `vlmprune`: its commands, and its answer to a mistake.
 
     ask.py      demo, run, view         a model answers questions about pictures
-    compare.py  eval, sweep, bench      recipes side by side: accuracy, speed
+    compare.py  eval, bench             recipes side by side: accuracy, speed
+    sweeping.py sweep                   all methods at equal compute
+    lmms.py     lmms                    recipes on the benchmarks of lmms-eval
+    plan.py     power                   how many questions a comparison needs
+    page.py     report                  what these wrote, as one page
     choose.py   horizon, tune, sinks    settings for one model
     about.py    methods, env            what there is
 
@@ -18,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from vlmprune import __version__, names
-from vlmprune.cli import about, ask, choose, compare
+from vlmprune.cli import about, ask, choose, compare, lmms, page, plan, sweeping
 from vlmprune.errors import UsageError, unknown
 from vlmprune.loading.environment import environment
 
@@ -26,7 +30,14 @@ __all__ = ["app", "environment", "main", "method_rows", "methods_markdown", "red
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Ask a model": {"demo": ask.demo, "run": ask.run, "view": ask.view},
-    "Compare methods": {"eval": compare.evaluate, "sweep": compare.sweep, "bench": compare.bench},
+    "Compare methods": {
+        "eval": compare.evaluate,
+        "sweep": sweeping.sweep,
+        "lmms": lmms.lmms,
+        "bench": compare.bench,
+        "power": plan.power,
+        "report": page.report,
+    },
     "Find settings for your model": {"horizon": choose.horizon, "tune": choose.tune, "sinks": choose.sinks},
     "Look up": {"methods": about.methods, "env": about.env},
 }

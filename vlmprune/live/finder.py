@@ -1,8 +1,8 @@
 """The family of a model: by its type, by a name that the user forces upon it, or found in the model itself (`family="auto"`).
 
-What is found is enough for methods that look at nothing but features, and only where nothing is on the list of dangers: things in
-a model that would make a shortened sequence silently wrong. An unknown model that passes is not proven right; `vlmprune.check`
-compares it with the un-pruned model on the user's own prompt.
+What is found is enough for methods that look at nothing but features, and only where nothing is on the list of dangers: things
+in a model that would make a shortened sequence silently wrong. An unknown model that passes is not proven right;
+`vlmprune.check` compares it with the un-pruned model on the user's own prompt.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from vlmprune.adapters.refused import REFUSED
 from vlmprune.adapters.registry import FAMILIES, family_of
 from vlmprune.device import on_host
 from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.live.parts import check_unpatched
 
 AUTO = "auto"
 READS = frozenset({"identity", "features", "text_features", "text_valid"})
 """Probes that mean the same in every model: nothing, or features."""
-TO_TEXT_MODEL = {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache", "cache_position"}
-TO_LAYER = {"hidden_states", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position"}
-TO_LAYER |= {"position_embeddings"}
+TO_BOTH = {"attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position"}
+TO_TEXT_MODEL = {*TO_BOTH, "input_ids", "inputs_embeds"}
+TO_LAYER = {*TO_BOTH, "hidden_states", "position_embeddings"}
 FLAGS = {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
 """Arguments that say nothing about tokens."""
 
@@ -108,8 +109,8 @@ def find(model: Any) -> Found:
     if len(text_models) != 1:
         raise UsageError(
             f"family='auto' looked for one text model with embeddings and decoder layers in {type(base).__name__}, found "
-            f"{', '.join(text_models) or 'none'} among {', '.join(child for child, _ in base.named_children())}; such models are "
-            "not supported."
+            f"{', '.join(text_models) or 'none'} among {', '.join(child for child, _ in base.named_children())}; such models "
+            "are not supported."
         )
     ((path, text_model),) = text_models.items()
     token = getattr(config, "image_token_id", None)
@@ -118,6 +119,7 @@ def find(model: Any) -> Found:
             f"family='auto' looked for the id of the image placeholder, config.image_token_id, found {shown(token)}; such "
             "models are not supported."
         )
+    check_unpatched(base, text_model, text_model.layers)
     if dangers := list(dangers_of(base, text_model)):
         raise UsageError(
             f"family='auto' does not prune this model ({type(model).__name__}), because it might be silently wrong: "
@@ -159,7 +161,9 @@ def dangers_of(base: Any, text_model: Any, known: frozenset[str] = frozenset()) 
     for layer in layers:
         if strange := _arguments(layer) - TO_LAYER - FLAGS:
             yield f"{type(layer).__name__} is given {', '.join(sorted(strange))}, which may belong to tokens"
-    for module in {type(part): part for part in text_model.layers.modules() if getattr(part, "is_causal", True) is False}.values():
+    for module in {
+        type(part): part for part in text_model.layers.modules() if getattr(part, "is_causal", True) is False
+    }.values():
         yield f"{type(module).__name__} is not causal"
     for module in (base, text_model):
         if "block_sequence_ids" in _source(module):
@@ -227,7 +231,9 @@ def _check_forced(model: Any, family: Family) -> None:
         family.image_token(model.config)
     except AttributeError:
         missing.append("config.image_token_id")
-    problem = f"looked for {', '.join(missing)}, found {', '.join(name for name, _ in base.named_children())}" if missing else ""
+    problem = (
+        f"looked for {', '.join(missing)}, found {', '.join(name for name, _ in base.named_children())}" if missing else ""
+    )
     if not problem:
         text_model = base.get_submodule(family.language_model)
         injected = family.injected
@@ -237,8 +243,8 @@ def _check_forced(model: Any, family: Family) -> None:
             problem = f"{type(text_model).__name__} is not given {', '.join(sorted(lacks))}"
     if problem:
         raise UsageError(
-            f"family={family.name!r} does not fit {type(model).__name__} (model_type {kind!r}): {problem}; leave family out, or "
-            "try family='auto'."
+            f"family={family.name!r} does not fit {type(model).__name__} (model_type {kind!r}): {problem}; leave family out, "
+            "or try family='auto'."
         )
 
 

@@ -47,8 +47,9 @@ def wrap(
         follows the new recipe.
 
     Raises:
-        UsageError: no model, an unsupported model, a family that does not fit, an unknown method, a layer that the model does not have, methods that
-            exclude each other, or an `explain` that is no bool. All of this is checked here, before the first token.
+        UsageError: no model, an unsupported model, a family that does not fit, an unknown method, a layer that the model does
+            not have, methods that exclude each other, or an `explain` that is no bool. All of this is checked here, before the
+            first token.
     """
     return Run(model, Recipe.of(*methods), explain, family)
 

@@ -55,6 +55,22 @@ def attention_name(layer: Any, usual: str) -> str:
     return name
 
 
+def check_unpatched(base: Any, language_model: Any, layers: Any) -> None:
+    """Refuse a model of transformers whose classes somebody patched: their forward method is not the one that was tested.
+
+    Raises:
+        UsageError: the sentence names the class, and where its forward method comes from.
+    """
+    attention = [child for layer in layers for child in uncompiled(layer).children() if hasattr(child, "layer_idx")]
+    for kind in {type(uncompiled(module)): None for module in (base, language_model, *layers, *attention)}:
+        origin = getattr(kind.forward, "__module__", None) or ""
+        if kind.__module__.startswith("transformers.") and not origin.startswith("transformers."):
+            raise UsageError(
+                f"{kind.__name__}.forward is not transformers' own, but that of {origin or 'an unknown module'}: somebody "
+                "patched the class, and what the model computes is unknown; load it in a process without that patch."
+            )
+
+
 def only(language_model: Any, usual: str, fits: Callable[[nn.Module], bool], what: str) -> str:
     """The name of a language model's only child of a kind; `usual` where there is a child of this name.
 

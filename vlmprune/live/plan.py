@@ -51,7 +51,7 @@ class Plan:
         model: as it was wrapped.
         recipe: what is applied.
         contexts: what callers say about the handle.
-        family: name of a family, or "auto", to use instead of the model's own type.
+        named: a family, or "auto", to use instead of the model's own type.
 
     Attributes:
         found: what was found in a model of an unknown family; None otherwise.
@@ -69,10 +69,10 @@ class Plan:
         UsageError: the recipe cannot be applied to this model. The model was not touched.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, contexts: Contexts, family: str | None = None) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, contexts: Contexts, named: str | None = None) -> None:
         self.model, self.recipe, self.contexts = model, recipe, contexts
         self.warned_of_labels = False
-        described, self.found = choose_family(model, family)
+        described, self.found = choose_family(model, named)
         decoder = look_at(model, described)
         self.family, self.base, self.language_model, self.layers = (
             decoder.family,

@@ -169,8 +169,8 @@ def _check_reads(family: Family, method: str, needs: frozenset[str]) -> None:
     """Refuse a method that looks at more than is known of a model."""
     if family.reads is not None and (more := sorted(needs - family.reads)):
         raise UsageError(
-            f"{method} looks at {', '.join(more)}, of which nothing is known in a model that was found by family='auto': choose "
-            "a method that looks at nothing but features; see the column 'scored by' of `vlmprune methods`."
+            f"{method} looks at {', '.join(more)}, of which nothing is known in a model that was found by family='auto': "
+            "choose a method that looks at nothing but features; see the column 'scored by' of `vlmprune methods`."
         )
 
 
