@@ -7,6 +7,7 @@ import random
 import time
 from pathlib import Path
 
+import lmms_eval
 import pytest
 from command_line import vlmprune
 from PIL import Image
@@ -19,7 +20,6 @@ from vlmprune.evals.questions import open_questions
 from vlmprune.evals.scorers import SCORERS, score
 from vlmprune.tiny.scenes import held_out
 
-lmms_eval = pytest.importorskip("lmms_eval", reason="runs in the environment of lmms-eval")
 STOCK = Path(lmms_eval.__file__).parent / "tasks"
 NO_ADVICE = "lmms_eval_specific_kwargs: {default: {pre_prompt: '', post_prompt: ''}}\n"
 """The embedded model knows 60 words, and none of "Answer the question using a single word or phrase"."""

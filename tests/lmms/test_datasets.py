@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import json
 
+import datasets
 import pytest
 from command_line import vlmprune
 from PIL import Image
 
 from vlmprune.errors import UsageError
 from vlmprune.evals.questions import open_questions
-
-datasets = pytest.importorskip("datasets", reason="runs in the environment of lmms-eval, which has the package datasets")
 
 
 def png(colour="red", size=(8, 8)) -> bytes:
