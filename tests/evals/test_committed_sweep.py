@@ -63,7 +63,7 @@ def test_every_mean_share_and_loyalty_is_the_published_one(pairs):
 
 
 def test_every_skill_and_difference_is_the_published_one(pairs):
-    """Where the bootstrap cannot work (almost all answers alike), the interval is exact now, and wider than the published one."""
+    """Where the bootstrap cannot work (almost all answers alike), the interval is exact now, and wider than published."""
     exact = 0
     for name, ours, theirs in ends(pairs):
         assert (ours.value, getattr(ours, "n", 0) and ours.n) == (theirs.value, theirs.n or ours.n), name
