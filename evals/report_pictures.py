@@ -18,7 +18,7 @@ from vlmprune.errors import UsageError
 from vlmprune.evals.report_lines import Comparison, Line
 from vlmprune.evals.report_parts import Picture, Pictures, percent_of
 from vlmprune.evals.report_read import KEPT, Source
-from vlmprune.loading.questions import Question
+from vlmprune.loading.questions import ReadyQuestion
 from vlmprune.show.draw import kept_patches
 from vlmprune.tiny.answers import LONGEST_ANSWER
 from vlmprune.tiny.scenes import held_out
@@ -55,7 +55,7 @@ def write(folder: Path, found: Comparison, split: str, tick: Callable[[int, int]
     model, processor = tiny.load()
     for number, (picture, asked) in enumerate(_questions(split)):
         inputs = processor(images=picture, text=tiny.prompt(asked.text), return_tensors="pt")
-        question = Question(model, processor, inputs, picture)
+        question = ReadyQuestion(model, processor, inputs, picture)
         rows.append(_row(question, asked, None, number))
         for line in lines:
             rows.append(_row(question, asked, line, number))
@@ -76,7 +76,7 @@ def _questions(split: str) -> Iterator[tuple[Any, Any]]:
         )
 
 
-def _row(question: Question, asked: Any, line: Line | None, scene: int) -> dict[str, Any]:
+def _row(question: ReadyQuestion, asked: Any, line: Line | None, scene: int) -> dict[str, Any]:
     (crop,) = question.crops()
     kept, text = _answer(question, None if line is None else line.recipe)
     cells = [cell for cell, token in enumerate(crop.cells.flatten().tolist()) if token in kept]
@@ -100,7 +100,7 @@ def _row(question: Question, asked: Any, line: Line | None, scene: int) -> dict[
     }
 
 
-def _answer(question: Question, recipe: str | None) -> tuple[set[int], str]:
+def _answer(question: ReadyQuestion, recipe: str | None) -> tuple[set[int], str]:
     """Indices of the tokens left after the last stage, and the answer."""
     asked = question.inputs["input_ids"].shape[1]
     settings = {"do_sample": False, "max_new_tokens": LONGEST_ANSWER}
