@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import vlmprune
+from vlmprune.evals.answers import UNPRUNED as UNPRUNED
 from vlmprune.evals.results import Result
 from vlmprune.show.stats import interval, mean_of_present, shares
 from vlmprune.show.table import code, table
@@ -20,7 +21,6 @@ from vlmprune.tiny.evaluate import records
 from vlmprune.tiny.questions import SKILLS
 from vlmprune.tiny.scenes import held_out
 
-UNPRUNED = "un-pruned"
 FRACTIONS = (0.5, 0.25, 0.1, 0.05)
 CHOSEN = ("random:layer=0", "cls:layer=0", "divprune:layer=0", "fastv:layer=2")
 DEFAULT = tuple(f"{method},fraction={fraction:g}" for method in CHOSEN for fraction in FRACTIONS)

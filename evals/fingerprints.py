@@ -86,6 +86,21 @@ def weights_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+def processor_fingerprint(processor: Any) -> str:
+    """A hash of a processor: its settings, its tokenizer and its chat template."""
+    digest = blake2b(digest_size=6)
+    digest.update(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode())
+    tokenizer = processor.tokenizer
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        # Padding and truncation are those of its last use.
+        known = {key: value for key, value in json.loads(fast.to_str()).items() if key not in ("padding", "truncation")}
+    else:
+        known = tokenizer.get_vocab()
+    templates = [getattr(one, "chat_template", None) for one in (processor, tokenizer)]
+    digest.update(json.dumps([known, templates], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def _answering(folder: Path) -> list[Path]:
     """Files whose content can change an answer, outside `evals`."""
     files = []

@@ -16,14 +16,15 @@ from typing import Any
 
 from vlmprune.errors import UsageError, first_line, shown, unknown
 from vlmprune.evals.question import Question
-from vlmprune.evals.question_datasets import USUAL
-from vlmprune.loading.datasets import check_fetchable
+from vlmprune.evals.question_datasets import USUAL, usual_choices
+from vlmprune.loading.dataset_hub import check_dataset
 
 OURS = "vlmprune_"
 """What the names of the tasks that come with vlmprune begin with."""
 FOLDER = Path(__file__).parent / "tasks"
 BUILDERS = ("json", "csv", "parquet", "arrow", "text", "imagefolder", "webdataset", "pandas", "generator")
 """Names in `dataset_path` that mean local files."""
+ENDING = ".yaml"
 USUAL_LENGTH = 128
 
 
@@ -48,7 +49,7 @@ def read_task(name: str, most: int | None = None, scorer: str | None = None) -> 
     """The questions of a task. Pictures are not decoded.
 
     Args:
-        name: of the task.
+        name: of the task; or the YAML file of one, which may include a stock one.
         most: questions to read at most; None is all.
         scorer: instead of the task's own score.
 
@@ -79,8 +80,21 @@ def read_task(name: str, most: int | None = None, scorer: str | None = None) -> 
 
 def _load(name: str) -> Any:
     from lmms_eval.tasks import TaskManager
+    from loguru import logger
 
-    manager = TaskManager("ERROR", include_path=str(FOLDER), include_defaults=not name.startswith(OURS), model_name="vlmprune")
+    logger.disable("lmms_eval")  # it reports each of its task files that is no task
+    file = Path(name).expanduser() if name.endswith(ENDING) else None
+    if file is not None and not file.is_file():
+        raise UsageError(f"there is no task file {name}: give the YAML file of a task of lmms-eval, or its name.")
+    stock = file is None and not name.startswith(OURS)
+    manager = TaskManager(
+        "ERROR", include_path=str(FOLDER if file is None else file.parent), include_defaults=stock, model_name="vlmprune"
+    )
+    if file is not None:
+        named = [own for own, entry in manager.task_index.items() if str(entry["yaml_path"]) == str(file)]
+        if not named:
+            raise UsageError(f"{name} is no task file of lmms-eval: it names no task.")
+        name = named[0]
     if name not in manager.all_tasks:
         raise unknown("task of lmms-eval", name, manager.all_tasks)
     if name not in manager.all_subtasks:
@@ -102,8 +116,9 @@ def _check_judge(name: str, config: Mapping[str, Any], known: Sequence[str]) -> 
     metadata = config.get("metadata")
     told = metadata if isinstance(metadata, list) else [metadata]
     judged = any(isinstance(one, Mapping) and "gpt_eval_model_name" in one for one in told)
-    if judged or any("gpt" in str(entry.get("metric")) for entry in config.get("metric_list") or ()):
-        static = next((other for other in (f"{name}_static", f"{name}_lite") if other in known), None)
+    named = any("gpt" in str(entry.get("metric")) for entry in config.get("metric_list") or ())
+    if judged or (named and not name.endswith("_static")):
+        static = f"{name}_static" if f"{name}_static" in known else None
         instead = f"take {static!r}" if static else "give a scorer of your own with a dataset folder, or take another task"
         raise UsageError(
             f"the task {name!r} is scored by a language model behind an API, which vlmprune does not call: {instead}."
@@ -115,7 +130,7 @@ def _check_local(name: str, config: Mapping[str, Any]) -> None:
     place = str(config.get("dataset_path"))
     if place in BUILDERS or os.path.exists(place) or _cached(place):
         return
-    check_fetchable(place, f"the task {name!r}")
+    check_dataset(place, f"the task {name!r}")
 
 
 def _cached(dataset: str) -> bool:
@@ -218,6 +233,9 @@ def _question(task: Any, name: str, rows: Any, number: int, metric: str, scorer:
     if not isinstance(text, str):
         raise UsageError(f"the task {name!r} has no text as the question of row {number}: found {shown(text)}.")
     target = task.doc_to_target(row)
+    choices = tuple(map(str, task.doc_to_choice(row))) if task.config.doc_to_choice is not None else usual_choices(row)
+    if isinstance(target, int) and choices:
+        target = choices[target]
     answers = target if isinstance(target, list | tuple) else [target]
     group = next((str(row[column]) for column in USUAL["group"] if column in row), "")
     pictures = tuple(TaskPicture(task, rows, number, place) for place in range(len(_visuals(task, row))))
@@ -227,6 +245,7 @@ def _question(task: Any, name: str, rows: Any, number: int, metric: str, scorer:
         images=pictures,
         text=text,
         answers=tuple(str(answer) for answer in answers),
+        choices=choices,
         group=group,
         scorer=scorer or "task",
         judge=judge,

