@@ -176,8 +176,8 @@ def test_waiting_is_noticed(ask, monkeypatch):
 @pytest.mark.parametrize("name", ["gemma3", "aya_vision", "paligemma"])
 @pytest.mark.parametrize("recipe", ["random:layer=0,tokens=4", "random:layer=0|3,tokens=6|2"])
 def test_windows_and_blocks(name, recipe, ask):
-    """Beyond the window. Red: what left it is looked for among the entries, or a mask is asked what it shows. (The first stage is
-    at layer 0: transformers' own cache layers of a window wait, and so do its masks of recurrent layers.)"""
+    """Beyond the window. Red: what left it is looked for among the entries, or a mask is asked what it shows. (The first stage
+    is at layer 0: transformers' own cache layers of a window wait, and so do its masks of recurrent layers.)"""
     model = families.table.build(name)
     inputs = families.table.make_inputs(name, [["text8", "image", "text30"]])
     with torch.no_grad():
