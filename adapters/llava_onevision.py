@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.adapters.crops import side_of
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.llava_next import best_resolution, packed, unpadded
-from vlmprune.adapters.tiles import side_of
 from vlmprune.device import on_host
 
 
