@@ -1,5 +1,6 @@
-"""Aya Vision and Cohere2 Vision (`model_type: aya_vision`, `cohere2_vision`): crops of a picture, and the whole of it as the last
-one; squares of patches become one token before the projector. One token stands before each crop, or behind it. No CLS token.
+"""Aya Vision and Cohere2 Vision (`model_type: aya_vision`, `cohere2_vision`): crops of a picture, and the whole of it as the
+last one; squares of patches become one token before the projector. One token stands before each crop, or behind it. No CLS
+token.
 
 The processor does not say how the crops of a picture are arranged: drawn, they stand in one row, in their order.
 """

@@ -14,7 +14,7 @@ from vlmprune.adapters.crops import side_of
 from vlmprune.adapters.family import Family
 from vlmprune.device import on_host
 
-# -- Gemma 3: one raster per picture; crops of a picture (pan and scan) stand apart in the prompt, each with its own budget -----
+# -- Gemma 3: one raster per picture; crops of a picture (pan and scan) stand apart in the prompt, each with its own budget ---
 
 
 def _gemma3_tokens(call: Mapping[str, Any], config: Any) -> list[int] | None:
@@ -58,7 +58,7 @@ GEMMA4 = Family(
 )
 
 
-# -- PaliGemma: one raster per picture, at the beginning of the prompt -----------------------------------------------------------
+# -- PaliGemma: one raster per picture, at the beginning of the prompt ---------------------------------------------------------
 
 
 def _paligemma_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]:

@@ -1,5 +1,5 @@
-"""LFM2-VL (`model_type: lfm2_vl`): pictures of any size, or crops of one, from a padded tower; squares of patches become one token
-in the projector. Most decoder layers are short convolutions. No CLS token."""
+"""LFM2-VL (`model_type: lfm2_vl`): pictures of any size, or crops of one, from a padded tower; squares of patches become one
+token in the projector. Most decoder layers are short convolutions. No CLS token."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ SHOWN = (
     ("prefill_gflops", "prefill GFLOPs", "{:.4g}"),
     ("kv_mib", "KV MiB", "{:.4g}"),
 )
-"""Lines of the second table: key in `evals/lmms_columns.py`, heading, format."""
+"""What the second table shows: key in `evals/lmms_columns.py`, heading, format."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Sample:
 
     Attributes:
         number: of the document in its task; samples of several processes come in the order of processes.
-        answer: what was given: a text, or a list of losses.
+        answer: what was given: a text, a text for each round, or the number of the likeliest choice.
         columns: of all requests of the document.
     """
 
@@ -98,7 +98,13 @@ def read_finished(recipe: str, file: Path, tasks: Sequence[str]) -> Finished:
 
 def _sample(row: Mapping[str, Any]) -> Sample:
     columns = tuple(counts for counts in row["token_counts"] if counts)
-    return Sample(row["doc_id"], row["filtered_resps"], columns)
+    return Sample(row["doc_id"], _answer(row["filtered_resps"]), columns)
+
+
+def _answer(found: Any) -> Any:
+    """The answer in a samples file, which has all numbers as texts: of several judged answers, the one with the least loss."""
+    judged = isinstance(found, list) and len(found) > 1 and all(isinstance(one, list) and len(one) == 2 for one in found)
+    return min(range(len(found)), key=lambda number: float(found[number][0])) if judged else found
 
 
 def _scores(found: Mapping[str, Any]) -> dict[str, float]:
@@ -138,22 +144,29 @@ def result(numbers: Mapping[str, Any]) -> Result:
     rows = numbers["rows"]
     recipes, tasks = ([*dict.fromkeys(row[key] for row in rows)] for key in ("recipe", "task"))
     found = {(row["task"], row["recipe"]): row for row in rows}
-    scores, costs = [], []
+    scores, costs, narrow = [], [], []
     for task in tasks:
         beside = [found[task, recipe] for recipe in recipes]
         for metric in beside[0]["scores"]:
             scores.append([task, metric, *(_form("{:.4g}", row["scores"], metric) for row in beside)])
         scores.append([task, f"same answer as {recipes[0]}, %", *(f"{100 * row['same']:.1f}" for row in beside)])
         scores.append([task, "documents", *(str(row["documents"]) for row in beside)])
+        for recipe, row in zip(recipes, beside, strict=True):
+            costs.append([task, code(recipe), *(_form(form, row["columns"], name) for name, _, form in SHOWN)])
         for name, heading, form in SHOWN:
-            costs.append([task, heading, *(_form(form, row["columns"], name) for row in beside)])
-    heads, title = [code(recipe) for recipe in recipes], f"{numbers['model']}, batch {numbers['batch']}"
+            narrow.append([task, heading, *(_form(form, row["columns"], name) for row in beside)])
+    title = f"{numbers['model']}, batch {numbers['batch']}"
+    means = f"{title}, means over samples"
+    wide = table(["task", "recipe", *(heading for _, heading, _ in SHOWN)], costs, title=means, text_columns=2)
     return Result(
         numbers,
         [
-            table(["task", "metric", *heads], scores, title=title, text_columns=2),
-            table(["task", "mean over samples", *heads], costs, title=title, text_columns=2),
-            "Times are those of a whole batch. GFLOPs and KV cache are a sample's share of its batch, padding included.",
+            table(["task", "metric", *recipes], scores, title=title, text_columns=2),
+            (wide, table(["task", "", *recipes], narrow, title=means, text_columns=2)),
+            [
+                "Times are those of a whole batch. Recipes run one after the other: `vlmprune bench` compares speed.",
+                "GFLOPs and KV cache are a sample's share of its batch, padding included.",
+            ],
         ],
     )
 

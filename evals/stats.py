@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from vlmprune.errors import UsageError, unknown
-from vlmprune.show.stats import Interval, difference_interval, mean_interval
+from vlmprune.show.stats import Interval, difference_interval, interval, mean_interval, mean_of_present, shares
 
 LEVEL = 0.05
 """A difference with a smaller p-value (corrected, where there are many) is called one; intervals hold 1 − LEVEL."""
@@ -163,6 +163,16 @@ def difference(score: Array, reference: Array, unit: Array, group: Array | None 
     ours, theirs = sums.scores
     p = sign_flip(_moves(ours - theirs, sums.asked).mean(axis=1, keepdims=True), seed)[0]
     return _difference(ours, theirs, sums.asked, difference_interval(ours, theirs, sums.asked, seed), p)
+
+
+def bootstrap_high(score: Array, reference: Array, unit: Array, group: Array | None = None, seed: int = 0) -> float:
+    """The upper end of the bootstrap's interval of a difference, however few units there are; arguments as in `difference`.
+
+    For ranking only: where nothing differs, it is the difference itself.
+    """
+    sums = _sums(unit, group, score, reference)
+    ours, theirs = (shares(one, sums.asked, seed) for one in sums.scores)
+    return interval(mean_of_present(ours - theirs))[1]
 
 
 def differences_by_group(score: Array, reference: Array, unit: Array, group: Array, seed: int = 0) -> dict[str, Difference]:

@@ -104,13 +104,6 @@ def test_flex_attention_where_transformers_refuses_it(family):
     )
 
 
-def test_sliding_windows():
-    model = build("qwen2_5_vl")
-    text = model.model.language_model.config
-    text.sliding_window, text.layer_types = 8, ["sliding_attention"] * 6
-    refused(model, RECIPE, "the language model has sliding-window layers")
-
-
 def called(model, sentence, recipe=RECIPE, **inputs):
     with vp.wrap(model, recipe), torch.no_grad(), pytest.raises(vp.UsageError) as error:
         model(**inputs)

@@ -61,7 +61,7 @@ def test_nothing_is_hidden_cut_or_unreadable(page, published, name, width, schem
 def test_every_accuracy_of_the_sweep_can_be_read(page, published, width):
     """Red: a mean or its interval is in the file and not on the page."""
     page.open(published["sweep"], width)
-    text = page.run("return document.body.innerText").replace("−", "-")
+    text = page.run("return document.body.innerText").replace("−", "-").replace("\u00a0", " ")
     numbers = json.loads((ROOT / "docs/results/sweep/sweep.json").read_text())
     assert len(numbers["rows"]) > 60
     for row in numbers["rows"]:

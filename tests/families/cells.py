@@ -124,6 +124,21 @@ REFUSALS = [
         "transformers gives the copies of a sample with several pictures another sample's",
         lambda cell: cell.way in ("beams", "sampling") and cell.family in _GLM,
     ),
+    Refusal(
+        "the layer whose attention the method reads has none",
+        lambda cell: TINY[cell.family].recurrent and ((cell.kind, cell.stages) in (("attention", "1+3"), ("ahead", "2"))),
+        "has no attention",
+    ),
+    Refusal(
+        "the method computes attention without the soft cap of the model",
+        lambda cell: cell.family == "paligemma2" and cell.kind in ("attention", "ahead"),
+        "adds softcap",
+    ),
+    Refusal(
+        "later layers see the keys that an earlier one stored before the stage",
+        lambda cell: cell.family == "gemma4_e" and max(_layers(cell)) > 2,
+        "but later layers see the keys that layer 2 stores",
+    ),
 ]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from families.cells import STAGES, Cell
-from families.oracles import MOVED, TOLERANCE, Keep, dropped_row, expected_logits, masked_logits
-from families.table import BATCHES, TINY, extended, make_inputs, shared, visual_columns
+from families.oracles import MOVED, TOLERANCE, Keep, dropped_row, expected_logits
+from families.table import BATCHES, TINY, make_inputs, shared, visual_columns
 from torch import Tensor
 
 import vlmprune as vp
@@ -128,14 +128,7 @@ def no_cache(cell: Cell, model: Any, wrap: Wrap) -> None:
     with wrap(model, cell.recipe) as run:
         _, new, logits = generate(model, inputs, 4, use_cache=False)
         keep = {layer: mask[:, : inputs["input_ids"].shape[1]] for layer, mask in run.last.keep.items()}
-    if TINY[cell.family].kind_of_new == 0:
-        close(logits, expected_logits(cell.family, model, samples, keep, new[:, :-1]))
-        return
-    # Transformers gives generated tokens the prompt's kind here: they join its block, so that every step is another prompt.
-    for step in range(logits.shape[1]):
-        longer = extended(cell.family, inputs, new[:, :step])
-        longer[TINY[cell.family].kinds] = torch.zeros_like(longer["input_ids"])
-        close(logits[:, step], masked_logits(cell.family, model, longer, keep)[:, -1])
+    close(logits, expected_logits(cell.family, model, samples, keep, new[:, :-1]))
 
 
 def prompt_lookup(cell: Cell, model: Any, wrap: Wrap) -> None:

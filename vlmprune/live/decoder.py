@@ -274,6 +274,8 @@ def _layer_calls(language_model: Any, path: str) -> tuple[Tensor, Sequence[Argum
         "use_cache": True,
         CALL_ARGUMENT: None,
     }
+    if "per_layer_inputs" in signature(copied.forward).parameters:  # else it looks for a token with this embedding
+        kwargs["per_layer_inputs"] = one.new_zeros(1, 1, len(layers), 1)
     try:
         run_to_stop(copied, (), kwargs)
     except Exception as error:  # the model is not ours and may raise anything: the reason is passed on

@@ -149,15 +149,22 @@ def shown(mask: Tensor | BlockMask, batch: int, queries: int, past: int) -> Tens
     return not_masked(mask)[..., :keys].any(dim=1).expand(batch, -1, -1)
 
 
-def shown_cells(mask: Tensor | BlockMask, rows: Tensor, columns: Tensor) -> Tensor:
-    """`[batch, row, column]` bool: whether `mask`, as in `shown`, shows to `rows` `[batch, row]` the `columns`
+def shown_cells(mask: Tensor | BlockMask, rows: Tensor, columns: Tensor, slots: int) -> Tensor:
+    """`[batch, row, column]` bool: whether `mask`, as in `part_of_mask`, shows to `rows` `[batch, row]` the `columns`
     `[batch, column]`."""
+    there, columns = _in_mask(mask, columns, slots)
     if isinstance(mask, BlockMask):
         seen = visible_in_rows(mask, rows, int(mask.shape[-1]))
     else:
         visible = not_masked(mask).to(rows.device).any(dim=1).expand(len(rows), -1, -1)
         seen = visible.gather(1, rows[..., None].expand(-1, -1, visible.shape[2]))
-    return seen.gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
+    return seen.gather(2, columns[:, None].expand(-1, rows.shape[1], -1)) & there[:, None]
+
+
+def _in_mask(mask: Tensor | BlockMask, columns: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Which of some slots `[batch, column]` a mask has columns for, and these; it may leave out the first of `slots`."""
+    left_out = max(slots - int(mask.shape[-1]), 0)
+    return columns >= left_out, (columns - left_out).clamp_min(0)
 
 
 def part_of_mask(
@@ -176,9 +183,8 @@ def part_of_mask(
         The same kind of mask, `[batch, head or 1, query, key]`.
     """
     queries, keys = rows.shape[1], columns.shape[1]
-    if (left_out := slots - int(mask.shape[-1])) > 0:
-        columns_valid = columns_valid & (columns >= left_out)
-        columns = (columns - left_out).clamp_min(0)
+    there, columns = _in_mask(mask, columns, slots)
+    columns_valid = columns_valid & there
     if isinstance(mask, BlockMask):
         see = mask.mask_mod
 

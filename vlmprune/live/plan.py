@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.cost import DecoderShape
 from vlmprune.live.attention import CALL_ARGUMENT
 from vlmprune.live.attention_probes import see_attention
 from vlmprune.live.call import Call
@@ -38,6 +37,7 @@ from vlmprune.live.pruning import Pruning, timed
 from vlmprune.live.redistribution import Redistribution
 from vlmprune.live.refusals import check_edits, check_stages, check_tower
 from vlmprune.live.rows import Reduction
+from vlmprune.live.sizes import shape_of
 from vlmprune.live.tower_plan import TowerPlan, is_recomputed
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Budget
@@ -80,13 +80,13 @@ class Plan:
             decoder.language_model,
             decoder.layers,
         )
-        family, self.config, self.shape = self.family, self.base.config, DecoderShape.of(self.language_model.config)
-        facts = _facts(family, self.base)
+        self.config, self.shape = self.base.config, shape_of(decoder)
+        facts = _facts(self.family, self.base)
         self.kinds = decoder.kinds
         self.redistribution = Redistribution(recipe.redistributors, decoder, facts)
-        self.pruning = Pruning(recipe, family, facts, self.base, self.language_model, self.kinds)
+        self.pruning = Pruning(recipe, self.family, facts, self.base, self.language_model, self.kinds)
         self.needs = self.redistribution.needs | self.pruning.needs
-        self.tower = TowerPlan(self, family, self.base, self.language_model, facts, self.pruning, self.needs, contexts)
+        self.tower = TowerPlan(self, self.family, self.base, self.language_model, facts, self.pruning, self.needs, contexts)
         check_stages(recipe, decoder, self.pruning.stages)
         check_edits(decoder, self.redistribution)
         if self.tower.used:

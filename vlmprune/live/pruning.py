@@ -60,7 +60,7 @@ class Pruning:
         for bound in self.stages:
             if bound.stage.site != "cache":
                 self._running[bound.stage.layer].append(bound)
-        self._model = Model(family, base, language_model)
+        self._model = Model(family, base, language_model, kinds)
         self.stack = LayerStack(
             language_model.config, lambda *args: language_model.get_submodule(family.rotary)(*args), self.at, kinds
         )
@@ -273,7 +273,8 @@ class Pruning:
                 layers = pruned_layers(cache_, indices, self.at, complete)
                 keep_only(layers, last.alive, call.past, counts if kind.window is None else None)
                 shorter = {index: layer.stored for index, layer in zip(indices, layers, strict=True)}
-                record.peak = max(record.peak, sum(record.resident) + sum(shorter.values()))  # both exist for a moment
+                both = [count + shorter.get(index, 0) for index, count in enumerate(record.resident)]
+                record.note_peak(both)  # they exist for a moment
                 for index, entries in shorter.items():
                     record.resident[index] = entries
         record.keep_cache[bound.stage.layer] = last.alive

@@ -328,17 +328,18 @@ def _record(given: LayerInput, method: Redistributor, marks: Marks, first: bool,
 
 
 def _check_kinds(names: Sequence[str], layers: Sequence[int], compared: int, kinds: Kinds) -> None:
-    """Refuse to edit what is no attention, or attention that does not see the whole conversation.
+    """Refuse to edit what is no attention, or attention that does not see the whole conversation by keys of its own.
 
     Raises:
         UsageError: names the layers that can be edited.
     """
-    fits = [layer for layer, kind in enumerate(kinds.of) if not kind.recurrent and kind.window is None]
+    fits = [layer for layer, kind in enumerate(kinds.of) if kind.window is None and kinds.stored_at[layer] == layer]
     wrong = next((layer for layer in layers if layer not in fits), None)
     if wrong is None:
         return
-    kind = kinds.of[wrong]
-    found = kinds.in_words(wrong) if kind.recurrent else f"layer {wrong} sees a window of {kind.window} tokens"
+    window, where = kinds.of[wrong].window, kinds.stored_at[wrong]
+    found = kinds.in_words(wrong) if where is None else f"layer {wrong} sees a window of {window} tokens"
+    found = found if where is None or window is not None else f"layer {wrong} sees the keys of layer {where}"
     todo = f"give it layers={'|'.join(map(str, fits))}" if fits and compared < 0 else "choose another method"
     runs = "runs through" if compared >= 0 else "edits"
     raise UsageError(f"{', '.join(names)} {runs} attention that sees the whole conversation, but {found}: {todo}.")

@@ -111,13 +111,11 @@ class Section:
         # position_ids serve only flash attention's search for packed sequences, which gaps would mislead.
         return {**kwargs, "position_ids": None, "position_embeddings": rotary, "attention_mask": self._masks[kind]}
 
-    def entries_by_layer(self, kinds: Kinds, layers: range, tokens: int) -> list[int]:
-        """Entries per row in the cache of each of its layers, after `tokens` tokens of the conversation."""
+    def keys_by_layer(self, kinds: Kinds, layers: range, tokens: int) -> list[int]:
+        """Keys per row to which each of its layers attends, after `tokens` tokens of the conversation."""
         entries = []
         for layer in layers:
-            kind = kinds.of[layer]
-            kept = self.stored.get(kind, tokens) if kinds.stored_at[layer] == layer else 0
-            entries.append(kept if kind.window is None else min(kept, kind.window - 1))
+            entries.append(0 if kinds.stored_at[layer] is None else self.stored.get(kinds.of[layer], tokens))
         return entries
 
     def rotary(self, hidden: Tensor, earlier: Tensor | None, kwargs: dict[str, Any], stack: LayerStack) -> Rotary:

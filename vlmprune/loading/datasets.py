@@ -10,7 +10,7 @@ from vlmprune.errors import UsageError, first_line, unknown
 
 SAVED = ("dataset_dict.json", "state.json")
 """Files that `save_to_disk` writes."""
-TABLES = (".parquet", ".arrow", ".csv", ".json", ".jsonl")
+TABLES = (".parquet", ".arrow", ".csv", ".jsonl")
 """Endings of files that a dataset is read from."""
 
 
@@ -23,7 +23,7 @@ def open_dataset(folder: Path, split: str | None = None) -> Any:
     """The rows of a dataset in a folder.
 
     Args:
-        folder: what `save_to_disk` wrote; or a copy of a repository, with parquet, arrow, CSV or JSON files.
+        folder: what `save_to_disk` wrote; or a copy of a repository, with parquet, arrow, CSV or JSON lines files.
         split: its name; may be None where there is only one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One picture and one question to a model, ready to be asked; and the picture as the model saw it."""
+"""One picture and one question with the model that is asked; and the picture as the model saw it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A picture, a question, and the model that is asked.
+class ReadyQuestion:
+    """A picture and a question as inputs of the model that is asked. Sets of questions are `evals.question.QuestionSet`.
 
     Attributes:
         model, processor: as loaded.
@@ -101,7 +101,7 @@ def open_question(
     device: str,
     before_loading: Callable[[], object] = lambda: None,
     device_map: str | None = None,
-) -> Question:
+) -> ReadyQuestion:
     """Load a model, a picture and a prompt; everything is checked before the weights are read.
 
     Args:
@@ -122,4 +122,4 @@ def open_question(
     processor, read_weights = open_model(model, device, device_map)
     inputs = make_inputs(processor, picture, prompt_text(processor, prompt), "cpu")
     loaded = read_weights()
-    return Question(loaded, processor, inputs.to(execution_device(loaded)), picture, notes)
+    return ReadyQuestion(loaded, processor, inputs.to(execution_device(loaded)), picture, notes)
