@@ -164,14 +164,14 @@ def difference(score: Array, reference: Array, unit: Array, group: Array | None 
     return _difference(ours, theirs, sums.asked, difference_interval(ours, theirs, sums.asked, seed), p)
 
 
-def bootstrap_high(score: Array, reference: Array, unit: Array, group: Array | None = None, seed: int = 0) -> float:
-    """The upper end of the bootstrap's interval of a difference, however few units there are; arguments as in `difference`.
+def bootstrap(score: Array, reference: Array, unit: Array, group: Array | None = None, seed: int = 0) -> tuple[float, float]:
+    """The bootstrap's interval of a difference, however few units there are; arguments as in `difference`.
 
-    For ranking only: where nothing differs, it is the difference itself.
+    For sorting only: with few units it is too narrow, and a point where nothing differs.
     """
     sums = _sums(unit, group, score, reference)
     ours, theirs = (shares(one, sums.asked, seed) for one in sums.scores)
-    return interval(mean_of_present(ours - theirs))[1]
+    return interval(mean_of_present(ours - theirs))
 
 
 def differences_by_group(score: Array, reference: Array, unit: Array, group: Array, seed: int = 0) -> dict[str, Difference]:
