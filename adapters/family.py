@@ -80,6 +80,7 @@ class Family:
         tower: the vision tower.
         injected: what the language model adds to visual tokens between its layers.
         newline: name of the parameter that separates the rows of a packed picture, from the base model.
+        reads: the probes that methods may look at; None for all.
         as_built: returns the family with the entries of one base model, if checkpoints differ in them.
     """
 
@@ -100,6 +101,7 @@ class Family:
     tower: Tower | None = None
     injected: Injected | None = None
     newline: str | None = None
+    reads: frozenset[str] | None = None
     as_built: Callable[[Family, nn.Module], Family] = lambda family, base: family
 
     def cells(self, inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:

@@ -1,8 +1,10 @@
-"""Idefics3 and SmolVLM (`model_type: idefics3`, `smolvlm`): a picture is cut into tiles, with the whole of it as the last one; all
-tiles have equally many tokens, and text between them names their row and column. The encoder returns one entry per sample, an
-empty one for a sample without a picture.
+"""Idefics3 and SmolVLM (`model_type: idefics3`, `smolvlm`): a picture is cut into tiles, with the whole of it as the last one.
+All tiles have equally many tokens, and text between them names their row and column. The encoder returns one entry per sample,
+an empty one for a sample without a picture.
 
-    <fake> <row_1_col_1> img … img <fake> <row_1_col_2> img … img \\n <fake> <row_2_col_1> … \\n \\n <fake> <global-img> img … img <fake>
+    <fake> <row_1_col_1> img … img <fake> <row_1_col_2> img … img \\n
+    <fake> <row_2_col_1> … \\n
+    \\n <fake> <global-img> img … img <fake>
 
 A budget is the picture's, all tiles together.
 """

@@ -1,5 +1,5 @@
-"""InternVL 3 and 3.5 in the format of transformers (`model_type: internvl`): one to twelve tiles of a picture, and the whole of it
-as the last one; a tower with a CLS token; squares of 2 × 2 patches become one token before the projector; any decoder.
+"""InternVL 3 and 3.5 in the format of transformers (`model_type: internvl`): one to twelve tiles of a picture, and the whole of
+it as the last one; a tower with a CLS token; squares of 2 × 2 patches become one token before the projector; any decoder.
 
 The processor does not say how the tiles of a picture are arranged: drawn, they stand in one row, in their order.
 """

@@ -1,5 +1,5 @@
-"""LLaVA-OneVision (`model_type: llava_onevision`): a base view and crops as in LLaVA-NeXT, made smaller where they would be more
-than the model's limit, with a learned row separator after each row; of several pictures in a sample only base views, with one
+"""LLaVA-OneVision (`model_type: llava_onevision`): a base view and crops as in LLaVA-NeXT, made smaller where they would be
+more than the model's limit, with a learned row separator after each row; of several pictures in a sample only base views, with one
 separator each. No CLS token."""
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def _counted(call: Mapping[str, Any], config: Any) -> list[int] | None:
         return None
     if (ids := call.get("input_ids")) is None:
         raise UsageError(
-            f"how many tokens a picture of {config.model_type} has is counted in input_ids, and this call has inputs_embeds only: "
-            "pass input_ids, or what get_image_features returned as mm_encoder_outputs."
+            f"how many tokens a picture of {config.model_type} has is counted in input_ids, and this call has inputs_embeds "
+            "only: pass input_ids, or what get_image_features returned as mm_encoder_outputs."
         )
     tiles = pixels.shape[:-3].numel()
     count = int(on_host((ids == config.image_token_id).sum()))

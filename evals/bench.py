@@ -27,6 +27,8 @@ import torch
 import vlmprune
 from vlmprune.evals.accuracy import UNPRUNED
 from vlmprune.evals.bench_counts import count_flops, peak_bytes
+from vlmprune.evals.stopwatch import PrefillClock, cache_bytes, wait
+from vlmprune.loading.placement import execution_device
 from vlmprune.show.stats import drawn, interval
 
 LEAST_ROUNDS = 3
@@ -183,35 +185,6 @@ class _Stamps:
         pass
 
 
-class _PrefillClock:
-    """Times the first call of the language model in a `generate`, around our own hooks."""
-
-    def __init__(self, model: Any) -> None:
-        self.text = model.get_decoder()
-        self.device: torch.device = model.device
-        self.begin = self.end = 0.0
-
-    def __enter__(self) -> _PrefillClock:
-        before = self.text.register_forward_pre_hook(self._start, prepend=True)
-        after = self.text.register_forward_hook(self._stop)  # after ours
-        self.handles = (before, after)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _start(self, *_: object) -> None:
-        if not self.begin:
-            _wait(self.device)
-            self.begin = time.perf_counter()
-
-    def _stop(self, *_: object) -> None:
-        if not self.end:
-            _wait(self.device)
-            self.end = time.perf_counter()
-
-
 @contextmanager
 def _under(model: Any, name: str) -> Iterator[vlmprune.Run | None]:
     with vlmprune.wrap(model, name) if name != UNPRUNED else nullcontext() as run, torch.inference_mode():
@@ -222,17 +195,17 @@ def _run(model: Any, inputs: Mapping[str, Any], name: str, new_tokens: int) -> _
     """Two calls: one that is only timed, and one that waits for the GPU between vision tower and language model."""
     stamps = _Stamps()
     with _under(model, name) as run:
-        _wait(model.device)
+        wait(execution_device(model))
         start = time.perf_counter()
         output = _generate(model, inputs, new_tokens, streamer=stamps)
-        _wait(model.device)
+        wait(execution_device(model))
         end = time.perf_counter()
         report = None if run is None else run.report()
-        kv_bytes = _cache_bytes(output.past_key_values, new_tokens - 1)
+        kv_bytes = cache_bytes(output.past_key_values, new_tokens - 1)
         del output
-        _wait(model.device)
+        wait(execution_device(model))
         again = time.perf_counter()
-        with _PrefillClock(model) as clock:
+        with PrefillClock(model, execution_device(model)) as clock:
             _generate(model, inputs, 1)
     first = stamps.at[1]
     times = {
@@ -250,25 +223,11 @@ def _generate(model: Any, inputs: Mapping[str, Any], new_tokens: int, **more: An
     return model.generate(**inputs, max_new_tokens=new_tokens, return_dict_in_generate=True, **more)
 
 
-def _cache_bytes(cache: Any, later: int) -> int:
-    """Bytes of the keys and values that are stored after prefill, without those of the `later` generated tokens."""
-    total = 0
-    for layer in cache.layers:
-        for x in (layer.keys, layer.values):
-            total += x[..., : x.shape[-2] - later, :].numel() * x.element_size()
-    return total
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _count(model: Any, inputs: Mapping[str, Any], name: str, new_tokens: int) -> tuple[int, int]:
     """FLOPs up to the first token, and the peak of memory of a whole call."""
     with _under(model, name):
         flops = count_flops(lambda: _generate(model, inputs, 1))
-        return flops, peak_bytes(lambda: _generate(model, inputs, new_tokens), model.device)
+        return flops, peak_bytes(lambda: _generate(model, inputs, new_tokens), execution_device(model))
 
 
 def _measured(

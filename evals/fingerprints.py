@@ -10,6 +10,7 @@ from functools import cache
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -86,6 +87,21 @@ def weights_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+def processor_fingerprint(processor: Any) -> str:
+    """A hash of a processor: its settings, its tokenizer and its chat template."""
+    digest = blake2b(digest_size=6)
+    digest.update(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode())
+    tokenizer = processor.tokenizer
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        # Padding and truncation are those of its last use.
+        known = {key: value for key, value in json.loads(fast.to_str()).items() if key not in ("padding", "truncation")}
+    else:
+        known = tokenizer.get_vocab()
+    templates = [getattr(one, "chat_template", None) for one in (processor, tokenizer)]
+    digest.update(json.dumps([known, templates], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def _answering(folder: Path) -> list[Path]:
     """Files whose content can change an answer, outside `evals`."""
     files = []
@@ -123,9 +139,20 @@ def _with_imports(folder: Path, names: Iterable[str]) -> set[Path]:
 
 
 def _code(source: str) -> str:
-    """The syntax tree of a file without its docstrings: what Python runs."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.dump(tree)
+    """What Python runs of a file, without docstrings, assertions and line numbers."""
+    return json.dumps(_plain(compile(source, "", "exec", dont_inherit=True, optimize=2)))
+
+
+def _plain(constant: Any) -> Any:
+    """A constant or compiled code as plain data, which is the same in every process."""
+    if isinstance(constant, CodeType):
+        code = constant
+        counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
+        names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+        inside = [_plain(one) for one in code.co_consts]
+        return [code.co_name, counts, names, code.co_code.hex(), getattr(code, "co_exceptiontable", b"").hex(), inside]
+    if isinstance(constant, tuple):
+        return [_plain(one) for one in constant]
+    if isinstance(constant, frozenset):
+        return sorted(repr(one) for one in constant)
+    return repr(constant)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,7 @@ class Columns:
                     f"the dataset has no column for the {meaning} with a usual name; its columns are {', '.join(present)}: "
                     f"name one with --column {meaning}=…."
                 )
-        letters = [letter for letter in LETTERS if letter in present]
-        options = () if "choices" in names or letters[:2] != ["A", "B"] else tuple(letters)
+        options = () if "choices" in names else lettered(present)
         labels = getattr(rows.features.get(names.get("answer", "")), "names", None)
         return Columns(names, images, options, None if labels is None else tuple(labels))
 
@@ -165,7 +164,7 @@ class StoredPicture:
         folder: of the dataset, to which a path is relative.
     """
 
-    entry: Any
+    entry: Any = field(repr=False)
     name: str
     folder: Path
 
@@ -214,6 +213,19 @@ def _question(
 
 def _name(value: Any) -> str:
     return "" if value is None else str(value)
+
+
+def lettered(columns: Collection[str]) -> tuple[str, ...]:
+    """Columns A, B, … that hold one choice each; none if there are not at least two."""
+    letters = tuple(letter for letter in LETTERS if letter in columns)
+    return letters if letters[:2] == ("A", "B") else ()
+
+
+def usual_choices(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The choices in a row, from columns with usual names."""
+    if name := next((name for name in USUAL["choices"] if name in row), None):
+        return _choices(row[name])
+    return tuple(str(row[letter]) for letter in lettered(row) if row[letter] not in (None, "nan"))
 
 
 def _choices(value: Any) -> tuple[str, ...]:

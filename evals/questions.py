@@ -14,7 +14,7 @@ from vlmprune.evals.question import QuestionSet as QuestionSet
 from vlmprune.evals.question import key_of, opened
 from vlmprune.evals.question_datasets import read_dataset
 from vlmprune.evals.question_files import FILE, read_folder
-from vlmprune.evals.question_tasks import read_task
+from vlmprune.evals.question_tasks import ENDING, read_task
 from vlmprune.evals.scorers import check_scored, check_scorer
 from vlmprune.loading.datasets import holds_dataset
 from vlmprune.loading.pictures import summary
@@ -43,7 +43,8 @@ def open_questions(
     """Open questions, and check everything about them before a model is loaded. Every picture is read once.
 
     Args:
-        spec: `scenes`; a folder with `questions.jsonl`; a folder with a Hugging Face dataset; the name of a task of lmms-eval.
+        spec: `scenes`; a folder with `questions.jsonl`; a folder with a Hugging Face dataset; the name or the
+            YAML file of a task of lmms-eval.
         images: how many scenes (default 150); of other questions, how many at most (default: all).
         split: of the scenes, "test" (default) or "dev"; of a dataset, needed where it has several.
         seed: other seeds have other scenes. Other questions are the same for every seed.
@@ -68,8 +69,10 @@ def open_questions(
             found, notes = read_folder(folder, needs, images, scorer)
         else:
             found, notes = read_dataset(folder, split, columns, needs, images, scorer)
-    elif looks_like_path(str(spec)):
-        raise UsageError(f"there is no folder {spec}: give one that holds {FILE} and the pictures.")
+    elif looks_like_path(str(spec)) and not str(spec).endswith(ENDING):
+        fetch = f"; a dataset of the hub must be fetched first: `hf download --repo-type dataset --local-dir FOLDER {spec}`"
+        hub = fetch if str(spec).count("/") == 1 and str(spec)[0] not in "./~" else ""
+        raise UsageError(f"there is no folder {spec}: give one that holds {FILE} and the pictures{hub}.")
     else:
         task = read_task(str(spec), images, scorer)
         found = task.questions
@@ -165,12 +168,12 @@ def read_pictures(
     if sentences and not skip_bad:
         raise UsageError(_refusal(questions, skipped, sentences, len(digests) + len(broken)))
     if not kept:
-        raise UsageError(f"no question is left: none of {len(broken)} pictures can be read, the first: {sentences[0]}")
+        raise UsageError(f"no question is left: of {len(broken)} pictures none can be read; the first: {sentences[0]}")
     kept = [replace(question, unit=question.unit or _unit(question, digests)) for question in kept]
     notes = summary(lost)
     if skipped:
         notes.append(
-            f"{len(skipped)} of {len(questions)} questions were left out, because {len(broken)} pictures cannot be read: "
+            f"{len(skipped)} of {len(questions)} questions were left out; pictures that cannot be read: {len(broken)}, "
             + "; ".join(sentence.rstrip(".") for sentence in sentences)
         )
     return kept, fingerprint_of(kept, lambda image: digests[key_of(image)]), notes, tuple(skipped)

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from vlmprune.errors import UsageError, unknown
+from vlmprune.loading.placement import execution_device
 
 BEFORE, AFTER = 35, 25
 """Words before and after the image, as in a short LLaVA prompt."""
@@ -96,9 +97,8 @@ class Shape:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
         if "image_grid_thw" in inputs:
             inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
-        return {
-            name: x.to(model.device, model.dtype) if x.is_floating_point() else x.to(model.device) for name, x in inputs.items()
-        }
+        device = execution_device(model)
+        return {name: x.to(device, model.dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
 
 
 def shape_named(name: str) -> Shape:

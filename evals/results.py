@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vlmprune.evals.files import written_whole
 from vlmprune.loading.environment import environment
 from vlmprune.show.table import markdown, show
 
@@ -65,11 +66,17 @@ class Result:
         return "\n\n".join([*blocks, *stamped(self.numbers)])
 
     def write(self, stem: Path) -> None:
-        """Write `stem`.json, `stem`.md and, if there is a figure, `stem`.png; the folder must exist."""
-        stem.with_name(f"{stem.name}.json").write_text(self.json(self.indent) + "\n")
-        stem.with_name(f"{stem.name}.md").write_text(self.markdown() + "\n")
+        """Write `stem`.json, `stem`.md and, if there is a figure, `stem`.png; the folder must exist.
+
+        Raises:
+            UsageError: a file cannot be written, for example because the disk is full; one of an earlier run is still there.
+        """
+        for ending, text in (("json", self.json(self.indent)), ("md", self.markdown())):
+            with written_whole(stem.with_name(f"{stem.name}.{ending}")) as draft:
+                draft.write_text(text + "\n")
         if self.draw is not None:
-            self.draw(stem.with_name(f"{stem.name}.png"))
+            with written_whole(stem.with_name(f"{stem.name}.png")) as draft:
+                self.draw(draft)
 
     def show(self, console: Console) -> None:
         """Print the parts."""

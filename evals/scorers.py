@@ -27,7 +27,7 @@ ARTICLES = ("a", "an", "the")
 WITHIN = 0.05
 """How far a number may be from the right one, relative to it."""
 SIMILAR = 0.5
-"""Normalised edit distance from which on a spelling is wrong."""
+"""The largest normalised edit distance of a spelling that counts in part."""
 PEOPLE = 3
 """How many people must have given an answer, so that it is right."""
 LETTERS = string.ascii_uppercase
@@ -112,9 +112,10 @@ def _number(text: str) -> float | None:
 
 
 def anls(given: str, question: Question) -> float:
-    """The largest 1 − d over the right answers, or 0 where every d ≥ 0.5: average normalised Levenshtein similarity.
+    """The largest 1 − d over the right answers, or 0 where every d > 0.5: average normalised Levenshtein similarity.
 
-    d is the edit distance divided by the length of the longer text; case and double spaces do not count.
+    d is the edit distance divided by the length of the longer text; case and double spaces do not count. At d = 0.5 the paper's
+    formula gives 0, and the evaluation code in use (lmms-eval's) 0.5; this follows the code, so that numbers can be compared.
 
     Source: Biten et al., ICCV 2019, arXiv:1905.13648.
     """
@@ -126,7 +127,7 @@ def _similarity(one: str, other: str) -> float:
     if not one and not other:
         return 1.0
     distance = _edits(one, other) / max(len(one), len(other))
-    return 1.0 - distance if distance < SIMILAR else 0.0
+    return 1.0 - distance if distance <= SIMILAR else 0.0
 
 
 def _edits(one: str, other: str) -> int:

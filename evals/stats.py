@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,7 @@ _ALL_FLIPS = 16
 _ROWS = 8_192
 
 Array = Sequence[Any] | np.ndarray
+Key = TypeVar("Key")
 Correction = Literal["holm", "bh"]
 CORRECTIONS: dict[str, str] = {
     "holm": "Holm: at most one in twenty such tables has any false claim, whatever the tests share",
@@ -175,21 +176,46 @@ def bootstrap(score: Array, reference: Array, unit: Array, group: Array | None =
 
 
 def differences_by_group(score: Array, reference: Array, unit: Array, group: Array, seed: int = 0) -> dict[str, Difference]:
-    """The difference of every group by itself; see `corrected`, because these are many tests."""
-    sums, found = _sums(unit, group, score, reference), {}
-    ours, theirs = sums.scores
-    p = sign_flip(_moves(ours - theirs, sums.asked), seed)
-    for column, name in enumerate(sums.groups):
-        has = sums.asked[:, column] > 0
-        own, other, asked = ours[has, column, None], theirs[has, column, None], sums.asked[has, column, None]
-        found[name] = _difference(own, other, asked, difference_interval(own, other, asked, seed), p[column])
+    """The difference of every group by itself; see `corrected`, because these are many tests.
+
+    All groups are measured on the same draws of all units, so that they belong to the mean's.
+    """
+    return differences_of_many({"": (score, reference)}, unit, group, seed)[""][1]
+
+
+def differences_of_many(
+    scores: Mapping[Key, tuple[Array, Array]], unit: Array, group: Array, seed: int = 0
+) -> dict[Key, tuple[Difference, dict[str, Difference]]]:
+    """`difference` and `differences_by_group` of many pairs of recipes on the same questions, tested by the same flips.
+
+    Args:
+        scores: name of each pair -> (score, reference).
+        unit, group, seed: as in `estimate`.
+    """
+    sums = {key: _sums(unit, group, *pair) for key, pair in scores.items()}
+    moves = [_moves(one.scores[0] - one.scores[1], one.asked) for one in sums.values()]
+    tests = np.concatenate([column for own in moves for column in (own.mean(axis=1, keepdims=True), own)], axis=1)
+    p = iter(sign_flip(tests, seed))
+    found = {}
+    for key, one in sums.items():
+        (ours, theirs), asked = one.scores, one.asked
+        whole = _difference(ours, theirs, asked, difference_interval(ours, theirs, asked, seed), next(p))
+        groups = {}
+        for column, name in enumerate(one.groups):
+            own, other, n = ours[:, [column]], theirs[:, [column]], asked[:, [column]]
+            groups[name] = _difference(own, other, n, difference_interval(own, other, n, seed), next(p))
+        found[key] = whole, groups
     return found
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray, asked: np.ndarray, interval: Interval, p: float) -> Difference:
     total = asked.sum(axis=0)
     value = float((ours.sum(axis=0) / total).mean() - (theirs.sum(axis=0) / total).mean())
-    return Difference(value, interval.low, interval.high, p, int(total.sum()), len(asked), interval.source, p)
+    return Difference(value, interval.low, interval.high, p, int(total.sum()), _units(asked), interval.source, p)
+
+
+def _units(asked: np.ndarray) -> int:
+    return int(asked.any(axis=1).sum())
 
 
 def _moves(change: np.ndarray, asked: np.ndarray) -> np.ndarray:

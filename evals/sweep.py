@@ -7,75 +7,67 @@ method drops tokens where its paper does, and one factor on its counts is solved
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from itertools import groupby
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import vlmprune
-from vlmprune.evals.asking import Questions, scenes_of_seed
+from vlmprune.errors import UsageError
+from vlmprune.evals.answering import recipe_name
+from vlmprune.evals.answers import Answered, Scored, read
+from vlmprune.evals.sweep_old import read_rows
 from vlmprune.evals.sweep_plan import Plan, Point
 from vlmprune.evals.sweep_rows import Sweep, compare
-from vlmprune.evals.sweep_store import Answers, Store, code_fingerprint, recipe_name
-from vlmprune.tiny.answers import Record
 
 
-def ask(model: Any, questions: Questions, recipe: vlmprune.Recipe | None) -> tuple[list[str], float]:
-    """The answers under a recipe, and the measured compute average as a share of all visual tokens."""
-    if recipe is None:
-        return questions.ask(model), 1.0
-    entered = visual = 0.0
-
-    def measure(asked: int) -> None:
-        nonlocal entered, visual
-        report = run.report()
-        entered += report.visual_compute_average * asked
-        visual += report.visual_tokens
-
-    with vlmprune.wrap(model, recipe) as run:
-        return questions.ask(model, measure), entered / visual
+def questions_of(seed: int, sets: int) -> int:
+    """The number of the set that a seed's recipes are asked: scenes have a set for every seed, other questions have one."""
+    return seed if sets > 1 else 0
 
 
-def sweep(
-    model: Any,
-    processor: Any,
-    plan: Plan,
-    seeds: int = 3,
-    images: int = 100,
-    split: str = "test",
-    folder: Path | None = None,
-    tick: Callable[[str, int, int], None] = lambda recipe, done, total: None,
-) -> Sweep:
-    """Run what has no answers yet, and compare everything.
+def everything(plan: Plan, seeds: int, sets: int) -> list[tuple[int, vlmprune.Recipe | None]]:
+    """What a sweep asks, as `answering.answer` takes it: the un-pruned model and all recipes, nothing twice.
 
     Args:
-        plan: from `make_plan`.
-        seeds: each has other held-out scenes, and is the seed of methods that have one.
-        images: scenes per seed.
-        folder: where answers are kept, so that an interrupted sweep goes on.
-        tick: called before every run with its recipe, the number of runs that are done, and their total; and at the end.
+        seeds: each is the seed of the methods that have one.
+        sets: how many sets of questions there are: one for every seed, or one for all.
     """
-    store = Store(folder)
-    wanted = [(seed, recipe) for seed in range(seeds) for recipe in (None, *plan.recipes(seed))]
-    done, total = 0, sum(store.get(recipe, seed, split, images) is None for seed, recipe in wanted)
-    known: dict[int, list[tuple[int, str, str]]] = {}
-    for seed, group in groupby(wanted, key=lambda pair: pair[0]):
-        questions = Questions(processor, scenes_of_seed(seed, images, split), first=seed * images)
-        known[seed] = questions.known
-        for _, recipe in group:
-            if store.get(recipe, seed, split, images) is None:
-                tick(recipe_name(recipe), done, total)
-                start = time.perf_counter()
-                given, share = ask(model, questions, recipe)
-                seconds = time.perf_counter() - start
-                store.add(Answers(recipe_name(recipe), code_fingerprint(), seed, split, images, given, share, seconds))
-                done += 1
-    tick("", done, total)
+    wanted = [(questions_of(seed, sets), recipe) for seed in range(seeds) for recipe in (None, *plan.recipes(seed))]
+    return list({(number, recipe_name(recipe)): (number, recipe) for number, recipe in wanted}.values())
 
-    def pooled(point: Point | None) -> tuple[list[Record], list[Answers]]:
-        rows = [store.get(None if point is None else point.recipe(seed), seed, split, images) for seed in range(seeds)]
-        found = [row for row in rows if row is not None]
-        return [Record(*at, said) for row in found for at, said in zip(known[row.seed], row.given, strict=True)], found
 
-    return compare(plan, pooled)
+def table(plan: Plan, seeds: int, answered: Answered) -> Sweep:
+    """All numbers of a sweep from its answers."""
+
+    def scored(point: Point | None) -> tuple[str, Scored]:
+        names = [recipe_name(None if point is None else point.recipe(seed)) for seed in range(seeds)]
+        pairs = dict.fromkeys((name, questions_of(seed, len(answered.asked))) for seed, name in enumerate(names))
+        return names[0], answered.scored(pairs)
+
+    return compare(plan, scored)
+
+
+def recomputed(folder: Path, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a sweep again, from the answers in its folder: `answers.jsonl`, or `rows.jsonl` of an earlier version.
+
+    Args:
+        numbers: of the folder's `sweep.json`, which says what was planned.
+
+    Raises:
+        UsageError: there are no answers, or those of a recipe are missing.
+    """
+    before = Sweep.from_dict(numbers)
+    answered = read_rows(folder, numbers) or read(folder)
+    planned = everything(before.plan, numbers["seeds"], len(answered.asked))
+    wanted = [(recipe_name(recipe), number) for number, recipe in planned]
+    if missing := [recipe for recipe, number in wanted if (recipe, number) not in answered.answers]:
+        raise UsageError(
+            f"{folder} lacks the answers of {len(missing)} of {len(wanted)} recipes, the first is {missing[0]}: run the sweep "
+            "again."
+        )
+    swept = table(before.plan, numbers["seeds"], answered).to_dict()
+    for key in ("rows", "controls"):  # times are not in the file of answers
+        for row, old in zip(swept[key], numbers[key], strict=True):
+            row["seconds"] = old["seconds"]
+    swept["unpruned"]["seconds"] = numbers["unpruned"]["seconds"]
+    return {**{key: value for key, value in numbers.items() if key != "summary"}, **swept}

@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmprune.evals.accuracy import UNPRUNED, percent
+from vlmprune.evals.questions import SCENES
 from vlmprune.evals.results import Result
 from vlmprune.evals.sweep_plan import CONTROL, Plan
-from vlmprune.evals.sweep_rows import Row, Sweep
+from vlmprune.evals.sweep_rows import IntervalOnly, Row, Sweep
 from vlmprune.show.table import code, table
 
 
@@ -25,8 +26,7 @@ def summary(result: Sweep) -> list[str]:
     count = {verdict: verdicts.count(verdict) for verdict in ("beats", "ties", "loses")}
     said = [
         f"Of {len(compared)} points (a method at a budget), {count['beats']} beat random at the same layers and counts on the "
-        f"mean over skills, {count['ties']} tie and {count['loses']} lose. Each 95 % interval is for one point alone: "
-        "about one in twenty misses by chance."
+        f"mean over skills, {count['ties']} tie and {count['loses']} lose. {_reading(compared)}"
     ]
     for method, rows in _by_method(compared):
         if missed := _misses(rows, "mean", numbers=True):
@@ -37,6 +37,17 @@ def summary(result: Sweep) -> list[str]:
             listed = "; ".join(f"{skill} {missed}" for skill, missed in skills.items() if missed)
             said.append(f"On single skills, `{method}` does not beat random: {listed}.")
     return said + _drifts(result) + _left_out(result.plan)
+
+
+def _reading(compared: Sequence[Row]) -> str:
+    """How far the verdicts can be trusted."""
+    interval = "Each 95 % interval is for one point alone: about one in twenty misses by chance."
+    if not compared or isinstance(compared[0].over_random["mean"], IntervalOnly):
+        return interval
+    return (
+        f"{interval} Verdicts are corrected for that (Holm): the chance that any of those on the mean is false is at most 5 %, "
+        "and the same holds for those on single skills."
+    )
 
 
 def _by_method(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -115,7 +126,11 @@ def result(numbers: Mapping[str, Any]) -> Result:
 
 def _screen(swept: Sweep, numbers: Mapping[str, Any]) -> Table:
     """The mean over skills at every point: what fits into a terminal."""
-    title = f"accuracy in %, {numbers['seeds']} × {numbers['images']} held-out scenes ({numbers['split']})"
+    if numbers.get("data", SCENES) == SCENES:
+        what = f"{numbers['seeds']} × {numbers['images']} held-out scenes ({numbers['split']})"
+    else:
+        what = f"{numbers['questions']} questions of {numbers['data']}, {numbers['seeds']} seeds, {numbers['model']}"
+    title = f"accuracy in %, {what}"
     columns = ["method", "budget", "accuracy", "over random", "verdict"]
     return table(columns, [_cells(row) for row in swept.methods], title=title)
 

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vlmprune.evals.accuracy import UNPRUNED, draws_by_skill, loyalty, percent
+from vlmprune.evals.accuracy import UNPRUNED, estimate_from_dict
+from vlmprune.evals.answers import Scored
+from vlmprune.evals.stats import Difference, Estimate, Key, correct, differences_of_many, estimate, estimate_by_group
 from vlmprune.evals.sweep_plan import CONTROL, Plan, Point
-from vlmprune.evals.sweep_store import Answers
-from vlmprune.show.stats import interval, mean_of_present
-from vlmprune.tiny.answers import Accuracy, Record, accuracy_by_skill, mean_over_skills
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Accuracy minus that of the random row of the same schedule, with the paired 95 % interval; shares of 1."""
-
-    value: float
-    low: float
-    high: float
+class IntervalOnly(Difference):
+    """A difference of a file from before there were p-values, which says by its interval alone whether it is one."""
 
     @property
     def verdict(self) -> str:
-        """Beats, loses, or ties where the interval holds zero."""
         return "beats" if self.low > 0 else "loses" if self.high < 0 else "ties"
 
-    def __str__(self) -> str:
-        return f"{100 * self.value:+.1f} {percent((self.low, self.high))}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, the verdict among it."""
-        return {**asdict(self), "verdict": self.verdict}
+def difference_from_dict(data: Mapping[str, Any]) -> Difference:
+    """A difference from its plain data, as `sweep.json` holds it."""
+    entries = {key: value for key, value in data.items() if key != "verdict"}
+    if "p" in entries:
+        return Difference(**entries)
+    nan = float("nan")
+    return IntervalOnly(**entries, p=nan, n=0, units=0, source="bootstrap", corrected=nan)
 
 
 @dataclass(frozen=True)
@@ -41,9 +37,10 @@ class Row:
     Attributes:
         point: what was run; None for the un-pruned model.
         recipe: with seed 0.
-        by_skill: accuracy of every skill with its interval (images resampled).
+        by_skill: accuracy of every skill (group of questions) with its interval (images resampled).
         mean: unweighted mean over skills, with `interval`.
         over_random: "mean" and every skill -> difference to random tokens at the same layers and counts; empty for random.
+            P-values are corrected for all points: those of the mean among themselves, and those of all skills.
         share: measured compute average, as a share of all visual tokens.
         loyalty: share of answers equal to those of the un-pruned model.
         seconds: per seed.
@@ -51,7 +48,7 @@ class Row:
 
     point: Point | None
     recipe: str
-    by_skill: dict[str, Accuracy]
+    by_skill: dict[str, Estimate]
     mean: float
     interval: tuple[float, float]
     over_random: dict[str, Difference]
@@ -71,11 +68,11 @@ class Row:
         point = None
         if data["method"] != UNPRUNED:
             point = Point(data["method"], data["budget"], tuple(data["layers"]), tuple(data["fractions"]))
-        over = {key: Difference(d["value"], d["low"], d["high"]) for key, d in data["over_random"].items()}
+        over = {key: difference_from_dict(entry) for key, entry in data["over_random"].items()}
         return Row(
             point=point,
             recipe=data["recipe"],
-            by_skill={skill: Accuracy(**entry) for skill, entry in data["by_skill"].items()},
+            by_skill={skill: estimate_from_dict(entry) for skill, entry in data["by_skill"].items()},
             mean=data["mean"],
             interval=(data["interval"][0], data["interval"][1]),
             over_random=over,
@@ -115,40 +112,42 @@ class Sweep:
         return Sweep(plan, Row.from_dict(data["unpruned"]), methods, [Row.from_dict(row) for row in data["controls"]])
 
 
-def compare(plan: Plan, pooled: Callable[[Point | None], tuple[list[Record], list[Answers]]]) -> Sweep:
+def compare(plan: Plan, scored: Callable[[Point | None], tuple[str, Scored]]) -> Sweep:
     """All rows of a plan.
 
     Args:
-        pooled: the records of a point (None: of the un-pruned model), all seeds together, and what they were read from.
+        scored: the recipe of a point (None: of the un-pruned model) and its answers, all seeds together.
     """
-    reference, _ = pooled(None)
+    compared = [point for point in plan.points if point.method != CONTROL]
+    found = differences({point: (scored(point)[1], scored(point.control())[1]) for point in compared})
+    means = correct({point: mean for point, (mean, _) in found.items()})
+    skills = correct({(point, skill): one for point, (_, own) in found.items() for skill, one in own.items()})
 
     def row(point: Point | None) -> Row:
-        given, answers = pooled(point)
-        by_skill, draws = accuracy_by_skill(given), draws_by_skill(given)
+        recipe, given = scored(point)
         against: dict[str, Difference] = {}
-        if point is not None and point.method != CONTROL:
-            against = differences(given, pooled(point.control())[0])
+        if point in found:
+            against = {"mean": means[point], **{skill: skills[point, skill] for skill in found[point][1]}}
+        mean = estimate(given.score, given.unit, given.group)
         return Row(
             point=point,
-            recipe=answers[0].recipe,
-            by_skill=by_skill,
-            mean=mean_over_skills(by_skill),
-            interval=interval(mean_of_present(draws)),
+            recipe=recipe,
+            by_skill=estimate_by_group(given.score, given.unit, given.group),
+            mean=mean.value,
+            interval=(mean.low, mean.high),
             over_random=against,
-            share=sum(answer.share for answer in answers) / len(answers),
-            loyalty=loyalty(given, reference),
-            seconds=sum(answer.seconds for answer in answers) / len(answers),
+            share=given.share,
+            loyalty=float(given.loyal.mean()),
+            seconds=given.seconds,
         )
 
     return Sweep(plan, row(None), [row(point) for point in plan.points], [row(point) for point in plan.controls()])
 
 
-def differences(given: Sequence[Record], control: Sequence[Record]) -> dict[str, Difference]:
-    """Accuracy on the mean over skills and on every skill, minus the control's on the same questions."""
-    ours, theirs = accuracy_by_skill(given), accuracy_by_skill(control)
-    drawn = draws_by_skill(given) - draws_by_skill(control)
-    found = {"mean": Difference(mean_over_skills(ours) - mean_over_skills(theirs), *interval(mean_of_present(drawn)))}
-    for column, skill in enumerate(ours):
-        found[skill] = Difference(ours[skill].value - theirs[skill].value, *interval(drawn[:, column]))
-    return found
+def differences(pairs: Mapping[Key, tuple[Scored, Scored]]) -> dict[Key, tuple[Difference, dict[str, Difference]]]:
+    """Of each pair, scores minus those of the control on the same questions: of the mean over skills, and of every skill."""
+    if not pairs:
+        return {}
+    questions = next(iter(pairs.values()))[0]
+    scores = {key: (ours.score, theirs.score) for key, (ours, theirs) in pairs.items()}
+    return differences_of_many(scores, questions.unit, questions.group)

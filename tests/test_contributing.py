@@ -131,21 +131,22 @@ from vlmprune.adapters.llava import LLAVA
 
 TOY = replace(LLAVA, name="toy")
 '''
-TINY = """
+CONFIGURATION = """
 
-class ToyConfig(LlavaConfig):
+class ToyConfig(tf.LlavaConfig):
     model_type = "toy"
 
 
-class ToyForConditionalGeneration(LlavaForConditionalGeneration):
+class ToyForConditionalGeneration(tf.LlavaForConditionalGeneration):
     config_class = ToyConfig
 
 
-def _toy_config() -> ToyConfig:
-    return ToyConfig(**{name: value for name, value in _llava_config().to_dict().items() if name != "model_type"})
-
-
-TINY["toy"] = Tiny(ToyForConditionalGeneration, _toy_config, "llava", flex=True)
+def toy() -> Any:
+    return ToyConfig(
+        vision_config=_clip(), text_config=_text(tf.LlamaConfig), image_token_index=IMAGE, image_seq_length=NEXT_SIDE**2
+    )
+"""
+ENTRY = """    "toy": Tiny(configs.ToyForConditionalGeneration, configs.toy, _one_raster(NEXT_SIDE**2, NEXT_SIDE)),
 """
 
 
@@ -154,7 +155,12 @@ def test_a_family_is_a_file_an_entry_and_a_configuration(copy):
     added(copy / "adapters/registry.py", "from vlmprune.errors", "from vlmprune.adapters.toy import TOY\n")
     registry = copy / "adapters/registry.py"
     registry.write_text(registry.read_text().replace("(LLAVA, LLAVA_NEXT,", "(LLAVA, LLAVA_NEXT, TOY,"))
-    added(copy / "tests/tiny_models.py", "ALL_FAMILIES = tuple(TINY)", TINY)
-    code, said = run_tests(copy, "tests/promises/test_exact.py", "-k", "toy and (fastv or tome)")
+    here = ("tests/families/test_matrix.py", "-k")
+    code, said = run_tests(copy, *here, "every_family")
+    assert code == 1, said[-3000:]
+    with (copy / "tests/families/configs.py").open("a") as configurations:
+        configurations.write(CONFIGURATION)
+    added(copy / "tests/families/table.py", '    "mistral3": Tiny(', ENTRY)
+    code, said = run_tests(copy, *here, "every_family or toy")
     assert code == 0, said[-3000:]
     assert int(re.findall(r"(\d+) passed", said)[0]) > 12, said

@@ -28,7 +28,8 @@ from vlmprune.adapters.llava import LLAVA
 from vlmprune.adapters.qwen_vl import QWEN2_5_VL
 from vlmprune.kernels.select_diverse import select_diverse
 from vlmprune.live import feature_index
-from vlmprune.live.cache import Entries, PrunedLayer, pruned_layers
+from vlmprune.live.cache import PrunedLayer, pruned_layers
+from vlmprune.live.entries import Entries
 from vlmprune.live.rows import Reduction
 from vlmprune.live.section import LayerStack, Section
 from vlmprune.view import View

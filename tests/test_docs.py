@@ -17,7 +17,7 @@ import torch
 from oracles import TOLERANCE, masked_logits
 from rooms import ROOMS
 from tiny_models import make_inputs, shared
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import LightOnOcrConfig, LightOnOcrForConditionalGeneration
 
 import vlmprune as vp
 from vlmprune.adapters import registry
@@ -139,50 +139,46 @@ def test_the_example_of_a_stage(capsys):
 
 
 @pytest.fixture
-def qwen3_vl(monkeypatch):
-    """The family of docs/examples/qwen3_vl.py, and a random model of it."""
-    spec = spec_from_file_location("qwen3_vl", ROOT / "docs/examples/qwen3_vl.py")
+def lighton_ocr(monkeypatch):
+    """The family of docs/examples/lighton_ocr.py, a random model of it, and a prompt with two pictures."""
+    spec = spec_from_file_location("lighton_ocr", ROOT / "docs/examples/lighton_ocr.py")
     assert spec is not None
     assert spec.loader is not None
     example = module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "qwen3_vl", example)
+    monkeypatch.setitem(sys.modules, "lighton_ocr", example)
     spec.loader.exec_module(example)
-    monkeypatch.setitem(registry.FAMILIES, "qwen3_vl", example.QWEN3_VL)
+    monkeypatch.setitem(registry.FAMILIES, "lighton_ocr", example.LIGHTON_OCR)
     text = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4}
-    text |= {"num_key_value_heads": 2, "head_dim": 16}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
-    vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64}
-    vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
-    tokens = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 16, "model_type": "qwen3"}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
+    vision |= {"image_size": 32, "head_dim": 8, "model_type": "pixtral"}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)).float().eval()
+        config = LightOnOcrConfig(text_config=text, vision_config=vision, image_token_id=1, spatial_merge_size=2)
+        model = LightOnOcrForConditionalGeneration(config).float().eval()
         for name, weight in model.named_parameters():
             norm = "norm" in name and name.endswith("weight")
             torch.nn.init.normal_(weight, float(norm), 0.05 if norm else 0.125 if "lm_head" in name else 0.2)
-    ids = torch.tensor([[10, 11, 3, *[1] * 16, 4, 12, 13, 14]])
-    pixels = torch.randn(64, 3 * 2 * 16, generator=torch.Generator().manual_seed(1))
-    inputs = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 8, 8]])}
-    return model, inputs | {"attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 1).int()}
+    ids = torch.tensor([[10, 11, *[1] * 12, 2, 12, 13, *[1] * 6, 2, 14, 15]])
+    pixels = torch.zeros(2, 3, 32, 24)
+    random = torch.Generator().manual_seed(1)
+    pixels[0, :, :32, :24] = torch.randn(3, 32, 24, generator=random)
+    pixels[1, :, :16, :24] = torch.randn(3, 16, 24, generator=random)
+    inputs = {"input_ids": ids, "pixel_values": pixels, "image_sizes": torch.tensor([[32, 24], [16, 24]])}
+    return model, inputs | {"attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("recipe", ["fastv:layer=3,fraction=0.5", "divprune:layer=3,fraction=0.25 + random:layer=5,tokens=2"])
-def test_the_worked_family(qwen3_vl, recipe):
+@pytest.mark.parametrize("recipe", ["fastv:layer=3,fraction=0.5", "divprune:layer=0,fraction=0.5 + random:layer=4,tokens=2"])
+def test_the_worked_family(lighton_ocr, recipe):
     """Red: the family file of CONTRIBUTING.md no longer works, or no longer prunes exactly."""
-    model, inputs = qwen3_vl
+    model, inputs = lighton_ocr
     with torch.no_grad():
         plain = model(**inputs).logits
         with vp.wrap(model, recipe) as run:
             pruned, keep = model(**inputs).logits, run.last.keep
+        assert [image.original for image in run.last.kept[:2]] == [12, 6]
         kept = keep[max(keep)]
         torch.testing.assert_close(pruned[kept], masked_logits(model, inputs, keep)[kept], atol=TOLERANCE, rtol=0)
         assert not torch.allclose(pruned[:, -1], plain[:, -1], atol=1e-2)
         with vp.wrap(model, "fastv:layer=3,fraction=1.0"):
             assert torch.equal(model(**inputs).logits, plain)
-
-
-def test_what_the_worked_family_lacks(qwen3_vl):
-    """Red: stages among the DeepStack layers work now, and CONTRIBUTING.md still says that they need the core."""
-    model, inputs = qwen3_vl
-    with torch.no_grad(), vp.wrap(model, "divprune:layer=1,fraction=0.5"), pytest.raises(IndexError):
-        model(**inputs)

@@ -25,7 +25,7 @@ from vlmprune.loading import models as loading
 from vlmprune.loading import outputs, questions
 from vlmprune.loading.models import load_decoder, load_model
 from vlmprune.loading.prompts import make_inputs, prompt_text
-from vlmprune.loading.questions import Question
+from vlmprune.loading.questions import ReadyQuestion
 from vlmprune.recipe import hub as the_hub
 from vlmprune.tiny.scenes import held_out
 
@@ -114,7 +114,7 @@ def test_kept_cells_are_drawn_where_they_are(made):
     model, processor = load_model(str(made["llava_next"]), "cpu")
     picture = Image.effect_noise((120, 70), 60).convert("RGB")
     inputs = make_inputs(processor, picture, prompt_text(processor, "what ?"), "cpu")
-    question = Question(model, processor, inputs, picture)
+    question = ReadyQuestion(model, processor, inputs, picture)
     kept = asking.ask(question, vp.Recipe.of("random:tokens=30"), 1)
     names = [crop.name for crop in kept.crops]
     assert names == ["whole picture", "crop 1, 1", "crop 1, 2", "crop 2, 1", "crop 2, 2"]

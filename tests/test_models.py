@@ -213,7 +213,6 @@ def test_scores_are_those_of_a_later_turn():
         ("gpt_neox", {}, "divprune", "looked for past_key_values by name, found attention_mask, layer_past"),
         ("deepseek_v2", {}, "divprune", "looked for position_embeddings, cosines and sines"),
         ("biogpt", {}, "divprune", "looked for one rotary embedding, found none among embed_tokens"),
-        ("gemma2", {"layer_types": None}, "divprune", "the language model has sliding-window layers"),
         ("gemma2", {}, "fastv", "fastv computes attention as softmax of scaled products, but Gemma2DecoderLayer adds softcap"),
         ("gpt_oss", {}, "pdrop:layer=2,fraction=0.5", "GptOssDecoderLayer adds s_aux"),
         ("gpt_oss", {}, "pai", "pai computes attention as softmax of scaled products"),

@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the only list of the public names: type checkers and editors read it, and so does `exports`
     from vlmprune.errors import UsageError as UsageError
+    from vlmprune.live.check import Verdict as Verdict
+    from vlmprune.live.check import check as check
     from vlmprune.live.handle import Run as Run
     from vlmprune.live.handle import unwrap as unwrap
     from vlmprune.live.handle import wrap as wrap

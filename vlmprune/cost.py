@@ -7,9 +7,17 @@ computed. The causal half of the attention matrix is not subtracted.
     attention    4·n²·H·Dh, or 4·n·m·H·Dh with m keys if the cache was not empty
     MLP          6·n·d·f          (gate, up and down)
 
-With multi-head attention this is twice the formula 4nd² + 2n²d + 3ndf in the released code of SparseVLM and AdaptInfer, and
-equals the numbers in FlowCut's tables. Embeddings, vision tower and output head are not counted. The bytes are those of the
-keys and values in the cache.
+Where layers differ (linear attention, windows, shared keys, experts), the sizes are those of each layer:
+
+    projections, MLP     2·n·w, w the weights that a token is multiplied by; of experts, of as many as it is sent to
+    attention            4·n·m·H·Dh, with all m keys that are computed, inside the layer's window or not; 0 for recurrent layers
+    bytes                of the keys and values that a layer stores: at most window − 1 tokens, none if it sees another layer's
+
+The state of recurrent layers has a fixed size, and what a token costs there beside its weights is small: neither is counted.
+
+With multi-head attention the first formulas are twice the formula 4nd² + 2n²d + 3ndf in the released code of SparseVLM and
+AdaptInfer, and equal the numbers in FlowCut's tables. Embeddings, vision tower and output head are not counted. The bytes are
+those of the keys and values in the cache.
 
 Papers name budgets by one of two averages over decoder layers:
 
@@ -19,10 +27,36 @@ Papers name budgets by one of two averages over decoder layers:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes of one decoder layer.
+
+    Attributes:
+        weights: w, weights that a token is multiplied by.
+        query: H·Dh, width of all its query heads; 0 without attention.
+        stored: numbers that it stores per token.
+        window: tokens that it sees, or None.
+    """
+
+    weights: int
+    query: int = 0
+    stored: int = 0
+    window: int | None = None
+
+    def flops(self, tokens: int, keys: int) -> int:
+        """FLOPs for one sample, where `tokens` enter the layer and attend to `keys`."""
+        return 2 * tokens * self.weights + 4 * tokens * keys * self.query
+
+    def entries(self, tokens: int) -> int:
+        """Tokens whose keys and values it still stores after `tokens` came."""
+        kept = tokens if self.stored else 0
+        return kept if self.window is None else min(kept, self.window - 1)
 
 
 @dataclass(frozen=True)
@@ -36,14 +70,16 @@ class DecoderShape:
         kv_heads: Hkv, key and value heads.
         head_dim: Dh, width of a head.
         mlp: f, width inside the MLP.
+        by_layer: the sizes of every layer, where they differ; empty where the sizes above are those of all layers.
     """
 
     layers: int
     dim: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    mlp: int = 0
+    by_layer: tuple[LayerShape, ...] = ()
 
     @staticmethod
     def of(text_config: Any) -> DecoderShape:
@@ -67,6 +103,22 @@ class DecoderShape:
     def layer_kv_bytes(self, keys: int, itemsize: int) -> int:
         """Bytes that one layer stores for one sample: keys and values of `keys` tokens, in numbers of `itemsize` bytes."""
         return 2 * keys * self.kv_heads * self.head_dim * itemsize
+
+    def flops(self, tokens: Sequence[int], keys: Sequence[int]) -> int:
+        """FLOPs of all layers and one sample; `tokens` enter each layer, and attend to `keys`."""
+        if not self.by_layer:
+            return sum(map(self.layer_flops, tokens, keys))
+        return sum(layer.flops(n, m) for layer, n, m in zip(self.by_layer, tokens, keys, strict=True))
+
+    def entries(self, keys: Sequence[int]) -> list[int]:
+        """Of each layer, how many of the `keys` that it attends to it stores."""
+        return [layer.entries(n) for layer, n in zip(self.by_layer, keys, strict=True)] if self.by_layer else list(keys)
+
+    def kv_bytes(self, entries: Sequence[int], itemsize: int) -> int:
+        """Bytes that all layers store for one sample."""
+        if not self.by_layer:
+            return sum(self.layer_kv_bytes(keys, itemsize) for keys in entries)
+        return sum(layer.stored * keys for layer, keys in zip(self.by_layer, entries, strict=True)) * itemsize
 
 
 def compute_average(visual: float, layers: int, kept: Mapping[int, float]) -> float:

@@ -91,26 +91,55 @@ CELLS = [cell for name in NAMES for cell in _of(name)]
 
 @dataclass(frozen=True)
 class Refusal:
-    """Cells that vlmprune refuses, or that the stock model itself cannot run.
+    """Cells that vlmprune refuses, or that the stock model itself does not compute.
 
     Attributes:
-        words: part of the sentence.
-        reason: the same in short, for the tables.
+        reason: why, in short, for the tables.
         applies: whether a cell is meant.
-        stock: transformers refuses it, with and without vlmprune.
+        words: part of vlmprune's sentence; empty if the stock model, without vlmprune, fails the same comparison.
     """
 
-    words: str
     reason: str
     applies: Callable[[Cell], bool]
-    stock: bool = False
+    words: str = ""
 
 
 def _layers(cell: Cell) -> set[int]:
     return set(STAGES[cell.stages])
 
 
-REFUSALS: list[Refusal] = []
+_GLM = ("glm4v", "glm4v_moe", "glm46v")
+
+REFUSALS = [
+    Refusal(
+        "the model's forward takes no logits_to_keep, so that guessed tokens cannot be told from the prompt",
+        lambda cell: cell.family == "video_llama_3" and cell.way == "prompt lookup",
+        "assisted decoding is not supported",
+    ),
+    Refusal(
+        "transformers refuses assisted decoding of models with a state",
+        lambda cell: cell.way == "prompt lookup" and TINY[cell.family].recurrent,
+    ),
+    Refusal(
+        "transformers gives the copies of a sample with several pictures another sample's",
+        lambda cell: cell.way in ("beams", "sampling") and cell.family in _GLM,
+    ),
+    Refusal(
+        "the layer whose attention the method reads has none",
+        lambda cell: TINY[cell.family].recurrent and ((cell.kind, cell.stages) in (("attention", "1+3"), ("ahead", "2"))),
+        "has no attention",
+    ),
+    Refusal(
+        "the method computes attention without the soft cap of the model",
+        lambda cell: cell.family == "paligemma2" and cell.kind in ("attention", "ahead"),
+        "adds softcap",
+    ),
+    Refusal(
+        "later layers see the keys that an earlier one stored before the stage",
+        lambda cell: cell.family == "gemma4_e" and max(_layers(cell)) > 2,
+        "but later layers see the keys that layer 2 stores",
+    ),
+]
 
 
 def refusal_of(cell: Cell) -> Refusal | None:

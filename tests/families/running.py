@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from families.cells import STAGES, Cell
-from families.oracles import MOVED, TOLERANCE, Keep, dropped_row, expected_logits, masked_logits
-from families.table import BATCHES, TINY, extended, make_inputs, shared, visual_columns
+from families.oracles import MOVED, TOLERANCE, Keep, dropped_row, expected_logits
+from families.table import BATCHES, TINY, make_inputs, shared, visual_columns
 from torch import Tensor
 
 import vlmprune as vp
@@ -16,6 +18,7 @@ import vlmprune as vp
 STEPS = 6
 """New tokens: the prompt's logits and five decoding steps."""
 BEAMS, SAMPLES = 3, 2
+Wrap = Callable[[Any, str], Any]
 
 
 def generate(model: Any, inputs: dict[str, Any], steps: int = STEPS, **strategy: Any) -> tuple[Any, Tensor, Tensor]:
@@ -49,24 +52,25 @@ def check_moved(name: str, model: Any, samples: list[list[str]], new: Tensor, gi
             assert (given[row] - unpruned[row]).abs().max() > MOVED, f"pruning changed nothing in row {row}"
 
 
-def greedy(cell: Cell, model: Any) -> None:
+def greedy(cell: Cell, model: Any, wrap: Wrap) -> None:
     samples = BATCHES[cell.batch]
     inputs = make_inputs(cell.family, samples)
-    with vp.wrap(model, cell.recipe) as run:
+    with wrap(model, cell.recipe) as run:
         _, new, logits = generate(model, inputs)
         keep = run.last.keep
-    check_keep(inputs, keep, cell)
     close(logits, expected_logits(cell.family, model, samples, keep, new[:, :-1]))
     if len(samples) == 1 and not TINY[cell.family].recurrent:
         close(logits, dropped_row(cell.family, model, samples, 0, keep, new[:, :-1]))
-    check_moved(cell.family, model, samples, new, logits)
+    if keep:
+        check_keep(inputs, keep, cell)
+        check_moved(cell.family, model, samples, new, logits)
 
 
-def second_turn(cell: Cell, model: Any) -> None:
+def second_turn(cell: Cell, model: Any, wrap: Wrap) -> None:
     samples = BATCHES[cell.batch]
     inputs = make_inputs(cell.family, samples)
     words = torch.randint(8, 96, (len(samples), 5), generator=torch.Generator().manual_seed(7))
-    with vp.wrap(model, cell.recipe) as run:
+    with wrap(model, cell.recipe) as run:
         first, _, _ = generate(model, inputs, 3)
         keep = run.last.keep
         ids = torch.cat([first.sequences, words], 1)
@@ -82,6 +86,8 @@ def second_turn(cell: Cell, model: Any) -> None:
 def repeated(cell: Cell, model: Any, keep: Keep, new: Tensor, times: int) -> Tensor:
     """`expected_logits` of `times` sequences per sample: `[batch · times, 1 + n, vocabulary]`."""
     samples = BATCHES[cell.batch]
+    if any(len(mask) == len(samples) for mask in keep.values()):  # decided before the rows were repeated
+        keep = {layer: mask.repeat_interleave(times, 0) for layer, mask in keep.items()}
     for mask in keep.values():
         copies = mask.view(len(samples), times, -1)
         assert (copies == copies[:, :1]).all(), "copies of one sample kept different tokens"
@@ -92,54 +98,43 @@ def repeated(cell: Cell, model: Any, keep: Keep, new: Tensor, times: int) -> Ten
     return torch.stack(per_copy, 1).flatten(0, 1)
 
 
-def beams(cell: Cell, model: Any) -> None:
+def beams(cell: Cell, model: Any, wrap: Wrap) -> None:
     """The score of every returned beam is what the oracle gives its tokens."""
     inputs = make_inputs(cell.family, BATCHES[cell.batch])
-    with vp.wrap(model, cell.recipe) as run:
+    with wrap(model, cell.recipe) as run:
         strategy = {"num_beams": BEAMS, "num_return_sequences": BEAMS, "output_scores": True}
         output, new, _ = generate(model, inputs, **strategy)
         keep = run.last.keep
-    if len(next(iter(keep.values()))) == len(BATCHES[cell.batch]):
-        keep = {layer: mask.repeat_interleave(BEAMS, 0) for layer, mask in keep.items()}
     logits = repeated(cell, model, keep, new[:, :-1], BEAMS)
     taken = logits.log_softmax(-1).gather(-1, new[..., None])[..., 0].sum(1) / new.shape[1]
     torch.testing.assert_close(output.sequences_scores, taken, atol=TOLERANCE, rtol=0)
 
 
-def sampling(cell: Cell, model: Any) -> None:
+def sampling(cell: Cell, model: Any, wrap: Wrap) -> None:
     samples = BATCHES[cell.batch]
     inputs = make_inputs(cell.family, samples)
     torch.manual_seed(3)
-    with vp.wrap(model, cell.recipe) as run:
+    with wrap(model, cell.recipe) as run:
         _, new, logits = generate(model, inputs, do_sample=True, num_return_sequences=SAMPLES)
         keep = run.last.keep
     assert not torch.equal(new[0], new[1])
-    if len(next(iter(keep.values()))) == len(samples):
-        keep = {layer: mask.repeat_interleave(SAMPLES, 0) for layer, mask in keep.items()}
     close(logits, repeated(cell, model, keep, new[:, :-1], SAMPLES))
 
 
-def no_cache(cell: Cell, model: Any) -> None:
+def no_cache(cell: Cell, model: Any, wrap: Wrap) -> None:
     """Every step runs the whole sequence again, with the arguments that `generate` gives it."""
     samples = BATCHES[cell.batch]
     inputs = make_inputs(cell.family, samples)
-    with vp.wrap(model, cell.recipe) as run:
+    with wrap(model, cell.recipe) as run:
         _, new, logits = generate(model, inputs, 4, use_cache=False)
         keep = {layer: mask[:, : inputs["input_ids"].shape[1]] for layer, mask in run.last.keep.items()}
-    if TINY[cell.family].kind_of_new == 0:
-        close(logits, expected_logits(cell.family, model, samples, keep, new[:, :-1]))
-        return
-    # Transformers gives generated tokens the prompt's kind here: they join its block, so that every step is another prompt.
-    for step in range(logits.shape[1]):
-        longer = extended(cell.family, inputs, new[:, :step])
-        longer[TINY[cell.family].kinds] = torch.zeros_like(longer["input_ids"])
-        close(logits[:, step], masked_logits(cell.family, model, longer, keep)[:, -1])
+    close(logits, expected_logits(cell.family, model, samples, keep, new[:, :-1]))
 
 
-def prompt_lookup(cell: Cell, model: Any) -> None:
+def prompt_lookup(cell: Cell, model: Any, wrap: Wrap) -> None:
     """Assisted decoding says the same, whatever was guessed right."""
     inputs = make_inputs(cell.family, BATCHES[cell.batch])
-    with vp.wrap(model, cell.recipe) as run:
+    with wrap(model, cell.recipe) as run:
         _, plain, _ = generate(model, inputs, 8)
         _, guessed, logits = generate(model, inputs, 8, prompt_lookup_num_tokens=3)
         keep = {layer: mask[:, : inputs["input_ids"].shape[1]] for layer, mask in run.last.keep.items()}
@@ -158,26 +153,26 @@ def equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
     assert all(torch.equal(mine, stock) for mine, stock in zip(ours, theirs, strict=True))
 
 
-def keep_all(cell: Cell, model: Any) -> None:
+def keep_all(cell: Cell, model: Any, wrap: Wrap) -> None:
     """Bit for bit."""
     stock = untouched(cell, model)
-    with vp.wrap(model, cell.recipe) as run:
+    with wrap(model, cell.recipe) as run:
         ours = untouched(cell, model)
         assert run.last is not None
         assert run.last.visual > 0
     equal(ours, stock)
 
 
-def removed(cell: Cell, model: Any) -> None:
+def removed(cell: Cell, model: Any, wrap: Wrap) -> None:
     """Bit for bit."""
     stock = untouched(cell, model)
-    with vp.wrap(model, cell.recipe):
+    with wrap(model, cell.recipe):
         pruned = untouched(cell, model)
     assert not torch.equal(pruned[0], stock[0])
     equal(untouched(cell, model), stock)
 
 
-RUN: dict[str, Callable[[Cell, Any], None]] = {
+RUN: dict[str, Callable[[Cell, Any, Wrap], None]] = {
     "greedy": greedy,
     "second turn": second_turn,
     "beams": beams,
@@ -189,12 +184,22 @@ RUN: dict[str, Callable[[Cell, Any], None]] = {
 }
 
 
+@contextmanager
+def not_wrapped(model: Any, recipe: str) -> Iterator[Any]:
+    """In the place of `vlmprune.wrap`: the stock model, which drops nothing."""
+    yield SimpleNamespace(last=SimpleNamespace(keep={}))
+
+
 @torch.no_grad()
-def run(cell: Cell) -> None:
+def run(cell: Cell, stock: bool = False) -> None:
     """Run a cell.
+
+    Args:
+        cell: what to run.
+        stock: without vlmprune; tells whether transformers itself can do what is compared.
 
     Raises:
         UsageError: vlmprune refuses it.
         AssertionError: it computes something else.
     """
-    RUN[cell.way](cell, shared(cell.family, cell.attention))
+    RUN[cell.way](cell, shared(cell.family, cell.attention), not_wrapped if stock else vp.wrap)

@@ -15,7 +15,8 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vlmprune as vp
-from vlmprune.live.cache import Entries, MarkedLayer, PrunedLayer, keep_only, pruned_layers
+from vlmprune.live.cache import MarkedLayer, PrunedLayer, keep_only, pruned_layers
+from vlmprune.live.entries import Entries
 from vlmprune.live.marks import Marks
 
 STRATEGIES = {

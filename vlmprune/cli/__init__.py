@@ -1,8 +1,12 @@
 """The command line `vlmprune`: its commands, and its answer to a mistake.
 
     ask.py      demo, run, view         a model answers questions about pictures
-    compare.py  eval, sweep, bench      recipes side by side: accuracy, speed
+    checking.py check                   a pruned run against the un-pruned model
+    compare.py  eval, bench             recipes side by side: accuracy, speed
+    sweeping.py sweep                   all methods at equal compute
+    lmms.py     lmms                    recipes on the benchmarks of lmms-eval
     plan.py     power                   how many questions a comparison needs
+    page.py     report                  what these wrote, as one page
     choose.py   horizon, tune, sinks    settings for one model
     about.py    methods, env            what there is
 
@@ -19,15 +23,22 @@ from typing import Annotated, Any
 import typer
 
 from vlmprune import __version__, names
-from vlmprune.cli import about, ask, choose, compare, plan
+from vlmprune.cli import about, ask, checking, choose, compare, lmms, page, plan, sweeping
 from vlmprune.errors import UsageError, unknown
 from vlmprune.loading.environment import environment
 
 __all__ = ["app", "environment", "main", "method_rows", "methods_markdown", "redistribution_markdown"]
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
-    "Ask a model": {"demo": ask.demo, "run": ask.run, "view": ask.view},
-    "Compare methods": {"eval": compare.evaluate, "sweep": compare.sweep, "bench": compare.bench, "power": plan.power},
+    "Ask a model": {"demo": ask.demo, "run": ask.run, "view": ask.view, "check": checking.check},
+    "Compare methods": {
+        "eval": compare.evaluate,
+        "sweep": sweeping.sweep,
+        "lmms": lmms.lmms,
+        "bench": compare.bench,
+        "power": plan.power,
+        "report": page.report,
+    },
     "Find settings for your model": {"horizon": choose.horizon, "tune": choose.tune, "sinks": choose.sinks},
     "Look up": {"methods": about.methods, "env": about.env},
 }

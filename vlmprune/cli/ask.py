@@ -56,6 +56,7 @@ def run(
     recipe: options.Recipe = options.DEMO_RECIPE,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer, in tokens.")] = 64,
     device: options.Device = "cpu",
+    device_map: options.DeviceMap = None,
     draw: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the kept patches on the picture, into this file.")
     ] = None,
@@ -69,7 +70,9 @@ def run(
 
     quiet()
     with _steps(max_new_tokens) as show_step:
-        result, drawn = ask_and_draw(model, image, prompt, recipe, max_new_tokens, device, draw, show_step, why or ())
+        result, drawn = ask_and_draw(
+            model, image, prompt, recipe, max_new_tokens, device, draw, show_step, why or (), device_map
+        )
     terminal.note(result["picture"]["notes"])
     if as_json:
         terminal.print_json(result)
@@ -97,6 +100,7 @@ def view(
         ),
     ] = None,
     device: options.Device = "cpu",
+    device_map: options.DeviceMap = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figure goes.")] = Path("sinks.png"),
 ) -> None:
     """Draw what redistribution does: attention sinks, and attention to the picture before and after."""
@@ -111,7 +115,7 @@ def view(
         sink_view.check(recipe)
     check_target(out, "sinks.png", figure=True)
     quiet()
-    question = open_question(model, image, prompt, device)
+    question = open_question(model, image, prompt, device, device_map=device_map)
     terminal.note(question.notes)
     if recipe is None:
         recipe = sink_view.default_recipe(question.model)

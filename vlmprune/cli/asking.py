@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmprune import names
 from vlmprune.cli.why import check_tokens, explained
 from vlmprune.errors import UsageError
 from vlmprune.live.handle import wrap
 from vlmprune.live.report import Report
 from vlmprune.loading.outputs import check_target
-from vlmprune.loading.questions import Question, open_question
+from vlmprune.loading.questions import ReadyQuestion, open_question
+from vlmprune.loading.recipes import read_recipe
 from vlmprune.recipe import Recipe
 from vlmprune.show import draw
 
@@ -94,7 +94,7 @@ class _Counter:
 
 
 def ask(
-    question: Question,
+    question: ReadyQuestion,
     recipe: Recipe,
     max_new_tokens: int,
     tick: Callable[[int, bool], None] = lambda tokens, done: None,
@@ -118,7 +118,7 @@ def ask(
     return Answer(text, index, _by_crop(question, set(index)), report, reasons)
 
 
-def _by_crop(question: Question, kept: set[int]) -> list[KeptCrop]:
+def _by_crop(question: ReadyQuestion, kept: set[int]) -> list[KeptCrop]:
     return [
         KeptCrop(
             crop.name,
@@ -132,7 +132,7 @@ def _by_crop(question: Question, kept: set[int]) -> list[KeptCrop]:
     ]
 
 
-def compare(question: Question, recipe: Recipe, max_new_tokens: int) -> tuple[tuple[Answer, float], tuple[Answer, float]]:
+def compare(question: ReadyQuestion, recipe: Recipe, max_new_tokens: int) -> tuple[tuple[Answer, float], tuple[Answer, float]]:
     """The answers without and with a recipe, each with the time of its prefill in ms: a median of interleaved rounds."""
     recipes = (Recipe.of(KEEP_ALL), recipe)
     answers = [ask(question, recipe, max_new_tokens) for recipe in recipes]
@@ -166,6 +166,7 @@ def ask_and_draw(
     target: Path | None,
     progress: Callable[[str, int, bool], None] = lambda step, tokens, done: None,
     why: Sequence[int] = (),
+    device_map: str | None = None,
 ) -> tuple[dict[str, Any], Image.Image | None]:
     """One question about one picture, to any supported model: one un-pruned answer and one under the recipe.
 
@@ -179,6 +180,7 @@ def ask_and_draw(
         target: where the caller will write the picture with the kept tokens; None if it is not wanted.
         progress: called with the present step, the number of tokens that its answer has so far, and whether it is done.
         why: tokens of the picture to explain.
+        device_map: how to spread a large model over several devices instead.
 
     Returns:
         What `vlmprune run --json` prints, and the picture. The caller writes it, so that the answers can be printed first.
@@ -192,7 +194,8 @@ def ask_and_draw(
         raise UsageError(f"the recipe {plan} drops no visual tokens, so that there is nothing to explain: leave out --why.")
     if target is not None:
         check_target(target, "kept.png")
-    question = open_question(model_name, image, prompt, device, lambda: progress("loading the model", 0, False))
+    loading = partial(progress, "loading the model", 0, False)
+    question = open_question(model_name, image, prompt, device, loading, device_map)
     check_tokens(question, why)
     changed = "pruned" if plan.pruners else "redistributed"
     # The answer under the recipe comes first: if the recipe is refused, no time was spent on the un-pruned answer.
@@ -213,16 +216,7 @@ def ask_and_draw(
     return result, None if target is None else draw_kept(question, pruned.crops)
 
 
-def read_recipe(text: str) -> Recipe:
-    """The recipe of a string, of a JSON file, or of a folder or hub repository that holds one.
-
-    Raises:
-        UsageError: there is no such recipe, or it cannot be read.
-    """
-    return Recipe.from_pretrained(text) if names.is_file(text) else Recipe.of(text)
-
-
-def draw_kept(question: Question, crops: list[KeptCrop], width: int = WIDTH) -> Image.Image:
+def draw_kept(question: ReadyQuestion, crops: list[KeptCrop], width: int = WIDTH) -> Image.Image:
     """The picture with its kept tokens; where there are several crops, each of them with a caption."""
     drawn = [
         draw.kept_patches(seen, (crop.rows, crop.columns), crop.kept, width)

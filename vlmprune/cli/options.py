@@ -85,4 +85,12 @@ DeviceMap = Annotated[
     ),
 ]
 Out = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also write the numbers, the table and the figure here.")]
+Wait = Annotated[
+    float,
+    typer.Option(
+        metavar="MINUTES",
+        min=0,
+        help="With several processes: how long the first waits for the others without a new answer (docs/evaluation.md).",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

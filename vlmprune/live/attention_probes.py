@@ -17,6 +17,7 @@ from vlmprune.live.call import Call, Projections
 from vlmprune.live.decoder import attention_of
 from vlmprune.live.masks import shown_cells
 from vlmprune.live.prompt_rows import in_shortened, prompt_ends, text_after_pictures
+from vlmprune.live.section import complete_entries
 from vlmprune.view import LAST_ROW, PROJECTIONS, TEXT_ROWS
 
 
@@ -54,9 +55,10 @@ def attention_ahead(
     layer: Any,
     index: int,
     hidden: Tensor,
-    rotary: tuple[Tensor, Tensor],
+    arguments: dict[str, Any],
     cache: Cache | None,
     mask: Any = None,
+    window: int | None = None,
 ) -> Tensor:
     """`[batch, head, segment, token]` attention from the last prompt token to what enters a decoder layer, ahead of that layer.
 
@@ -65,37 +67,34 @@ def attention_ahead(
     Args:
         layer, index: the decoder layer that has not run yet, and its number.
         hidden: `[batch, token, dim]` entering it.
-        rotary: its rotary embeddings, `[batch or 1, token, head_dim]` each.
+        arguments: what it is given for these rows, its rotary embeddings among it.
         cache: what earlier turns left; it gets its share of the attention.
         mask: the layer's own, if every cell of it counts.
+        window: how many slots a token sees, or None.
     """
     prompt = call.prompt
     assert prompt is not None
     batch, tokens, _ = hidden.shape
     row = prompt_ends(call, tokens).to(hidden.device)
-    given = {"attention_mask": None, "position_ids": None, "past_key_values": None, "use_cache": False}
-    own = attention_of(layer, family.attention, hidden, position_embeddings=rotary, **given)
+    given = {"attention_mask": None, "position_ids": None, "past_key_values": None, "use_cache": False, **arguments}
+    own = attention_of(layer, family.attention, hidden, **given)
     key, row = own.key, row.to(own.key.device)
     query = own.query.gather(2, row[:, None, :, None].expand(-1, own.query.shape[1], -1, own.query.shape[3]))
     valid = prompt.layout.real if call.section.rows is None else call.section.rows.valid
-    valid = valid.to(key.device)
-    visible = valid[:, None] & (torch.arange(tokens, device=key.device) <= row[..., None])
+    visible = valid.to(key.device)[:, None] & (torch.arange(tokens, device=key.device) <= row[..., None])
+    here = torch.arange(tokens, device=row.device).expand(batch, -1) if call.section.rows is None else call.section.rows.rows
+    slots = here.to(row.device) + call.past
     if call.past and cache is not None:
         stored: Any = cache.layers[index]
-        if isinstance(stored, PrunedLayer):
-            before = stored.entries.valid.to(key.device)
-        elif call.mask is not None:
-            before = call.mask[:, : call.past].to(key.device, torch.bool)
-        else:
-            before = torch.ones(batch, call.past, dtype=torch.bool, device=key.device)
-        key, visible = torch.cat((stored.keys, key), dim=2), torch.cat((before[:, None], visible), dim=2)
-    if mask is not None:
-        here = (
-            torch.arange(tokens, device=row.device).expand(batch, -1) if call.section.rows is None else call.section.rows.rows
-        )
-        there = here.to(row.device) + call.past
-        if call.past and cache is not None:
-            slots = stored.entries.slots if isinstance(stored, PrunedLayer) else torch.arange(call.past)[None]
-            there = torch.cat((slots.to(row.device).expand(batch, -1), there), dim=1)
-        visible &= shown_cells(mask, (there - call.past).gather(1, row + there.shape[1] - tokens), there)
+        entries = stored.entries if isinstance(stored, PrunedLayer) else complete_entries(call, stored)
+        before, seen = entries.slots.to(row.device), entries.valid.to(row.device)
+        seen = seen[:, None].expand(-1, visible.shape[1], -1)
+        key, visible = torch.cat((stored.keys, key), dim=2), torch.cat((seen, visible), dim=2)
+        slots = torch.cat((before, slots), dim=1)
+    if mask is not None or window is not None:
+        mine = slots.gather(1, row + slots.shape[1] - tokens)
+        if mask is not None:
+            visible &= shown_cells(mask, mine - call.past, slots, call.past + call.sequence)
+        elif window is not None:
+            visible &= slots[:, None] > mine[..., None] - window
     return attention_rows(query, key, own.scaling, visible)[..., -tokens:]

@@ -8,15 +8,16 @@ attention redistribution found in a conversation (`Marks`) is kept there too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from vlmprune.device import on_host
 from vlmprune.errors import UsageError
+from vlmprune.live.entries import Entries
+from vlmprune.live.kinds import SHARES
 from vlmprune.live.marks import Marks
 from vlmprune.live.owner import Owner
 from vlmprune.live.rows import Reduction
@@ -65,102 +66,28 @@ class MarkedLayer(DynamicLayer):
             self.marks.repeat(repeats)
 
 
-@dataclass(eq=False)
-class Entries:
-    """What cache layers store of a conversation's prompts and later turns; what follows (decoding) is stored token by token.
-
-    It is never changed, and the layers of one section share it.
-
-    Attributes:
-        slots: `[batch, stored]` slot of each entry.
-        valid: `[batch, stored]` bool, False where a ragged batch is padded.
-        dense: every entry is valid.
-        tokens: how many tokens of the conversation they stand for, dropped ones included.
-        unpadded: no token of the conversation was hidden, of the dropped ones neither.
-        shift: `[batch]` by how much rotary positions of later tokens are smaller than their slots; None where they are equal.
-    """
-
-    slots: Tensor
-    valid: Tensor
-    dense: bool
-    tokens: int
-    unpadded: bool = True
-    shift: Tensor | None = None
-    _selected: tuple[Tensor, Entries] | None = field(default=None, repr=False)
-    _cropped: tuple[int, Entries] | None = field(default=None, repr=False)
-
-    @staticmethod
-    def complete(batch: int, tokens: int, device: torch.device, real: Tensor | None, unpadded: bool | None = None) -> Entries:
-        """Of a layer that dropped nothing. `real` `[batch, tokens or more]` is 0 on padding; whether there is none is read from
-        it, which waits for the device, unless it is known."""
-        slots = torch.arange(tokens, device=device).expand(batch, tokens)
-        valid = torch.ones_like(slots, dtype=torch.bool) if real is None else real[:, :tokens].to(device, torch.bool)
-        dense = real is None or (bool(on_host(valid.all())) if unpadded is None else unpadded)
-        return Entries(slots, valid, dense, tokens, unpadded=dense)
-
-    def then(self, more: int) -> Entries:
-        """With `more` entries after them, one for each token."""
-        if not more:
-            return self
-        batch, device = self.slots.shape[0], self.slots.device
-        slots = torch.arange(self.tokens, self.tokens + more, device=device).expand(batch, more)
-        return self.joined(Entries(slots, torch.ones_like(slots, dtype=torch.bool), True, more))
-
-    def joined(self, later: Entries) -> Entries:
-        """With those of the `later.tokens` tokens that follow; `later.slots` count from the conversation's first token."""
-        shift = self.shift if later.shift is None else later.shift + (0 if self.shift is None else self.shift)
-        return Entries(
-            torch.cat((self.slots, later.slots), dim=1),
-            torch.cat((self.valid, later.valid), dim=1),
-            self.dense and later.dense,
-            self.tokens + later.tokens,
-            self.unpadded and later.unpadded,
-            shift,
-        )
-
-    def select(self, indices: Tensor) -> Entries:
-        """Other batch rows (beams, contrastive search)."""
-        if self._selected is None or self._selected[0] is not indices:  # the layers of a section ask one after the other
-            here = indices.to(self.slots.device)
-            shift = None if self.shift is None else self.shift[here]
-            made = Entries(self.slots[here], self.valid[here], self.dense, self.tokens, self.unpadded, shift)
-            self._selected = indices, made
-        return self._selected[1]
-
-    def repeat(self, repeats: int) -> Entries:
-        """Every batch row several times."""
-        return self.select(torch.arange(len(self.slots), device=self.slots.device).repeat_interleave(repeats))
-
-    def crop(self, remove: int) -> Entries | None:
-        """Without the last `remove` tokens of the conversation; None if some of these were dropped or hidden."""
-        if self._cropped is None or self._cropped[0] != remove:
-            kept, tokens = self.slots.shape[1] - remove, self.tokens - remove
-            expected = torch.arange(tokens, self.tokens, device=self.slots.device)
-            if kept < 0 or not on_host((self.slots[:, kept:] == expected).all() & self.valid[:, kept:].all()):
-                return None
-            made = Entries(self.slots[:, :kept], self.valid[:, :kept], self.dense, tokens, self.unpadded, self.shift)
-            self._cropped = remove, made
-        return self._cropped[1]
-
-
 class PrunedLayer(MarkedLayer):
     """A dynamic cache layer that stores fewer entries than the conversation has tokens.
 
     Attributes:
         recorded: the entries of prompts; what is stored after them is stored token by token. None while there are none.
+        lost: how many entries, the first of these, left the layer's window and are stored no more.
         stages: layers of the recipe's stages. A conversation goes on only under stages at the same layers, because these decide
             which layers have equal entries.
         owner: whose conversation it is.
     """
 
     recorded: Entries | None = None
+    lost = 0
     stages: tuple[int, ...] = ()
     owner: Owner | None = None
 
     def get_seq_length(self) -> int:
         """Tokens of the conversation so far, kept or not."""
         stored = 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
-        return stored if self.recorded is None else self.recorded.tokens + stored - self.recorded.slots.shape[1]
+        if self.recorded is None:
+            return stored + self.lost
+        return self.recorded.tokens + stored + self.lost - self.recorded.slots.shape[1]
 
     @property
     def stored(self) -> int:
@@ -173,11 +100,11 @@ class PrunedLayer(MarkedLayer):
         if self.recorded is None:
             assert self.keys is not None
             return Entries.complete(self.keys.shape[0], self.stored, self.keys.device, None)
-        return self.recorded.then(self.stored - self.recorded.slots.shape[1])
+        return self.recorded.then(self.stored + self.lost - self.recorded.slots.shape[1]).last(self.stored)
 
     def reset(self) -> None:
         super().reset()
-        self.recorded = None
+        self.recorded, self.lost = None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens (assisted decoding). A negative number, as in transformers.
@@ -214,6 +141,45 @@ class PrunedLayer(MarkedLayer):
         self.recorded = None if self.recorded is None else self.recorded.repeat(repeats)
 
 
+class WindowLayer(PrunedLayer):
+    """A pruned layer that sees a window of the conversation.
+
+    It stores as many of the last entries as the window has slots, so that it never takes more memory than the model's own; of
+    these, some may have left the window, because dropped tokens have a slot and no entry.
+
+    Attributes:
+        window: slots that a token sees, its own among them.
+        record_past: what leaves the window stays, for assisted decoding, which takes tokens back.
+    """
+
+    window = 0
+    record_past = False
+
+    def activate_past_recording(self) -> None:
+        """From now on everything is kept, as in transformers' layer."""
+        self.record_past = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the coming tokens, and return all that they may see."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if not self.record_past and (more := keys.shape[-2] - self.window + 1) > 0:
+            self.keys, self.values, self.lost = keys[:, :, more:], values[:, :, more:], self.lost + more
+        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens.
+
+        Raises:
+            UsageError: what would be in the window then is not stored any more.
+        """
+        if tokens_to_remove and self.lost:
+            raise UsageError(
+                f"cannot crop {abs(tokens_to_remove)} tokens: entries that left the window of {self.window} tokens are not "
+                "stored any more; call cache.activate_past_recording() before the prompt, as generate does."
+            )
+        super().crop(tokens_to_remove)
+
+
 class FirstPrunedLayer(PrunedLayer):
     """The first pruned layer of a cache. For all of them, it refuses what comes from a model that ignores what was dropped."""
 
@@ -231,12 +197,22 @@ class FirstPrunedLayer(PrunedLayer):
                 "this conversation was pruned, and the recipe it began with has been removed from the model: go on inside the "
                 "`with` block (before run.remove()), wrap the model with that recipe again, or start with an empty cache."
             )
-        if stored and coming > 1 and self.recorded is not None and self.recorded.slots.shape[1] != stored + coming:
+        if stored and coming > 1 and self.recorded is not None and self.recorded.slots.shape[1] != stored + self.lost + coming:
             raise UsageError(
                 "this conversation was pruned by a wrapped model; an un-wrapped model cannot continue it: go on in the model "
                 "it began in, or start with an empty cache."
             )
         return super().update(key_states, value_states, *args, **kwargs)
+
+
+class FirstWindowLayer(FirstPrunedLayer, WindowLayer):
+    """The first pruned layer of a cache, where it sees a window."""
+
+
+def conversation_layer(cache: Cache | None) -> Any:
+    """The cache's last layer with entries, which is pruned if any layer is; None if there is none."""
+    layers = getattr(cache, "layers", ())
+    return next((layer for layer in reversed(layers) if isinstance(layer, DynamicLayer)), None)
 
 
 def hand_over(cache: Cache | None, owner: Owner) -> None:
@@ -268,7 +244,8 @@ def keep_only(layers: Sequence[PrunedLayer], alive: Tensor, past: int, counts: S
     for number, layer in enumerate(layers):
         if layer.marks is not None:
             layer.marks.keep_entries(stays.rows, length)
-        layer.keys, layer.values, layer.recorded = moved[2 * number], moved[2 * number + 1], shorter
+        layer.keys, layer.values = moved[2 * number], moved[2 * number + 1]
+        layer.recorded, layer.lost = shorter, 0
 
 
 def check_same_stages(cache: Cache | None, stages: tuple[int, ...]) -> None:
@@ -277,7 +254,7 @@ def check_same_stages(cache: Cache | None, stages: tuple[int, ...]) -> None:
     Raises:
         UsageError: the cache's pruned layers begin elsewhere.
     """
-    last = cache.layers[-1] if cache is not None and cache.layers else None  # pruned if any layer is
+    last = conversation_layer(cache)
     if isinstance(last, PrunedLayer) and last.stages != stages:
         here = f"prunes at {', '.join(map(str, stages))}" if stages else "prunes nothing"
         raise UsageError(
@@ -305,8 +282,9 @@ def pruned_layers(
         if not isinstance(layer, PrunedLayer):
             if type(layer) is not DynamicLayer or cache.offloading:
                 _check_layer(cache, layer, PRUNING)
-            first = not index or not isinstance(cache.layers[index - 1], PrunedLayer)
-            pruned = FirstPrunedLayer() if first else PrunedLayer()
+            first = not any(map(isinstance, cache.layers[:index], repeat(PrunedLayer)))
+            windowed = isinstance(layer, DynamicSlidingWindowLayer)
+            pruned = _windowed(layer, first) if windowed else FirstPrunedLayer() if first else PrunedLayer()
             pruned.stages, pruned.owner, pruned.marks = stages, getattr(cache, "vlmprune", None), getattr(layer, "marks", None)
             if layer.get_seq_length():
                 pruned.lazy_initialization(layer.keys, layer.values)
@@ -365,8 +343,19 @@ def check_growing(cache: Cache | None, what: str) -> None:
         raise _other_cache(what, f"a cache of {getattr(grown, '__name__', 'other')} layers")
 
 
+def _windowed(layer: DynamicSlidingWindowLayer, first: bool) -> WindowLayer:
+    """An empty pruned layer with the window of an ordinary one."""
+    pruned = FirstWindowLayer() if first else WindowLayer()
+    pruned.window, pruned.record_past = layer.sliding_window, layer.record_past
+    return pruned
+
+
+GROWING = {DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer} | ({SHARES} if SHARES is not None else set())
+"""Layers of a plain `DynamicCache`."""
+
+
 def _check_layer(cache: Cache, layer: object, what: str) -> None:
-    if not isinstance(layer, MarkedLayer) and (type(layer) is not DynamicLayer or cache.offloading):
+    if not isinstance(layer, MarkedLayer) and (type(layer) not in GROWING or cache.offloading):
         raise _other_cache(what, "an offloaded cache" if cache.offloading else f"a {type(layer).__name__}")
 
 

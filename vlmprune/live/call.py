@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vlmprune.live.cache import Entries, MarkedLayer
+from vlmprune.live.cache import MarkedLayer
 from vlmprune.live.edits import Edits
+from vlmprune.live.entries import Entries
 from vlmprune.live.injected import Injections
 from vlmprune.live.layout import Bools, Layout, Tokens
 from vlmprune.live.record import Judged, Prefill
@@ -111,6 +112,7 @@ class Call:
         images: visual tokens of each image that the call brings, or None.
         mask: 2-D attention mask over all tokens so far, or None.
         custom: layers are given a mask of which every cell counts (4-D, block mask, or one for packed samples).
+        given_masks: the language model is given finished masks, in which tokens may see later ones.
         past: tokens in the cache before this call.
         batch, sequence: shape of the call, where it is a prompt.
         prompt: what a call with images has beside; None for any other, and where nothing is done.
@@ -139,6 +141,7 @@ class Call:
     images: Sequence[int] | None = None
     mask: Tensor | None = None
     custom: bool = False
+    given_masks: bool = False
     past: int = 0
     batch: int = 0
     sequence: int = 0

@@ -17,6 +17,7 @@ from vlmprune.errors import UsageError, shown
 from vlmprune.live.attention_probes import attention_ahead
 from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.explain import by_picture, judged
+from vlmprune.live.kinds import Kinds
 from vlmprune.live.layout import group_by_size
 from vlmprune.live.probes import build_view
 from vlmprune.live.prompt_rows import rows_now
@@ -51,11 +52,12 @@ class BoundStage:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """The model that a stage is in: its family, its base model and its language model."""
+    """The model that a stage is in: its family, its base model and its language model, and the kinds of its decoder layers."""
 
     family: Family
     base: Any
     language_model: Any
+    kinds: Kinds
 
 
 def make_tools(
@@ -74,12 +76,16 @@ def make_tools(
         hidden, kwargs: what enters it.
         rotary: gives the rotary embeddings of `hidden`.
     """
-    own = kwargs.get("attention_mask") if call.custom else None
+    kind = model.kinds.of[index]
+    own = kwargs.get("attention_mask") if call.custom or call.given_masks or not kind.causal else None
     run, tower = partial(_as_the_model, call, hidden.device), model.family.tower
 
     def ahead() -> Tensor:
         cache_ = kwargs.get("past_key_values")
-        return attention_ahead(call, model.family, module, index, hidden, rotary=rotary(), cache=cache_, mask=own)
+        given: dict[str, Any] = {"position_embeddings": rotary()}
+        if "shared_kv_states" in kwargs:
+            given["shared_kv_states"] = {}  # the model's own stays as it is
+        return attention_ahead(call, model.family, module, index, hidden, given, cache_, own, kind.window)
 
     return Tools(
         ahead=cache(partial(run, ahead)),

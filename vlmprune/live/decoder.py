@@ -1,14 +1,14 @@
 """How a language model is built: the names of its parts, the arguments of its decoder layers, and those of their attention.
 
 `config.model_type` names a family of checkpoints, and not how their language model works: that of LLaVA may be Llama, Mistral,
-Qwen, Phi or another. So the model itself is inspected when it is wrapped: one token runs up to the first decoder layer, in a
-private copy (`unhooked`), and what the layer is called with there is what pruning will have to shorten. No code is written for
-one language model, and one that does not fit is refused by its name.
+Qwen, Phi or another. So the model itself is inspected when it is wrapped: in a private copy (`unhooked`) one token runs past
+all decoder layers, and what they are called with is what pruning will have to shorten. No code is written for one language
+model, and one that does not fit is refused by its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any, Literal
@@ -20,12 +20,16 @@ from transformers.cache_utils import DynamicCache
 from vlmprune.adapters.family import Family
 from vlmprune.errors import UsageError
 from vlmprune.live.attention import CALL_ARGUMENT, route_attention
-from vlmprune.live.parts import attention_name, check_config, only, part
+from vlmprune.live.kinds import Kind, Kinds, kinds_of
+from vlmprune.live.parts import attention_name, check_config, check_unpatched, only, part, uncompiled
 from vlmprune.live.unhooked import Stop, Stopped, run_to_stop, unhooked
 
 KNOWN = {"hidden_states", "attention_mask", "position_ids", "position_embeddings", "past_key_values", "use_cache"}
-KNOWN |= {"cache_position", CALL_ARGUMENT}
+KNOWN |= {"cache_position", "per_layer_input", "shared_kv_states", CALL_ARGUMENT}
 """Arguments of a decoder layer that pruning can shorten, or may leave as they are."""
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +61,9 @@ class Decoder:
     Attributes:
         family: the description of its family, with the names of this model's modules.
         base, language_model, layers: the base model, its language model and the decoder layers.
+        kinds: what each layer sees and keeps.
         scaled: the first layer is not given the embeddings, but a multiple of them (Gemma, Granite).
-        call: arguments with which the first layer was called for one token.
+        calls: by layer, the arguments with which it was called for one token.
         seen: what each kind of layer gives its attention function, filled by `look_at_attention`.
     """
 
@@ -66,18 +71,19 @@ class Decoder:
     base: Any
     language_model: Any
     layers: Any
+    kinds: Kinds
     scaled: bool
-    call: tuple[tuple[Any, ...], dict[str, Any]]
-    seen: dict[tuple[type, type], Attention] = field(default_factory=dict)
+    calls: Sequence[Arguments]
+    seen: dict[tuple[type, type, Kind], Attention] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The class of the language model."""
         return type(self.language_model).__name__
 
-    def gives_mask(self, mask: Any) -> bool:
-        """Whether a mask of an attention function is the one that the layer was called with."""
-        given = self.call[1]["attention_mask"]
+    def gives_mask(self, index: int, mask: Any) -> bool:
+        """Whether a mask of an attention function is the one that layer `index` was called with."""
+        given = self.calls[index][1]["attention_mask"]
         if not isinstance(mask, Tensor) or not isinstance(given, Tensor):
             return mask is given
         return mask is given or (mask.shape == given.shape and (mask.is_meta or torch.equal(mask, given)))
@@ -97,9 +103,9 @@ class Decoder:
             UsageError: it does not use transformers' attention functions, or cannot be run by itself.
         """
         layer = self.layers[index]
-        kinds = type(layer), type(layer.get_submodule(self.family.attention))
+        kinds = type(layer), type(layer.get_submodule(self.family.attention)), self.kinds.of[index]
         if kinds not in self.seen:
-            args, kwargs = self.call
+            args, kwargs = self.calls[index]
             fresh = {**kwargs, "past_key_values": None, "use_cache": False}
             try:
                 seen = attention_of(layer, self.family.attention, *args, **fresh)
@@ -210,28 +216,48 @@ def look_at(model: Any, family: Family) -> Decoder:
     language_model = part(base, family.language_model, f"its language model ({family.language_model})")
     layers = part(language_model, family.layers, f"a list of decoder layers ({family.layers})", type(language_model).__name__)
     check_config(language_model)
+    check_unpatched(base, language_model, layers)
+    kinds = kinds_of(language_model, layers)
     family = family.as_built(family, base)
-    width = getattr(base.config.vision_config, "hidden_size", 0)
+    width = getattr(getattr(base.config, "vision_config", None), "hidden_size", 0)
     family = replace(
         family,
         facts=replace(family.facts, width=width),
-        attention=attention_name(layers[0], family.attention),
+        attention=attention_name(layers[(*kinds.with_attention, 0)[0]], family.attention),
         rotary=only(language_model, family.rotary, lambda child: hasattr(child, "inv_freq"), "rotary embedding"),
         final_norm=only(language_model, family.final_norm, lambda child: "norm" in type(child).__name__.lower(), "final norm"),
     )
-    embeddings, call = _first_layer_call(language_model, layers)
-    _check_call(type(language_model).__name__, call)
-    hidden = call[0][0] if call[0] else call[1]["hidden_states"]
+    embeddings, calls = _layer_calls(language_model, family.layers)
+    for index in {kind: index for index, kind in enumerate(kinds.of)}.values():
+        _check_call(layers[index], type(language_model).__name__, calls[index])
+    args, kwargs = calls[0]
+    hidden = args[0] if args else kwargs["hidden_states"]
     known_alike = hidden.is_meta or torch.equal(hidden, embeddings)
-    return Decoder(family, base, language_model, layers, not known_alike, call)
+    return Decoder(family, base, language_model, layers, kinds, not known_alike, calls)
 
 
 # -- how layers are called -------------------------------------------------------------------------------------------------
 
 
-def _first_layer_call(language_model: Any, layers: Any) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The embedding of one token `[1, 1, dim]`, and the arguments with which the language model calls its first layer."""
-    copied = unhooked(language_model, {layers: nn.ModuleList([Stop()] * len(layers))})
+def _layer_calls(language_model: Any, path: str) -> tuple[Tensor, Sequence[Arguments]]:
+    """The embedding of one token `[1, 1, dim]`, and the arguments with which the language model calls its layers, which hand
+    the token on as it is.
+
+    Args:
+        path: name of the list of layers.
+    """
+    copied = unhooked(language_model)
+    calls: list[Arguments] = []
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        if len(calls) == len(layers):
+            raise Stopped(args, kwargs)
+        return args[0] if args else kwargs["hidden_states"]
+
+    layers = copied.get_submodule(path)
+    for layer in layers:
+        layer.__dict__["forward"] = note
     words = language_model.get_input_embeddings()
     # Offloaded weights are on no device; the hook that fetches them also moves their inputs.
     device = getattr(getattr(words, "_hf_hook", None), "execution_device", None)
@@ -248,24 +274,27 @@ def _first_layer_call(language_model: Any, layers: Any) -> tuple[Tensor, tuple[t
         "use_cache": True,
         CALL_ARGUMENT: None,
     }
+    if "per_layer_inputs" in signature(copied.forward).parameters:  # else it looks for a token with this embedding
+        kwargs["per_layer_inputs"] = one.new_zeros(1, 1, len(layers), 1)
     try:
-        call = run_to_stop(copied, (), kwargs)
+        run_to_stop(copied, (), kwargs)
     except Exception as error:  # the model is not ours and may raise anything: the reason is passed on
         raise UsageError(
-            f"{type(language_model).__name__} is not built as expected: running one token up to its first layer failed "
+            f"{type(language_model).__name__} is not built as expected: running one token through its layers failed "
             f"({type(error).__name__}: {one_line(error)}); such text models are not supported."
         ) from error
-    if call is None:
+    if len(calls) < len(layers):
         raise UsageError(
             f"{type(language_model).__name__} does not call its decoder layers; such text models are not supported."
         )
-    return one, call
+    return one, calls
 
 
-def _check_call(name: str, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> None:
+def _check_call(layer: Any, name: str, call: Arguments) -> None:
     """Refuse arguments of a decoder layer that pruning cannot shorten.
 
     Args:
+        layer: it.
         name: the class of the language model.
         call: positional and keyword arguments.
 
@@ -290,8 +319,9 @@ def _check_call(name: str, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> N
             f"{name} does not call its decoder layers in a way that pruning can follow: looked for {problem}, found "
             f"{', '.join(sorted(set(kwargs) - {CALL_ARGUMENT})) or 'none'}; such text models are not supported."
         )
-    more = [f"positional argument {number}" for number, x in enumerate(args) if number and isinstance(x, Tensor)]
-    more += [other for other, x in kwargs.items() if other not in KNOWN and x is not None and not isinstance(x, int | str)]
+    names = [*signature(uncompiled(layer).forward).parameters]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    more = [other for other, x in given.items() if other not in KNOWN and x is not None and not isinstance(x, int | str)]
     if more:
         raise UsageError(
             f"{name} gives its decoder layers {', '.join(more)}, which pruning cannot shorten; such text models are not "

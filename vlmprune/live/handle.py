@@ -24,7 +24,9 @@ from vlmprune.recipe import Recipe
 from vlmprune.schedule import Budget, plain
 
 
-def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str, explain: bool = False) -> Run:
+def wrap(
+    model: nn.Module, *methods: Recipe | Pruner | Redistributor | str, explain: bool = False, family: str | None = None
+) -> Run:
     """Apply a recipe to a loaded Hugging Face vision-language model: prune visual tokens, and redistribute attention.
 
     The model is changed in place, by hooks, and can be restored.
@@ -35,6 +37,9 @@ def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str, expl
         methods: methods, recipes, or recipe strings (`"fastv:layer=2,fraction=0.25"`).
         explain: keep the scores by which stages decide, for `run.explain(…)`. A method that ranks tokens computes them once
             more for that.
+        family: "auto" looks at a model of an unknown family, refuses what might be silently wrong, and allows methods that
+            look at nothing but features (`print(run.found)` shows what was found); or the name of a supported family, as which
+            a model of an unknown type is treated. By default, the model's own type decides.
 
     Returns:
         The handle. Its `remove()`, or leaving a `with` block, restores the model bit for bit. Wrapping a model again replaces
@@ -42,10 +47,11 @@ def wrap(model: nn.Module, *methods: Recipe | Pruner | Redistributor | str, expl
         follows the new recipe.
 
     Raises:
-        UsageError: no model, an unsupported model, an unknown method, a layer that the model does not have, methods that
-            exclude each other, or an `explain` that is no bool. All of this is checked here, before the first token.
+        UsageError: no model, an unsupported model, a family that does not fit, an unknown method, a layer that the model does
+            not have, methods that exclude each other, or an `explain` that is no bool. All of this is checked here, before the
+            first token.
     """
-    return Run(model, Recipe.of(*methods), explain)
+    return Run(model, Recipe.of(*methods), explain, family)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -77,12 +83,14 @@ class Run:
     Attributes:
         model: the wrapped model itself, without PEFT, DDP and the like.
         recipe: the recipe that is applied.
+        found: what was found in a model of an unknown family under `family="auto"`; None otherwise. `print` shows it.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, explain: bool = False) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, explain: bool = False, family: str | None = None) -> None:
         self.model, self.recipe, self._explains = model_inside(model), recipe, _truth("explain", explain)
         self._contexts = Contexts()
-        plan = Plan(self.model, recipe, self._contexts)  # refuses what cannot work
+        plan = Plan(self.model, recipe, self._contexts, family)  # refuses what cannot work
+        self.found = plan.found
         plan.pruning.explains = self._explains
         check_unshared(plan)  # from here on the model changes
         self._plan: Plan | None = plan

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from functools import cache
+from inspect import signature
 from typing import Any
 from weakref import ReferenceType, WeakMethod, ref
 
@@ -20,7 +22,7 @@ from vlmprune.live.attention import CALL_ARGUMENT
 from vlmprune.live.call import Call
 from vlmprune.live.owner import Encoded, Owner
 from vlmprune.live.owners import Owners
-from vlmprune.live.prefill import begin, enter_prompt, leave_prompt
+from vlmprune.live.prefill import begin, enter_prompt, goes_on, leave_prompt
 from vlmprune.live.prompt import by_name, strange_embeddings
 from vlmprune.live.tower import TowerPass
 
@@ -74,12 +76,30 @@ class Hooks:
         # everything after it; in a plain call the number means nothing of the kind.
         given = kwargs.get("logits_to_keep", 0)
         wanted = given if isinstance(given, int) else 0
+        if kwargs.get("mm_encoder_outputs") and not _takes_logits(type(module).forward):
+            self._refuse_candidates(module)
         call = Call(tail=max(wanted - 1, 0) if kwargs.get("mm_encoder_outputs") else 0, logits_wanted=wanted)
         for name, offset in (("labels", 1), ("shift_labels", 0)):
             if isinstance(labels := kwargs.get(name), Tensor):
                 kwargs = {**kwargs, name: labels.clone()}
                 call.labels = (*call.labels, (kwargs[name], offset))
         return args, {**kwargs, CALL_ARGUMENT: call}
+
+    def _refuse_candidates(self, module: nn.Module) -> None:
+        """Refuse assisted decoding of a model that is not told how many last tokens are no prompt.
+
+        Raises:
+            UsageError: the candidates would take part in the choice.
+        """
+        owner = self.owners.in_force()
+        if owner is None or owner.plan is None or not owner.plan.contexts.settings.enabled:
+            return
+        if _innermost(type(module), only=module, function="_assisted_decoding") is None:
+            return
+        raise UsageError(
+            f"assisted decoding is not supported for {type(module).__name__}: its forward takes no logits_to_keep, which says "
+            "where the prompt ends and guessed tokens begin; leave prompt_lookup_num_tokens and assistant_model out."
+        )
 
     def enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call enters the base model: whose plan it follows is decided."""
@@ -112,7 +132,7 @@ class Hooks:
         if ids is None or ids.shape[1] != 1:
             return False
         if mask is None:
-            recorded = getattr(cache.layers[-1], "recorded", None)
+            recorded = getattr(cache.layers[plan.kinds.last], "recorded", None)
             if recorded is not None and not recorded.unpadded:
                 return False  # earlier turns hid tokens, so that this one needs a mask
         elif not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -148,18 +168,18 @@ class Hooks:
         """The call reaches the language model, or this was called directly."""
         call: Call | None = kwargs.get(CALL_ARGUMENT)
         if call is not None:
-            if call.plan is None:
+            plan = call.plan
+            if plan is None:
                 return None
             if not call.past or call.prompt is not None:
-                return enter_prompt(call.plan, call, args, kwargs)
-            plan = call.plan
+                return enter_prompt(plan, call, args, kwargs)
             if plan.edited and not plan.carried:
                 plan.redistribution.enter_step(call, kwargs)
             call.idle = plan.pruning.decodes_without_padding(call, kwargs)
             if call.idle:
                 return args, {**kwargs, "attention_mask": None}
             call.idle = call.edits.ready and not plan.pruning.at
-            return None
+            return goes_on(plan, call, args, kwargs)
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
         if _innermost(type(self.base), only=self.base, function="forward") is not None:
@@ -296,6 +316,11 @@ def _innermost(kind: type, only: Any = None, function: str | None = None) -> Any
             return found
         frame = frame.f_back
     return None
+
+
+@cache
+def _takes_logits(forward: Callable[..., Any]) -> bool:
+    return "logits_to_keep" in signature(forward).parameters
 
 
 def _without_ours(kwargs: dict[str, Any]) -> dict[str, Any]:

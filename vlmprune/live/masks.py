@@ -24,8 +24,10 @@ def pruned_mask(
     dense: bool,
     implementation: str,
     dtype: torch.dtype,
+    window: int | None = None,
+    causal: bool = True,
 ) -> Tensor | BlockMask | None:
-    """The causal mask of a shortened sequence, in the form the attention implementation expects.
+    """The mask of a shortened sequence, in the form the attention implementation expects.
 
     Args:
         query_slots, query_valid: `[batch, query]` slots, and False on left padding.
@@ -34,20 +36,29 @@ def pruned_mask(
         implementation: the model's own: sdpa (bool mask), eager (additive mask), flash_attention_* (2-D mask) or
             flex_attention (block mask).
         dtype: dtype of an additive mask.
+        window: how many slots a query sees, its own among them; None if it sees all.
+        causal: False where a query sees the keys after it, too.
 
     Returns:
-        None where the implementation is causal by itself, or one query sees everything; else `[batch, 1, query, key]` (flash:
-        `[batch, key]`).
+        None where the implementation sees the same by itself, or one query sees everything; else `[batch, 1, query, key]`
+        (flash: `[batch, key]`).
     """
     queries, keys = query_slots.shape[1], key_slots.shape[1]
     if "flash" in implementation:
         return None if dense else key_valid
     if implementation == "flex_attention":  # without a mask it is not causal
-        return None if dense and queries == 1 else block_mask(queries, key_valid, dense)
-    if dense and (queries == 1 or queries == keys) and implementation != "eager":
+        if window is not None:
+            return window_mask(query_slots, key_slots, key_valid, window)
+        return None if dense and queries == 1 else block_mask(queries, key_valid, dense, causal)
+    if dense and window is None and (queries == 1 or queries == keys) and implementation != "eager":
         return None
-    visible = (key_slots[:, None, :] <= query_slots[:, :, None]) & key_valid[:, None, :]
+    visible = key_valid[:, None, :].expand(-1, queries, -1)
+    if causal:
+        visible = visible & (key_slots[:, None, :] <= query_slots[:, :, None])
+    if window is not None:
+        visible = visible & (key_slots[:, None, :] > query_slots[:, :, None] - window)
     if not dense:
+        visible = visible if causal or window is not None else visible.clone()
         # Padding rows see themselves: an empty row would be NaN, and NaN times zero is NaN in the rows that matter.
         own = torch.arange(keys - queries, keys, device=visible.device)
         visible[:, torch.arange(queries, device=visible.device), own] |= ~query_valid
@@ -97,6 +108,17 @@ def block_mask(queries: int, key_valid: Tensor, dense: bool = False, causal: boo
     )
 
 
+def window_mask(query_slots: Tensor, key_slots: Tensor, key_valid: Tensor, window: int) -> BlockMask:
+    """Flex attention's mask of rows that see a window. Slots are compared: places do not say how far apart these are."""
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        distance = query_slots[batch, query] - key_slots[batch, key]
+        return (distance >= 0) & (distance < window) & key_valid[batch, key]
+
+    batch, queries = query_slots.shape
+    return create_block_mask(visible, batch, None, queries, key_slots.shape[1], device=str(key_slots.device), BLOCK_SIZE=BLOCK)
+
+
 def not_masked(mask: Tensor) -> Tensor:
     """Which cells of a bool or additive mask can be seen."""
     return mask if mask.dtype == torch.bool else mask > MASKED
@@ -127,31 +149,42 @@ def shown(mask: Tensor | BlockMask, batch: int, queries: int, past: int) -> Tens
     return not_masked(mask)[..., :keys].any(dim=1).expand(batch, -1, -1)
 
 
-def shown_cells(mask: Tensor | BlockMask, rows: Tensor, columns: Tensor) -> Tensor:
-    """`[batch, row, column]` bool: whether `mask`, as in `shown`, shows to `rows` `[batch, row]` the `columns`
+def shown_cells(mask: Tensor | BlockMask, rows: Tensor, columns: Tensor, slots: int) -> Tensor:
+    """`[batch, row, column]` bool: whether `mask`, as in `part_of_mask`, shows to `rows` `[batch, row]` the `columns`
     `[batch, column]`."""
+    there, columns = _in_mask(mask, columns, slots)
     if isinstance(mask, BlockMask):
         seen = visible_in_rows(mask, rows, int(mask.shape[-1]))
     else:
         visible = not_masked(mask).to(rows.device).any(dim=1).expand(len(rows), -1, -1)
         seen = visible.gather(1, rows[..., None].expand(-1, -1, visible.shape[2]))
-    return seen.gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
+    return seen.gather(2, columns[:, None].expand(-1, rows.shape[1], -1)) & there[:, None]
+
+
+def _in_mask(mask: Tensor | BlockMask, columns: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Which of some slots `[batch, column]` a mask has columns for, and these; it may leave out the first of `slots`."""
+    left_out = max(slots - int(mask.shape[-1]), 0)
+    return columns >= left_out, (columns - left_out).clamp_min(0)
 
 
 def part_of_mask(
-    mask: Tensor | BlockMask, rows: Tensor, rows_valid: Tensor, columns: Tensor, columns_valid: Tensor
+    mask: Tensor | BlockMask, rows: Tensor, rows_valid: Tensor, columns: Tensor, columns_valid: Tensor, slots: int
 ) -> Tensor | BlockMask:
     """The cells of a given mask that belong to what a shortened layer computes and stores.
 
     Args:
         mask: as in `shown`.
         rows, rows_valid: `[batch, query]` places in the call's sequence, and False on left padding.
-        columns, columns_valid: `[batch, key]` places in the conversation of all stored entries, the queries' own last.
+        columns, columns_valid: `[batch, key]` slots of all stored entries, the queries' own last. Where the mask has fewer
+            columns than the conversation has slots, it leaves out the first, which no row sees.
+        slots: of the conversation.
 
     Returns:
         The same kind of mask, `[batch, head or 1, query, key]`.
     """
     queries, keys = rows.shape[1], columns.shape[1]
+    there, columns = _in_mask(mask, columns, slots)
+    columns_valid = columns_valid & there
     if isinstance(mask, BlockMask):
         see = mask.mask_mod
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vlmprune.errors import UsageError
 
@@ -43,7 +42,7 @@ def attention_name(layer: Any, usual: str) -> str:
     """The name of a decoder layer's attention module; `usual` where there is one of this name.
 
     Raises:
-        UsageError: the layer has no attention module, or several of unusual names; or its attention is not causal.
+        UsageError: the layer has no attention module, or several of unusual names.
     """
     children = dict(uncompiled(layer).named_children())
     named = {name: child for name, child in children.items() if hasattr(child, "config") and hasattr(child, "layer_idx")}
@@ -53,12 +52,23 @@ def attention_name(layer: Any, usual: str) -> str:
             f"{type(layer).__name__} is not built as expected: looked for one attention module with a config, found "
             f"{', '.join(named) or 'none'} among {', '.join(children)}; such text models are not supported."
         )
-    if getattr(named[name], "is_causal", True) is False:
-        raise UsageError(
-            f"{type(named[name]).__name__} is not causal: tokens attend to later tokens, and masks of pruned layers are "
-            "causal; such text models are not supported."
-        )
     return name
+
+
+def check_unpatched(base: Any, language_model: Any, layers: Any) -> None:
+    """Refuse a model of transformers whose classes somebody patched: their forward method is not the one that was tested.
+
+    Raises:
+        UsageError: the sentence names the class, and where its forward method comes from.
+    """
+    attention = [child for layer in layers for child in uncompiled(layer).children() if hasattr(child, "layer_idx")]
+    for kind in {type(uncompiled(module)): None for module in (base, language_model, *layers, *attention)}:
+        origin = getattr(kind.forward, "__module__", None) or ""
+        if kind.__module__.startswith("transformers.") and not origin.startswith("transformers."):
+            raise UsageError(
+                f"{kind.__name__}.forward is not transformers' own, but that of {origin or 'an unknown module'}: somebody "
+                "patched the class, and what the model computes is unknown; load it in a process without that patch."
+            )
 
 
 def only(language_model: Any, usual: str, fits: Callable[[nn.Module], bool], what: str) -> str:
@@ -89,7 +99,7 @@ def check_config(language_model: Any) -> None:
     """Refuse a language model by its config.
 
     Raises:
-        UsageError: sizes are missing, its KV cache does not keep every token, or its attention implementation is not supported.
+        UsageError: sizes are missing, or its attention implementation is not supported.
     """
     config, name = language_model.config, type(language_model).__name__
     for needed in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
@@ -97,17 +107,6 @@ def check_config(language_model: Any) -> None:
             raise UsageError(
                 f"{name} is not built as expected: its config has no number {needed}; such text models are not supported."
             )
-    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers):
-        kinds = sorted(set(getattr(config, "layer_types", None) or ["sliding_attention"]) - {"full_attention"})
-        if kinds == ["sliding_attention"]:
-            raise UsageError(
-                "the language model has sliding-window layers, whose caches keep the last tokens only and not their "
-                "places: pruning them is not supported; load the model with full attention."
-            )
-        raise UsageError(
-            f"the language model has layers of other kinds than full attention ({', '.join(kinds)}), whose caches do not keep "
-            "every token: pruning them is not supported."
-        )
     implementation = config._attn_implementation
     supported = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
     supported += ["flex_attention"] if language_model._supports_flex_attn else []

@@ -26,17 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.adapters.registry import family_of
-from vlmprune.cost import DecoderShape
 from vlmprune.live.attention import CALL_ARGUMENT
 from vlmprune.live.attention_probes import see_attention
 from vlmprune.live.call import Call
 from vlmprune.live.context import Contexts
 from vlmprune.live.decoder import carried, carry, look_at
+from vlmprune.live.finder import choose_family
 from vlmprune.live.links import Links
 from vlmprune.live.pruning import Pruning, timed
 from vlmprune.live.redistribution import Redistribution
 from vlmprune.live.refusals import check_edits, check_stages, check_tower
+from vlmprune.live.rows import Reduction
+from vlmprune.live.sizes import shape_of
 from vlmprune.live.tower_plan import TowerPlan, is_recomputed
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Budget
@@ -50,13 +51,16 @@ class Plan:
         model: as it was wrapped.
         recipe: what is applied.
         contexts: what callers say about the handle.
+        named: a family, or "auto", to use instead of the model's own type.
 
     Attributes:
+        found: what was found in a model of an unknown family; None otherwise.
         pruning, redistribution, tower: what the recipe does in the language model, in its attention, and in the vision tower.
         needs: all probes that methods look at.
         observers, editors: by attention module, what looks at its queries and keys (called with the plan first), and what
             computes some of its rows anew.
         edited: decoder layers whose attention is redistributed.
+        kinds: what each decoder layer sees and keeps.
         carried: decoder layers that keep their keyword arguments to themselves, and whose attention must know the call.
         links: finds out if a part was replaced.
         warned_of_labels: whether a user was told that labels do not count.
@@ -65,22 +69,24 @@ class Plan:
         UsageError: the recipe cannot be applied to this model. The model was not touched.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, contexts: Contexts) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, contexts: Contexts, named: str | None = None) -> None:
         self.model, self.recipe, self.contexts = model, recipe, contexts
         self.warned_of_labels = False
-        decoder = look_at(model, family_of(model.config))
+        described, self.found = choose_family(model, named)
+        decoder = look_at(model, described)
         self.family, self.base, self.language_model, self.layers = (
             decoder.family,
             decoder.base,
             decoder.language_model,
             decoder.layers,
         )
-        family, self.config, self.shape = self.family, self.base.config, DecoderShape.of(self.language_model.config)
-        facts = _facts(family, self.base)
-        self.redistribution = Redistribution(recipe.redistributors, family, facts, self.language_model)
-        self.pruning = Pruning(recipe, family, facts, self.base, self.language_model, len(self.layers))
+        self.config, self.shape = self.base.config, shape_of(decoder)
+        facts = _facts(self.family, self.base)
+        self.kinds = decoder.kinds
+        self.redistribution = Redistribution(recipe.redistributors, decoder, facts)
+        self.pruning = Pruning(recipe, self.family, facts, self.base, self.language_model, self.kinds)
         self.needs = self.redistribution.needs | self.pruning.needs
-        self.tower = TowerPlan(self, family, self.base, self.language_model, facts, self.pruning, self.needs, contexts)
+        self.tower = TowerPlan(self, self.family, self.base, self.language_model, facts, self.pruning, self.needs, contexts)
         check_stages(recipe, decoder, self.pruning.stages)
         check_edits(decoder, self.redistribution)
         if self.tower.used:
@@ -132,16 +138,23 @@ class Plan:
             if call.section.rows is None or index in self.pruning.at or call.recomputes:
                 given = self.pruning.enter_layer(index, module, call, hidden, kwargs)
             else:  # the section is open, and its layers are given the same
-                given = hidden, call.section.arguments(call, hidden, kwargs, self.pruning.stack)
+                given = hidden, call.section.arguments(index, call, hidden, kwargs, self.pruning.stack)
             if given is None and hidden is not entered:
                 given = hidden, kwargs
             if given is not None:
                 hidden, kwargs = given
-                args, kwargs = changed = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+                more = args[1:] if len(args) < 2 or (rows := call.section.rows) is None else _shortened(rows, args[1:])
+                args, kwargs = changed = ((hidden, *more), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         if call.enabled and index in self.edited:
             hidden = args[0] if args else kwargs["hidden_states"]
             self.redistribution.enter_layer(index, call, hidden, kwargs.get("past_key_values"))
         return (args, carry(kwargs)) if index in self.carried else changed
+
+
+def _shortened(rows: Reduction, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a layer is given for each token beside its hidden state: `[batch, token, dim]` tensors among its positional
+    arguments."""
+    return tuple(rows.gather(x) if isinstance(x, Tensor) else x for x in args)
 
 
 @torch.compiler.disable

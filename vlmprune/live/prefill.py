@@ -12,11 +12,19 @@ from torch import Tensor
 
 from vlmprune.device import on_host
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import check_growing, hand_over
+from vlmprune.live.cache import PrunedLayer, check_growing, conversation_layer, hand_over
 from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.injected import take_over
 from vlmprune.live.owner import Encoded, Owner, encoded_of
-from vlmprune.live.prompt import begin_prompt, check_mask_goes_on, read_mask, read_prompt, refuse_merged, visible_images
+from vlmprune.live.prompt import (
+    begin_prompt,
+    check_mask_goes_on,
+    read_mask,
+    read_prompt,
+    refuse_later_tokens,
+    refuse_merged,
+    visible_images,
+)
 from vlmprune.live.pruning import timed
 from vlmprune.live.record import Clock, Prefill
 from vlmprune.live.tower import look_up_tower
@@ -26,6 +34,9 @@ from vlmprune.view import EMBEDDINGS
 if TYPE_CHECKING:
     from vlmprune.live.plan import Plan
 
+ROWS_WANTED = "logits_to_keep"
+"""An argument by which some language models leave out rows in their last layers. Which rows these are they count from the end
+of the prompt, and sections count by places: all rows are computed there."""
 IGNORED = -100
 """The label that a loss leaves out, as everywhere in transformers."""
 
@@ -150,12 +161,15 @@ def _encoded_counts(plan: Plan, encoded: Any) -> list[int] | None:
 def enter_prompt(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call enters the language model: the first section begins, and the record of a prompt."""
     prompt, embeddings = call.prompt, kwargs.get("inputs_embeds")
+    call.given_masks = _finished(kwargs.get("attention_mask"))
     if prompt is None:
         if not call.past and embeddings is not None:
             _without_image(plan, call, embeddings)
         call.idle = plan.pruning.decodes_without_padding(call, kwargs)
         return (args, {**kwargs, "attention_mask": None}) if call.idle else None
     assert embeddings is not None
+    if plan.edited:
+        refuse_later_tokens(call, kwargs, plan.kinds, plan.redistribution.names, plan.edited)
     if plan.family.newline is not None:
         _separate_newlines(prompt, embeddings, getattr(plan.base, plan.family.newline))
     remaining = visible_images(prompt)
@@ -174,10 +188,28 @@ def enter_prompt(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str
     # cache and mask, however, it would take positions with padding for packed sequences, and make a mask for these.
     cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache", plan.language_model.config.use_cache)
     unseen = (cached or kwargs.get("position_ids") is None) and plan.pruning.shortens_at_once(call) and not call.custom
-    changed = {**kwargs, "attention_mask": None} if unseen else kwargs
+    if unseen and not call.given_masks and plan.kinds.causal:
+        kwargs = {**kwargs, "attention_mask": None}
+    if kwargs.get(ROWS_WANTED) and plan.pruning.may_drop(prompt.candidates, call.budget):
+        kwargs = {**kwargs, ROWS_WANTED: 0}
     if plan.family.injected is not None and plan.pruning.at:
-        changed, prompt.injections = take_over(plan.family.injected, plan.pruning.at[0], len(plan.layers), changed)
-    return None if changed is kwargs else (args, changed)
+        kwargs, prompt.injections = take_over(plan.family.injected, plan.pruning.at[0], len(plan.layers), kwargs)
+    return args, kwargs
+
+
+def goes_on(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A later call without an image enters the language model."""
+    embeddings = kwargs.get("inputs_embeds")
+    if embeddings is None or embeddings.shape[1] == 1:
+        return None
+    call.given_masks = _finished(kwargs.get("attention_mask"))
+    pruned = kwargs.get(ROWS_WANTED) and isinstance(conversation_layer(kwargs.get("past_key_values")), PrunedLayer)
+    return (args, {**kwargs, ROWS_WANTED: 0}) if pruned else None
+
+
+def _finished(mask: Any) -> bool:
+    """Whether a language model is given masks, and not what to make them from."""
+    return mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
 
 
 def _without_image(plan: Plan, call: Call, embeddings: Tensor) -> None:
@@ -231,8 +263,10 @@ def leave_prompt(plan: Plan, call: Call, record: Prefill, output: Any) -> Any:
         output.last_hidden_state = last.rows.scatter(hidden, call.sequence)
     for section, layers in call.layers_by_section(plan.shape.layers):
         record.entering += [call.sequence if section.rows is None else section.rows.rows.shape[1]] * layers
-        record.stored += [call.past + call.sequence if section.stored is None else section.stored] * layers
-    record.resident, record.peak = list(record.stored), sum(record.stored)
+        begun = len(record.stored)
+        record.stored += section.keys_by_layer(plan.kinds, range(begun, begun + layers), call.past + call.sequence)
+    record.resident = plan.shape.entries(record.stored)
+    record.note_peak(record.resident)
     plan.pruning.shorten_cache(call, output.get("past_key_values"))  # made by the model itself in a plain call
     record.prefill.end_now()
     hand_over(output.get("past_key_values"), call.owner)

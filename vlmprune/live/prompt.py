@@ -11,7 +11,7 @@ redistribute something.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -26,9 +26,10 @@ from transformers.masking_utils import find_packed_sequence_indices
 from vlmprune.adapters.family import has_mrope
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import PrunedLayer
+from vlmprune.live.cache import PrunedLayer, conversation_layer
 from vlmprune.live.call import Call, Prompt
 from vlmprune.live.feature_index import hash_rows
+from vlmprune.live.kinds import Kinds
 from vlmprune.live.layout import Bools, Layout, Tokens
 from vlmprune.live.masks import not_masked, shown
 from vlmprune.view import WEIGHTS
@@ -58,7 +59,7 @@ def check_mask_goes_on(call: Call, cache: Cache | None) -> None:
     Raises:
         UsageError: there is no mask, and something is hidden.
     """
-    last = cache.layers[-1] if call.past and cache is not None and cache.layers else None
+    last = conversation_layer(cache) if call.past else None
     masked = isinstance(last, PrunedLayer) and last.recorded is not None and not last.recorded.unpadded
     if masked and call.mask is None and not call.custom:
         raise UsageError(
@@ -177,6 +178,35 @@ def refuse_merged(kwargs: Mapping[str, Any], language_model: Any) -> None:
             "unknown: pass pixel_values, with the placeholder's embedding in the places of the pictures, or input_ids. If they "
             "are a soft prompt without pictures, run this call inside `with run.override(enabled=False):`."
         )
+
+
+def refuse_later_tokens(
+    call: Call, kwargs: Mapping[str, Any], kinds: Kinds, names: Sequence[str], layers: Iterable[int]
+) -> None:
+    """Refuse to redistribute attention by which tokens see later ones.
+
+    Args:
+        kwargs: the language model's arguments.
+        names: the redistribution methods.
+        layers: those that they edit.
+
+    Raises:
+        UsageError: a token sees a later one.
+    """
+    given = kwargs.get("attention_mask")
+    if call.custom or not (call.given_masks or not kinds.causal):
+        return
+    for kind in {kinds.of[layer] for layer in layers}:
+        mask = given.get(kind.name) if isinstance(given, Mapping) else given
+        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+            causal = kind.causal
+        else:
+            causal = bool(on_host(_said_by(shown(mask, call.batch, call.sequence, call.past), call.past)[2].all()))
+        if not causal:
+            raise UsageError(
+                f"{', '.join(names)} edits attention in which no token sees a later one, but in this model the tokens of a "
+                "picture, or of the whole prompt, see each other: leave the method out."
+            )
 
 
 def strange_embeddings(kwargs: Mapping[str, Any], language_model: Any) -> int:

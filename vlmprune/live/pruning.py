@@ -23,6 +23,7 @@ from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layers
 from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.choosing import BoundStage, Model, choose, left_by_tower, make_tools, merged
 from vlmprune.live.explain import how_it_chooses
+from vlmprune.live.kinds import Kinds
 from vlmprune.live.record import Clock, Judged, Kept
 from vlmprune.live.rows import Reduction
 from vlmprune.live.section import LayerStack, Section, complete_entries
@@ -37,7 +38,7 @@ class Pruning:
     Args:
         recipe, family, facts: as they are.
         base, language_model: the model's base model and its language model.
-        layers: how many decoder layers it has.
+        kinds: what its decoder layers see and keep.
 
     Attributes:
         stages: in the order in which they run.
@@ -49,7 +50,7 @@ class Pruning:
 
     explains = False
 
-    def __init__(self, recipe: Recipe, family: Family, facts: TowerFacts, base: Any, language_model: Any, layers: int) -> None:
+    def __init__(self, recipe: Recipe, family: Family, facts: TowerFacts, base: Any, language_model: Any, kinds: Kinds) -> None:
         self._family, self._facts, self._language_model = family, facts, language_model
         self.stages = [_bound(number, *found, facts) for number, found in enumerate(recipe.stages(facts))]
         self.at = tuple(sorted({bound.stage.layer for bound in self.stages}))
@@ -59,10 +60,12 @@ class Pruning:
         for bound in self.stages:
             if bound.stage.site != "cache":
                 self._running[bound.stage.layer].append(bound)
-        self._model = Model(family, base, language_model)
+        self._model = Model(family, base, language_model, kinds)
         self.stack = LayerStack(
-            language_model.config, lambda *args: language_model.get_submodule(family.rotary)(*args), self.at, layers
+            language_model.config, lambda *args: language_model.get_submodule(family.rotary)(*args), self.at, kinds
         )
+        # The other layers store what one of these does, or everything.
+        self._storing = [layers[0] for start in self.at for layers in self.stack.storing.get(start, {}).values()]
 
     # -- what is known beforehand ----------------------------------------------------------------------------------------
 
@@ -118,8 +121,10 @@ class Pruning:
         layers, embeddings = getattr(kwargs.get("past_key_values"), "layers", None), kwargs.get("inputs_embeds")
         if not (self.at and layers) or embeddings is None or embeddings.shape[1] != 1 or call.custom:
             return False
+        if (window := self.stack.kinds.window) is not None and call.past + 1 >= window:
+            return False
         first, visible = None, True
-        for index in self.at:  # the other layers store what one of these does, or everything
+        for index in self._storing:
             layer = layers[index]
             if not isinstance(layer, PrunedLayer) or layer.recorded is None:
                 visible = False
@@ -147,16 +152,17 @@ class Pruning:
             call.section = call.section_of(index)
         section = call.section
         if section.rows is None:
-            cache_ = kwargs.get("past_key_values")
-            layer = cache_.layers[index] if cache_ is not None and index < len(cache_.layers) else None
+            cache_, where = kwargs.get("past_key_values"), self.stack.kinds.stored_at[index]
+            layer = cache_.layers[where] if cache_ is not None and where is not None and where < len(cache_.layers) else None
             if not isinstance(layer, PrunedLayer):
                 return None
-            entries = layer.recorded
+            entries, window = layer.recorded, self.stack.kinds.of[index].window
             every = entries is not None and entries.dense and entries.shift is None and not call.custom
+            every = every and (window is None or call.past < window)
             if hidden.shape[1] == 1 and every and call.prompt is None and not call.padded_step:
                 # Decoding without padding: every stored entry is visible, no mask is needed.
                 return None if kwargs.get("attention_mask") is None else (hidden, {**kwargs, "attention_mask": None})
-        return hidden, section.arguments(call, hidden, kwargs, self.stack)
+        return hidden, section.arguments(index, call, hidden, kwargs, self.stack)
 
     def _open(self, index: int, module: nn.Module, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Open the section that begins with a stage's layer, and shorten the hidden states `[batch, token, dim]`.
@@ -188,9 +194,7 @@ class Pruning:
     ) -> Tensor:
         """At one stage: let its method choose, drop the rest, and go on in a section of the kept tokens."""
         index, section = bound.stage.layer, call.section
-        cache_ = kwargs.get("past_key_values") if call.past else None
-        recorded = None if cache_ is None else getattr(cache_.layers[index], "recorded", None)
-        earlier = recorded and recorded.shift
+        earlier = self._earlier_shift(index, kwargs.get("past_key_values")) if call.past else None
         rotary = partial(section.rotary, hidden, earlier, kwargs, self.stack)
         chosen = prompt.chosen.get(bound.number)
         if chosen is None or not (first or prompt.replayed):  # a layer that is run again saves the same tensors again
@@ -244,6 +248,13 @@ class Pruning:
         call.section = Section(section.start, chosen.remaining, alive, tuple(counts), rows, shift, newlines)
         return True
 
+    def _earlier_shift(self, index: int, cache_: Any) -> Tensor | None:
+        """`[batch]` by how much positions became smaller in earlier turns, in the section that begins with a layer."""
+        storing = self.stack.storing[index].values()
+        layers = [] if cache_ is None else [cache_.layers[where] for (where, *_) in storing]
+        recorded = next((layer.recorded for layer in layers if isinstance(layer, PrunedLayer)), None)
+        return None if recorded is None else recorded.shift
+
     # -- after prefill -------------------------------------------------------------------------------------------------
 
     def shorten_cache(self, call: Call, cache_: Any) -> None:
@@ -258,12 +269,14 @@ class Pruning:
         end = max(other.stage.layer for other in self.stages if other.stage.site != "cache")  # from there on it is removed
         starts = [layer for layer in self.at if bound.stage.layer <= layer <= end]
         for start, stop in pairwise(starts):
-            layers = pruned_layers(cache_, range(start, stop), self.at, complete)
-            keep_only(layers, last.alive, call.past, counts)
-            shorter = {index: layer.stored for index, layer in zip(range(start, stop), layers, strict=True)}
-            record.peak = max(record.peak, sum(record.resident) + sum(shorter.values()))  # both exist for a moment
-            for index, entries in shorter.items():
-                record.resident[index] = entries
+            for kind, indices in self.stack.kinds.storing(range(start, stop)).items():
+                layers = pruned_layers(cache_, indices, self.at, complete)
+                keep_only(layers, last.alive, call.past, counts if kind.window is None else None)
+                shorter = {index: layer.stored for index, layer in zip(indices, layers, strict=True)}
+                both = [count + shorter.get(index, 0) for index, count in enumerate(record.resident)]
+                record.note_peak(both)  # they exist for a moment
+                for index, entries in shorter.items():
+                    record.resident[index] = entries
         record.keep_cache[bound.stage.layer] = last.alive
         record.kept += [
             Kept(bound.stage.layer, bound.label, "cache", image.sample, image.ordinal, len(image), remaining)

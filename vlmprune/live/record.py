@@ -182,9 +182,9 @@ class Prefill(Renamed):
 
     Attributes:
         entering: tokens that entered the layer, padding included where it was computed.
-        stored: entries in the layer's KV cache after it.
-        resident: the same after the prompt; smaller where a cache stage forgot some.
-        peak: the most entries that all layers together stored at one time.
+        stored: keys that these attend to: entries in the layer's KV cache, before any of them leaves its window.
+        resident: entries after the prompt; fewer where a cache stage forgot some.
+        peak: the most entries that all layers together stored at one time, and `peak_bytes` per row.
 
     Redistribution and times:
 
@@ -213,9 +213,15 @@ class Prefill(Renamed):
     stored: list[int] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
     peak: int = 0
+    peak_bytes: int = 0
     edits: list[Edit] = field(default_factory=list)
     prefill: Clock = field(default_factory=Clock)
     selection: list[Clock] = field(default_factory=list)
     tower: list[Clock] = field(default_factory=list)
+
+    def note_peak(self, entries: list[int]) -> None:
+        """All layers together store so many entries, per layer."""
+        self.peak = max(self.peak, sum(entries))
+        self.peak_bytes = max(self.peak_bytes, self.shape.kv_bytes(entries, self.itemsize))
 
     _former: ClassVar[Mapping[str, str]] = {"steered": "edits"}

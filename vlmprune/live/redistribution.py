@@ -19,16 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.adapters.family import Family
 from vlmprune.errors import UsageError
 from vlmprune.kernels.grouped_attention import grouped_attention, scored_attention
 from vlmprune.live.apart import Apart
 from vlmprune.live.attention import CALL_ARGUMENT
 from vlmprune.live.cache import MarkedLayer, PrunedLayer, holds_words_only, marked_layer
 from vlmprune.live.call import Call
+from vlmprune.live.decoder import Decoder
 from vlmprune.live.decoding_step import DecodingStep
 from vlmprune.live.edited_rows import find_rows, keys_valid, overwritten
 from vlmprune.live.edits import LayerInput
+from vlmprune.live.kinds import Kinds
 from vlmprune.live.links import check_routes
 from vlmprune.live.marking import mark_prompt, mark_words_only
 from vlmprune.live.marks import Marks
@@ -44,7 +45,7 @@ class Redistribution:
 
     Args:
         methods: of the recipe, in its order.
-        family, facts, language_model: the model's family, facts about its vision tower, and its language model.
+        decoder, facts: the model's language model, and facts about its vision tower.
 
     Attributes:
         by_layer: the method, bound to this model, that edits each layer.
@@ -53,12 +54,13 @@ class Redistribution:
         routed: layers whose attention module is led through `attend`.
 
     Raises:
-        UsageError: a layer that the model lacks, two methods in one layer, or a method that does not work with the model.
+        UsageError: a layer that the model lacks or that has no full attention, two methods in one layer, or a method that does
+            not work with the model.
     """
 
-    def __init__(self, methods: Sequence[Redistributor], family: Family, facts: TowerFacts, language_model: Any) -> None:
-        self._family, self._language_model = family, language_model
-        self._layers: Any = language_model.get_submodule(family.layers)
+    def __init__(self, methods: Sequence[Redistributor], decoder: Decoder, facts: TowerFacts) -> None:
+        self._family, self._language_model, self._layers = decoder.family, decoder.language_model, decoder.layers
+        family, language_model = self._family, self._language_model
         model = ModelFacts(language_model.config, language_model.config.hidden_size, len(self._layers), facts)
         edited: dict[int, Redistributor] = {}
         self._names: dict[int, str] = {}
@@ -75,12 +77,13 @@ class Redistribution:
         self.by_layer = {index: edited[index] for index in self._names}
         self.needs: frozenset[str] = frozenset().union(*(m.needs for m in self.by_layer.values()))
         self._routes: dict[str, dict[nn.Module, str]] = {}
-        for index, name in self._names.items():
-            module = self._layers[index].get_submodule(family.attention)
-            self._routes.setdefault(name, {})[module] = f"{family.layers}.{index}"
         # The text-only stream runs through all layers up to the last that compares with it.
         self._compared = max((index for index, m in self.by_layer.items() if isinstance(m, HeadScaler)), default=-1)
         self.routed = sorted({*self.by_layer, *range(self._compared + 1)})
+        _check_kinds(self.names, self.routed, self._compared, decoder.kinds)
+        for index, name in self._names.items():
+            module = self._layers[index].get_submodule(family.attention)
+            self._routes.setdefault(name, {})[module] = f"{family.layers}.{index}"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -322,6 +325,24 @@ def _record(given: LayerInput, method: Redistributor, marks: Marks, first: bool,
     record = given.call.record
     if first and record is not None and marks.groups is not None and marks.groups.shape[-1]:  # otherwise words only
         record.edits.append(Edit(given.index, method.name, marks.groups, *edit))
+
+
+def _check_kinds(names: Sequence[str], layers: Sequence[int], compared: int, kinds: Kinds) -> None:
+    """Refuse to edit what is no attention, or attention that does not see the whole conversation by keys of its own.
+
+    Raises:
+        UsageError: names the layers that can be edited.
+    """
+    fits = [layer for layer, kind in enumerate(kinds.of) if kind.window is None and kinds.stored_at[layer] == layer]
+    wrong = next((layer for layer in layers if layer not in fits), None)
+    if wrong is None:
+        return
+    window, where = kinds.of[wrong].window, kinds.stored_at[wrong]
+    found = kinds.in_words(wrong) if where is None else f"layer {wrong} sees a window of {window} tokens"
+    found = found if where is None or window is not None else f"layer {wrong} sees the keys of layer {where}"
+    todo = f"give it layers={'|'.join(map(str, fits))}" if fits and compared < 0 else "choose another method"
+    runs = "runs through" if compared >= 0 else "edits"
+    raise UsageError(f"{', '.join(names)} {runs} attention that sees the whole conversation, but {found}: {todo}.")
 
 
 def _scaled(name: str, given: LayerInput, method: HeadScaler, result: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmprune.adapters.family import has_mrope
+from vlmprune.adapters.family import Family, has_mrope
 from vlmprune.errors import UsageError
 from vlmprune.live.choosing import BoundStage
 from vlmprune.live.decoder import KNOWN, Decoder
@@ -30,6 +30,7 @@ def check_stages(recipe: Recipe, decoder: Decoder, stages: Sequence[BoundStage])
     text_config, layers = decoder.language_model.config, len(decoder.layers)
     for bound in stages:
         check_needs(bound.method.name, bound.needs, known_probes())
+        _check_reads(decoder.family, bound.method.name, bound.needs)
         if bound.stage.layer >= layers:
             raise UsageError(
                 f"{bound.method.name} prunes at layer {bound.stage.layer}, but the model has layers 0 to {layers - 1}: "
@@ -45,6 +46,7 @@ def check_stages(recipe: Recipe, decoder: Decoder, stages: Sequence[BoundStage])
                 f'{bound.method.name}: positions="compact" needs rotary embeddings that follow from positions, but those of '
                 f'{decoder.name} depend on the layer: use positions="original".'
             )
+    check_kinds(recipe, decoder, stages)
     for bound in stages:
         ahead = bool(bound.needs & AHEAD)
         if not (bound.needs & BEFORE_THE_STAGE or ahead):
@@ -60,12 +62,44 @@ def check_stages(recipe: Recipe, decoder: Decoder, stages: Sequence[BoundStage])
             _check_attention(decoder, bound.stage.layer, bound.method.name, needs_call=False)
 
 
+def check_kinds(recipe: Recipe, decoder: Decoder, stages: Sequence[BoundStage]) -> None:
+    """Whether the layers at which a recipe prunes are of kinds that allow it.
+
+    Raises:
+        UsageError: a method looks at the attention of a layer that has none; or layers behind a stage see keys that an earlier
+            layer stored before tokens were dropped.
+    """
+    kinds = decoder.kinds
+    last = kinds.lenders[0] if kinds.lenders else len(kinds.of)
+    for bound in stages:
+        name, layer = bound.method.name, bound.stage.layer
+        if layer > last:
+            raise UsageError(
+                f"{name} prunes at layer {layer}, but later layers see the keys that layer {last} stores, before tokens are "
+                f"dropped: choose a layer up to {last}."
+            )
+        wanted = [layer - 1] * bool(bound.needs & BEFORE_THE_STAGE) + [layer] * bool(bound.needs & AHEAD)
+        for index in wanted:
+            if kinds.of[index].recurrent:
+                shift = 1 if index < layer else 0
+                usable = [str(other + shift) for other in kinds.with_attention if other + shift < len(kinds.of)]
+                raise UsageError(
+                    f"{name} prunes at layer {layer} by the attention of layer {index}, but {kinds.in_words(index)}: prune at "
+                    f"one of the layers {', '.join(usable)}."
+                )
+
+
 def check_edits(decoder: Decoder, redistribution: Redistribution) -> None:
     """The layers whose attention a recipe edits.
 
     Raises:
         UsageError: attention that is not what the edit takes it for.
     """
+    if redistribution.names and decoder.family.reads is not None:
+        raise UsageError(
+            f"{redistribution.names[0]} edits attention, of which nothing is known in a model that was found by family='auto': "
+            "choose a method that looks at nothing but features; see the column 'scored by' of `vlmprune methods`."
+        )
     names = {index: method.name for index, method in redistribution.by_layer.items()}
     scalers = [method.name for method in redistribution.by_layer.values() if isinstance(method, HeadScaler)]
     for index in redistribution.routed:
@@ -115,7 +149,7 @@ def check_tower(
         )
     if inside is not None and inside.stage.site == "vision" and facts.whole:
         raise UsageError(
-            f"{inside.method.name} drops patches between blocks of the vision tower, but the tower of {decoder.family.name} needs "
+            f"{inside.method.name} drops patches between blocks of the vision tower, but that of {decoder.family.name} needs "
             "all of them up to its end (it takes features from several blocks, or merges squares of patches): choose a method "
             "that prunes in the language model."
         )
@@ -128,6 +162,15 @@ def check_tower(
         raise UsageError(
             f"{recipe} looks at attention in the vision tower, which {found!r} does not offer yet: call "
             'model.set_attn_implementation({"vision_config": "sdpa"}).'
+        )
+
+
+def _check_reads(family: Family, method: str, needs: frozenset[str]) -> None:
+    """Refuse a method that looks at more than is known of a model."""
+    if family.reads is not None and (more := sorted(needs - family.reads)):
+        raise UsageError(
+            f"{method} looks at {', '.join(more)}, of which nothing is known in a model that was found by family='auto': "
+            "choose a method that looks at nothing but features; see the column 'scored by' of `vlmprune methods`."
         )
 
 
@@ -147,7 +190,7 @@ def _check_attention(decoder: Decoder, index: int, method: str, needs_call: bool
         )
     strange = [name for name, x in seen.kwargs.items() if name not in KNOWN and isinstance(x, Tensor)]
     strange += [name for name in ("softcap",) if seen.kwargs.get(name) is not None]
-    strange += [] if decoder.gives_mask(seen.mask) else ["a mask of its own"]
+    strange += [] if decoder.gives_mask(index, seen.mask) else ["a mask of its own"]
     if weights and strange:
         raise UsageError(
             f"{method} computes attention as softmax of scaled products, but {layer} adds {', '.join(strange)}: choose a "

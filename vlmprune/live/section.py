@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from vlmprune.device import on_host
-from vlmprune.live.cache import Entries, PrunedLayer, pruned_layers
+from vlmprune.errors import UsageError
+from vlmprune.live.cache import PrunedLayer, pruned_layers
+from vlmprune.live.entries import Entries
+from vlmprune.live.kinds import Kind, Kinds
 from vlmprune.live.layout import real_tokens
 from vlmprune.live.masks import part_of_mask, pruned_mask
 from vlmprune.live.rows import Reduction
@@ -36,28 +39,28 @@ class LayerStack:
         config: of the language model.
         rotary: its rotary embedding: cosines and sines of positions `[batch, token]`.
         stages: the layers of the recipe's stages.
-        layers: how many layers there are.
+        kinds: what each layer sees and keeps.
     """
 
     config: Any
     rotary: Callable[[Tensor, Tensor], Rotary]
     stages: tuple[int, ...]
-    layers: int
+    kinds: Kinds
 
-    def section_at(self, start: int) -> range:
-        """The layers of the section that begins with layer `start`."""
-        for layer in self.stages:
-            if layer > start:
-                return range(start, layer)
-        return range(start, self.layers)
+    @cached_property
+    def storing(self) -> dict[int, dict[Kind, list[int]]]:
+        """By first layer of a section and by kind, the layers of that section which store entries."""
+        starts = sorted({0, *self.stages} & {*range(len(self.kinds.of))})
+        ends = [*starts[1:], len(self.kinds.of)]
+        return {start: self.kinds.storing(range(start, end)) for start, end in zip(starts, ends, strict=True)}
 
 
 @dataclass(eq=False)
 class Section:
     """The decoder layers from one stage to the next, in one call.
 
-    A stage opens it, and decides what survives. What its layers are given follows from that: it is made at the first of them,
-    and handed to the others.
+    A stage opens it, and decides what survives. What its layers are given follows from that: it is made at the first layer of
+    each kind, and handed to the others.
 
     Attributes:
         start: its first layer; −1 for the layers before all stages.
@@ -67,7 +70,7 @@ class Section:
         rows: the same as places in the call's sequence; None while nothing was dropped.
         shift: `[batch, sequence]` by how much each position becomes smaller ("compact"), or None.
         newlines: the row separators of LLaVA-NeXT are still there.
-        stored: entries per row in the KV cache of its layers, or None where they store whatever they compute.
+        stored: by kind, entries per row in the KV cache of its layers; empty where they store whatever they compute.
     """
 
     start: int = -1
@@ -77,10 +80,10 @@ class Section:
     rows: Reduction | None = None
     shift: Tensor | None = None
     newlines: bool = True
-    stored: int | None = None
+    stored: dict[Kind, int] = field(default_factory=dict)
     _rotary: dict[tuple[int, int], tuple[Rotary, Rotary, Tensor | None]] = field(default_factory=dict)
     _earlier: Tensor | None = None
-    _mask: list[Mask] = field(default_factory=list)
+    _masks: dict[Kind, Mask] = field(default_factory=dict)
 
     def at(self, start: int) -> Section:
         """The same kept tokens from layer `start` on."""
@@ -90,19 +93,30 @@ class Section:
 
     # -- what a layer is given -------------------------------------------------------------------------------------------
 
-    def arguments(self, call: Call, hidden: Tensor, kwargs: dict[str, Any], stack: LayerStack) -> dict[str, Any]:
+    def arguments(self, index: int, call: Call, hidden: Tensor, kwargs: dict[str, Any], stack: LayerStack) -> dict[str, Any]:
         """The keyword arguments of a layer that computes fewer tokens than the conversation has.
 
         Args:
+            index: number of the layer.
             hidden: `[batch, token, dim]` entering it.
             kwargs: as the model gives them.
+
+        Raises:
+            UsageError: the layer's kind cannot follow what was dropped.
         """
-        if not self._mask:
-            self._prepare(call, hidden, kwargs, stack)
+        if (kind := stack.kinds.of[index]) not in self._masks:
+            self._masks[kind] = self._prepare(kind, index, call, hidden, kwargs, stack)
         made = self._rotary.get((id(kwargs["position_embeddings"][0]), id(self._earlier)))
         rotary = self.rotary(hidden, self._earlier, kwargs, stack) if made is None else made[0]
         # position_ids serve only flash attention's search for packed sequences, which gaps would mislead.
-        return {**kwargs, "position_ids": None, "position_embeddings": rotary, "attention_mask": self._mask[0]}
+        return {**kwargs, "position_ids": None, "position_embeddings": rotary, "attention_mask": self._masks[kind]}
+
+    def keys_by_layer(self, kinds: Kinds, layers: range, tokens: int) -> list[int]:
+        """Keys per row to which each of its layers attends, after `tokens` tokens of the conversation."""
+        entries = []
+        for layer in layers:
+            entries.append(0 if kinds.stored_at[layer] is None else self.stored.get(kinds.of[layer], tokens))
+        return entries
 
     def rotary(self, hidden: Tensor, earlier: Tensor | None, kwargs: dict[str, Any], stack: LayerStack) -> Rotary:
         """The rotary embeddings of the rows that a layer computes; some models give different ones to different layers.
@@ -127,37 +141,57 @@ class Section:
         self._rotary[id(full[0]), id(earlier)] = own, full, earlier  # held, so that their identities stay theirs
         return own
 
-    def _prepare(self, call: Call, hidden: Tensor, kwargs: dict[str, Any], stack: LayerStack) -> None:
-        """At the section's first layer: make the mask, and record in all its cache layers what they are about to store."""
+    def _prepare(self, kind: Kind, index: int, call: Call, hidden: Tensor, kwargs: dict[str, Any], stack: LayerStack) -> Mask:
+        """At the section's first layer of a kind: make their mask, and record in their cache layers what they are about to
+        store."""
         cache: Cache | None = kwargs.get("past_key_values")
+        if kind.recurrent:
+            return self._without_padding(index, kind, call)
         layers: list[PrunedLayer] = []
         if cache is not None:
-            layers = pruned_layers(cache, stack.section_at(self.start), stack.stages, partial(complete_entries, call))
+            layers = pruned_layers(cache, stack.storing[self.start][kind], stack.stages, partial(complete_entries, call))
             self._earlier = None if layers[0].recorded is None else layers[0].recorded.shift
         implementation = stack.config._attn_implementation
         if layers and self.rows is None and hidden.shape[1] == 1 and not (call.padded_step or call.custom):
             # A decoding step, whose token the cache appends by itself.
             keys = layers[0].entries.then(1)
             query = keys.slots[:, -1:], keys.valid[:, -1:]
-            self._mask.append(pruned_mask(*query, keys.slots, keys.valid, keys.dense, implementation, hidden.dtype))
-            return
+            window = None if kind.window is None else _window(kind.window, keys.tokens, implementation)
+            return pruned_mask(*query, keys.slots, keys.valid, keys.dense, implementation, hidden.dtype, window)
         rows = self.rows or every_row(call, hidden)
         keys = self._entries_after(call, layers[0] if layers else None, rows, hidden)
-        self.stored = keys.slots.shape[1]
+        self.stored[kind] = keys.slots.shape[1]
         for layer in layers:
-            layer.recorded = keys
-        slots, valid = keys.slots[:, -rows.rows.shape[1] :], keys.valid[:, -rows.rows.shape[1] :]
-        own = kwargs.get("attention_mask") if call.custom else None
-        if own is not None:
-            self._mask.append(part_of_mask(own, rows.rows.to(hidden.device), valid, keys.slots, keys.valid))
-            return
+            layer.recorded, layer.lost = keys, 0
+        queries = rows.rows.shape[1]
+        slots, valid = keys.slots[:, -queries:], keys.valid[:, -queries:]
+        window = None if kind.window is None else _window(kind.window, keys.tokens, implementation)
+        given = kwargs.get("attention_mask")
+        if (call.custom or call.given_masks or not kind.causal) and given is not None and "flash" not in implementation:
+            return part_of_mask(given, rows.rows.to(hidden.device), valid, keys.slots, keys.valid, keys.tokens)
         seen, dense = keys.valid, keys.dense
         if call.past and call.mask is not None and call.mask.shape[1] > call.past:
             # A later turn's 2-D mask may hide what earlier turns saw.
             place = keys.slots.clamp(max=call.mask.shape[1] - 1)
             seen = seen & (call.mask != 0).to(place.device).gather(1, place)
             dense = bool(on_host(seen.all()))
-        self._mask.append(pruned_mask(slots, valid, keys.slots, seen, dense, implementation, hidden.dtype))
+        return pruned_mask(slots, valid, keys.slots, seen, dense, implementation, hidden.dtype, window, kind.causal)
+
+    def _without_padding(self, index: int, kind: Kind, call: Call) -> Tensor | None:
+        """The mask of recurrent layers, `[batch, row]`: it takes padding out of what they compute.
+
+        Raises:
+            UsageError: padding would stand between what they remember and what they compute.
+        """
+        assert self.rows is not None
+        if self.rows.dense:
+            return None
+        if call.past:
+            raise UsageError(
+                f"layer {index} is recurrent ({kind.name}): padding between the turns of a conversation would change what it "
+                "remembers, and the samples of this turn keep different numbers of tokens: run this turn sample by sample."
+            )
+        return self.rows.valid
 
     def _entries_after(self, call: Call, layer: PrunedLayer | None, rows: Reduction, hidden: Tensor) -> Entries:
         """What a cache layer stores after this call."""
@@ -185,7 +219,25 @@ def every_row(call: Call, hidden: Tensor) -> Reduction:
 def complete_entries(call: Call, layer: DynamicLayer, unpadded: bool | None = None) -> Entries:
     """The entries of a layer that dropped nothing so far; the same for all such layers."""
     length = layer.get_seq_length()
-    if call.complete is None or call.complete.tokens != length:
-        assert layer.keys is not None
-        call.complete = Entries.complete(layer.keys.shape[0], length, layer.keys.device, call.mask, unpadded)
+    assert layer.keys is not None
+    batch, stored = layer.keys.shape[0], layer.keys.shape[2]
+    if call.complete is None or (call.complete.tokens, call.complete.slots.shape[1]) != (length, stored):
+        call.complete = Entries.complete(batch, length, layer.keys.device, call.mask, unpadded).last(stored)
     return call.complete
+
+
+def _window(window: int, tokens: int, implementation: str) -> int | None:
+    """The window, where a conversation of so many tokens is longer; else None.
+
+    Raises:
+        UsageError: the attention implementation counts entries, not slots.
+    """
+    if tokens <= window:
+        return None
+    if "flash" in implementation:
+        raise UsageError(
+            f"the conversation has {tokens} tokens, the window of the language model's layers has {window}, and "
+            f"{implementation!r} counts it in stored tokens, of which some were dropped: call "
+            'model.set_attn_implementation("sdpa").'
+        )
+    return window

@@ -12,6 +12,7 @@ imported inside functions, so that a mistake that needs neither is answered at o
     prompts.py       a question -> the whole prompt -> the inputs of a model
     pictures.py      a file -> an RGB picture
     questions.py     model, picture and question together, and the picture as the model saw it
+    recipes.py       a string, file or folder -> a recipe
     outputs.py       folders, figures and packages, checked before anything is computed
     environment.py   versions and devices; transformers without bars and warnings
 """

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import UsageError, first_line, unknown
-from vlmprune.recipe import hub
 
 SAVED = ("dataset_dict.json", "state.json")
 """Files that `save_to_disk` writes."""
-TABLES = (".parquet", ".arrow", ".csv", ".json", ".jsonl")
+TABLES = (".parquet", ".arrow", ".csv", ".jsonl")
 """Endings of files that a dataset is read from."""
 
 
@@ -24,7 +23,7 @@ def open_dataset(folder: Path, split: str | None = None) -> Any:
     """The rows of a dataset in a folder.
 
     Args:
-        folder: what `save_to_disk` wrote; or a copy of a repository, with parquet, arrow, CSV or JSON files.
+        folder: what `save_to_disk` wrote; or a copy of a repository, with parquet, arrow, CSV or JSON lines files.
         split: its name; may be None where there is only one.
 
     Raises:
@@ -60,17 +59,3 @@ def check_package() -> None:
             "reading a Hugging Face dataset needs the package datasets: install it with `pip install datasets`, or write the "
             "questions into a questions.jsonl."
         )
-
-
-def check_fetchable(name: str, why: str) -> None:
-    """Refuse a dataset of the hub that cannot be fetched, within seconds.
-
-    Args:
-        name: its id.
-        why: it is wanted, for the sentence.
-
-    Raises:
-        UsageError: the hub cannot be asked, or does not have it.
-    """
-    if reason := hub.why_not(name, "dataset"):
-        raise UsageError(f"{why} needs the dataset {name!r} of the hub, and {reason}: fetch it with network first.")

@@ -87,12 +87,18 @@ def _write_figure(ending: str) -> None:
     Figure(figsize=(1, 1)).savefig(BytesIO(), format=ending[1:])
 
 
-def check_packages(names: Iterable[str]) -> None:
-    """Refuse a figure, before anything is computed, for which a package is missing.
+def check_packages(names: Iterable[str], what: str = "drawing figures", extra: str = "") -> None:
+    """Refuse, before anything is computed, what needs a package that is missing.
+
+    Args:
+        names: of the packages.
+        what: needs them, for the error's sentence.
+        extra: of vlmprune, which installs them.
 
     Raises:
         UsageError: says what to install.
     """
     if missing := [name for name in names if find_spec(name) is None]:
         wanted = " ".join(missing)
-        raise UsageError(f"drawing figures needs {wanted}: install it with `pip install {wanted}`.")
+        command = f"pip install 'vlmprune[{extra}]'" if extra else f"pip install {wanted}"
+        raise UsageError(f"{what} needs {wanted}: install it with `{command}`.")

@@ -1,4 +1,4 @@
-"""One picture and one question to a model, ready to be asked; and the picture as the model saw it."""
+"""One picture and one question with the model that is asked; and the picture as the model saw it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmprune.loading.models import open_model
 from vlmprune.loading.pictures import open_picture
+from vlmprune.loading.placement import execution_device
 from vlmprune.loading.prompts import check_prompt, make_inputs, prompt_text
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A picture, a question, and the model that is asked.
+class ReadyQuestion:
+    """A picture and a question as inputs of the model that is asked. Sets of questions are `evals.question.QuestionSet`.
 
     Attributes:
         model, processor: as loaded.
@@ -86,8 +87,13 @@ class Crop:
 
 
 def open_question(
-    model: str, image: Path, prompt: str, device: str, before_loading: Callable[[], object] = lambda: None
-) -> Question:
+    model: str,
+    image: Path,
+    prompt: str,
+    device: str,
+    before_loading: Callable[[], object] = lambda: None,
+    device_map: str | None = None,
+) -> ReadyQuestion:
     """Load a model, a picture and a prompt; everything is checked before the weights are read.
 
     Args:
@@ -96,6 +102,7 @@ def open_question(
         prompt: the question; or the whole prompt, if it has the image token.
         device: where the model goes.
         before_loading: called once the picture is read.
+        device_map: how to spread a large model over several devices instead.
 
     Raises:
         UsageError: the picture, the model, the prompt or the device cannot be used; says why.
@@ -104,6 +111,7 @@ def open_question(
     notes: list[str] = []
     picture = open_picture(image, notes.append)
     before_loading()
-    processor, read_weights = open_model(model, device)
-    inputs = make_inputs(processor, picture, prompt_text(processor, prompt), device)
-    return Question(read_weights(), processor, inputs, picture, notes)
+    processor, read_weights = open_model(model, device, device_map)
+    inputs = make_inputs(processor, picture, prompt_text(processor, prompt), "cpu")
+    loaded = read_weights()
+    return ReadyQuestion(loaded, processor, inputs.to(execution_device(loaded)), picture, notes)

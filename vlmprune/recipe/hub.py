@@ -51,7 +51,7 @@ def look_up(name: str, file: str, what: str) -> Repository:
         cached = try_to_load_from_cache(name, file)
         if constants.HF_HUB_OFFLINE:
             raise UnreachableError("HF_HUB_OFFLINE is set")
-        info = _within_patience(lambda: HfApi().model_info(name, timeout=PATIENCE / 2))
+        info = within_patience(lambda: HfApi().model_info(name, timeout=PATIENCE / 2))
     except HFValidationError as error:
         raise UsageError(
             f"no {what} at {name!r}: there is no such folder, and it cannot be a hub id; give a folder."
@@ -80,24 +80,6 @@ def look_up(name: str, file: str, what: str) -> Repository:
             f"no {what} at {name!r}: the hub answered with error {code}; try again later or give a folder."
         ) from error
     return Repository(frozenset(sibling.rfilename for sibling in info.siblings or ()))
-
-
-def why_not(name: str, kind: str) -> str:
-    """Why a repository of a kind ("dataset", "model") cannot be read from the hub; empty if it can."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
-    if constants.HF_HUB_OFFLINE:
-        return "the hub cannot be asked (HF_HUB_OFFLINE is set)"
-    try:
-        _within_patience(lambda: HfApi().repo_info(name, repo_type=kind, timeout=PATIENCE / 2))
-    except UnreachableError as error:
-        return f"the hub cannot be asked ({error})"
-    except (HFValidationError, RepositoryNotFoundError):
-        return "the hub has no such repository, or a private one"
-    except HfHubHTTPError as error:
-        return f"the hub answered with error {error.response.status_code}"
-    return ""
 
 
 def download(name: str, file: str, what: str) -> Path:
@@ -141,7 +123,7 @@ class UnreachableError(Exception):
     """The hub did not answer."""
 
 
-def _within_patience(ask: Callable[[], Any]) -> Any:
+def within_patience(ask: Callable[[], Any]) -> Any:
     """Call `ask` in a thread of its own, because the look-up of a host's address has no time limit.
 
     Raises:

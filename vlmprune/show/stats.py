@@ -173,6 +173,8 @@ def _differing(right: np.ndarray, asked: np.ndarray) -> int:
 def _exact(right: np.ndarray, asked: np.ndarray) -> tuple[float, float, np.ndarray]:
     """Ends of the exact interval, and `[unit]` how far each unit moves the mean."""
     special = _scipy_special()
+    has = asked.any(axis=1)  # others say nothing
+    right, asked = right[has], asked[has]
     total, (units, columns) = asked.sum(axis=0), asked.shape
     value = _mean(right, asked)
     moves = ((right - right.sum(axis=0) / total * asked) / total).mean(axis=1)

@@ -50,8 +50,7 @@ class MustDrop(TowerPruner):
     """Merge what is alike, keep what the question reads. Default: target counts 40, 20, 14 and 10 % (our choice).
 
     Args:
-        global_threshold: g; together with u it replaces the target counts. The presets are the published pairs, named after
-            the benchmark and the mean number of tokens they kept there.
+        global_threshold: g; with u it replaces the target counts. Presets: the published pairs, by benchmark and tokens kept.
         individual_threshold: u, given together with g.
         merge: lowest similarity of a window that is merged in the tower; above 1, none is merged.
         windows: merge exactly this many windows of each crop, the most similar ones, instead of those above `merge`.
@@ -102,6 +101,8 @@ class MustDrop(TowerPruner):
     def plan(self, facts: TowerFacts) -> Schedule:
         super().plan(facts)
         merges = self.merge <= 1 if self.windows is None else self.windows > 0
+        if merges and facts.whole:
+            raise UsageError("mustdrop merges patches in the tower, but this one needs all to its end: set merge=1.1 for none.")
         return Schedule(((Stage(0, Budget(fraction=1.0), "vision"),) if merges else ()) + self.stages)
 
     def drop(self, index: int, last: int, hidden: Tensor, state: TowerState) -> tuple[Tensor, Tensor] | None:

@@ -1,0 +1,51 @@
+"""Aya Vision and Cohere2 Vision (`model_type: aya_vision`, `cohere2_vision`): tiles of a picture, and the whole of it as the
+last one; squares of patches become one token before the projector. One token stands before each tile, or behind it. No CLS
+token.
+
+The processor does not say how the tiles of a picture are arranged: drawn, they stand in one row, in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from vlmprune.adapters.family import Family
+from vlmprune.adapters.tiles import rasters, side_of, tiles_of_pictures
+
+
+def _side(config: Any) -> int:
+    return side_of(config.vision_config, config.downsample_factor)
+
+
+def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
+    pixels = call.get("pixel_values")
+    return None if pixels is None else [_side(config) ** 2] * pixels.shape[0]
+
+
+def _joins(between: Sequence[int]) -> bool:
+    """Between two pictures there are also the end of the first and the beginning of the second."""
+    return len(between) <= 1
+
+
+def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
+    side, pictures = _side(config), []
+    for picture in tiles_of_pictures(inputs["input_ids"], config.image_token_id, side * side, _joins):
+        *tiles, whole = rasters(len(picture), side)
+        pictures.append([tiles, [whole]] if tiles else [[whole]])
+    return pictures
+
+
+AYA_VISION = Family(
+    name="aya_vision",
+    image_token=lambda config: config.image_token_id,
+    tokens_per_image=_tokens_per_image,
+    joins=_joins,
+    crops=_crops,
+    overview=-1,
+)
+
+COHERE2_VISION = replace(AYA_VISION, name="cohere2_vision")
