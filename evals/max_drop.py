@@ -28,9 +28,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlmprune.errors import UsageError
+from vlmprune.evals.answers import UNPRUNED
 from vlmprune.evals.candidates import Candidate
 from vlmprune.evals.stats import Difference
-from vlmprune.evals.trials import UNPRUNED, Trial, Trials
+from vlmprune.evals.trials import Trial, Trials
 
 RUNGS = 5
 SPARE = 3

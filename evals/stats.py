@@ -208,6 +208,15 @@ def differences_of_many(
     return found
 
 
+def unit_moves(score: Array, reference: Array, unit: Array, group: Array | None = None) -> tuple[np.ndarray, float]:
+    """`[unit]` what each unit adds to the difference of the means over groups; and the share of questions that differ, of which
+    groups weigh alike. Arguments as in `difference`."""
+    sums = _sums(unit, group, score, reference)
+    differs = _sums(unit, group, (np.asarray(score, float) != np.asarray(reference, float)).astype(float))
+    share = float((differs.scores[0].sum(axis=0) / differs.asked.sum(axis=0)).mean())
+    return _moves(sums.scores[0] - sums.scores[1], sums.asked).mean(axis=1), share
+
+
 def _difference(ours: np.ndarray, theirs: np.ndarray, asked: np.ndarray, interval: Interval, p: float) -> Difference:
     total = asked.sum(axis=0)
     value = float((ours.sum(axis=0) / total).mean() - (theirs.sum(axis=0) / total).mean())

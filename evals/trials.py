@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 import vlmprune
 from vlmprune.errors import UsageError
+from vlmprune.evals.answers import UNPRUNED
 from vlmprune.evals.asking import Asking, under
 from vlmprune.evals.candidates import Candidate
 from vlmprune.evals.question import Question, QuestionSet
-from vlmprune.evals.scorers import SCORERS
+from vlmprune.evals.scorers import score
 from vlmprune.evals.stats import Difference, bootstrap, difference
 from vlmprune.evals.store import Store
 
-UNPRUNED = "un-pruned"
 Tick = Callable[[str, int, int], None]
 
 
@@ -147,19 +148,15 @@ class Trials:
     def accuracy(self, recipe: str, batches: int | None = None) -> float:
         """Mean over groups."""
         batches = self.batches if batches is None else batches
-        score, group = self.scores(recipe, batches), self._group[self._asked(batches)]
-        return float(np.mean([score[group == name].mean() for name in dict.fromkeys(group.tolist())]))
+        right, group = self.scores(recipe, batches), self._group[self._asked(batches)]
+        return float(np.mean([right[group == name].mean() for name in dict.fromkeys(group.tolist())]))
 
     def scores(self, recipe: str, batches: int) -> np.ndarray:
         """`[question]` of the first batches."""
         self.ask(recipe, batches)
-        found = []
-        for number in range(batches):
-            given = self._store[self._name, recipe, number]["given"]
-            for said, index in zip(given, self._asking.batches[number], strict=True):
-                question = self._asking.questions[index]
-                found.append(SCORERS[question.scorer](said, question))
-        return np.array(found)
+        given = [self._store[self._name, recipe, number]["given"] for number in range(batches)]
+        pairs = zip(chain(*given), self._asked(batches), strict=True)
+        return np.array([score(said, self._asking.questions[index]) for said, index in pairs])
 
     def _asked(self, batches: int) -> list[int]:
         return [index for number in range(batches) for index in self._asking.batches[number]]

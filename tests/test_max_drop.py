@@ -12,11 +12,12 @@ from command_line import vlmprune
 import vlmprune as vp
 from vlmprune import tiny
 from vlmprune.evals import candidates, max_drop, max_drop_report, stats, trials
+from vlmprune.evals.answers import UNPRUNED
 from vlmprune.evals.candidates import Candidate
 from vlmprune.evals.question import Question, QuestionSet
 from vlmprune.evals.stats import Difference
 from vlmprune.evals.store import Store
-from vlmprune.evals.trials import UNPRUNED, Trial, Trials
+from vlmprune.evals.trials import Trial, Trials
 
 BATCH = 40
 PER_PICTURE = 4
