@@ -196,8 +196,8 @@ def result(numbers: Mapping[str, Any]) -> Result:
             (wide, table(["task", "", *recipes], narrow, title=means, text_columns=2)),
             [
                 "Times are those of a whole batch. Recipes run one after the other: `vlmprune bench` compares speed.",
-                f"Points more than {recipes[0]}: on the same documents, with 95 % intervals; whole pictures are resampled where a "
-                "task names them, documents elsewhere. These are many tests, and not corrected for that.",
+                f"Points more than {recipes[0]}: on the same documents, with 95 % intervals over pictures where a task names "
+                "them, else over documents; not corrected for many tests.",
                 "GFLOPs and KV cache are a sample's share of its batch, padding included.",
             ],
         ],
