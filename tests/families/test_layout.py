@@ -37,7 +37,27 @@ def test_crops_without_a_gap_are_one_picture():
 def test_crops_with_words_between_them_are_one_picture():
     """As Idefics3's processor writes them: two rows of two crops and the whole picture; then a small picture."""
     crop = [IMAGE, IMAGE]
-    large = [FAKE, ROW, *crop, FAKE, ROW, *crop, BREAK, FAKE, ROW, *crop, FAKE, ROW, *crop, BREAK, BREAK, FAKE, WHOLE, *crop, FAKE]
+    large = [
+        FAKE,
+        ROW,
+        *crop,
+        FAKE,
+        ROW,
+        *crop,
+        BREAK,
+        FAKE,
+        ROW,
+        *crop,
+        FAKE,
+        ROW,
+        *crop,
+        BREAK,
+        BREAK,
+        FAKE,
+        WHOLE,
+        *crop,
+        FAKE,
+    ]
     small = [FAKE, WHOLE, *crop, FAKE]
     for between in ([], [WORD], [WORD, BREAK, WORD]):
         row = [WORD, *large, *between, *small, *between, *small, WORD]
