@@ -111,9 +111,8 @@ def _start(model: Model, layer: int, call: Call, hidden: Tensor, kwargs: dict[st
     assert call.prompt is not None
     starts = on_device(call.prompt.tokens.starts, hidden.device)
     module = model.language_model.get_submodule(model.family.rotary)
-    by_kind = (
-        (model.language_model.config.layer_types[layer - 1],) if "layer_type" in signature(module.forward).parameters else ()
-    )
+    differ = "layer_type" in signature(module.forward).parameters
+    by_kind = (model.language_model.config.layer_types[layer - 1],) if differ else ()
     if not call.past and not by_kind:
         cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in kwargs["position_embeddings"])
         index = starts.to(cos.device)[..., None].expand(-1, -1, cos.shape[-1])
