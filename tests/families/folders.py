@@ -1,4 +1,4 @@
-"""Folders with a small random model and its processor, in the form of published repositories: tokenizer, chat template, settings.
+"""Folders with a small random model and its processor, in the form of published repositories: tokenizer, template, settings.
 
 The processors are those of transformers; pictures go through Pillow, without torchvision. Words are the embedded model's.
 """
@@ -92,9 +92,7 @@ def qwen3_vl(folder: Path) -> Path:
     )
     pixels = {"patch_size": PATCH, "merge_size": 2, "min_pixels": 32 * 32, "max_pixels": 128 * 128}
     pixels["image_processor_type"] = "Qwen2VLImageProcessorFast"
-    return saved(
-        folder, tf.Qwen3VLForConditionalGeneration, config, words, pixels, processor_class="Qwen3VLProcessor"
-    )
+    return saved(folder, tf.Qwen3VLForConditionalGeneration, config, words, pixels, processor_class="Qwen3VLProcessor")
 
 
 def internvl(folder: Path) -> Path:
