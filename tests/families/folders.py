@@ -1,4 +1,4 @@
-"""Folders with a small random model and its processor, in the form of published repositories: tokenizer, chat template, settings.
+"""Folders with a small random model and its processor, in the form of published repositories: tokenizer, template, settings.
 
 The processors are those of transformers; pictures go through Pillow, without torchvision. Words are the embedded model's.
 """

@@ -37,27 +37,8 @@ def test_crops_without_a_gap_are_one_picture():
 def test_crops_with_words_between_them_are_one_picture():
     """As Idefics3's processor writes them: two rows of two crops and the whole picture; then a small picture."""
     crop = [IMAGE, IMAGE]
-    large = [
-        FAKE,
-        ROW,
-        *crop,
-        FAKE,
-        ROW,
-        *crop,
-        BREAK,
-        FAKE,
-        ROW,
-        *crop,
-        FAKE,
-        ROW,
-        *crop,
-        BREAK,
-        BREAK,
-        FAKE,
-        WHOLE,
-        *crop,
-        FAKE,
-    ]
+    line = [FAKE, ROW, *crop, FAKE, ROW, *crop, BREAK]
+    large = [*line, *line, BREAK, FAKE, WHOLE, *crop, FAKE]
     small = [FAKE, WHOLE, *crop, FAKE]
     for between in ([], [WORD], [WORD, BREAK, WORD]):
         row = [WORD, *large, *between, *small, *between, *small, WORD]
@@ -68,7 +49,7 @@ def test_crops_with_words_between_them_are_one_picture():
 
 
 def test_crops_with_one_token_between_them_are_one_picture():
-    """As Ovis2's processor writes them: `<grid>`, `<column>` or `<row>` between crops; the picture's end and beginning between two."""
+    """As Ovis2's processor writes them: a token that says which between crops, an end and a beginning between pictures."""
     begin, grid, column, line, end = 20, 21, 22, 23, 24
     crop = [IMAGE]
     large = [begin, *crop, grid, *crop, column, *crop, line, *crop, column, *crop, end]
