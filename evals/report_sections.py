@@ -22,7 +22,7 @@ from vlmprune.evals import (
 from vlmprune.evals.report_lines import Comparison, Line
 from vlmprune.evals.report_losses import collapse_sentences, collapses, findings, losing, verdict_of
 from vlmprune.evals.report_parts import Cell, Facts, Figure, Figures, Paragraph, Part, Section, Sentences, Table, percent_of
-from vlmprune.evals.report_read import Source
+from vlmprune.evals.report_read import Source, shown_from
 from vlmprune.evals.results import Result
 
 AT_EQUAL_COST = (
@@ -180,7 +180,8 @@ RESULTS: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], Result]]] = {
 def other(source: Source) -> Section:
     """A result as its command shows it."""
     title, says, make = RESULTS[source.kind]
-    result = make(source.numbers)
+    with shown_from(source):
+        result = make(source.numbers)
     stem = source.name.partition(".")[0]
     parts = [_part(shown, title) for shown in result.parts if shown]
     heads = [part.title for part in parts if isinstance(part, Table)]

@@ -288,8 +288,8 @@ OTHERS = {
         {
             "model": "tiny", "batch": 8,
             "rows": [
-                {"recipe": recipe, "task": "vlmprune_reading", "documents": 54, "scores": {"exact_match": score}, "same": same,
-                 "columns": {"ttft_ms": 12.3}, "file": "x_results.json"}
+                {"recipe": recipe, "task": "vlmprune_reading", "documents": 54, "scores": {"exact_match": score},
+                 "same": same, "against": {}, "columns": {"ttft_ms": 12.3}, "file": "x_results.json"}
                 for recipe, score, same in (("none", 0.9815, 1.0), ("random:layer=0,fraction=0.25", 0.6481, 0.63))
             ],
         },
@@ -396,6 +396,16 @@ def test_unknown_json(folder, monkeypatch, capsys):
     (folder / "accuracy.json").unlink()
     (folder / "report.json").unlink()
     assert "package.json is no result of eval, sweep" in refused(monkeypatch, capsys, folder)
+
+
+@pytest.mark.parametrize(("name", "change"), [("accuracy.json", {"mean": {}}), ("lmms.json", {"same": 1.0, "documents": 3})])
+def test_a_file_that_lacks_numbers(folder, name, change, monkeypatch, capsys):
+    """Of another version, or edited: it is named, and no traceback is printed."""
+    row = json.loads((folder / "accuracy.json").read_text())["rows"][0]
+    row = {**row, **change} if name == "accuracy.json" else {"recipe": "a", "task": "b", "scores": {"c": 1}, "columns": {}}
+    (folder / name).write_text(json.dumps({"model": "tiny", "batch": 1, "images": 1, "split": "test", "rows": [row]}))
+    assert f"cannot show {folder}/{name} (" in (said := refused(monkeypatch, capsys, folder))
+    assert "write it again" in said
 
 
 def test_a_torn_file(folder, monkeypatch, capsys):
