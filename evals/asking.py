@@ -19,6 +19,7 @@ import vlmprune
 from vlmprune.evals.question import Question, QuestionSet, key_of
 from vlmprune.loading.placement import to_model
 from vlmprune.loading.prompts import make_batch, placeholders, prompt_text
+from vlmprune.tiny.scenes import SPLITS, Scene, make_scene
 
 BATCH_SIZE = 8
 """Questions in a batch, if nothing else is said."""
@@ -160,3 +161,9 @@ def under(model: Any, recipe: vlmprune.Recipe | None) -> Iterator[vlmprune.Run |
     else:
         with vlmprune.wrap(model, recipe) as run:
             yield run
+
+
+def scenes_of_seed(seed: int, images: int, split: str = "test") -> list[Scene]:
+    """`images` held-out scenes. Other seeds have other scenes; seed 0 has those of `vlmprune eval`."""
+    first = SPLITS[split] + seed * images
+    return [make_scene(first + number) for number in range(images)]

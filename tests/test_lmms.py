@@ -19,7 +19,7 @@ from PIL import Image
 
 import vlmprune as vp
 from vlmprune import tiny
-from vlmprune.evals import lmms_run, lmms_tasks, scene_tasks
+from vlmprune.evals import lmms_results, lmms_run, lmms_tasks, scene_tasks
 from vlmprune.evals.lmms_arguments import Arguments, read_arguments, write_arguments
 from vlmprune.evals.lmms_asking import Asker
 from vlmprune.evals.lmms_prompts import check_system, make_prompt, simple_messages
@@ -438,10 +438,11 @@ print("started")
 """
 RESULTS = """
 folder.mkdir(parents=True, exist_ok=True)
-scores = {"pope": {"alias": "pope", "accuracy,none": 0.5, "accuracy_stderr,none": 0.1, "f1,strict": 1}}
-(folder / "now_results.json").write_text(json.dumps({"results": scores, "n-samples": {"pope": {"effective": 3}}}))
-rows = [{"doc_id": n, "filtered_resps": "yes", "token_counts": [{"kept_tokens": n, "ttft_ms": 1.0}]} for n in (0, 2, 1)]
-(folder / "now_samples_pope.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
+scores = {"pope": {"alias": "pope", "accuracy,none": 1 / 3, "accuracy_stderr,none": 0.1, "f1,strict": 1}}
+(folder / "20261128_101500_results.json").write_text(json.dumps({"results": scores, "n-samples": {"pope": {"effective": 3}}}))
+rows = [{"doc_id": n, "filtered_resps": "yes", "token_counts": [{"kept_tokens": n, "ttft_ms": 1.0}],
+    "accuracy": {"score": float(n == 1), "picture": n // 2}, "f1": {"score": 1.0}} for n in (0, 2, 1)]
+(folder / "20261128_101500_samples_pope.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
 """
 
 
@@ -464,25 +465,40 @@ def test_a_run_is_read(pretending):
     """Samples by document, scores without errors, means of the columns over all of them."""
     (finished,) = pretending(RESULTS)
     assert [sample.number for sample in finished.samples["pope"]] == [0, 1, 2]
-    assert finished.scores == {"pope": {"accuracy": 0.5, "f1,strict": 1.0}}
+    assert finished.scores == {"pope": {"accuracy": 1 / 3, "f1,strict": 1.0}}
     assert finished.columns("pope") == {"kept_tokens": 1.0, "ttft_ms": 1.0}
-    rows = numbers_of([finished, replace(finished, recipe="fastv")])
+    better = [replace(sample, scores={"accuracy": 1.0}) for sample in finished.samples["pope"]]
+    other = replace(finished, recipe="fastv", samples={"pope": better}, scores={"pope": {"accuracy": 1.0}})
+    rows = numbers_of([finished, other])
     assert rows[1]["same"] == 1
+    assert rows[1]["against"]["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert (rows[1]["against"]["accuracy"]["n"], rows[1]["against"]["accuracy"]["units"]) == (3, 2)
+    other = replace(other, scores={"pope": {"accuracy": 0.9}})  # not the mean of its scores: nothing to compare
+    assert other.differences(finished, "pope") == {}
     text = result({"model": "tiny", "batch": 1, "rows": rows}).markdown()
-    assert "| pope | accuracy | 0.5 | 0.5 |" in text
-    assert "| pope | TPOT ms | — | — |" in text
+    assert "| pope | accuracy | 0.3333 | 1 |" in text
+    assert re.search(r"\| pope \| accuracy, points more than none \| — \| \+66\.7 \[", text)
+    assert "| pope | `fastv` | 1 | — |" in text
+
+
+def test_of_judged_answers_the_likeliest_counts():
+    """Red: losses are compared, which no two recipes have in common."""
+    assert lmms_results._answer([["2.5", "False"], ["0.25", "True"], ["10.0", "False"]]) == 1
+    assert lmms_results._answer(["yes", "no"]) == ["yes", "no"]
+    assert lmms_results._answer("yes") == "yes"
 
 
 @pytest.mark.parametrize(
     ("body", "error", "sentence"),
     [
         ("", NoResultsError, "(exit code 0): started. Its output is in"),
+        (RESULTS.replace("20261128_101500_results", "pope_results"), NoResultsError, "(exit code 0)"),
         ("raise MemoryError('too large')", NoResultsError, "(exit code 1): MemoryError: too large. Its output is in"),
         ("print('vlmprune.errors.UsageError: no such thing: do that.')", vp.UsageError, "no such thing: do that."),
         (RESULTS.replace("(0, 2, 1)", "(0, 2, 2)"), vp.UsageError, "3 samples about 2 documents, and 3 were to be asked"),
         (RESULTS.replace("samples_pope", "samples_other"), vp.UsageError, "no samples of pope"),
     ],
-    ids=("silent", "crash", "mistake", "double", "missing"),
+    ids=("silent", "submission", "crash", "mistake", "double", "missing"),
 )
 def test_a_run_that_failed(pretending, body, error, sentence):
     """lmms-eval returns 0 after a crash, and swallows errors while it saves. Red: they look like success."""

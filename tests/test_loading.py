@@ -235,7 +235,10 @@ BROKEN = {
         replaced("config.json", model_type="zzz", auto_map={"AutoConfig": "code.Config"}),
         "unknown model family",
     ),
-    "a known one that is not supported": (replaced("config.json", model_type="blip-2"), "found 'blip-2'"),
+    "a known one that is not supported": (
+        replaced("config.json", model_type="blip-2"),
+        "models of the type 'blip-2' are not supported: learned queries stand for a picture",
+    ),
     "processor is no JSON": (written("processor_config.json", b"{,}"), "processor_config.json is broken"),
     "tokenizer is no JSON": (written("tokenizer.json", b"[1, 2"), "tokenizer.json is broken"),
     "tokenizer is an empty object": (written("tokenizer.json", b"{}"), "tokenizer.json is broken (it holds no model"),
