@@ -123,7 +123,7 @@ def test_methods_and_env(monkeypatch, capsys):
         (("run", "--max-new-tokens", "0"), "Invalid value for '--max-new-tokens'"),
         (("tune", "--method"), "Option '--method' requires an argument; `vlmprune tune -h` lists all options"),
         (("run", "extra"), "unexpected extra argument"),
-        (("run",), "Missing option '--image'"),
+        (("view",), "Missing option '--image'"),
         (("tune",), "tune needs an accuracy budget, for example --max-drop 1.0, or one method"),
         (("tune", "--method", "adaptinfr"), "unknown method 'adaptinfr': did you mean 'adaptinfer'?"),
         (("tune", "--method", "fastv"), "the methods that can be tuned are: adaptinfer; found 'fastv'"),
