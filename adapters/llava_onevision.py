@@ -1,6 +1,6 @@
 """LLaVA-OneVision (`model_type: llava_onevision`): a base view and crops as in LLaVA-NeXT, made smaller where they would be
-more than the model's limit, with a learned row separator after each row; of several pictures in a sample only base views, with one
-separator each. No CLS token."""
+more than the model's limit, with a learned row separator after each row; of several pictures in a sample only base views, with
+one separator each. No CLS token."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.adapters.crops import side_of
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.llava_next import best_resolution, packed, unpadded
-from vlmprune.adapters.tiles import side_of
 from vlmprune.device import on_host
 
 

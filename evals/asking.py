@@ -18,7 +18,8 @@ from torch import Tensor
 import vlmprune
 from vlmprune.evals.question import Question, QuestionSet, key_of
 from vlmprune.loading.placement import to_model
-from vlmprune.loading.prompts import make_batch, prompt_text
+from vlmprune.loading.prompts import make_batch, placeholders, prompt_text
+from vlmprune.tiny.scenes import SPLITS, Scene, make_scene
 
 BATCH_SIZE = 8
 """Questions in a batch, if nothing else is said."""
@@ -90,14 +91,13 @@ class Asking:
         """
         start = time.perf_counter()
         inputs = self._inputs(number)
-        placeholders = self._placeholders(inputs)
+        seen = placeholders(model, inputs)
         with torch.inference_mode():
             given = self._generate(model, inputs, number)
         seconds = time.perf_counter() - start
-        record = None if run is None else run.last
-        if run is None or record is None or not record.visual:
-            return Batch(given, seconds, float(sum(placeholders)), sum(placeholders), placeholders)
-        kept = list(placeholders)
+        if run is None or (record := run.last) is None:
+            return Batch(given, seconds, float(sum(seen)), sum(seen), seen)
+        kept = list(seen)
         left = {(one.sample, one.ordinal): one for one in record.kept if one.site != "cache"}
         for (sample, _), one in left.items():
             kept[sample] += len(one.index) - one.original
@@ -108,11 +108,6 @@ class Asking:
         chosen = self.batches[number]
         asked = [self.questions[index] for index in chosen]
         return make_batch(self.processor, [one.pictures() for one in asked], [self.texts[index] for index in chosen])
-
-    def _placeholders(self, inputs: Any) -> list[int]:
-        """Of each row of a batch, the tokens that stand for pictures."""
-        token = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-        return (inputs["input_ids"] == token).sum(dim=1).tolist()
 
     def _generate(self, model: Any, inputs: Any, number: int) -> list[str]:
         inputs = to_model(model, inputs)
@@ -166,3 +161,9 @@ def under(model: Any, recipe: vlmprune.Recipe | None) -> Iterator[vlmprune.Run |
     else:
         with vlmprune.wrap(model, recipe) as run:
             yield run
+
+
+def scenes_of_seed(seed: int, images: int, split: str = "test") -> list[Scene]:
+    """`images` held-out scenes. Other seeds have other scenes; seed 0 has those of `vlmprune eval`."""
+    first = SPLITS[split] + seed * images
+    return [make_scene(first + number) for number in range(images)]

@@ -121,7 +121,13 @@ def test_two_questions_with_one_id(folder):
 
 @pytest.mark.parametrize(
     ("spec", "sentence"),
-    [("no/where", "there is no folder no/where: give one"), ("./no", "there is no folder ./no: give one")],
+    [
+        (
+            "no/where",
+            "there is no folder no/where: give one that holds questions.jsonl and the pictures; a dataset of the hub must",
+        ),
+        ("./no", "there is no folder ./no: give one that holds questions.jsonl and the pictures."),
+    ],
 )
 def test_there_is_no_folder(spec, sentence):
     with pytest.raises(UsageError) as refusal:

@@ -190,6 +190,19 @@ def test_processes_by_hand_on_a_shared_folder(alone, tmp_path, monkeypatch, caps
     assert len(lines(tmp_path)) == len(lines(alone)), "something was asked twice"
 
 
+def test_eval_is_shared_too(monkeypatch, capsys, tmp_path):
+    """One rank after the other in this process, as on two machines of which one comes late."""
+    arguments = ("eval", "--recipe", "cls:fraction=0.25", "--images", 3, "--batch", 8, "--out")
+    assert vlmprune(monkeypatch, *arguments, tmp_path / "alone") == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert vlmprune(monkeypatch, *arguments, tmp_path / "shared") == 0
+    assert (tmp_path / "shared" / FILE).read_bytes() == (tmp_path / "alone" / FILE).read_bytes()
+    assert len(list((tmp_path / "shared" / "eval-answers").glob("answers-*.jsonl"))) == 2
+    assert "rank 1 of 2 has answered its parts" in capsys.readouterr().err
+
+
 def test_two_sweeps_at_once_in_one_folder(alone, tmp_path, monkeypatch):
     """Red: both answer everything, or one spoils the other's file."""
     other = start(command(tmp_path))

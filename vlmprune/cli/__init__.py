@@ -1,6 +1,7 @@
 """The command line `vlmprune`: its commands, and its answer to a mistake.
 
     ask.py      demo, run, view         a model answers questions about pictures
+    checking.py check                   a pruned run against the un-pruned model
     compare.py  eval, bench             recipes side by side: accuracy, speed
     sweeping.py sweep                   all methods at equal compute
     lmms.py     lmms                    recipes on the benchmarks of lmms-eval
@@ -22,14 +23,14 @@ from typing import Annotated, Any
 import typer
 
 from vlmprune import __version__, names
-from vlmprune.cli import about, ask, choose, compare, lmms, page, plan, sweeping
+from vlmprune.cli import about, ask, checking, choose, compare, lmms, page, plan, sweeping
 from vlmprune.errors import UsageError, unknown
 from vlmprune.loading.environment import environment
 
 __all__ = ["app", "environment", "main", "method_rows", "methods_markdown", "redistribution_markdown"]
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
-    "Ask a model": {"demo": ask.demo, "run": ask.run, "view": ask.view},
+    "Ask a model": {"demo": ask.demo, "run": ask.run, "view": ask.view, "check": checking.check},
     "Compare methods": {
         "eval": compare.evaluate,
         "sweep": sweeping.sweep,

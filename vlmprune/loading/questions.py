@@ -38,10 +38,11 @@ class ReadyQuestion:
         """The rasters of the picture's tokens."""
         from vlmprune.adapters.registry import family_of
 
-        grids = family_of(self.model.config).cells(self.inputs, self.model.config)[0]
-        single = len(grids) == 1
+        family = family_of(self.model.config)
+        grids = family.cells(self.inputs, self.model.config)[0]
+        whole = family.overview % len(grids)
         return [
-            Crop("picture" if single else f"crop {row}, {column}" if row else "whole picture", row, cells)
+            Crop(_name(row, column, whole, len(grids)), row, cells)
             for row, beside in enumerate(grids)
             for column, cells in enumerate(beside, start=1)
         ]
@@ -72,7 +73,7 @@ class Crop:
 
     Attributes:
         name: "picture"; where there are several, "whole picture" and "crop 1, 1" (row, column), …
-        row: in which it is drawn; the crops begin with 1.
+        row: in which it is drawn.
         cells: `[rows, columns]` the index of each cell's token in the picture; −1 for padding, which has no token.
     """
 
@@ -84,6 +85,13 @@ class Crop:
     def tokens(self) -> int:
         """How many cells have a token."""
         return int((self.cells >= 0).sum())
+
+
+def _name(row: int, column: int, whole: int, rows: int) -> str:
+    """What a raster shows. `whole` is the row of that of the whole picture; rows of crops count from 1."""
+    if rows == 1:
+        return "picture"
+    return "whole picture" if row == whole else f"crop {row + (row < whole)}, {column}"
 
 
 def open_question(
