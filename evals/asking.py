@@ -18,7 +18,7 @@ from torch import Tensor
 import vlmprune
 from vlmprune.evals.question import Question, QuestionSet, key_of
 from vlmprune.loading.placement import to_model
-from vlmprune.loading.prompts import make_batch, prompt_text
+from vlmprune.loading.prompts import make_batch, placeholders, prompt_text
 from vlmprune.tiny.scenes import SPLITS, Scene, make_scene
 
 BATCH_SIZE = 8
@@ -91,13 +91,13 @@ class Asking:
         """
         start = time.perf_counter()
         inputs = self._inputs(number)
-        placeholders = self._placeholders(inputs)
+        seen = placeholders(model, inputs)
         with torch.inference_mode():
             given = self._generate(model, inputs, number)
         seconds = time.perf_counter() - start
         if run is None or (record := run.last) is None:
-            return Batch(given, seconds, float(sum(placeholders)), sum(placeholders), placeholders)
-        kept = list(placeholders)
+            return Batch(given, seconds, float(sum(seen)), sum(seen), seen)
+        kept = list(seen)
         left = {(one.sample, one.ordinal): one for one in record.kept if one.site != "cache"}
         for (sample, _), one in left.items():
             kept[sample] += len(one.index) - one.original
@@ -108,11 +108,6 @@ class Asking:
         chosen = self.batches[number]
         asked = [self.questions[index] for index in chosen]
         return make_batch(self.processor, [one.pictures() for one in asked], [self.texts[index] for index in chosen])
-
-    def _placeholders(self, inputs: Any) -> list[int]:
-        """Of each row of a batch, the tokens that stand for pictures."""
-        token = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-        return (inputs["input_ids"] == token).sum(dim=1).tolist()
 
     def _generate(self, model: Any, inputs: Any, number: int) -> list[str]:
         inputs = to_model(model, inputs)

@@ -62,12 +62,13 @@ def read_task(name: str, most: int | None = None, scorer: str | None = None) -> 
     task = _load(name)
     settings = task.config.generation_kwargs or {}
     until = settings.get("until") or ()
+    until = (until,) if isinstance(until, str) else until
     rows = task.eval_docs
     count = len(rows) if most is None else min(most, len(rows))
     metric = scorer or _metric(task, name, rows[0])
     questions = [_question(task, name, rows, number, metric, scorer) for number in range(count)]
     longest = int(settings.get("max_new_tokens", USUAL_LENGTH))
-    return TaskQuestions(questions, metric, longest, (until,) if isinstance(until, str) else tuple(until))
+    return TaskQuestions(questions, metric, longest, tuple(text for text in until if text))
 
 
 def _load(name: str) -> Any:

@@ -98,7 +98,7 @@ def _overview(found: Comparison, axis: Axis, lines: Sequence[Line]) -> Figure:
         axes.set_ylabel(f"accuracy, mean over {found.group_word}s (%)" if len(found.groups) > 1 else "accuracy (%)")
         labels.append((axes.get_xlim()[1], 100 * found.unpruned.mean.value, "un-pruned", "#000000"))
         _label(axes, labels)
-        svg = report_svg.from_figure(figure, name, _says(found, axis, best, worst))
+        svg = report_svg.from_figure(figure, _says(found, axis, best, worst))
     return Figure(axis.title, svg, _says(found, axis, best, worst))
 
 
@@ -221,7 +221,7 @@ def _panel(found: Comparison, method: str, lines: Sequence[Line]) -> Figure:
         axes.grid(axis="y", color="#000000", alpha=0.1, linewidth=0.7)
         axes.tick_params(length=3, width=0.8)
         says = " ".join(f"At {percent_of(line.budget or 0)}: {line.mean}, random {line.random}." for line in lines)
-        svg = report_svg.from_figure(figure, name, f"{method}, accuracy over its budget. {says}")
+        svg = report_svg.from_figure(figure, f"{method}, accuracy over its budget. {says}")
     return Figure(f"`{method}`", svg, says, note=_verdicts(lines))
 
 

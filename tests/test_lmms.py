@@ -438,9 +438,10 @@ print("started")
 """
 RESULTS = """
 folder.mkdir(parents=True, exist_ok=True)
-scores = {"pope": {"alias": "pope", "accuracy,none": 0.5, "accuracy_stderr,none": 0.1, "f1,strict": 1}}
+scores = {"pope": {"alias": "pope", "accuracy,none": 1 / 3, "accuracy_stderr,none": 0.1, "f1,strict": 1}}
 (folder / "20261128_101500_results.json").write_text(json.dumps({"results": scores, "n-samples": {"pope": {"effective": 3}}}))
-rows = [{"doc_id": n, "filtered_resps": "yes", "token_counts": [{"kept_tokens": n, "ttft_ms": 1.0}]} for n in (0, 2, 1)]
+rows = [{"doc_id": n, "filtered_resps": "yes", "token_counts": [{"kept_tokens": n, "ttft_ms": 1.0}],
+    "accuracy": {"score": float(n == 1), "picture": n // 2}, "f1": {"score": 1.0}} for n in (0, 2, 1)]
 (folder / "20261128_101500_samples_pope.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
 """
 
@@ -464,12 +465,19 @@ def test_a_run_is_read(pretending):
     """Samples by document, scores without errors, means of the columns over all of them."""
     (finished,) = pretending(RESULTS)
     assert [sample.number for sample in finished.samples["pope"]] == [0, 1, 2]
-    assert finished.scores == {"pope": {"accuracy": 0.5, "f1,strict": 1.0}}
+    assert finished.scores == {"pope": {"accuracy": 1 / 3, "f1,strict": 1.0}}
     assert finished.columns("pope") == {"kept_tokens": 1.0, "ttft_ms": 1.0}
-    rows = numbers_of([finished, replace(finished, recipe="fastv")])
+    better = [replace(sample, scores={"accuracy": 1.0}) for sample in finished.samples["pope"]]
+    other = replace(finished, recipe="fastv", samples={"pope": better}, scores={"pope": {"accuracy": 1.0}})
+    rows = numbers_of([finished, other])
     assert rows[1]["same"] == 1
+    assert rows[1]["against"]["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert (rows[1]["against"]["accuracy"]["n"], rows[1]["against"]["accuracy"]["units"]) == (3, 2)
+    other = replace(other, scores={"pope": {"accuracy": 0.9}})  # not the mean of its scores: nothing to compare
+    assert other.differences(finished, "pope") == {}
     text = result({"model": "tiny", "batch": 1, "rows": rows}).markdown()
-    assert "| pope | accuracy | 0.5 | 0.5 |" in text
+    assert "| pope | accuracy | 0.3333 | 1 |" in text
+    assert re.search(r"\| pope \| accuracy, points more than none \| — \| \+66\.7 \[", text)
     assert "| pope | `fastv` | 1 | — |" in text
 
 

@@ -342,6 +342,21 @@ def test_weights_in_the_old_format(folder, content, sentence):
     assert "\n" not in str(error.value)
 
 
+def test_a_token_of_prompts_that_stands_for_others(made):
+    """Gemma 3: prompts have the token that begins a picture, and the processor puts the model's placeholders behind it."""
+    from types import SimpleNamespace
+
+    from vlmprune.loading.processor import _check_fits
+
+    model, processor = load_model(str(made["llava"]), "cpu")
+    source = SimpleNamespace(name="x")
+    processor.image_token = "?"
+    _check_fits(source, processor, model.config)
+    processor.tokenizer.image_token = None
+    with pytest.raises(vp.UsageError, match=r"do not belong together: \? is token"):
+        _check_fits(source, processor, model.config)
+
+
 def test_weights_in_the_old_format_that_are_whole(folder):
     tensors = load_file(folder / "model.safetensors")
     torch.save(tensors, folder / "pytorch_model.bin")

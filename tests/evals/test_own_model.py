@@ -195,6 +195,22 @@ def test_what_all_commands_refuse(models, pictured, command, monkeypatch, capsys
         assert len(said.strip().splitlines()) == 1
 
 
+def test_mistyped_names_are_answered_before_torch_is_imported():
+    import subprocess
+    import sys
+
+    for arguments, sentence in (
+        (("--scorer", "exakt"), "unknown scorer 'exakt': did you mean 'exact'?"),
+        (("--split", "tset"), "unknown split 'tset': did you mean 'test'?"),
+        (("--model", "x"), "give --data with questions for yours."),
+        (("--recipe", "divprun"), "unknown method 'divprun': did you mean 'divprune'"),
+    ):
+        code = "import sys; sys.modules['torch'] = None; from vlmprune import cli; cli.main()"
+        done = subprocess.run([sys.executable, "-c", code, "eval", *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        assert sentence in done.stderr
+
+
 @pytest.mark.parametrize(
     ("family", "recipe", "sentence"),
     [

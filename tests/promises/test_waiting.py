@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+import families.table
 import numpy as np
 import pytest
 import torch
@@ -170,3 +171,29 @@ def test_waiting_is_noticed(ask, monkeypatch):
     monkeypatch.setattr(vp.Random, "select", select)
     with vp.wrap(model, "random:layer=0,tokens=4"), pytest.raises(RuntimeError, match="meta tensors"):
         ask(model, inputs)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "aya_vision", "paligemma"])
+@pytest.mark.parametrize("recipe", ["random:layer=0,tokens=4", "random:layer=0|3,tokens=6|2"])
+def test_windows_and_blocks(name, recipe, ask):
+    """Beyond the window. Red: what left it is looked for among the entries, or a mask is asked what it shows. (The first stage
+    is at layer 0: transformers' own cache layers of a window wait, and so do its masks of recurrent layers.)"""
+    model = families.table.build(name)
+    inputs = families.table.make_inputs(name, [["text8", "image", "text30"]])
+    with torch.no_grad():
+        pixels = {key: inputs.pop(key) for key in [*inputs] if key.startswith(("pixel", "image_grid", "spatial"))}
+        encoded = model.base_model.get_image_features(**pixels, return_dict=True)
+    encoded.pooler_output = [features.to("meta") for features in encoded.pooler_output]
+    encoded.pooler_output = torch.stack(encoded.pooler_output)
+    encoded.last_hidden_state = encoded.last_hidden_state.to("meta")
+    length = inputs["input_ids"].shape[1]
+    given = {**inputs, "mm_encoder_outputs": {"image": encoded}, "position_ids": torch.arange(length)[None]}
+    model = model.to("meta")
+    with vp.wrap(model, recipe):
+        prompt, reads = ask(model, given, use_cache=True)
+        assert len(reads) == 1, reads
+        for more in (1, 2):
+            step = {"input_ids": torch.full((1, 1), 20), "attention_mask": torch.ones(1, length + more, dtype=torch.long)}
+            step["position_ids"] = torch.tensor([[length + more]])
+            _, reads = ask(model, step, past_key_values=prompt.past_key_values)
+            assert not reads

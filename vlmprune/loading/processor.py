@@ -46,10 +46,12 @@ def _check_fits(source: Source, processor: Any, config: Any) -> None:
     for part in ("image_processor", "tokenizer"):
         if getattr(processor, part, None) is None:
             raise source.without_processor(f"found only {type(processor).__name__}")
-    # Where the two differ (Gemma 3), the processor's own stands for a picture in a prompt, and becomes many of the tokenizer's.
-    token = getattr(processor.tokenizer, "image_token", None) or processor.image_token
-    wanted_id = family_of(config).image_token(config)
-    if (found_id := processor.tokenizer.convert_tokens_to_ids(token)) != wanted_id:
+    token, wanted_id = processor.image_token, family_of(config).image_token(config)
+    found_id = processor.tokenizer.convert_tokens_to_ids(token)
+    # Of some families the token in a prompt stands for others that the processor puts there (Gemma 3, Aya Vision).
+    others = (getattr(processor, "img_patch_token", None), getattr(processor.tokenizer, "image_token", None))
+    ids = {found_id, *(processor.tokenizer.convert_tokens_to_ids(other) for other in others if other is not None)}
+    if wanted_id not in ids:
         raise UsageError(
             f"the processor and the model of {source.name!r} do not belong together: {token} is token {found_id} in the "
             f"processor, and {wanted_id} in config.json; save the base model's processor into the same folder."
