@@ -233,8 +233,8 @@ class Tiny:
         kind_of_image, kind_of_new: its value at placeholders and at generated tokens (0 elsewhere).
         pictures_first: prompts begin with their pictures.
         attentions: the attention implementations that run here; the first is what the model takes by itself.
-        seed: of the weights. Where layers are recurrent, stock logits of a sample in a batch and alone differ by rounding, and
-            by more than 5e-5 for some weights.
+        seed: of the weights. With some, rounding decides: between two experts or heads, or more than 5e-5 of what recurrent
+            layers of the stock model compute in a batch and alone.
         recurrent: there are decoder layers without attention, for which *masked* is not defined.
         injected: into how many of the first decoder layers the tower's features are added again.
         window: tokens that its sliding layers see, 0 if there are none.
@@ -312,7 +312,7 @@ TINY = {
     "mistral3": Tiny(tf.Mistral3ForConditionalGeneration, configs.mistral3, _pixtral),
     "glm4v": Tiny(tf.Glm4vForConditionalGeneration, configs.glm4v, _packed, **_QWEN),
     "glm46v": Tiny(tf.Glm46VForConditionalGeneration, configs.glm46v, _packed, **_QWEN),
-    "glm4v_moe": Tiny(tf.Glm4vMoeForConditionalGeneration, configs.glm4v_moe, _packed, **_QWEN),
+    "glm4v_moe": Tiny(tf.Glm4vMoeForConditionalGeneration, configs.glm4v_moe, _packed, seed=1, **_QWEN),
     "paligemma": Tiny(
         tf.PaliGemmaForConditionalGeneration,
         configs.paligemma,
