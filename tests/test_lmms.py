@@ -496,9 +496,10 @@ def test_of_judged_answers_the_likeliest_counts():
         ("raise MemoryError('too large')", NoResultsError, "(exit code 1): MemoryError: too large. Its output is in"),
         ("print('vlmprune.errors.UsageError: no such thing: do that.')", vp.UsageError, "no such thing: do that."),
         (RESULTS.replace("(0, 2, 1)", "(0, 2, 2)"), vp.UsageError, "3 samples about 2 documents, and 3 were to be asked"),
+        (RESULTS.replace("(0, 2, 1)", "(0, 2, 1, 1)"), vp.UsageError, "4 samples about 3 documents, and 3 were to be asked"),
         (RESULTS.replace("samples_pope", "samples_other"), vp.UsageError, "no samples of pope"),
     ],
-    ids=("silent", "submission", "crash", "mistake", "double", "missing"),
+    ids=("silent", "submission", "crash", "mistake", "lost", "double", "missing"),
 )
 def test_a_run_that_failed(pretending, body, error, sentence):
     """lmms-eval returns 0 after a crash, and swallows errors while it saves. Red: they look like success."""
@@ -551,3 +552,13 @@ def test_without_lmms_eval(monkeypatch, capsys, tmp_path):
     with pytest.raises(vp.UsageError, match=r"lmms-eval 0\.7 cannot be imported here"):
         __import__("vlmprune.evals.lmms")
     assert read_finished is not None
+
+
+def test_dtypes(tmp_path):
+    """Weights are read as they are wanted, the embedded model's in float32 otherwise."""
+    for dtype, device_map in ((None, None), ("bfloat16", None), ("bfloat16", "auto")):
+        session = Session(Arguments("tiny", dtype=dtype, device_map=device_map))
+        assert str(session._asker.model.dtype) == f"torch.{dtype or 'float32'}"
+        (row,) = session.generate([Request(lambda: simple_messages(ASKED[0][1].text, [ASKED[0][0].image]), "", SHORT)])
+        assert row["answer"] == ASKED[0][1].answer
+        session.close()
