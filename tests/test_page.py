@@ -18,7 +18,7 @@ from PIL import Image
 
 import vlmprune
 from vlmprune.errors import UsageError
-from vlmprune.evals import power, report, report_lines, report_losses, report_read
+from vlmprune.evals import power, report, report_lines, report_losses, report_read, report_sections
 from vlmprune.evals.report_figures import spread
 
 pytestmark = pytest.mark.xdist_group("page")
@@ -201,7 +201,9 @@ def test_p_values_that_are_corrected_are_shown():
     new = {"value": 0.01, "low": -0.01, "high": 0.02, "p": 0.01, "corrected": 0.2, "n": 90, "units": 30, "source": "bootstrap"}
     for row in numbers["rows"]:
         row["over_random"] = dict.fromkeys(row["over_random"], new)
-    lines = report_lines.of_sweep("it", numbers).lines
+    found = report_lines.of_sweep("it", numbers)
+    lines = found.lines
+    assert "corrected for all points (Holm)" in report_sections.comparison(found)[0].parts[0].text
     assert {(line.over_random["mean"].p, line.over_random["mean"].verdict) for line in lines if line.over_random} == {
         (0.2, "ties")
     }
