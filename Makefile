@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+LMMS ?= .venv-lmms
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The tests that also run on the oldest supported transformers: pruned ≡ masked, every strategy of generate, gradients, threads.
@@ -11,15 +12,19 @@ LESS := -k "not qwen and not keeps_nothing and not (llava_next and (test_exact o
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-oldest lint
+.PHONY: demo test test-oldest test-lmms lint
 demo: $(STAMP)
 	$(BIN)/vlmprune demo
 
-test: $(STAMP) lint test-oldest
+test: $(STAMP) lint test-oldest test-lmms
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --durations 15 --cov --cov-report=term --cov-fail-under=95
 
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 VLMPRUNE_OLDEST=1 $(OLDEST)/bin/python $(PYTEST) -p no:cacheprovider $(LESS) $(CORE)
+
+# The plugin into lmms-eval, and the real lmms-eval command, offline.
+test-lmms: $(LMMS)/.installed
+	OMP_NUM_THREADS=1 $(LMMS)/bin/python $(PYTEST) -p no:cacheprovider tests/lmms
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -32,10 +37,20 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# This environment has the older packages and finds all others in .venv: nothing large is installed twice.
-$(OLDEST)/.installed: $(STAMP) constraints-oldest.txt
-	$(BIN)/python -m venv --clear $(OLDEST)
+# The other environments have some packages of their own, and find all others in .venv: nothing large is installed twice.
+define beside
+	$(BIN)/python -m venv --clear $(1)
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
-		> "$$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/everything_else.pth"
+		> "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/everything_else.pth"
+endef
+
+$(OLDEST)/.installed: $(STAMP) constraints-oldest.txt
+	$(call beside,$(OLDEST))
 	$(OLDEST)/bin/pip install --quiet --requirement constraints-oldest.txt
+	touch $@
+
+$(LMMS)/.installed: $(STAMP) requirements-lmms.txt
+	$(call beside,$(LMMS))
+	$(LMMS)/bin/pip install --quiet --constraint constraints.txt --requirement requirements-lmms.txt
+	$(LMMS)/bin/pip install --quiet --no-deps lmms-eval==0.7.3
 	touch $@

@@ -1,8 +1,8 @@
-"""Aya Vision and Cohere2 Vision (`model_type: aya_vision`, `cohere2_vision`): tiles of a picture, and the whole of it as the
-last one; squares of patches become one token before the projector. One token stands before each tile, or behind it. No CLS
+"""Aya Vision and Cohere2 Vision (`model_type: aya_vision`, `cohere2_vision`): crops of a picture, and the whole of it as the
+last one; squares of patches become one token before the projector. One token stands before each crop, or behind it. No CLS
 token.
 
-The processor does not say how the tiles of a picture are arranged: drawn, they stand in one row, in their order.
+The processor does not say how the crops of a picture are arranged: drawn, they stand in one row, in their order.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmprune.adapters.crops import crops_of_pictures, rasters, side_of
 from vlmprune.adapters.family import Family
-from vlmprune.adapters.tiles import rasters, side_of, tiles_of_pictures
 
 
 def _side(config: Any) -> int:
@@ -33,9 +33,9 @@ def _joins(between: Sequence[int]) -> bool:
 
 def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
     side, pictures = _side(config), []
-    for picture in tiles_of_pictures(inputs["input_ids"], config.image_token_id, side * side, _joins):
-        *tiles, whole = rasters(len(picture), side)
-        pictures.append([tiles, [whole]] if tiles else [[whole]])
+    for picture in crops_of_pictures(inputs["input_ids"], config.image_token_id, side * side, _joins):
+        *crops, whole = rasters(len(picture), side)
+        pictures.append([crops, [whole]] if crops else [[whole]])
     return pictures
 
 

@@ -66,9 +66,9 @@ class Family:
     Attributes:
         name: `config.model_type`.
         image_token: id of the image placeholder, from the config.
-        tokens_per_image: visual tokens of each picture, or of each of its tiles, from the arguments of a call with pixels.
+        tokens_per_image: visual tokens of each picture, or of each of its crops, from the arguments of a call with pixels.
         entries: the same, from the sizes of the entries of what `get_image_features` returns, where an entry is neither.
-        joins: whether two tiles are of one picture, from the ids between them; None if every entry is a picture of its own.
+        joins: whether two crops are of one picture, from the ids between them; None if every entry is a picture of its own.
         image_grid: rows and columns of each picture's tokens, from the processor's output and the config (for drawing); None if
             `crops` is given.
         crops: the same if a picture is more than one grid of its tokens, see `cells`; None if it is one.

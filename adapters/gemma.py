@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from math import isqrt, prod
 from typing import Any
 
+from vlmprune.adapters.crops import side_of
 from vlmprune.adapters.family import Family
-from vlmprune.adapters.tiles import side_of
 from vlmprune.device import on_host
 
 # -- Gemma 3: one raster per picture; crops of a picture (pan and scan) stand apart in the prompt, each with its own budget ---

@@ -1,10 +1,12 @@
-"""Idefics3 and SmolVLM (`model_type: idefics3`, `smolvlm`): a picture is cut into tiles, with the whole of it as the last one; all
-tiles have equally many tokens, and text between them names their row and column. The encoder returns one entry per sample, an
-empty one for a sample without a picture.
+"""Idefics3 and SmolVLM (`model_type: idefics3`, `smolvlm`): a picture is cut into crops, with the whole of it as the last one.
+All crops have equally many tokens, and text between them names their row and column. The encoder returns one entry per sample,
+an empty one for a sample without a picture.
 
-    <fake> <row_1_col_1> img … img <fake> <row_1_col_2> img … img \\n <fake> <row_2_col_1> … \\n \\n <fake> <global-img> img … img <fake>
+    <fake> <row_1_col_1> img … img <fake> <row_1_col_2> img … img \\n
+    <fake> <row_2_col_1> … \\n
+    \\n <fake> <global-img> img … img <fake>
 
-A budget is the picture's, all tiles together.
+A budget is the picture's, all crops together.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmprune.adapters.crops import crops_of_pictures, rasters, side_of
 from vlmprune.adapters.family import Family
-from vlmprune.adapters.tiles import rasters, side_of, tiles_of_pictures
 from vlmprune.device import on_host
 
 
@@ -25,33 +27,33 @@ def _side(config: Any) -> int:
 
 
 def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
-    """Of each tile. Samples with fewer tiles than others have tiles of zeros, which the model leaves out."""
+    """Of each crop. Samples with fewer crops than others have crops of zeros, which the model leaves out."""
     if (pixels := call.get("pixel_values")) is None:
         return None
-    tiles = int(on_host((pixels != 0).flatten(2).any(dim=2).sum()))
-    return [_side(config) ** 2] * tiles
+    crops = int(on_host((pixels != 0).flatten(2).any(dim=2).sum()))
+    return [_side(config) ** 2] * crops or None
 
 
 def _entries(sizes: Sequence[int], config: Any) -> list[int]:
-    tile = _side(config) ** 2
-    return [tile] * (sum(sizes) // tile)
+    crop = _side(config) ** 2
+    return [crop] * (sum(sizes) // crop)
 
 
 def _joins(between: Sequence[int]) -> bool:
-    """A picture ends with the token that every tile begins with, two before the first of its features. Between tiles of one row
+    """A picture ends with the token that every crop begins with, two before the first of its features. Between crops of one row
     there are only these two; a new row begins with a line break."""
     return len(between) == 2 or (len(between) > 2 and between[0] != between[-2])
 
 
 def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
     side, pictures = _side(config), []
-    for picture in tiles_of_pictures(inputs["input_ids"], config.image_token_id, side * side, _joins):
+    for picture in crops_of_pictures(inputs["input_ids"], config.image_token_id, side * side, _joins):
         rows: list[list[Tensor]] = []
-        for between, tile in zip(picture, rasters(len(picture), side), strict=True):
+        for between, crop in zip(picture, rasters(len(picture), side), strict=True):
             if len(between) == 2:
-                rows[-1].append(tile)
+                rows[-1].append(crop)
             else:
-                rows.append([tile])
+                rows.append([crop])
         pictures.append(rows)
     return pictures
 

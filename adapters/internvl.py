@@ -1,7 +1,7 @@
-"""InternVL 3 and 3.5 in the format of transformers (`model_type: internvl`): one to twelve tiles of a picture, and the whole of it
-as the last one; a tower with a CLS token; squares of 2 × 2 patches become one token before the projector; any decoder.
+"""InternVL 3 and 3.5 in the format of transformers (`model_type: internvl`): one to twelve crops of a picture, and the whole of
+it as the last one; a tower with a CLS token; squares of 2 × 2 patches become one token before the projector; any decoder.
 
-The processor does not say how the tiles of a picture are arranged: drawn, they stand in one row, in their order.
+The processor does not say how the crops of a picture are arranged: drawn, they stand in one row, in their order.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vlmprune.adapters.crops import crops_of_pictures, rasters, side_of, without_gap
 from vlmprune.adapters.family import Family, Tower
-from vlmprune.adapters.tiles import rasters, side_of, tiles_of_pictures, without_gap
 from vlmprune.view import TowerFacts
 
 
@@ -33,9 +33,9 @@ def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
 def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
     side = side_of(config.vision_config, _merged(config))
     pictures = []
-    for picture in tiles_of_pictures(inputs["input_ids"], config.image_token_id, side * side, without_gap):
-        *tiles, whole = rasters(len(picture), side)
-        pictures.append([tiles, [whole]] if tiles else [[whole]])
+    for picture in crops_of_pictures(inputs["input_ids"], config.image_token_id, side * side, without_gap):
+        *crops, whole = rasters(len(picture), side)
+        pictures.append([crops, [whole]] if crops else [[whole]])
     return pictures
 
 

@@ -1,4 +1,4 @@
-"""LFM2-VL (`model_type: lfm2_vl`): pictures of any size, or tiles of one, from a padded tower; squares of patches become one
+"""LFM2-VL (`model_type: lfm2_vl`): pictures of any size, or crops of one, from a padded tower; squares of patches become one
 token in the projector. Most decoder layers are short convolutions. No CLS token."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from vlmprune.device import on_host
 
 
 def _image_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]:
-    """Of each entry: the whole picture if it is small, else a tile, or the thumbnail after the tiles."""
+    """Of each entry: the whole picture if it is small, else a crop, or the thumbnail after the crops."""
     merged = config.downsample_factor
     return [(rows // merged, columns // merged) for rows, columns in on_host(inputs["spatial_shapes"]).tolist()]
 

@@ -1,5 +1,5 @@
-"""LLaVA-NeXT and LLaVA-NeXT-Video (`model_type: llava_next`, `llava_next_video`): a base view and crops of each picture, packed into one raster without the padding,
-with a learned row separator after each row."""
+"""LLaVA-NeXT and LLaVA-NeXT-Video (`model_type: llava_next`, `llava_next_video`): a base view and crops of each picture, packed
+into one raster without the padding, with a learned row separator after each row."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
 def packed(
     size: Sequence[int], resolutions: Sequence[Sequence[int]], view: int, side: int, shape: tuple[int, int] | None = None
 ) -> list[list[Tensor]]:
-    """Rows of the crops of one picture: per crop `[side, side]` the index of the token that each cell became, behind those of the
-    base view; −1 for padding.
+    """Rows of the crops of one picture: per crop `[side, side]` the index of the token that each cell became, behind those of
+    the base view; −1 for padding.
 
     Args:
         size: of the picture, height and width in pixels.

@@ -1,5 +1,5 @@
-"""Mistral 3 (`model_type: mistral3`): pictures of any size from Pixtral's tower, squares of 2 × 2 patches merged into one token.
-`[IMG_BREAK]` after each row and `[IMG_END]` are text. No CLS token."""
+"""Mistral 3 (`model_type: mistral3`): pictures of any size from Pixtral's tower, squares of 2 × 2 patches merged into one
+token. `[IMG_BREAK]` after each row and `[IMG_END]` are text. No CLS token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families whose pictures, or tiles of pictures, are one raster of a fixed size each, from a tower without a CLS token: Janus,
+"""Families whose pictures, or crops of pictures, are one raster of a fixed size each, from a tower without a CLS token: Janus,
 DeepSeek-VL and its hybrid, FastVLM, Perception-LM, Ovis2."""
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmprune.adapters.crops import crops_of_pictures, rasters, side_of, without_gap
 from vlmprune.adapters.family import Family
-from vlmprune.adapters.tiles import rasters, side_of, tiles_of_pictures, without_gap
 from vlmprune.device import on_host
 from vlmprune.errors import UsageError
 
@@ -45,17 +45,17 @@ JANUS = replace(DEEPSEEK_VL, name="janus")
 
 
 def _counted(call: Mapping[str, Any], config: Any) -> list[int] | None:
-    """Placeholders of the prompt, divided among its tiles."""
+    """Placeholders of the prompt, divided among its crops."""
     if (pixels := call.get("pixel_values")) is None:
         return None
     if (ids := call.get("input_ids")) is None:
         raise UsageError(
-            f"how many tokens a picture of {config.model_type} has is counted in input_ids, and this call has inputs_embeds only: "
-            "pass input_ids, or what get_image_features returned as mm_encoder_outputs."
+            f"how many tokens a picture of {config.model_type} has is counted in input_ids, and this call has inputs_embeds "
+            "only: pass input_ids, or what get_image_features returned as mm_encoder_outputs."
         )
-    tiles = pixels.shape[:-3].numel()
+    crops = pixels.shape[:-3].numel()
     count = int(on_host((ids == config.image_token_id).sum()))
-    return [count // tiles] * (tiles - 1) + [count - count // tiles * (tiles - 1)]
+    return [count // crops] * (crops - 1) + [count - count // crops * (crops - 1)]
 
 
 def _counted_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]:
@@ -65,21 +65,21 @@ def _counted_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int
 FAST_VLM = replace(DEEPSEEK_VL, name="fast_vlm", tokens_per_image=_counted, image_grid=_counted_grid)
 
 
-def _tiled_crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
-    """The whole picture, then its tiles in one row: the processor does not say how they are arranged."""
+def _followed_crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
+    """The whole picture, then its crops in one row: the processor does not say how they are arranged."""
     tokens, pictures = (_counted(inputs, config) or [1])[0], []
-    for picture in tiles_of_pictures(inputs["input_ids"], config.image_token_id, tokens, without_gap):
-        whole, *tiles = rasters(len(picture), isqrt(tokens))
-        pictures.append([[whole], tiles] if tiles else [[whole]])
+    for picture in crops_of_pictures(inputs["input_ids"], config.image_token_id, tokens, without_gap):
+        whole, *crops = rasters(len(picture), isqrt(tokens))
+        pictures.append([[whole], crops] if crops else [[whole]])
     return pictures
 
 
 PERCEPTION_LM = replace(
-    DEEPSEEK_VL, name="perception_lm", tokens_per_image=_counted, image_grid=None, joins=without_gap, crops=_tiled_crops
+    DEEPSEEK_VL, name="perception_lm", tokens_per_image=_counted, image_grid=None, joins=without_gap, crops=_followed_crops
 )
 
 
-# -- Ovis2: one token between tiles; the first is the whole picture ----------------------------------------------------------
+# -- Ovis2: one token between crops; the first is the whole picture ----------------------------------------------------------
 
 
 def _ovis_side(config: Any) -> int:
@@ -89,13 +89,13 @@ def _ovis_side(config: Any) -> int:
 def _ovis_crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
     side, pictures = _ovis_side(config), []
     _, _, beside, _, _ = config.visual_indicator_token_ids  # begin, grid, column, row, end
-    for picture in tiles_of_pictures(inputs["input_ids"], config.image_token_id, side * side, _one_between):
+    for picture in crops_of_pictures(inputs["input_ids"], config.image_token_id, side * side, _one_between):
         rows: list[list[Tensor]] = []
-        for between, tile in zip(picture, rasters(len(picture), side), strict=True):
+        for between, crop in zip(picture, rasters(len(picture), side), strict=True):
             if between == [beside]:
-                rows[-1].append(tile)
+                rows[-1].append(crop)
             else:
-                rows.append([tile])
+                rows.append([crop])
         pictures.append(rows)
     return pictures
 

@@ -1,6 +1,7 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL (`model_type: qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `qwen3_vl_moe`): any resolution, 2×2
-patches merged into one token, M-RoPE, no CLS token. Most blocks of Qwen2.5-VL's tower see windows only. Patches of Qwen3-VL leave
-its tower several times, and what leaves early is added to the visual tokens between the first decoder layers (DeepStack)."""
+patches merged into one token, M-RoPE, no CLS token. Most blocks of Qwen2.5-VL's tower see windows only. Patches of Qwen3-VL
+leave its tower several times, and what leaves early is added to the visual tokens between the first decoder layers
+(DeepStack)."""
 
 from __future__ import annotations
 

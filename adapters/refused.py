@@ -33,7 +33,7 @@ REFUSED: dict[str, str] = {
     "qwen4_exp": _INDEXED,
     "chameleon": _CODES,
     "emu3": _CODES,
-    "gemma3n": "its hidden states have an axis more than those of other decoders (AltUp), with inputs of their own in each layer",
+    "gemma3n": "its hidden states have an axis more than those of other decoders (AltUp), and each layer has inputs of its own",
     "llama4": "its layers see chunks of the padded sequence, and its rotary embeddings are complex numbers",
     "molmo2": "all pictures of a prompt see each other in both directions",
 }

@@ -1,5 +1,5 @@
-"""VideoLLaMA 3 (`model_type: video_llama_3`): pictures of any resolution, whose patches are merged by a factor that the processor
-names with each; plain positions, any decoder, no CLS token. Videos are refused."""
+"""VideoLLaMA 3 (`model_type: video_llama_3`): pictures of any resolution, whose patches are merged by a factor that the
+processor names with each; plain positions, any decoder, no CLS token. Videos are refused."""
 
 from __future__ import annotations
 

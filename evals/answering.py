@@ -15,6 +15,7 @@ from vlmprune.evals.question import Question, QuestionSet
 from vlmprune.evals.scorers import score
 from vlmprune.evals.shards import ALONE, USUAL_WAIT, Shard, wait_for_others
 from vlmprune.evals.store import Key, Store
+from vlmprune.loading.placement import execution_device
 
 Plan = Sequence[tuple[int, "vlmprune.Recipe | None"]]
 """Which set of questions each recipe is asked; None is the un-pruned model."""
@@ -38,6 +39,7 @@ def settings_of(name: str, model: Any, processor: Any, questions: QuestionSet, b
         "weights": weights_fingerprint(model),
         "processor": processor_fingerprint(processor),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": execution_device(model).type,
         "data": Path(questions.name).name,
         "questions": questions.fingerprint,
         "batch": batch_size,

@@ -28,6 +28,7 @@ import vlmprune
 from vlmprune.evals.accuracy import UNPRUNED
 from vlmprune.evals.bench_counts import count_flops, peak_bytes
 from vlmprune.evals.stopwatch import PrefillClock, cache_bytes, wait
+from vlmprune.loading.placement import execution_device
 from vlmprune.show.stats import drawn, interval
 
 LEAST_ROUNDS = 3
@@ -194,17 +195,17 @@ def _run(model: Any, inputs: Mapping[str, Any], name: str, new_tokens: int) -> _
     """Two calls: one that is only timed, and one that waits for the GPU between vision tower and language model."""
     stamps = _Stamps()
     with _under(model, name) as run:
-        wait(model.device)
+        wait(execution_device(model))
         start = time.perf_counter()
         output = _generate(model, inputs, new_tokens, streamer=stamps)
-        wait(model.device)
+        wait(execution_device(model))
         end = time.perf_counter()
         report = None if run is None else run.report()
         kv_bytes = cache_bytes(output.past_key_values, new_tokens - 1)
         del output
-        wait(model.device)
+        wait(execution_device(model))
         again = time.perf_counter()
-        with PrefillClock(model, model.device) as clock:
+        with PrefillClock(model, execution_device(model)) as clock:
             _generate(model, inputs, 1)
     first = stamps.at[1]
     times = {
@@ -226,7 +227,7 @@ def _count(model: Any, inputs: Mapping[str, Any], name: str, new_tokens: int) ->
     """FLOPs up to the first token, and the peak of memory of a whole call."""
     with _under(model, name):
         flops = count_flops(lambda: _generate(model, inputs, 1))
-        return flops, peak_bytes(lambda: _generate(model, inputs, new_tokens), model.device)
+        return flops, peak_bytes(lambda: _generate(model, inputs, new_tokens), execution_device(model))
 
 
 def _measured(

@@ -10,6 +10,7 @@ from functools import cache
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -138,9 +139,20 @@ def _with_imports(folder: Path, names: Iterable[str]) -> set[Path]:
 
 
 def _code(source: str) -> str:
-    """The syntax tree of a file without its docstrings: what Python runs."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.dump(tree)
+    """What Python runs of a file, without docstrings, assertions and line numbers."""
+    return json.dumps(_plain(compile(source, "", "exec", dont_inherit=True, optimize=2)))
+
+
+def _plain(constant: Any) -> Any:
+    """A constant or compiled code as plain data, which is the same in every process."""
+    if isinstance(constant, CodeType):
+        code = constant
+        counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
+        names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+        inside = [_plain(one) for one in code.co_consts]
+        return [code.co_name, counts, names, code.co_code.hex(), getattr(code, "co_exceptiontable", b"").hex(), inside]
+    if isinstance(constant, tuple):
+        return [_plain(one) for one in constant]
+    if isinstance(constant, frozenset):
+        return sorted(repr(one) for one in constant)
+    return repr(constant)

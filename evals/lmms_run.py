@@ -38,6 +38,7 @@ REFUSED: Mapping[str, str] = {
 }
 """Options of lmms-eval that do not reach the model, or that are set here; and what to do instead."""
 SENTENCE = re.compile(r"UsageError: (.+)")
+RESULTS = re.compile(r"\d{8}_\d{6}_results\.json$")
 LOG = "log.txt"
 ANSWERS = "answers"
 
@@ -173,7 +174,8 @@ def _execute(command: Sequence[str], log: Path, show: Callable[[str], object]) -
 
 
 def _results(folder: Path) -> set[Path]:
-    return set(folder.glob("*/*_results.json"))
+    """lmms-eval's own files, whose names are dates: tasks write others (`submissions/mmbench_en_dev_static_results.json`)."""
+    return {path for path in folder.glob("*/*_results.json") if RESULTS.match(path.name)}
 
 
 def _last_error(text: str) -> str:

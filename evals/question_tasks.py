@@ -7,24 +7,21 @@ needs more than one answer to one question (likelihoods, several rounds, scores 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vlmprune.errors import UsageError, first_line, shown, unknown
+from vlmprune.errors import UsageError, first_line, shown
+from vlmprune.evals.lmms_tasks import check_tasks, find_tasks
 from vlmprune.evals.question import Question
 from vlmprune.evals.question_datasets import USUAL, usual_choices
-from vlmprune.loading.dataset_hub import check_dataset
 
-OURS = "vlmprune_"
-"""What the names of the tasks that come with vlmprune begin with."""
-FOLDER = Path(__file__).parent / "tasks"
-BUILDERS = ("json", "csv", "parquet", "arrow", "text", "imagefolder", "webdataset", "pandas", "generator")
-"""Names in `dataset_path` that mean local files."""
 ENDING = ".yaml"
+ASKED = "generate_until"
+"""What a task asks for, if for an answer in words."""
 USUAL_LENGTH = 128
 
 
@@ -63,47 +60,37 @@ def read_task(name: str, most: int | None = None, scorer: str | None = None) -> 
             "install that package first (requirements-lmms.txt)."
         )
     task = _load(name)
-    config = task.config
-    if config.output_type != "generate_until":
-        raise UsageError(
-            f"the task {name!r} asks for {config.output_type}, not for an answer in words: `vlmprune lmms` runs such tasks."
-        )
-    settings = config.generation_kwargs or {}
+    settings = task.config.generation_kwargs or {}
     until = settings.get("until") or ()
+    until = (until,) if isinstance(until, str) else until
     rows = task.eval_docs
     count = len(rows) if most is None else min(most, len(rows))
     metric = scorer or _metric(task, name, rows[0])
     questions = [_question(task, name, rows, number, metric, scorer) for number in range(count)]
     longest = int(settings.get("max_new_tokens", USUAL_LENGTH))
-    return TaskQuestions(questions, metric, longest, (until,) if isinstance(until, str) else tuple(until))
+    return TaskQuestions(questions, metric, longest, tuple(text for text in until if text))
 
 
 def _load(name: str) -> Any:
+    """The task object. What cannot work is refused before lmms-eval is imported, which takes seconds."""
+    file = Path(name).expanduser() if name.endswith(ENDING) else None
+    if file is not None:
+        name = _named(file)
+    found = find_tasks([name], None if file is None else file.parent)
+    if [task.name for task in found] != [name]:
+        raise UsageError(f"{name!r} is a group of tasks ({', '.join(task.name for task in found)}): name one of them.")
+    (task,) = found
+    kind = task.config.get("output_type", ASKED)
+    if kind != ASKED:
+        raise UsageError(f"the task {name!r} asks for {kind}, not for an answer in words: `vlmprune lmms` runs such tasks.")
+    if task.config.get("doc_to_messages"):
+        raise UsageError(f"the task {name!r} has messages of its own: `vlmprune lmms` runs such tasks.")
+    check_tasks([task], force_simple=True)
     from lmms_eval.tasks import TaskManager
     from loguru import logger
 
     logger.disable("lmms_eval")  # it reports each of its task files that is no task
-    file = Path(name).expanduser() if name.endswith(ENDING) else None
-    if file is not None and not file.is_file():
-        raise UsageError(f"there is no task file {name}: give the YAML file of a task of lmms-eval, or its name.")
-    stock = file is None and not name.startswith(OURS)
-    manager = TaskManager(
-        "ERROR", include_path=str(FOLDER if file is None else file.parent), include_defaults=stock, model_name="vlmprune"
-    )
-    if file is not None:
-        named = [own for own, entry in manager.task_index.items() if str(entry["yaml_path"]) == str(file)]
-        if not named:
-            raise UsageError(f"{name} is no task file of lmms-eval: it names no task.")
-        name = named[0]
-    if name not in manager.all_tasks:
-        raise unknown("task of lmms-eval", name, manager.all_tasks)
-    if name not in manager.all_subtasks:
-        members = manager.task_index[name]["task"]
-        several = f" ({', '.join(map(str, members))})" if isinstance(members, list) else ""
-        raise UsageError(f"{name!r} is a group of tasks{several}: name one of them.")
-    config = manager._get_config(name)
-    _check_judge(name, config, manager.all_tasks)
-    _check_local(name, config)
+    manager = TaskManager("ERROR", include_path=str(task.path.parent), include_defaults=False, model_name="vlmprune")
     try:
         return manager.load_task_or_group(name)[name]
     except Exception as error:  # datasets, pyarrow and the task's own code can raise anything
@@ -111,33 +98,14 @@ def _load(name: str) -> Any:
         raise UsageError(f"the task {name!r} cannot be loaded ({type(cause).__name__}: {first_line(cause)}).") from error
 
 
-def _check_judge(name: str, config: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Refuse a task whose score a language model gives, over a network."""
-    metadata = config.get("metadata")
-    told = metadata if isinstance(metadata, list) else [metadata]
-    judged = any(isinstance(one, Mapping) and "gpt_eval_model_name" in one for one in told)
-    named = any("gpt" in str(entry.get("metric")) for entry in config.get("metric_list") or ())
-    if judged or (named and not name.endswith("_static")):
-        static = f"{name}_static" if f"{name}_static" in known else None
-        instead = f"take {static!r}" if static else "give a scorer of your own with a dataset folder, or take another task"
-        raise UsageError(
-            f"the task {name!r} is scored by a language model behind an API, which vlmprune does not call: {instead}."
-        )
-
-
-def _check_local(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse a dataset that would have to be fetched from a hub that cannot be reached."""
-    place = str(config.get("dataset_path"))
-    if place in BUILDERS or os.path.exists(place) or _cached(place):
-        return
-    check_dataset(place, f"the task {name!r}")
-
-
-def _cached(dataset: str) -> bool:
-    """Whether a dataset of the hub was prepared on this machine before."""
-    import datasets
-
-    return (Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___")).is_dir()
+def _named(file: Path) -> str:
+    """The name of the task in a YAML file."""
+    if not file.is_file():
+        raise UsageError(f"there is no task file {file}: give the YAML file of a task of lmms-eval, or its name.")
+    found = re.search(r"^task:\s*[\"']?([^\s\"']+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None:
+        raise UsageError(f"{file} is no task file of lmms-eval: it has no line `task: name`.")
+    return found[1]
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------------
@@ -227,8 +195,6 @@ def _visuals(task: Any, row: Mapping[str, Any]) -> list[Any]:
 
 def _question(task: Any, name: str, rows: Any, number: int, metric: str, scorer: str | None) -> Question:
     row = rows[number]
-    if task.config.doc_to_messages is not None:
-        raise UsageError(f"the task {name!r} mixes pictures and texts in messages of its own: `vlmprune lmms` runs such tasks.")
     text = task.doc_to_text(row)
     if not isinstance(text, str):
         raise UsageError(f"the task {name!r} has no text as the question of row {number}: found {shown(text)}.")
@@ -238,6 +204,7 @@ def _question(task: Any, name: str, rows: Any, number: int, metric: str, scorer:
         target = choices[target]
     answers = target if isinstance(target, list | tuple) else [target]
     group = next((str(row[column]) for column in USUAL["group"] if column in row), "")
+    cluster = task.config.cluster_key
     pictures = tuple(TaskPicture(task, rows, number, place) for place in range(len(_visuals(task, row))))
     judge: Callable[[str], float] | None = None if scorer else Judge(task, rows, number, metric)
     return Question(
@@ -247,6 +214,7 @@ def _question(task: Any, name: str, rows: Any, number: int, metric: str, scorer:
         answers=tuple(str(answer) for answer in answers),
         choices=choices,
         group=group,
+        unit=str(row[cluster]) if cluster in row else "",
         scorer=scorer or "task",
         judge=judge,
     )

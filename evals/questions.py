@@ -70,7 +70,9 @@ def open_questions(
         else:
             found, notes = read_dataset(folder, split, columns, needs, images, scorer)
     elif looks_like_path(str(spec)) and not str(spec).endswith(ENDING):
-        raise UsageError(f"there is no folder {spec}: give one that holds {FILE} and the pictures.")
+        fetch = f"; a dataset of the hub must be fetched first: `hf download --repo-type dataset --local-dir FOLDER {spec}`"
+        hub = fetch if str(spec).count("/") == 1 and str(spec)[0] not in "./~" else ""
+        raise UsageError(f"there is no folder {spec}: give one that holds {FILE} and the pictures{hub}.")
     else:
         task = read_task(str(spec), images, scorer)
         found = task.questions

@@ -17,7 +17,7 @@ from vlmprune.evals.report_lines import Comparison
 from vlmprune.evals.report_losses import collapses, verdict_of
 from vlmprune.evals.report_markdown import markdown
 from vlmprune.evals.report_parts import Document, Paragraph, Section
-from vlmprune.evals.report_read import FORMAT, Source
+from vlmprune.evals.report_read import FORMAT, SHOWN, Source
 
 COMPARED = {"sweep": report_lines.of_sweep, "accuracy": report_lines.of_accuracy}
 
@@ -53,7 +53,7 @@ def document(folder: Path, sources: Sequence[Source]) -> Document:
         sections.append(Section("Which tokens stay", "kept", (Paragraph(note), *pictures)))
     sections += [report_sections.costs(one) for one in found]
     sections += [report_sections.other(source) for source in sources if source.kind in report_sections.RESULTS]
-    sections += report_lmms.sections([source for source in sources if source.kind == "lmms"])
+    sections += report_lmms.sections([source for source in sources if source.kind == "lmms-eval"])
     sections += [report_sections.notes_of_sweep(source.numbers) for source in sources if source.kind == "sweep"]
     sections.append(report_sections.measured(sources))
     return Document(f"vlmprune report: {folder.resolve().name}", _lead(sources), _tiles(found), tuple(sections))
@@ -62,18 +62,23 @@ def document(folder: Path, sources: Sequence[Source]) -> Document:
 def _lead(sources: Sequence[Source]) -> str:
     """What was measured, in a sentence."""
     for source in sources:
-        if source.kind in COMPARED:
-            numbers = source.numbers
+        if source.kind not in COMPARED:
+            continue
+        numbers = source.numbers
+        groups = (numbers["rows"][0] if source.kind == "accuracy" else numbers["unpruned"])["by_skill"]
+        model, data = numbers.get("model", "tiny"), numbers.get("data", "scenes")
+        if data == "scenes":
             seeds = f"{numbers['seeds']} × " if "seeds" in numbers else ""
-            rows = numbers["rows"] if source.kind == "accuracy" else [numbers["unpruned"]]
-            asked = sum(entry["n"] for entry in rows[0]["by_skill"].values())
-            model = "the embedded model" if numbers.get("model", "tiny") == "tiny" else f"`{numbers['model']}`"
-            data = "held-out scenes" if numbers.get("data", "scenes") == "scenes" else f"pictures of `{numbers['data']}`"
-            return (
-                f"Visual token pruning on {model}: {seeds}{numbers['images']} {data} ({numbers['split']}), {asked} questions "
-                f"in {len(rows[0]['by_skill'])} skills."
-            )
-    return f"Results from {', '.join(source.name for source in sources)}."
+            asked = f"{seeds}{numbers['images']} held-out scenes ({numbers['split']})"
+        else:
+            asked = f"`{data}`{', ' + numbers['split'] if numbers.get('split') else ''}"
+            asked += f", {numbers['pictures']} pictures" if "pictures" in numbers else ""
+        many = f" in {len(groups)} {'skills' if data == 'scenes' else 'groups'}" if len(groups) > 1 else ""
+        return (
+            f"Visual token pruning on {'the embedded model' if model == 'tiny' else f'`{model}`'}: {asked}, "
+            f"{sum(entry['n'] for entry in groups.values()):,} questions{many}."
+        )
+    return f"Results from {', '.join(source.name for source in sources if source.kind in SHOWN)}."
 
 
 def _tiles(found: Sequence[Comparison]) -> tuple[tuple[str, str, str], ...]:
@@ -85,10 +90,13 @@ def _tiles(found: Sequence[Comparison]) -> tuple[tuple[str, str, str], ...]:
         verdicts = [verdict for line in one.lines if (verdict := verdict_of(line))]
         if verdicts:
             tiles.append((f"{verdicts.count('beats')} of {len(verdicts)}", "points beat random", ""))
-            tiles.append((str(verdicts.count("loses")), "points lose to random", f"{verdicts.count('ties')} tie"))
+            what = f"{'point loses' if verdicts.count('loses') == 1 else 'points lose'} to random, {verdicts.count('ties')} tie"
+            tiles.append((str(verdicts.count("loses")), what, ""))
+        if len(one.groups) < 2:
+            continue
         points = sum(not line.is_random for line in one.lines)
         hidden = len({case.line.recipe for case in collapses(one)})
-        tiles.append((f"{hidden} of {points}", "points where the mean hides a collapsing skill", ""))
+        tiles.append((f"{hidden} of {points}", f"points where the mean hides a collapsing {one.group_word}", ""))
     return tuple(tiles)
 
 

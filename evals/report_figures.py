@@ -9,13 +9,13 @@ from typing import Any
 from vlmprune.evals import report_svg
 from vlmprune.evals.report_lines import Comparison, Estimate, Line
 from vlmprune.evals.report_losses import best_names, verdict_of, worst_names
-from vlmprune.evals.report_parts import Figure, Figures, shares
+from vlmprune.evals.report_parts import Figure, Figures, percent_of, shares
 from vlmprune.evals.report_svg import BAD, QUIET, SERIES, UNITS
 
 WIDE, NARROW = (390, 330), (250, 170)
 """Sizes of an overview and of a panel, in pixels."""
-APART = 13
-"""Least distance of two labels, in pixels."""
+APART, LETTER = 13, 6.4
+"""Least distance of two labels, and width of a letter, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,20 @@ AXES = (
 
 
 def overviews(found: Comparison) -> Figures | None:
-    """Accuracy over compute, tokens and time, for each of them that at least two points have; None if there is none."""
+    """Accuracy over compute, tokens and time, for each of them on which some method has two points; None if there is none."""
     figures = []
     for axis in AXES:
         lines = [line for line in found.lines if axis.of(line, found) is not None and line.budget is not None]
-        if len(lines) >= 2:
+        if any(len({axis.of(line, found) for line in lines if line.name == name}) > 1 for name in found.methods):
             figures.append(_overview(found, axis, lines))
-    return Figures(tuple(figures), legend=_OVERVIEW_LEGEND) if figures else None
+    shown = {"unpruned"} | {
+        _look(name, own[0], best_names(found), worst_names(found))[0] for name, own in found.methods.items()
+    }
+    return Figures(tuple(figures), tuple((key, text) for key, text in _LEGEND if key in shown)) if figures else None
 
 
-_OVERVIEW_LEGEND = (
-    ("s1", "highest mean at some budget, with 95 % band"),
+_LEGEND = (
+    ("best", "highest mean at some budget, with 95 % band"),
     ("bad", "loses to random at some budget"),
     ("random", "random tokens, with 95 % band"),
     ("other", "other methods"),
@@ -74,7 +77,9 @@ def _overview(found: Comparison, axis: Axis, lines: Sequence[Line]) -> Figure:
     worst = [name for name in worst_names(found) if any(line.name == name for line in lines)]
     with report_svg.style(name):
         figure = Drawing(figsize=(WIDE[0] / UNITS, WIDE[1] / UNITS), dpi=UNITS)
-        axes = figure.add_axes((0.125, 0.14, 0.635, 0.835))
+        names = _short([name for name in found.methods if any(line.name == name for line in lines)])
+        margin = 22 + LETTER * max(map(len, ["un-pruned", *names.values()]))
+        axes = figure.add_axes((0.125, 0.14, 0.875 - margin / WIDE[0], 0.835))
         _unpruned(axes, found)
         labels: list[tuple[float, float, str, str]] = []
         for method, own in found.methods.items():
@@ -82,30 +87,36 @@ def _overview(found: Comparison, axis: Axis, lines: Sequence[Line]) -> Figure:
             if not points:
                 continue
             points.sort(key=lambda point: point[0])
-            colour, dashes, width = _look(method, points[0][1], best, worst)
+            key, colour, dashes, width = _look(method, points[0][1], best, worst)
             at, means = [x for x, _ in points], [line.mean for _, line in points]
-            named = colour != QUIET or points[0][1].is_random
+            named = key != "other"
             if not named and not axis.logarithmic:  # measured values in no order: lines would only cross
                 axes.plot(at, [100 * mean.value for mean in means], ".", color=colour, markersize=3)
             else:
                 _draw(axes, at, means, colour, dashes, width, band=named)
             if named:
-                labels.append((at[-1], 100 * means[-1].value, method, colour))
+                labels.append((at[-1], 100 * means[-1].value, names[method], colour))
         _scale(axes, axis, sorted({round(x, 6) for line in lines if (x := axis.of(line, found)) is not None}), found)
-        axes.set_ylabel("accuracy, mean over skills (%)")
+        axes.set_ylabel(f"accuracy, mean over {found.group_word}s (%)" if len(found.groups) > 1 else "accuracy (%)")
         labels.append((axes.get_xlim()[1], 100 * found.unpruned.mean.value, "un-pruned", "#000000"))
         _label(axes, labels)
-        svg = report_svg.from_figure(figure, name, _says(found, axis, best, worst))
+        svg = report_svg.from_figure(figure, _says(found, axis, best, worst))
     return Figure(axis.title, svg, _says(found, axis, best, worst))
 
 
-def _look(method: str, line: Line, best: Sequence[str], worst: Sequence[str]) -> tuple[str, str, float]:
-    """Colour, dashes and width of a method's line."""
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """Names of methods without their layers, where that leaves them different."""
+    heads = [name.partition(",")[0] for name in names]
+    return {name: head if heads.count(head) == 1 else name for name, head in zip(names, heads, strict=True)}
+
+
+def _look(method: str, line: Line, best: Sequence[str], worst: Sequence[str]) -> tuple[str, str, str, float]:
+    """What a method's line is in the legend, its colour, dashes and width."""
     if line.is_random:
-        return QUIET, "--", 1.8
+        return "random", QUIET, "--", 1.8
     if method in best:
-        return SERIES[best.index(method)], "-", 2.0
-    return (BAD, "-.", 1.8) if method in worst else (QUIET, "-", 0.7)
+        return "best", SERIES[best.index(method)], "-", 2.0
+    return ("bad", BAD, "-.", 1.8) if method in worst else ("other", QUIET, "-", 0.7)
 
 
 def _draw(axes: Any, x: Sequence[float], means: Sequence[Estimate], colour: str, dashes: str, width: float, band: bool) -> None:
@@ -129,6 +140,8 @@ def _scale(axes: Any, axis: Axis, values: Sequence[float], found: Comparison) ->
         ticks = [100 * budget for budget in reversed(found.budgets)] if axis.name == "compute" else [1, 2, 5, 10, 20, 50]
         low, high = values[0] * 0.92, values[-1] * 1.04
         ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) < 3:
+            ticks = sorted({float(f"{value:.2g}") for value in values})[:6]
         axes.set_xlim(low, high)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
@@ -174,8 +187,8 @@ def spread(wanted: Sequence[float], apart: float, low: float, high: float) -> li
 def _says(found: Comparison, axis: Axis, best: Sequence[str], worst: Sequence[str]) -> str:
     said = [f"Line chart: accuracy over {axis.label}.", f"Un-pruned: {found.unpruned.mean}."]
     for name, lines in found.methods.items():
-        if name in best or name in worst or lines[0].is_random:
-            at = [f"{100 * line.mean.value:.1f} at {x:.3g}" for line in lines if (x := axis.of(line, found)) is not None]
+        at = [f"{100 * line.mean.value:.1f} at {x:.3g}" for line in lines if (x := axis.of(line, found)) is not None]
+        if at and (name in best or name in worst or lines[0].is_random):
             said.append(f"{name}: {', '.join(at)}.")
     return " ".join(said)
 
@@ -211,14 +224,14 @@ def _panel(found: Comparison, method: str, lines: Sequence[Line]) -> Figure:
         budgets = [100 * budget for budget in reversed(found.budgets)]
         axes.set_xscale("log")
         axes.set_xlim(budgets[0] * 0.9, budgets[-1] * 1.08)
-        axes.set_xticks(budgets, [f"{tick:g}" for tick in budgets])
+        axes.set_xticks(budgets, [f"{tick:.3g}" for tick in budgets])
         axes.minorticks_off()
         axes.set_ylim(0, 104)
         axes.set_yticks([0, 25, 50, 75, 100])
         axes.grid(axis="y", color="#000000", alpha=0.1, linewidth=0.7)
         axes.tick_params(length=3, width=0.8)
-        says = " ".join(f"At {100 * (line.budget or 0):g} %: {line.mean}, random {line.random}." for line in lines)
-        svg = report_svg.from_figure(figure, name, f"{method}, accuracy over its budget. {says}")
+        says = " ".join(f"At {percent_of(line.budget or 0)}: {line.mean}, random {line.random}." for line in lines)
+        svg = report_svg.from_figure(figure, f"{method}, accuracy over its budget. {says}")
     return Figure(f"`{method}`", svg, says, note=_verdicts(lines))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from math import isnan, nan
 from typing import Any
 
 import vlmprune
 from vlmprune.errors import UsageError
 from vlmprune.evals import accuracy, sweep_rows
+from vlmprune.evals.report_parts import percent_of
 from vlmprune.evals.sweep_plan import CONTROL
 
 
@@ -58,6 +60,7 @@ class Line:
         places: where tokens are dropped, in words.
         over_random: "mean" and groups -> difference to random tokens; empty where it was not measured.
         lost_interval: of the un-pruned mean minus this one, paired, where the file has it.
+        lost_p: of that difference, corrected for all recipes of the file, where the file has it.
         loyalty: share of answers equal to those of the un-pruned model.
         compute: visual tokens that enter a layer, mean over layers, as a share of all.
         kept: visual tokens left after the last stage, as a share of all.
@@ -73,6 +76,7 @@ class Line:
     places: str = ""
     over_random: dict[str, Against] = field(default_factory=dict)
     lost_interval: tuple[float, float] | None = None
+    lost_p: float | None = None
     loyalty: float | None = None
     compute: float | None = None
     kept: float | None = None
@@ -82,12 +86,12 @@ class Line:
     @property
     def is_random(self) -> bool:
         """Whether this is the method that others are compared with."""
-        return self.name.partition(",")[0] == CONTROL
+        return self.name.partition(",")[0].partition(":")[0] == CONTROL
 
     @property
     def label(self) -> str:
         """The method with its budget, for a sentence."""
-        return f"`{self.name}`" if self.budget is None else f"`{self.name}` at {100 * self.budget:g} %"
+        return f"`{self.name}`" if self.budget is None else f"`{self.name}` at {percent_of(self.budget)}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class Comparison:
         equal_cost: whether budgets are compute averages, and every method has random tokens at its layers and counts; otherwise
             budgets are shares kept at the last stage, and a later stage costs more at the same share.
         several: whether the folder has other comparisons.
+        group_word: what a group is called: "skill" for scenes.
     """
 
     file: str
@@ -108,6 +113,7 @@ class Comparison:
     lines: tuple[Line, ...]
     equal_cost: bool
     several: bool = False
+    group_word: str = "skill"
 
     @property
     def methods(self) -> dict[str, list[Line]]:
@@ -155,7 +161,7 @@ def of_sweep(file: str, numbers: Mapping[str, Any]) -> Comparison:
             name=accuracy.UNPRUNED if point is None else point.method,
             recipe=row.recipe,
             mean=Estimate(row.mean, *row.interval),
-            groups=_groups(row.by_skill),
+            groups={name: Estimate(own.value, own.low, own.high, own.n) for name, own in row.by_skill.items()},
             budget=None if point is None else point.budget,
             places="" if point is None else point.places,
             over_random={key: _against(over) for key, over in row.over_random.items()},
@@ -170,54 +176,88 @@ def of_sweep(file: str, numbers: Mapping[str, Any]) -> Comparison:
 
 
 def of_accuracy(file: str, numbers: Mapping[str, Any]) -> Comparison:
-    """The lines of an evaluation; the random line of the same layers and counts is looked up among them.
+    """The lines of an evaluation; random tokens at the same layers and counts are looked up among them.
 
     Args:
         file: its name.
         numbers: what `accuracy.json` holds.
     """
-    unpruned, *rows = (_accuracy_line(accuracy.Row.from_dict(row)) for row in numbers["rows"])
-    at_random = {_place(line): line.mean for line in rows if line.is_random and line.kept is not None}
-    beside = [line if line.is_random else replace(line, random=at_random.get(_place(line))) for line in rows]
-    return Comparison(file, unpruned, tuple(beside), equal_cost=False)
-
-
-def _place(line: Line) -> tuple[str, float | None]:
-    """At which layers a line drops tokens, and how many it keeps."""
-    return line.places, line.kept
-
-
-def _accuracy_line(row: accuracy.Row) -> Line:
-    name, places, kept = (accuracy.UNPRUNED, "", 1.0) if row.recipe == accuracy.UNPRUNED else _where(row.recipe)
-    return Line(
-        name=name,
-        recipe=row.recipe,
-        mean=Estimate(row.mean, *row.interval),
-        groups=_groups(row.by_skill),
-        budget=None if name == accuracy.UNPRUNED else kept,
-        places=places,
-        lost_interval=row.lost_interval,
-        loyalty=row.loyalty,
-        kept=kept,
+    plain, *rows = numbers["rows"]
+    whole, places = plain.get("kept"), [_where(row["recipe"]) for row in rows]
+    lines = [_accuracy_line(row, place, whole) for row, place in zip(rows, places, strict=True)]
+    at_random = {place.stages: line.mean for place, line in zip(places, lines, strict=True) if line.is_random}
+    beside = [
+        line if line.is_random or not place.stages else replace(line, random=at_random.get(place.stages))
+        for place, line in zip(places, lines, strict=True)
+    ]
+    return Comparison(
+        file,
+        _accuracy_line(plain, Where(accuracy.UNPRUNED), whole),
+        tuple(beside),
+        equal_cost=False,
+        group_word="skill" if numbers.get("data", "scenes") == "scenes" else "group",
     )
 
 
-def _where(text: str) -> tuple[str, str, float | None]:
-    """Name, places and last kept share of a recipe; one that is more than a method with shares is named by its own text."""
+@dataclass(frozen=True)
+class Where:
+    """Where a recipe drops tokens.
+
+    Attributes:
+        name: the method with its layers; or the recipe, where it is no single method.
+        places: the layers, in words.
+        stages: layer and budget of every stage; empty where the recipe is no single method.
+        fraction: budget of the last stage, where that is a share.
+    """
+
+    name: str
+    places: str = ""
+    stages: tuple[tuple[int, str], ...] = ()
+    fraction: float | None = None
+
+
+def _where(text: str) -> Where:
     try:
         recipe = vlmprune.Recipe.parse(text)
     except UsageError:  # a method of the user's own, which is not defined here
-        return text, "", None
+        return Where(text)
     stages = [stage for stage, _ in recipe.stages() if stage.site != "cache"]
-    if len(recipe.methods) > 1 or len(stages) != 1 or stages[0].budget.fraction is None:
-        return text, "", None
-    (stage,) = stages
-    return f"{recipe.methods[0].name}, layer {stage.layer}", str(stage.layer), stage.budget.fraction
+    if len(recipe.methods) > 1 or not stages:
+        return Where(text)
+    layers = ", ".join(str(stage.layer) for stage in stages)
+    name = f"{recipe.methods[0].name}, layer{'s' if len(stages) > 1 else ''} {layers}"
+    budgets = tuple((stage.layer, str(stage.budget)) for stage in stages)
+    return Where(name, layers, budgets, stages[-1].budget.fraction)
 
 
-def _groups(by_skill: Mapping[str, Any]) -> dict[str, Estimate]:
-    return {name: Estimate(found.value, found.low, found.high, found.n) for name, found in by_skill.items()}
+def _accuracy_line(row: Mapping[str, Any], where: Where, whole: float | None) -> Line:
+    """A line from a row; `whole` is the number of visual tokens of the un-pruned model, where the file has it."""
+    plain, kept = row["recipe"] == accuracy.UNPRUNED, where.fraction
+    if plain:
+        kept = 1.0
+    elif kept is None and where.stages and row.get("kept") is not None and whole:
+        kept = row["kept"] / whole
+    low, high = row["lost_interval"]
+    return Line(
+        name=row["recipe"] if kept is None else where.name,
+        recipe=row["recipe"],
+        mean=Estimate(row["mean"], *row["interval"]),
+        groups={name: _group(own) for name, own in row["by_skill"].items()},
+        budget=None if plain else kept,
+        places=where.places,
+        lost_interval=(low, high),
+        lost_p=row.get("p"),
+        loyalty=row["loyalty"],
+        compute=row.get("share"),
+        kept=kept,
+        seconds=row.get("seconds"),
+    )
+
+
+def _group(found: Mapping[str, Any]) -> Estimate:
+    return Estimate(found["value"], found["low"], found["high"], found["n"])
 
 
 def _against(over: sweep_rows.Difference) -> Against:
-    return Against(over.value, over.low, over.high, over.verdict, getattr(over, "p_corrected", None))
+    p = getattr(over, "corrected", nan)
+    return Against(over.value, over.low, over.high, over.verdict, None if isnan(p) else p)

@@ -23,7 +23,7 @@ def sections(sources: Sequence[Source]) -> list[Section]:
     parts: list[Part] = [Paragraph(f"Model: `{pretrained(sources[0].numbers)}`. {NOTE}"), _scores(sources, runs)]
     if any(source.numbers.get("throughput") for source in sources):
         parts.append(_throughput(sources, runs))
-    return [Section("lmms-eval", "lmms", tuple(parts))]
+    return [Section("lmms-eval", "lmms-eval", tuple(parts))]
 
 
 def recipe(arguments: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmprune.evals.report_lines import Comparison, Line
-from vlmprune.evals.report_parts import listed, shares
+from vlmprune.evals.report_parts import listed, percent_of, shares
 
 FARTHER, TIMES = 0.10, 2.0
 """A group collapses if it loses at least so much more than the mean, and at least so many times as much."""
@@ -124,7 +124,7 @@ def _highest(found: Comparison) -> list[str]:
             continue
         near = [f"`{line.name}` {100 * line.mean.value:.1f}" for line in others if line.mean.high >= best.mean.low]
         also = f"; its interval overlaps with {'those' if len(near) > 1 else 'that'} of {listed(near)}" if near else ""
-        said.append(f"Highest mean at {100 * budget:g} %: `{best.name}` {best.mean}{also}.")
+        said.append(f"Highest mean at {percent_of(budget)}: `{best.name}` {best.mean}{also}.")
     return said
 
 

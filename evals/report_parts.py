@@ -198,6 +198,11 @@ def listed(parts: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
+def percent_of(share: float) -> str:
+    """A share of 1 in percent, with at most three digits: "12.5 %"."""
+    return f"{100 * share:.3g} %"
+
+
 def shares(values: Sequence[float]) -> str:
     """Shares of 1 as an enumeration in percent: "50, 35 and 25 %"."""
-    return f"{listed(f'{100 * value:g}' for value in values)} %"
+    return f"{listed(f'{100 * value:.3g}' for value in values)} %"

@@ -15,13 +15,13 @@ from PIL import Image
 import vlmprune
 from vlmprune import tiny
 from vlmprune.errors import UsageError
-from vlmprune.evals.asking import scenes_of_seed
 from vlmprune.evals.report_lines import Comparison, Line
-from vlmprune.evals.report_parts import Picture, Pictures
+from vlmprune.evals.report_parts import Picture, Pictures, percent_of
 from vlmprune.evals.report_read import KEPT, Source
-from vlmprune.loading.questions import Question
+from vlmprune.loading.questions import ReadyQuestion
 from vlmprune.show.draw import kept_patches
 from vlmprune.tiny.answers import LONGEST_ANSWER
+from vlmprune.tiny.scenes import held_out
 
 FILE = "kept.json"
 WIDTH = 144
@@ -55,7 +55,7 @@ def write(folder: Path, found: Comparison, split: str, tick: Callable[[int, int]
     model, processor = tiny.load()
     for number, (picture, asked) in enumerate(_questions(split)):
         inputs = processor(images=picture, text=tiny.prompt(asked.text), return_tensors="pt")
-        question = Question(model, processor, inputs, picture)
+        question = ReadyQuestion(model, processor, inputs, picture)
         rows.append(_row(question, asked, None, number))
         for line in lines:
             rows.append(_row(question, asked, line, number))
@@ -66,7 +66,7 @@ def write(folder: Path, found: Comparison, split: str, tick: Callable[[int, int]
 
 def _questions(split: str) -> Iterator[tuple[Any, Any]]:
     """A scene and a question about it, for each skill of `ASKED`; not one that is answered by 0 or 1."""
-    scenes = iter(scenes_of_seed(0, 100, split))
+    scenes = iter(held_out(100, split))
     for skill in ASKED:
         yield next(
             (scene.image, asked)
@@ -76,7 +76,7 @@ def _questions(split: str) -> Iterator[tuple[Any, Any]]:
         )
 
 
-def _row(question: Question, asked: Any, line: Line | None, scene: int) -> dict[str, Any]:
+def _row(question: ReadyQuestion, asked: Any, line: Line | None, scene: int) -> dict[str, Any]:
     (crop,) = question.crops()
     kept, text = _answer(question, None if line is None else line.recipe)
     cells = [cell for cell, token in enumerate(crop.cells.flatten().tolist()) if token in kept]
@@ -100,7 +100,7 @@ def _row(question: Question, asked: Any, line: Line | None, scene: int) -> dict[
     }
 
 
-def _answer(question: Question, recipe: str | None) -> tuple[set[int], str]:
+def _answer(question: ReadyQuestion, recipe: str | None) -> tuple[set[int], str]:
     """Indices of the tokens left after the last stage, and the answer."""
     asked = question.inputs["input_ids"].shape[1]
     settings = {"do_sample": False, "max_new_tokens": LONGEST_ANSWER}
@@ -132,7 +132,7 @@ def _picture(row: dict[str, Any]) -> Picture:
         kept, title, says = "all tokens", row["name"], "The scene as the model sees it."
     else:
         kept = f"{row['kept']} of {row['of']} tokens"
-        title = f"`{row['name']}`" if row["budget"] is None else f"`{row['name']}` at {100 * row['budget']:g} %"
+        title = f"`{row['name']}`" if row["budget"] is None else f"`{row['name']}` at {percent_of(row['budget'])}"
         says = f"The scene; the {kept} that {row['name']} keeps are framed."
     return Picture(title, row["png"], says, (kept, f"answer: {answer}"), right)
 

@@ -15,7 +15,7 @@ from vlmprune.evals.report_parts import listed
 FORMAT = "vlmprune report"
 KEPT = "vlmprune kept pictures"
 """The values of "format" in files that reports write and read themselves."""
-COMMANDS = "eval, sweep, bench, horizon and tune"
+COMMANDS = "eval, sweep, bench, lmms, horizon, tune and power"
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,16 @@ KINDS = {
     "horizon": lambda numbers: {"metric", "proxy", "layers", "samples"} <= set(numbers),
     "tune": lambda numbers: {"histogram", "peaks", "recipe"} <= set(numbers),
     "recipe": lambda numbers: {"schema", "methods"} <= set(numbers),
-    "lmms": lambda numbers: {"results", "configs"} <= set(numbers),
+    "lmms": lambda numbers: {"recipe", "task", "scores", "columns"} <= set(_first(numbers)),
+    "lmms-eval": lambda numbers: {"results", "configs"} <= set(numbers),
+    "power": lambda numbers: {"power", "alpha", "comparisons", "rows"} <= set(numbers),
+    "max_drop": lambda numbers: {"max_drop", "trials", "finalists", "winner"} <= set(numbers),
 }
 """How each kind of file is recognised."""
-SHOWN = ("sweep", "accuracy", "bench", "horizon", "tune", "lmms")
+SHOWN = ("sweep", "accuracy", "bench", "horizon", "tune", "lmms", "lmms-eval", "power", "max_drop")
 """Kinds that are results."""
-STORES = ("settings.json", "rows.jsonl")
-"""Files beside a result that hold its settings or its answers."""
+SETTINGS = "settings.json"
+"""Settings of the answers beside it."""
 
 
 def read(folder: Path) -> tuple[list[Source], list[str]]:
@@ -72,7 +75,7 @@ def read(folder: Path) -> tuple[list[Source], list[str]]:
         raise UsageError(f"cannot report {folder} ({what}): give a folder that `--out` of {COMMANDS} wrote.")
     sources, unknown = [], []
     for path in sorted({*folder.glob("*.json"), *folder.rglob("*_results.json")}):
-        if path.name in STORES:
+        if path.name == SETTINGS:
             continue
         numbers = _parsed(path)
         kind = _kind(numbers)
@@ -83,6 +86,8 @@ def read(folder: Path) -> tuple[list[Source], list[str]]:
     if not any(source.kind in SHOWN for source in sources):
         raise UsageError(_nothing(folder, sources, unknown))
     _check_together(folder, sources)
+    if any(source.kind == "lmms" for source in sources):  # it sums up the files that lmms-eval wrote
+        sources = [source for source in sources if source.kind != "lmms-eval"]
     return sources, [f"{path} is left out: it is no result of {COMMANDS}." for path in unknown]
 
 
@@ -104,7 +109,7 @@ def _kind(numbers: Any) -> str | None:
 
 def _nothing(folder: Path, sources: list[Source], unknown: list[Path]) -> str:
     """Why there is nothing to report."""
-    if list(folder.glob("*.jsonl")):
+    if list(folder.rglob("*.jsonl")):
         return f"{folder} has answers but no result yet: finish with the command that began it, `--out {folder}`."
     if unknown:
         names = f"{listed(path.name for path in unknown)} {'are' if len(unknown) > 1 else 'is'}"
@@ -134,7 +139,7 @@ def _check_together(folder: Path, sources: list[Source]) -> None:
 
 def _check_lmms(folder: Path, sources: list[Source]) -> None:
     """Refuse results of lmms-eval on different models."""
-    models = {source.name: pretrained(source.numbers) for source in sources if source.kind == "lmms"}
+    models = {source.name: pretrained(source.numbers) for source in sources if source.kind == "lmms-eval"}
     if len(set(models.values())) > 1:
         (one, first), *_ = models.items()
         other, second = next((name, model) for name, model in models.items() if model != first)

@@ -7,14 +7,24 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
-from vlmprune.evals import bench_report, horizon_report, report_figures, report_svg, sweep_report, sweep_rows, tune
+from vlmprune.evals import (
+    bench_report,
+    horizon_report,
+    lmms_results,
+    max_drop_report,
+    power,
+    report_figures,
+    report_svg,
+    sweep_report,
+    sweep_rows,
+    tune,
+)
 from vlmprune.evals.report_lines import Comparison, Line
 from vlmprune.evals.report_losses import collapse_sentences, collapses, findings, losing, verdict_of
-from vlmprune.evals.report_parts import Cell, Facts, Figure, Figures, Paragraph, Part, Section, Sentences, Table
+from vlmprune.evals.report_parts import Cell, Facts, Figure, Figures, Paragraph, Part, Section, Sentences, Table, percent_of
 from vlmprune.evals.report_read import Source
 from vlmprune.evals.results import Result
 
-NUMBERS = "Accuracies are in %, means over skills, with 95 % intervals by picture."
 AT_EQUAL_COST = (
     "Budgets are compute averages: visual tokens entering a decoder layer, mean over layers. The third line of a cell is the "
     "paired difference to random tokens at the same layers and counts (▲ beats, = ties, ▼ loses)."
@@ -24,7 +34,7 @@ AT_ANY_COST = (
     "`vlmprune sweep` compares methods at equal cost."
 )
 LOSSES = (
-    "Points of accuracy that each skill loses against the un-pruned model. Framed numbers lose at least 10 points more than "
+    "Points of accuracy that each {} loses against the un-pruned model. Framed numbers lose at least 10 points more than "
     "the mean and at least twice as much, and their interval does not reach the un-pruned one."
 )
 
@@ -32,54 +42,40 @@ LOSSES = (
 def in_short(found: Comparison) -> Section:
     """What must be known first: who loses, what the means hide, who beats random."""
     warnings = [Paragraph(said, warning=True) for said in (*losing(found), *collapse_sentences(found))]
-    return Section(_title("In short", found), _anchor("short", found), (*warnings, Sentences(tuple(findings(found)))))
+    return _section("In short", "short", found, *warnings, Sentences(tuple(findings(found))))
 
 
 def comparison(found: Comparison) -> list[Section]:
     """Accuracy, what the means hide, every method beside random."""
     over, panels = report_figures.overviews(found), report_figures.panels(found)
-    about = Paragraph(f"{NUMBERS} {AT_EQUAL_COST if found.equal_cost else AT_ANY_COST}")
-    sections = [
-        Section(
-            _title("Accuracy", found),
-            _anchor("accuracy", found),
-            (
-                about,
-                *([over] if over else []),
-                _means(found),
-            ),
-        ),
-        Section(
-            _title("What the means hide", found),
-            _anchor("losses", found),
-            (Paragraph(LOSSES), *_losses(found)),
-        ),
-    ]
+    means = f", means over {found.group_word}s" if len(found.groups) > 1 else ""
+    numbers = f"Accuracies are in %{means}, with 95 % intervals by picture."
+    about = Paragraph(f"{numbers} {AT_EQUAL_COST if found.equal_cost else AT_ANY_COST}")
+    sections = [_section("Accuracy", "accuracy", found, about, *([over] if over else []), _means(found))]
+    if len(found.groups) > 1:
+        losses = Paragraph(LOSSES.format(found.group_word))
+        sections.append(_section("What the means hide", "losses", found, losses, *_losses(found)))
     if panels:
-        note = "Accuracy in % over the budget in %."
-        sections.append(
-            Section(_title("Every method beside random", found), _anchor("methods", found), (Paragraph(note), panels))
-        )
+        note = Paragraph("Accuracy in % over the budget in %.")
+        sections.append(_section("Every method beside random", "methods", found, note, panels))
     return sections
 
 
 def costs(found: Comparison) -> Section:
     """What every line cost, and how loyal its answers are."""
-    return Section(_title("Costs and same answers", found), _anchor("costs", found), (_costs(found),))
+    return _section("Costs and same answers", "costs", found, _costs(found))
 
 
-def _title(title: str, found: Comparison) -> str:
-    return f"{title} ({found.file})" if found.several else title
-
-
-def _anchor(name: str, found: Comparison) -> str:
-    return f"{name}-{found.file.partition('.')[0]}"
+def _section(title: str, name: str, found: Comparison, *parts: Part) -> Section:
+    """A section about a comparison; where the folder has several, its title names the file."""
+    stem = found.file.partition(".")[0]
+    return Section(f"{title} ({found.file})" if found.several else title, f"{name}-{stem}", parts)
 
 
 def _means(found: Comparison) -> Table:
     """Methods × budgets where lines have budgets of a sweep; otherwise recipes below each other."""
     if found.equal_cost:
-        heads = ("method", "layers", *(f"{100 * budget:g} %" for budget in found.budgets))
+        heads = ("method", "layers", *(percent_of(budget) for budget in found.budgets))
         rows = []
         for name, lines in found.methods.items():
             at = {line.budget: line for line in lines}
@@ -102,11 +98,12 @@ def _recipe(found: Comparison, line: Line) -> tuple[Cell, ...]:
     plain = line is found.unpruned
     lost = f"{100 * found.lost(line):.1f}"
     low, high = line.lost_interval or (0.0, 0.0)
+    corrected = [] if line.lost_p is None else [f"p = {line.lost_p:.2g}"]
     beside = "—" if line.random is None else str(line.random)
     return (
         Cell(line.recipe, code=not plain),
         Cell(str(line.mean)),
-        Cell("—") if plain else Cell(lost, (f"[{100 * low:.1f}, {100 * high:.1f}]",)),
+        Cell("—") if plain else Cell(lost, (f"[{100 * low:.1f}, {100 * high:.1f}]", *corrected)),
         Cell(beside, verdict="" if plain else verdict_of(line)),
         _percent(line.loyalty),
     )
@@ -127,7 +124,7 @@ def _losses(found: Comparison) -> list[Table]:
             )
             for line in sorted(lines, key=found.lost)
         ]
-        title = "Points lost" if budget is None else f"Points lost at {100 * budget:g} %"
+        title = "Points lost" if budget is None else f"Points lost at {percent_of(budget)}"
         tables.append(Table(title, ("method" if swept else "recipe", "mean", *found.groups), tuple(rows), kind="losses"))
     return tables
 
@@ -168,6 +165,13 @@ RESULTS: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], Result]]] = {
         "Two line charts: what visual tokens still add, over decoder layers; the table above has the numbers.",
         horizon_report.result,
     ),
+    "lmms": ("lmms-eval", "", lmms_results.result),
+    "max_drop": (
+        "The cheapest recipe within a budget",
+        "Chart of points lost over cost; the tables above have the numbers.",
+        max_drop_report.result,
+    ),
+    "power": ("How many questions are needed", "", power.result),
     "tune": ("Schedule from attention", "Chart of the change points; the table above has the numbers.", tune.result),
 }
 """Results that are shown as their command shows them: title, what the figure shows in words, and what makes the `Result`."""
@@ -178,7 +182,9 @@ def other(source: Source) -> Section:
     title, says, make = RESULTS[source.kind]
     result = make(source.numbers)
     stem = source.name.partition(".")[0]
-    parts: list[Part] = [part for shown in result.parts if shown for part in [_part(shown, title)]]
+    parts = [_part(shown, title) for shown in result.parts if shown]
+    heads = [part.title for part in parts if isinstance(part, Table)]
+    parts = [part for part in parts if not (isinstance(part, Paragraph) and part.text in heads)]
     if result.draw is not None:
         svg = report_svg.from_drawing(result.draw, stem, says)
         parts.append(Figures((Figure("", svg, says, wide=True),)))
@@ -188,7 +194,7 @@ def other(source: Source) -> Section:
 def _part(shown: Any, title: str) -> Part:
     table = shown[0] if isinstance(shown, tuple) else shown
     if isinstance(table, RichTable):
-        return Table.of(table, title)
+        return Table.of(table, str(table.title or title))
     return Sentences(tuple(shown)) if isinstance(shown, list) else Paragraph(shown)
 
 
@@ -217,4 +223,4 @@ def measured(sources: Sequence[Source]) -> Section:
     return Section("How it was measured", "measured", tuple(part for part in parts if not isinstance(part, Facts) or part.rows))
 
 
-_DATED = ("sweep", "accuracy", "bench", "horizon", "tune")
+_DATED = ("sweep", "accuracy", *RESULTS)

@@ -77,7 +77,8 @@ def shard_of(environment: Mapping[str, str] | None = None) -> Shard:
     found = f"found RANK={'nothing' if rank is None else rank} and WORLD_SIZE={'nothing' if count is None else count}"
     if rank is None or count is None or not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
         raise UsageError(
-            f"several processes need RANK from 0 to WORLD_SIZE − 1 and WORLD_SIZE, {found}: set both, or neither for one process."
+            f"several processes need WORLD_SIZE, and RANK from 0 to WORLD_SIZE − 1; {found}: set both, or neither for one "
+            "process."
         )
     local = environment.get("LOCAL_RANK", "")
     launched = "TORCHELASTIC_RUN_ID" in environment
@@ -109,8 +110,9 @@ def wait_for_others(
         whose = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}{', …' if len(ranks) > 8 else ''}"
         if store.stale > stale:
             raise UsageError(
-                f"another process adds answers of another version of vlmprune: {len(missing)} of {len(keys)} parts are missing, "
-                f"of {whose}; give all processes the same code, then run the same command again."
+                "another process adds answers of another version of vlmprune "
+                f"({len(missing)} of {len(keys)} parts are missing, of {whose}): give all processes the same code, then run "
+                "the same command again."
             )
         if time.monotonic() - since > 60 * minutes:
             raise UsageError(

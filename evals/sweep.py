@@ -59,9 +59,11 @@ def recomputed(folder: Path, numbers: Mapping[str, Any]) -> dict[str, Any]:
     before = Sweep.from_dict(numbers)
     answered = read_rows(folder, numbers) or read(folder)
     planned = everything(before.plan, numbers["seeds"], len(answered.asked))
-    if missing := [recipe_name(recipe) for number, recipe in planned if (recipe_name(recipe), number) not in answered.answers]:
+    wanted = [(recipe_name(recipe), number) for number, recipe in planned]
+    if missing := [recipe for recipe, number in wanted if (recipe, number) not in answered.answers]:
         raise UsageError(
-            f"{folder} has no answers of {len(missing)} of {len(planned)} recipes, the first is {missing[0]}: run the sweep again."
+            f"{folder} lacks the answers of {len(missing)} of {len(wanted)} recipes, the first is {missing[0]}: run the sweep "
+            "again."
         )
     swept = table(before.plan, numbers["seeds"], answered).to_dict()
     for key in ("rows", "controls"):  # times are not in the file of answers

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vlmprune.evals.accuracy import UNPRUNED
+from vlmprune.evals.accuracy import UNPRUNED, estimate_from_dict
 from vlmprune.evals.answers import Scored
 from vlmprune.evals.stats import Difference, Estimate, Key, correct, differences_of_many, estimate, estimate_by_group
 from vlmprune.evals.sweep_plan import CONTROL, Plan, Point
@@ -28,11 +28,6 @@ def difference_from_dict(data: Mapping[str, Any]) -> Difference:
         return Difference(**entries)
     nan = float("nan")
     return IntervalOnly(**entries, p=nan, n=0, units=0, source="bootstrap", corrected=nan)
-
-
-def estimate_from_dict(data: Mapping[str, Any]) -> Estimate:
-    """A skill's accuracy from its plain data; files from before there were several kinds of intervals do not name theirs."""
-    return Estimate(**{"units": 0, "source": "bootstrap", **data})
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,13 @@ import os
 # tests of kernels depend on it: on a CPU, impl="auto" takes no kernel.
 os.environ["TRITON_INTERPRET"] = "1"
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+
+# They run in an environment of their own (`make test-lmms`): lmms-eval does not fit into this one.
+collect_ignore = [] if find_spec("lmms_eval") else ["lmms"]
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from vlmprune.loading import models as loading
 from vlmprune.loading import outputs, questions
 from vlmprune.loading.models import load_decoder, load_model
 from vlmprune.loading.prompts import make_inputs, prompt_text
-from vlmprune.loading.questions import Question
+from vlmprune.loading.questions import ReadyQuestion
 from vlmprune.recipe import hub as the_hub
 from vlmprune.tiny.scenes import held_out
 
@@ -114,7 +114,7 @@ def test_kept_cells_are_drawn_where_they_are(made):
     model, processor = load_model(str(made["llava_next"]), "cpu")
     picture = Image.effect_noise((120, 70), 60).convert("RGB")
     inputs = make_inputs(processor, picture, prompt_text(processor, "what ?"), "cpu")
-    question = Question(model, processor, inputs, picture)
+    question = ReadyQuestion(model, processor, inputs, picture)
     kept = asking.ask(question, vp.Recipe.of("random:tokens=30"), 1)
     names = [crop.name for crop in kept.crops]
     assert names == ["whole picture", "crop 1, 1", "crop 1, 2", "crop 2, 1", "crop 2, 2"]
@@ -235,7 +235,10 @@ BROKEN = {
         replaced("config.json", model_type="zzz", auto_map={"AutoConfig": "code.Config"}),
         "unknown model family",
     ),
-    "a known one that is not supported": (replaced("config.json", model_type="blip-2"), "found 'blip-2'"),
+    "a known one that is not supported": (
+        replaced("config.json", model_type="blip-2"),
+        "models of the type 'blip-2' are not supported: learned queries stand for a picture",
+    ),
     "processor is no JSON": (written("processor_config.json", b"{,}"), "processor_config.json is broken"),
     "tokenizer is no JSON": (written("tokenizer.json", b"[1, 2"), "tokenizer.json is broken"),
     "tokenizer is an empty object": (written("tokenizer.json", b"{}"), "tokenizer.json is broken (it holds no model"),
@@ -337,6 +340,21 @@ def test_weights_in_the_old_format(folder, content, sentence):
         load_model(str(folder), "cpu")
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_token_of_prompts_that_stands_for_others(made):
+    """Gemma 3: prompts have the token that begins a picture, and the processor puts the model's placeholders behind it."""
+    from types import SimpleNamespace
+
+    from vlmprune.loading.processor import _check_fits
+
+    model, processor = load_model(str(made["llava"]), "cpu")
+    source = SimpleNamespace(name="x")
+    processor.image_token = "?"
+    _check_fits(source, processor, model.config)
+    processor.tokenizer.image_token = None
+    with pytest.raises(vp.UsageError, match=r"do not belong together: \? is token"):
+        _check_fits(source, processor, model.config)
 
 
 def test_weights_in_the_old_format_that_are_whole(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import shutil
 from io import BytesIO
 from itertools import pairwise
@@ -17,7 +18,7 @@ from PIL import Image
 
 import vlmprune
 from vlmprune.errors import UsageError
-from vlmprune.evals import report, report_lines, report_losses, report_read
+from vlmprune.evals import power, report, report_lines, report_losses, report_read
 from vlmprune.evals.report_figures import spread
 
 pytestmark = pytest.mark.xdist_group("page")
@@ -59,7 +60,7 @@ def refused(monkeypatch, capsys, *arguments) -> str:
 def test_the_published_report_is_that_of_its_numbers(sweep):
     """Red: `vlmprune report docs/results/sweep` must be run again, or its files were edited by hand."""
     page = (RESULTS / "sweep" / "report.html").read_text()
-    pinned = f"matplotlib=={matplotlib.__version__}\n" in (ROOT / "constraints.txt").read_text()
+    pinned = f"matplotlib=={matplotlib.__version__};" in (ROOT / "constraints.txt").read_text()
     drawings = re.compile("<svg.*?</svg>", re.DOTALL)
     assert (page if pinned else drawings.sub("", page)) == (sweep[".html"] if pinned else drawings.sub("", sweep[".html"]))
     assert (RESULTS / "sweep" / "report.md").read_text() == sweep[".md"]
@@ -173,6 +174,39 @@ def test_several_results_in_one_folder(folder):
     assert len(set(anchors)) == len(anchors)
 
 
+def test_own_questions_and_budgets_in_tokens(folder):
+    """New files have the tokens that are left: recipes of one method form a line, whatever unit their budgets have."""
+    numbers = json.loads((folder / "accuracy.json").read_text())
+    numbers.update(model="my-vlm", data="my-questions", split=None, pictures=150)
+    numbers["rows"] = [row for row in numbers["rows"] if row["recipe"].startswith(("un-pruned", "random", "cls"))]
+    for row in numbers["rows"]:
+        share = 1.0 if row["recipe"] == "un-pruned" else float(row["recipe"].partition("fraction=")[2])
+        row.update(recipe=row["recipe"].replace(f"fraction={share:g}", f"tokens={576 * share:.0f}"), kept=576 * share, p=0.25)
+        row["by_skill"] = {"all": row["by_skill"]["reading"]}
+    (folder / "accuracy.json").write_text(json.dumps(numbers))
+    texts = report.texts(folder, report_read.read(folder)[0])
+    (found,) = json.loads(texts[".json"])["comparisons"]
+    cls = [line for line in found["lines"] if line["name"] == "cls, layer 0"]
+    assert [line["budget"] for line in cls] == [0.5, 0.25, 0.1, 0.05]
+    assert all(line["random"] for line in cls)
+    assert "on `my-vlm`: `my-questions`, 150 pictures" in texts[".md"]
+    assert "p = 0.25" in texts[".md"]
+    assert "What the means hide" not in texts[".md"]  # there is one group
+
+
+def test_p_values_that_are_corrected_are_shown():
+    """A file of the present version has them; one of an earlier version has intervals only."""
+    numbers = numbers_of("sweep/sweep.json")
+    assert all(line.over_random["mean"].p is None for line in report_lines.of_sweep("it", numbers).lines if line.over_random)
+    new = {"value": 0.01, "low": -0.01, "high": 0.02, "p": 0.01, "corrected": 0.2, "n": 90, "units": 30, "source": "bootstrap"}
+    for row in numbers["rows"]:
+        row["over_random"] = dict.fromkeys(row["over_random"], new)
+    lines = report_lines.of_sweep("it", numbers).lines
+    assert {(line.over_random["mean"].p, line.over_random["mean"].verdict) for line in lines if line.over_random} == {
+        (0.2, "ties")
+    }
+
+
 def test_text_of_a_file_is_no_markup(folder):
     numbers = json.loads((folder / "accuracy.json").read_text())
     numbers["rows"][1]["recipe"] = "<b onclick='x'>own</b> & \"$x^2$\""
@@ -225,6 +259,62 @@ def test_results_of_lmms_eval(folder):
         report_read.read(folder)
 
 
+TIMES = {"ms": 30.0, "low": 29.0, "high": 31.0}
+BENCH = {
+    "recipe": "un-pruned", "batch": 2, "rounds": 3, "new_tokens": 2, "prompt": 600, "visual": 576.0,
+    "times": {"ttft": TIMES, "e2e": TIMES}, "faster": {}, "flops": 1000, "ideal": 1.0, "ideal_prefill": 1.0, "achieved": 1.0,
+    "kv_bytes": 2**20, "peak_bytes": 2**22, "overhead": {},
+}  # fmt: skip
+RATIO = {"times": 2.5, "low": 2.25, "high": 2.75}
+PRUNED = {**BENCH, "recipe": "fastv:layer=2,tokens=64", "faster": {"ttft": RATIO, "e2e": RATIO}, "overhead": {"choosing": 0.01}}
+TRIAL = {
+    "recipe": "divprune:fraction=0.098", "origin": "default", "reach": 0.1, "cost": 0.097, "flops": 0.157, "accuracy": 0.92,
+    "drop": {"value": 0.077, "low": 0.03, "high": 0.133, "units": 16}, "left": "", "rung": 0,
+}  # fmt: skip
+OTHERS = {
+    "bench": ({"title": "a shape", "rows": [BENCH, PRUNED]}, "2.50× [2.25, 2.75]", True),
+    "max_drop": (
+        {
+            "model": "tiny", "data": "scenes", "max_drop": 30.0, "horizon": 7, "notes": [], "skipped": [], "trials": [TRIAL],
+            "questions": {"tuning": {"units": 8, "questions": 68}, "held-out": {"units": 16, "questions": 160}},
+            "finalists": [TRIAL], "winner": TRIAL, "best_default": TRIAL, "gain": None,
+            "unpruned": {"tuning": 0.99, "held-out": 0.99},
+        },
+        "`divprune:fraction=0.098` loses 7.7 [3.0, 13.3] points on 16 held-out pictures",
+        True,
+    ),
+    "power": (power.plan([(power.assumed(2.0, 0.9), 2.0)], 0.9, 0.05, 1), "paired sign-flip test over pictures", False),
+    "lmms": (
+        {
+            "model": "tiny", "batch": 8,
+            "rows": [
+                {"recipe": recipe, "task": "vlmprune_reading", "documents": 54, "scores": {"exact_match": score}, "same": same,
+                 "columns": {"ttft_ms": 12.3}, "file": "x_results.json"}
+                for recipe, score, same in (("none", 0.9815, 1.0), ("random:layer=0,fraction=0.25", 0.6481, 0.63))
+            ],
+        },
+        "| vlmprune_reading | exact_match | 0.9815 | 0.6481 |",
+        False,
+    ),
+}  # fmt: skip
+"""Numbers of commands that have no published result yet; what their report says, and whether it draws."""
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_results_of_other_commands(kind, tmp_path):
+    """As the command shows them; what lmms-eval itself wrote is summed up by lmms.json, and is not shown beside it."""
+    numbers, says, drawn = OTHERS[kind]
+    (tmp_path / f"{kind}.json").write_text(json.dumps(numbers))
+    if kind == "lmms":
+        (tmp_path / "x_results.json").write_text(json.dumps(LMMS))
+    sources, notes = report_read.read(tmp_path)
+    assert [source.kind for source in sources] == [kind]
+    assert not notes
+    texts = report.texts(tmp_path, sources)
+    assert says in texts[".md"]
+    assert ("<svg" in texts[".html"]) is drawn
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +361,17 @@ def test_pictures_are_made_once_and_found_again(folder, monkeypatch, capsys):
     assert (folder / "again.html").read_text() == page
 
 
+def test_commands_say_how_to_see_their_folder_as_a_page(tmp_path, monkeypatch, capsys):
+    """`eval` writes a folder, and the command that it names shows it."""
+    out = tmp_path / "my results"
+    assert command(monkeypatch, "eval", "--images", 2, "--recipe", "random:fraction=0.5", "--out", out) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "shows this folder as a page" in line]
+    name, *arguments = shlex.split(line.split("`")[1])
+    assert name == "vlmprune"
+    assert command(monkeypatch, *arguments) == 0
+    assert (out / "report.html").exists()
+
+
 # --- what cannot be shown --------------------------------------------------------------------------------------------
 
 
@@ -282,7 +383,8 @@ def test_no_such_folder(tmp_path, monkeypatch, capsys):
 def test_a_folder_without_results(tmp_path, monkeypatch, capsys):
     assert "no JSON file" in refused(monkeypatch, capsys, tmp_path)
     assert not list(tmp_path.iterdir())
-    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "answers-0001.jsonl").write_text("{}\n")
+    (tmp_path / "settings.json").write_text("{}\n")
     assert "has answers but no result yet" in refused(monkeypatch, capsys, tmp_path)
 
 

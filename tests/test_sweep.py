@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,15 +14,14 @@ import vlmprune as vp
 from vlmprune import cli, tiny
 from vlmprune.cost import compute_average
 from vlmprune.errors import UsageError
-from vlmprune.evals import accuracy, asking, sweep, sweep_plan, sweep_report, sweep_rows, sweep_store
-from vlmprune.evals.asking import Questions, scenes_of_seed
+from vlmprune.evals import accuracy, sweep_plan, sweep_report, sweep_rows
+from vlmprune.evals.answers import Scored
 from vlmprune.evals.budgets import PAPER_SCHEDULES, SHARES, PaperSchedule, paper_schedule
+from vlmprune.evals.questions import open_questions
 from vlmprune.evals.results import Result
-from vlmprune.evals.sweep_plan import Plan, Point, make_plan
-from vlmprune.evals.sweep_rows import differences
+from vlmprune.evals.stats import Difference
+from vlmprune.evals.sweep_plan import CONTROL, Plan, Point, make_plan
 from vlmprune.schedule import Budget, Schedule, Stage
-from vlmprune.tiny.answers import Record
-from vlmprune.tiny.evaluate import records
 from vlmprune.tiny.questions import SKILLS
 
 DEPTH, VISUAL = 8, 144
@@ -38,8 +38,8 @@ def embedded():
 @pytest.fixture(scope="module")
 def prompt(embedded):
     """One question, as inputs of the model."""
-    (scene,) = scenes_of_seed(0, 1)
-    return embedded[1](images=scene.image, text=tiny.prompt(scene.questions[0].text), return_tensors="pt")
+    question = open_questions(images=1)[0]
+    return embedded[1](images=question.images[0], text=tiny.prompt(question.text), return_tensors="pt")
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_a_seed_draws_other_scenes_and_other_random_tokens(embedded):
     point = Point("random", 0.5, (0,), (0.5,))
     assert str(point.recipe(0)) != str(point.recipe(2))
     assert str(Point("divprune", 0.5, (0,), (0.5,)).recipe(0)) == str(Point("divprune", 0.5, (0,), (0.5,)).recipe(2))
-    seeds = [{scene.seed for scene in scenes_of_seed(seed, 4)} for seed in range(3)]
+    seeds = [{question.unit for question in open_questions(images=4, seed=seed)} for seed in range(3)]
     assert len(set.union(*seeds)) == 12
 
 
@@ -180,89 +180,19 @@ def test_one_random_row_serves_all_methods_with_the_same_schedule(embedded):
     assert len(plan.recipes(seed=0)) == 5
 
 
-# --- asking ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "recipe", [None, "cls:layer=0,fraction=0.1", "fastv:layer=2,fraction=0.1", "random:layer=0,fraction=0.3"]
-)
-def test_encoding_a_picture_once_gives_the_answers_of_the_plain_way(embedded, recipe, monkeypatch):
-    monkeypatch.setattr(asking, "SCENES_PER_BATCH", 2)
-    model, processor = embedded
-    scenes = scenes_of_seed(0, 3)
-    questions = Questions(processor, scenes, first=7)
-    given, share = sweep.ask(model, questions, recipe and vp.Recipe.parse(recipe))
-    run = vp.wrap(model, recipe) if recipe else None
-    plain = records(model, processor, scenes)
-    if run:
-        run.remove()
-    assert [replace(record, image=record.image + 7) for record in plain] == questions.records(given)
-    assert len(given) == len(questions)
-    assert share == (1 if recipe is None else pytest.approx(run.report().visual_compute_average / VISUAL))
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """Names of the recipes that were really run."""
-    names, ask = [], sweep.ask
-
-    def counting(model, questions, recipe):
-        names.append(str(recipe or "un-pruned"))
-        return ask(model, questions, recipe)
-
-    monkeypatch.setattr(sweep, "ask", counting)
-    return names
-
-
-def test_an_interrupted_sweep_goes_on_and_runs_nothing_twice(embedded, asked, tmp_path, monkeypatch):
-    plan = make_plan(embedded[0], ["uniform"], [0.25])
-
-    def run(images=2):
-        asked.clear()
-        return sweep.sweep(*embedded, plan, seeds=2, images=images, folder=tmp_path)
-
-    first = run()
-    kept = [
-        name
-        for seed in (0, 1)
-        for name in ("un-pruned", str(Point("random", 0.25, (0,), (0.25,)).recipe(seed)), "uniform:layer=0,fraction=0.25")
-    ]
-    assert asked == kept
-    again = run()
-    assert asked == []
-    assert again.to_dict() == first.to_dict()
-
-    rows = tmp_path / sweep_store.ROWS
-    rows.write_text(rows.read_text()[:-20])  # interrupted while writing the last row
-    assert run().methods[0].mean == first.methods[0].mean
-    assert asked == ["uniform:layer=0,fraction=0.25"]
-    run(images=3)
-    assert len(asked) == 6, "other scenes are other rows"
-    for module in (sweep, sweep_store):
-        monkeypatch.setattr(module, "code_fingerprint", lambda: "edited")
-    run()
-    assert asked == kept, "answers of edited code were taken up"
-
-
-def test_a_store_of_an_earlier_version_is_read(tmp_path):
-    """Rows whose fingerprint is only of the method's file are read, kept, and not mistaken for answers of today's code."""
-    old = {"recipe": "un-pruned", "code": "786a02f742", "seed": 0, "split": "test", "images": 2, "given": ["yes"]}
-    line = json.dumps({**old, "share": 1.0, "seconds": 2.0}) + "\n"
-    (tmp_path / sweep_store.ROWS).write_text(line)
-    assert sweep_store.Store(tmp_path).get(None, 0, "test", 2) is None
-    assert (tmp_path / sweep_store.ROWS).read_text() == line
-
-
 # --- comparing -------------------------------------------------------------------------------------------------------
 
 
-def answers(right: dict[str, float], pictures: int = 40) -> list[Record]:
+def answers(right: dict[str, float], pictures: int = 40, share: float = 0.5) -> Scored:
     """Every skill asked once per picture, with a share of right answers."""
-    return [
-        Record(picture, skill, "yes", "yes" if picture < right.get(skill, 0.5) * pictures else "no")
-        for picture in range(pictures)
-        for skill in SKILLS
-    ]
+    score = [float(picture < right.get(skill, 0.5) * pictures) for picture in range(pictures) for skill in SKILLS]
+    unit = np.repeat(np.arange(pictures), len(SKILLS))
+    return Scored(np.array(score), unit, list(SKILLS) * pictures, np.array(score), share, 1.0)
+
+
+def differences(given: Scored, control: Scored) -> dict[str, Difference]:
+    mean, skills = sweep_rows.differences({"": (given, control)})[""]
+    return {"mean": mean, **skills}
 
 
 def test_verdicts_on_planted_numbers():
@@ -281,11 +211,11 @@ def test_verdicts_on_planted_numbers():
 
 
 def test_the_difference_is_paired():
-    """Two methods that are right about almost the same pictures differ by little, and surely."""
-    one, other = answers(dict.fromkeys(SKILLS, 0.5)), answers(dict.fromkeys(SKILLS, 0.625))
+    """Two methods that are right about almost the same pictures differ by little."""
+    one, other = answers(dict.fromkeys(SKILLS, 0.5)), answers(dict.fromkeys(SKILLS, 0.7))
     difference = differences(other, one)["mean"]
     assert difference.verdict == "beats"
-    assert difference.high - difference.low < 0.25
+    assert difference.high - difference.low < 0.3
 
 
 def planted(right: dict[str, dict[str, float]], *more: Point) -> sweep_rows.Sweep:
@@ -293,12 +223,29 @@ def planted(right: dict[str, dict[str, float]], *more: Point) -> sweep_rows.Swee
     points = [*(Point(method, 0.5, (0,), (0.5,)) for method in right), *more]
     plan = Plan(points, [("fastv", 0.25, 0.25, 1), ("fastv", 0.1, 0.25, 1)], {"tome": "tome cannot do that."})
 
-    def pooled(point):
+    def scored(point):
         skills = dict.fromkeys(SKILLS, 1.0) if point is None else right[point.method]
-        share = 0.3 if point and point.method == "uniform" else 0.5
-        return answers(skills), [sweep_store.Answers("recipe", "", 0, "test", 40, [], share, 1.0)]
+        return "recipe", answers(skills, share=0.3 if point and point.method == "uniform" else 0.5)
 
-    return sweep_rows.compare(plan, pooled)
+    return sweep_rows.compare(plan, scored)
+
+
+def test_verdicts_are_corrected_for_all_points():
+    """Red: a sweep of many points finds winners by chance."""
+    point = Point("cls", 0.5, (0,), (0.5,))
+    plan = Plan([replace(point, budget=0.5 + 0.001 * n) for n in range(40)])
+    shares = {CONTROL: 0.5, "cls": 0.65}  # six of forty pictures: p = 0.031
+
+    def scored(point):
+        return "recipe", answers(dict.fromkeys(SKILLS, 1.0 if point is None else shares[point.method]))
+
+    alone = sweep_rows.compare(Plan([point]), scored).methods[0].over_random["mean"]
+    among = sweep_rows.compare(plan, scored).methods[0].over_random["mean"]
+    assert (alone.p, alone.verdict) == (among.p, "beats") == (2 / 2**6, "beats")
+    assert (among.corrected, among.verdict) == (1.0, "ties")
+    said = sweep_report.summary(sweep_rows.compare(plan, scored))[0]
+    assert "0 beat random" in said
+    assert "corrected for that (Holm)" in said
 
 
 def test_the_summary_names_what_does_not_beat_random():
@@ -380,7 +327,7 @@ def test_mistakes(monkeypatch, capsys, arguments, sentence):
 def test_every_recipe_of_eval_is_looked_at_before_the_first_is_run(embedded, monkeypatch):
     """Red: the last recipe is refused after all others were run."""
     model, processor = embedded
-    monkeypatch.setattr(accuracy, "records", lambda *more: pytest.fail("a recipe was run"))
+    monkeypatch.setattr(accuracy, "answer", lambda *more: pytest.fail("a recipe was run"))
     with pytest.raises(vp.UsageError, match="fastv prunes at layer 30"):
         accuracy.evaluate(model, processor, ["random:fraction=0.5", "fastv:layer=30,fraction=0.5"], 2)
 

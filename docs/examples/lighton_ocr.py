@@ -1,8 +1,7 @@
 """A worked model family: LightOnOCR, which CONTRIBUTING.md explains.
 
-Pixtral's tower sees pictures of any size, squares of 2 × 2 patches become one visual token, and the decoder is Qwen3. This file is
-all that vlmprune has to be told; `tests/test_docs.py` runs it.
-"""
+Pixtral's tower sees pictures of any size, squares of 2 × 2 patches become one visual token, and the decoder is Qwen3. This
+file is all that vlmprune has to be told; `tests/test_docs.py` runs it."""
 
 from __future__ import annotations
 

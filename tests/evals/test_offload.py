@@ -13,7 +13,7 @@ import vlmprune as vp
 from vlmprune import tiny
 from vlmprune.device import execution_device
 from vlmprune.errors import UsageError
-from vlmprune.evals import calibration, horizon, random_models, tune
+from vlmprune.evals import bench, calibration, horizon, random_models, tune
 from vlmprune.loading.models import load_model
 from vlmprune.loading.questions import open_question
 from vlmprune.schedule import Budget
@@ -100,3 +100,14 @@ def test_device_maps_that_are_refused(device, device_map, sentence):
     with pytest.raises(UsageError) as refusal:
         load_model("tiny", device, device_map)
     assert str(refusal.value) == sentence
+
+
+def test_bench(pair):
+    """Red: it waits for, or counts on, the device that the weights have."""
+    _, moved, processor = pair
+    (scene,) = held_out(1)
+    inputs = processor(images=scene.image, text=tiny.prompt("what is the number ?"), return_tensors="pt")
+    plain, pruned = bench.measure(moved, inputs, ["divprune:fraction=0.25"], rounds=1, new_tokens=2)
+    assert pruned.visual == 36
+    assert pruned.peak_bytes > 0
+    assert plain.flops > pruned.flops

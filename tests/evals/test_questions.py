@@ -121,7 +121,13 @@ def test_two_questions_with_one_id(folder):
 
 @pytest.mark.parametrize(
     ("spec", "sentence"),
-    [("no/where", "there is no folder no/where: give one"), ("./no", "there is no folder ./no: give one")],
+    [
+        (
+            "no/where",
+            "there is no folder no/where: give one that holds questions.jsonl and the pictures; a dataset of the hub must",
+        ),
+        ("./no", "there is no folder ./no: give one that holds questions.jsonl and the pictures."),
+    ],
 )
 def test_there_is_no_folder(spec, sentence):
     with pytest.raises(UsageError) as refusal:
@@ -138,8 +144,8 @@ def test_an_unknown_scorer_or_split_is_refused_first(folder):
 
 def test_a_dataset_without_its_package(tmp_path, monkeypatch):
     (tmp_path / "state.json").write_text("{}")
-    monkeypatch.setattr("vlmprune.loading.datasets.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"needs the package datasets: install it with `pip install datasets`"):
+    monkeypatch.setattr("vlmprune.loading.outputs.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"a Hugging Face dataset needs datasets: install it with `pip install datasets`"):
         open_questions(tmp_path)
 
 

@@ -16,7 +16,7 @@ from vlmprune.errors import UsageError
 from vlmprune.live.handle import wrap
 from vlmprune.live.report import Report
 from vlmprune.loading.outputs import check_target
-from vlmprune.loading.questions import Question, open_question
+from vlmprune.loading.questions import ReadyQuestion, open_question
 from vlmprune.loading.recipes import read_recipe
 from vlmprune.recipe import Recipe
 from vlmprune.show import draw
@@ -94,7 +94,7 @@ class _Counter:
 
 
 def ask(
-    question: Question,
+    question: ReadyQuestion,
     recipe: Recipe,
     max_new_tokens: int,
     tick: Callable[[int, bool], None] = lambda tokens, done: None,
@@ -118,7 +118,7 @@ def ask(
     return Answer(text, index, _by_crop(question, set(index)), report, reasons)
 
 
-def _by_crop(question: Question, kept: set[int]) -> list[KeptCrop]:
+def _by_crop(question: ReadyQuestion, kept: set[int]) -> list[KeptCrop]:
     return [
         KeptCrop(
             crop.name,
@@ -132,7 +132,7 @@ def _by_crop(question: Question, kept: set[int]) -> list[KeptCrop]:
     ]
 
 
-def compare(question: Question, recipe: Recipe, max_new_tokens: int) -> tuple[tuple[Answer, float], tuple[Answer, float]]:
+def compare(question: ReadyQuestion, recipe: Recipe, max_new_tokens: int) -> tuple[tuple[Answer, float], tuple[Answer, float]]:
     """The answers without and with a recipe, each with the time of its prefill in ms: a median of interleaved rounds."""
     recipes = (Recipe.of(KEEP_ALL), recipe)
     answers = [ask(question, recipe, max_new_tokens) for recipe in recipes]
@@ -216,7 +216,7 @@ def ask_and_draw(
     return result, None if target is None else draw_kept(question, pruned.crops)
 
 
-def draw_kept(question: Question, crops: list[KeptCrop], width: int = WIDTH) -> Image.Image:
+def draw_kept(question: ReadyQuestion, crops: list[KeptCrop], width: int = WIDTH) -> Image.Image:
     """The picture with its kept tokens; where there are several crops, each of them with a caption."""
     drawn = [
         draw.kept_patches(seen, (crop.rows, crop.columns), crop.kept, width)

@@ -49,13 +49,35 @@ def horizon(
 
 
 def tune(
-    method: Annotated[str, typer.Option(metavar="NAME", help="The method whose schedule is chosen: adaptinfer.")],
+    max_drop: Annotated[
+        float | None,
+        typer.Option(metavar="POINTS", help="Find the cheapest recipe that loses at most so many points of accuracy."),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="The method whose schedule is chosen: adaptinfer. With --max-drop: a method to try; may be repeated. If not "
+            "given: all.",
+        ),
+    ] = None,
     model: options.Model = "tiny",
     data: options.Data = None,
     images: options.Images = None,
     split: options.DataSplit = None,
     column: options.Columns = None,
     skip_bad: options.SkipBad = False,
+    scorer: options.Scorer = None,
+    longest: options.Longest = None,
+    batch: options.BatchSize = None,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="SHARE",
+            help="With --max-drop: share of the visual tokens that enter a decoder layer in the recipes to try; may be "
+            "repeated. If not given: seven between 0.7 and 0.08.",
+        ),
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Budget: visual tokens that leave a layer, on average over layers.")
     ] = None,
@@ -68,16 +90,33 @@ def tune(
     out: options.Out = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Choose the layers and token counts of a method for your model, from its attention."""
-    names.check_pruning(method, "tune")
+    """Find the cheapest recipe within an accuracy budget, or choose the layers and counts of a method, for your model."""
+    for name in method or ():
+        names.check_pruning(name, "tune")
+    asked = Data(data, images, split, scorer, column or (), skip_bad, longest)
+    if max_drop is not None:
+        from vlmprune.cli.cheapest import Wanted, find_cheapest
+
+        if (tokens, fraction) != (None, None):
+            raise UsageError("--max-drop finds the counts itself: leave out --tokens and --fraction, or --max-drop.")
+        if data is None and split is not None:
+            raise UsageError("--max-drop tunes on the dev scenes and confirms on the test scenes: leave out --split.")
+        find_cheapest(Wanted(max_drop, model, asked, method, budget, batch, device, device_map), out, as_json)
+        return
+    if method is None or len(method) != 1:
+        raise UsageError(
+            "tune needs an accuracy budget, for example --max-drop 1.0, or one method whose schedule is chosen: --method "
+            "adaptinfer."
+        )
+    if (scorer, longest, batch, budget) != (None, None, None, None):
+        raise UsageError("--scorer, --max-new-tokens, --batch and --budget are for --max-drop: leave them out, or give it.")
     from vlmprune.evals import tune as evals
     from vlmprune.schedule import Budget
 
-    evals.check_method(method)
-    budget = Budget(fraction=0.3) if (tokens, fraction) == (None, None) else Budget(tokens, fraction)
-    asked = Data(data, images, split, columns=column or (), skip_bad=skip_bad)
+    evals.check_method(method[0])
+    average = Budget(fraction=0.3) if (tokens, fraction) == (None, None) else Budget(tokens, fraction)
     with _calibration(model, asked, device, device_map, out, answers=False) as ready:
-        tuned = evals.tune(ready.model, ready.samples, budget, method, ready.tick)
+        tuned = evals.tune(ready.model, ready.samples, average, method[0], ready.tick)
     if out is not None:
         tuned.recipe.save_pretrained(out)
     publish(evals.result({**ready.numbers, **tuned.to_dict()}), "tune", out, as_json)

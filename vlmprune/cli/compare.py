@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vlmprune import names
 from vlmprune.cli import options, terminal
+from vlmprune.cli.data import Data
 from vlmprune.cli.results import prepare, publish
-from vlmprune.errors import unknown
+from vlmprune.errors import UsageError, unknown
 from vlmprune.loading.environment import quiet
 
 SHAPES = "llava-1.5-7b, llava-next-7b or qwen2.5-vl-7b"
@@ -18,26 +20,55 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def evaluate(
     recipe: options.Recipes = None,
-    images: Annotated[int, typer.Option(metavar="N", min=2, help="How many scenes; about ten questions about each.")] = 150,
-    split: options.Split = "test",
-    out: options.Out = None,
+    model: options.Model = "tiny",
+    data: options.Data = None,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=2,
+            help="How many scenes (150 if not given; about ten questions about each), or how many questions of --data at most.",
+        ),
+    ] = None,
+    split: options.DataSplit = None,
+    scorer: options.Scorer = None,
+    column: options.Columns = None,
+    skip_bad: options.SkipBad = False,
+    batch: options.BatchSize = None,
+    max_new_tokens: options.Longest = None,
+    device: options.Device = "cpu",
+    device_map: options.DeviceMap = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also write numbers, table, figure and answers here; an interrupted evaluation continues from this folder, "
+            "and several processes share it (docs/evaluation.md).",
+        ),
+    ] = None,
+    wait: options.Wait = 30,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure the accuracy of recipes on the embedded model, by skill, beside the un-pruned model."""
-    _check(recipe, split)
+    """Measure the accuracy of recipes beside the un-pruned model, by skill or group of questions.
+
+    On the embedded model, or on --model with your questions (--data).
+    """
+    _check(recipe)
+    asked = Data(data, images, split, scorer, column or (), skip_bad, max_new_tokens)
+    asked.check(model)
+    from vlmprune.cli.evaluating import measure
+    from vlmprune.evals.shards import shard_of
+
+    shard = shard_of()
+    if out is None and shard.count > 1:
+        raise UsageError("give --out FOLDER: the processes share their answers in it.")
     prepare(out)
     quiet()
-    from vlmprune import tiny
-    from vlmprune.evals import accuracy as evals
-    from vlmprune.evals.results import stamp
+    numbers = measure(model, asked, recipe, batch, shard, device, device_map, out, wait)
+    if numbers is not None:
+        from vlmprune.evals import accuracy
 
-    model, processor = tiny.load()
-    recipes = recipe or list(evals.DEFAULT)
-    with terminal.progress() as progress:
-        task = progress.add_task("recipes", total=len(recipes) + 1)
-        rows = evals.evaluate(model, processor, recipes, images, split, lambda: progress.advance(task))
-    numbers = {"images": images, "split": split, **stamp(), "rows": [row.to_dict() for row in rows]}
-    publish(evals.result(numbers), "accuracy", out, as_json)
+        publish(accuracy.result(numbers), "accuracy", out, as_json)
 
 
 def bench(
@@ -109,12 +140,7 @@ def _machine(device: str | None, dtype: str | None, reduce: int | None) -> tuple
     return device, dtype, reduce or (1 if on_gpu else 8)
 
 
-def _check(recipes: list[str] | None, split: str | None = None) -> None:
+def _check(recipes: list[str] | None) -> None:
     """Refuse a mistyped name before torch is imported."""
     for text in recipes or ():
         names.check_recipe(text)
-    if split is not None:
-        from vlmprune.tiny.scenes import SPLITS
-
-        if split not in SPLITS:
-            raise unknown("split", split, SPLITS)

@@ -30,8 +30,8 @@ class Data:
         """Refuse what can be refused before torch is imported.
 
         Raises:
-            UsageError: another model than the embedded one without `--data`, an unknown split of the scenes, or a `--column`
-                that cannot be read.
+            UsageError: another model than the embedded one without `--data`, an unknown split of the scenes or scorer, or a
+                `--column` that cannot be read.
         """
         if self.name is None and model != "tiny":
             raise UsageError("the built-in scenes are for the embedded model: give --data with questions for yours.")
@@ -41,6 +41,10 @@ class Data:
             if self.split not in SPLITS:
                 raise unknown("split", self.split, SPLITS)
         self.meanings()
+        if self.scorer is not None:
+            from vlmprune.evals.scorers import check_scorer
+
+            check_scorer(self.scorer)
 
     def meanings(self) -> dict[str, str]:
         """The `--column` options as a mapping from meanings to names.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vlmprune import tiny
 from vlmprune.cli.asking import compare, draw_kept
 from vlmprune.loading.outputs import make_folder
-from vlmprune.loading.questions import Question
+from vlmprune.loading.questions import ReadyQuestion
 from vlmprune.loading.recipes import read_recipe
 from vlmprune.show import draw
 from vlmprune.tiny.scenes import held_out
@@ -74,7 +74,7 @@ def _ask(
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]], Image.Image]:
     """Both answers to one question, their costs, and the drawing of the kept tokens."""
     inputs = processor(images=scene.image, text=tiny.prompt(asked.text), return_tensors="pt")
-    question = Question(model, processor, inputs, scene.image)
+    question = ReadyQuestion(model, processor, inputs, scene.image)
     timed = dict(zip(("unpruned", "pruned"), compare(question, plan, LONGEST), strict=True))
     pruned: Answer = timed["pruned"][0]
     caption = [

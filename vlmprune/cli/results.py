@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,5 +26,7 @@ def prepare(out: Path | None) -> None:
 
 
 def publish(result: Result, name: str, out: Path | None, as_json: bool) -> None:
-    """Write the files `name`.json, .md and .png if a folder was given, then print."""
+    """Write the files `name`.json, .md and .png if a folder was given, then print; and say how to see the folder as a page."""
     result.deliver(terminal.console, None if out is None else out / name, as_json)
+    if out is not None and not as_json:
+        terminal.say_unwrapped(f"`vlmprune report {shlex.quote(str(out))}` shows this folder as a page.")

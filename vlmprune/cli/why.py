@@ -11,7 +11,7 @@ from vlmprune.errors import UsageError
 
 if TYPE_CHECKING:
     from vlmprune.live.handle import Run
-    from vlmprune.loading.questions import Question
+    from vlmprune.loading.questions import ReadyQuestion
 
 Why = Annotated[
     list[int] | None,
@@ -25,7 +25,7 @@ Why = Annotated[
 ]
 
 
-def check_tokens(question: Question, wanted: Sequence[int]) -> None:
+def check_tokens(question: ReadyQuestion, wanted: Sequence[int]) -> None:
     """Refuse tokens that the picture does not have, before the model answers.
 
     Raises:
@@ -37,7 +37,7 @@ def check_tokens(question: Question, wanted: Sequence[int]) -> None:
             raise UsageError(f"there is no token {token}: the picture has {tokens}, numbered 0 to {tokens - 1}.")
 
 
-def explained(run: Run, question: Question, tokens: Sequence[int]) -> list[dict[str, Any]]:
+def explained(run: Run, question: ReadyQuestion, tokens: Sequence[int]) -> list[dict[str, Any]]:
     """What `run --json` prints of each token: the explanation, and the token's cell in its raster if its index says where it
     is."""
     crops = question.crops() if tokens else []

@@ -1,7 +1,7 @@
 """What a language model adds to its visual tokens between decoder layers (DeepStack), where a stage shortens the sequence.
 
-The model adds the i-th entry after layer i, to all visual tokens of the prompt. It is given the entries of the layers before the
-first stage only. The others are added here, before the next layer, to the rows that are still there.
+The model adds the i-th entry after layer i, to all visual tokens of the prompt. It is given the entries of the layers
+before the first stage only. The others are added here, before the next layer, to the rows that are still there.
 """
 
 from __future__ import annotations

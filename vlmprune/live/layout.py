@@ -158,9 +158,9 @@ class Layout:
 
         Args:
             prompt: the tokens.
-            tokens_per_image: tokens of each picture, or of each tile of one, in the order of the batch; 0 is no picture.
+            tokens_per_image: tokens of each picture, or of each crop of one, in the order of the batch; 0 is no picture.
             device: for `Image.places_on_device`.
-            joins: whether two tiles are of one picture, from the ids between them; None if there are no tiles.
+            joins: whether two crops are of one picture, from the ids between them; None if there are no crops.
 
         Raises:
             UsageError: the placeholders and the pictures do not match, in total or in one row.
@@ -228,20 +228,20 @@ def _pictures(
     prompt: Tokens,
     rows: np.ndarray[Any, Any],
     columns: np.ndarray[Any, Any],
-    tiles: Sequence[int],
+    crops: Sequence[int],
     joins: Callable[[Sequence[int]], bool] | None,
 ) -> list[int]:
-    """Tokens of each picture, whose tiles have `tiles` tokens.
+    """Tokens of each picture, whose crops have `crops` tokens.
 
     Args:
         rows, columns: `[visual]` of all placeholders.
         joins: as in `Layout.find`.
     """
     if joins is None:
-        return list(tiles)
+        return list(crops)
     pictures: list[int] = []
     end = 0
-    for count in tiles:
+    for count in crops:
         row = rows[end]
         if end and rows[end - 1] == row and joins(prompt.ids[row, columns[end - 1] + 1 : columns[end]].tolist()):
             pictures[-1] += count

@@ -139,12 +139,12 @@ def identity_of(kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _sizes(plan: Plan, counts: Sequence[int] | None) -> Sequence[int] | None:
-    """Visual tokens of each image; None where these are of tiles, so that an image may have any number of them."""
+    """Visual tokens of each image; None where these are of crops, so that an image may have any number of them."""
     return counts if plan.family.joins is None else None
 
 
 def _encoded_counts(plan: Plan, encoded: Any) -> list[int] | None:
-    """Visual tokens of each image, or of each of its tiles, where `generate` has encoded them already."""
+    """Visual tokens of each image, or of each of its crops, where `generate` has encoded them already."""
     if encoded is None:
         return None
     if encoded.last_hidden_state is None:  # generate() cuts features up for a chunked prefill, and leaves this out

@@ -146,7 +146,7 @@ def begin_prompt(
     """The prompt of a call with images.
 
     Args:
-        counts: visual tokens of each image, or of each of its tiles.
+        counts: visual tokens of each image, or of each of its crops.
         joins: as in `Layout.find`.
     """
     call.batch, call.sequence = tokens.real.shape

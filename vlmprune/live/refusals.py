@@ -149,7 +149,7 @@ def check_tower(
         )
     if inside is not None and inside.stage.site == "vision" and facts.whole:
         raise UsageError(
-            f"{inside.method.name} drops patches between blocks of the vision tower, but the tower of {decoder.family.name} needs "
+            f"{inside.method.name} drops patches between blocks of the vision tower, but that of {decoder.family.name} needs "
             "all of them up to its end (it takes features from several blocks, or merges squares of patches): choose a method "
             "that prunes in the language model."
         )

@@ -216,14 +216,19 @@ def columns(attention: Tensor, index: Tensor) -> Tensor:
 
 def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn `[image, head, …, dim]` back by a rotary embedding `[image, rotary dim]`, whose own factor is taken out; exact where
-    it is that of position 0."""
+    it is that of position 0. Numbers that turn together have equal sines: they are half the width apart, or neighbours."""
     shape = (len(cos), *[1] * (x.ndim - 2), -1)
     cos, sin = cos.float().view(shape), sin.float().view(shape)
     size = torch.hypot(cos, sin)
     cos, sin = cos / size, sin / size
     turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turning.float().chunk(2, dim=-1)
-    back = turning.float() * cos - torch.cat((-second, first), dim=-1) * sin
+    even, odd = turning.float().unflatten(-1, (-1, 2)).unbind(dim=-1)
+    halves = torch.cat((-second, first), dim=-1)
+    neighbours = torch.stack((-odd, even), dim=-1).flatten(-2)
+    left, right = sin.chunk(2, dim=-1)
+    turned = torch.where((left == right).all(), halves, neighbours)
+    back = turning.float() * cos - turned * sin
     return torch.cat((back.to(x.dtype), rest), dim=-1)
 
 

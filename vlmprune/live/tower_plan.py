@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from inspect import getfullargspec
+from inspect import signature
 from threading import local
 from typing import Any
 from weakref import ref
@@ -106,7 +106,8 @@ class TowerPlan:
 
     def _watched(self) -> dict[int, list[str]]:
         """The blocks whose attention is observed, by number, each with the probes that are taken there."""
-        assert (tower := self._family.tower) is not None
+        tower = self._family.tower
+        assert tower is not None
         probes = blocks_of_probes(self.wanted, tower.feature_block(self._config), len(self._blocks()))
         if self.stage is not None:
             for index in tower.full_attention_blocks(self._config):
@@ -217,7 +218,7 @@ class TowerPlan:
 
 def passes_on(block: nn.Module) -> bool:
     """Whether a block of a tower passes keyword arguments on to its attention."""
-    return getfullargspec(type(block).forward).varkw is not None
+    return any(str(parameter).startswith("**") for parameter in signature(type(block).forward).parameters.values())
 
 
 @torch.compiler.disable

@@ -92,3 +92,11 @@ def make_batch(processor: Any, pictures: Sequence[Sequence[Image.Image]], texts:
         return processor(text=list(texts), padding=True, padding_side="left", return_tensors="pt", **images)
     except (ValueError, TypeError) as error:
         raise UsageError(f"the processor cannot take these {len(texts)} prompts: {first_line(error)}.") from error
+
+
+def placeholders(model: Any, inputs: Any) -> list[int]:
+    """Of each row of a batch, how many tokens stand for pictures."""
+    from vlmprune.adapters.registry import family_of
+
+    token = family_of(model.config).image_token(model.config)
+    return (inputs["input_ids"] == token).sum(dim=1).tolist()

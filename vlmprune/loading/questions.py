@@ -1,4 +1,4 @@
-"""One picture and one question to a model, ready to be asked; and the picture as the model saw it."""
+"""One picture and one question with the model that is asked; and the picture as the model saw it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A picture, a question, and the model that is asked.
+class ReadyQuestion:
+    """A picture and a question as inputs of the model that is asked. Sets of questions are `evals.question.QuestionSet`.
 
     Attributes:
         model, processor: as loaded.
@@ -38,10 +38,11 @@ class Question:
         """The rasters of the picture's tokens."""
         from vlmprune.adapters.registry import family_of
 
-        grids = family_of(self.model.config).cells(self.inputs, self.model.config)[0]
-        single = len(grids) == 1
+        family = family_of(self.model.config)
+        grids = family.cells(self.inputs, self.model.config)[0]
+        whole = family.overview % len(grids)
         return [
-            Crop("picture" if single else f"crop {row}, {column}" if row else "whole picture", row, cells)
+            Crop(_name(row, column, whole, len(grids)), row, cells)
             for row, beside in enumerate(grids)
             for column, cells in enumerate(beside, start=1)
         ]
@@ -72,7 +73,7 @@ class Crop:
 
     Attributes:
         name: "picture"; where there are several, "whole picture" and "crop 1, 1" (row, column), …
-        row: in which it is drawn; the crops begin with 1.
+        row: in which it is drawn.
         cells: `[rows, columns]` the index of each cell's token in the picture; −1 for padding, which has no token.
     """
 
@@ -86,6 +87,13 @@ class Crop:
         return int((self.cells >= 0).sum())
 
 
+def _name(row: int, column: int, whole: int, rows: int) -> str:
+    """What a raster shows. `whole` is the row of that of the whole picture; rows of crops count from 1."""
+    if rows == 1:
+        return "picture"
+    return "whole picture" if row == whole else f"crop {row + (row < whole)}, {column}"
+
+
 def open_question(
     model: str,
     image: Path,
@@ -93,7 +101,7 @@ def open_question(
     device: str,
     before_loading: Callable[[], object] = lambda: None,
     device_map: str | None = None,
-) -> Question:
+) -> ReadyQuestion:
     """Load a model, a picture and a prompt; everything is checked before the weights are read.
 
     Args:
@@ -114,4 +122,4 @@ def open_question(
     processor, read_weights = open_model(model, device, device_map)
     inputs = make_inputs(processor, picture, prompt_text(processor, prompt), "cpu")
     loaded = read_weights()
-    return Question(loaded, processor, inputs.to(execution_device(loaded)), picture, notes)
+    return ReadyQuestion(loaded, processor, inputs.to(execution_device(loaded)), picture, notes)

@@ -1,6 +1,6 @@
-"""What families have in common that cut a picture into tiles of one size: how the tiles of a prompt make pictures.
+"""What families have in common that cut a picture into crops of one size: how the crops of a prompt make pictures.
 
-A tile's tokens stand together in the prompt, and ids between two tiles say whether both are of one picture
+A crop's tokens stand together in the prompt, and ids between two crops say whether both are of one picture
 (`Family.joins`). A budget is the picture's.
 """
 
@@ -18,17 +18,17 @@ Joins = Callable[[Sequence[int]], bool]
 
 
 def without_gap(between: Sequence[int]) -> bool:
-    """Tiles of one picture follow each other, with nothing between them."""
+    """Crops of one picture follow each other, with nothing between them."""
     return not len(between)
 
 
-def tiles_of_pictures(ids: Tensor, image_token: int, tokens: int, joins: Joins) -> Iterator[list[list[int]]]:
-    """Per picture of a prompt, in its order, the ids before each of its tiles; of the first, none.
+def crops_of_pictures(ids: Tensor, image_token: int, tokens: int, joins: Joins) -> Iterator[list[list[int]]]:
+    """Per picture of a prompt, in its order, the ids before each of its crops; of the first, none.
 
     Args:
         ids: `[batch, sequence]`.
         image_token: id of the placeholder.
-        tokens: of a tile.
+        tokens: of a crop.
         joins: as `Family.joins`.
     """
     for row in on_host(ids).tolist():
@@ -47,12 +47,12 @@ def tiles_of_pictures(ids: Tensor, image_token: int, tokens: int, joins: Joins) 
             yield picture
 
 
-def rasters(tiles: int, side: int) -> list[Tensor]:
-    """Of each of a picture's tiles, `[side, side]` indices of its tokens."""
-    return list(torch.arange(tiles * side * side).view(tiles, side, side))
+def rasters(crops: int, side: int) -> list[Tensor]:
+    """Of each of a picture's crops, `[side, side]` indices of its tokens."""
+    return list(torch.arange(crops * side * side).view(crops, side, side))
 
 
 def side_of(config: Any, merged: int) -> int:
-    """Tokens on a side of a tile, where squares of `merged` × `merged` patches become one."""
+    """Tokens on a side of a crop, where squares of `merged` × `merged` patches become one."""
     size, patch = (value[0] if isinstance(value, list | tuple) else value for value in (config.image_size, config.patch_size))
     return int(size // patch // merged)

@@ -7,6 +7,7 @@ import random
 import time
 from pathlib import Path
 
+import lmms_eval
 import pytest
 from command_line import vlmprune
 from PIL import Image
@@ -19,7 +20,6 @@ from vlmprune.evals.questions import open_questions
 from vlmprune.evals.scorers import SCORERS, score
 from vlmprune.tiny.scenes import held_out
 
-lmms_eval = pytest.importorskip("lmms_eval", reason="runs in the environment of lmms-eval")
 STOCK = Path(lmms_eval.__file__).parent / "tasks"
 NO_ADVICE = "lmms_eval_specific_kwargs: {default: {pre_prompt: '', post_prompt: ''}}\n"
 """The embedded model knows 60 words, and none of "Answer the question using a single word or phrase"."""
@@ -116,9 +116,9 @@ def test_mmbench_static_needs_a_scorer_and_knows_its_choices(tmp_path):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("popee", "unknown task of lmms-eval 'popee': did you mean 'pope'"),
-        ("pope", "the task 'pope' needs the dataset 'lmms-lab-encoder/POPE' of the hub, and the hub cannot be asked"),
-        ("mmbench_en_dev", "behind an API, which vlmprune does not call: take 'mmbench_en_dev_static'"),
+        ("popee", "unknown task 'popee': did you mean 'pope'"),
+        ("pope", "pope needs the dataset lmms-lab-encoder/POPE, which is not in the cache on this machine"),
+        ("mmbench_en_dev", "asks a language model behind an API, and neither of OPENAI_API_KEY"),
         ("pope_full", "'pope_full' is a group of tasks"),
         ("nowhere.yaml", "there is no task file nowhere.yaml"),
     ],
@@ -130,7 +130,7 @@ def test_tasks_that_cannot_be_asked(name, sentence, monkeypatch):
     with pytest.raises(UsageError) as refusal:
         open_questions(name)
     assert sentence in str(refusal.value)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 20
 
 
 def test_likelihood_tasks_and_own_messages_are_for_the_plugin(tmp_path):
@@ -144,6 +144,23 @@ def test_likelihood_tasks_and_own_messages_are_for_the_plugin(tmp_path):
         UsageError, match="asks for multiple_choice, not for an answer in words: `vlmprune lmms` runs such tasks"
     ):
         open_questions(file)
+
+
+def test_our_task_is_what_eval_asks(monkeypatch, capsys):
+    """The same questions and answers by way of lmms-eval's task as without it."""
+    rows = []
+    for data in ((), ("--data", "vlmprune_scenes")):
+        command = ("eval", *data, "--images", 20 if data else 2, "--recipe", "divprune:fraction=0.5", "--json")
+        assert vlmprune(monkeypatch, *command) == 0
+        rows.append(json.loads(capsys.readouterr().out))
+    ours, theirs = (open_questions(*spec) for spec in (("scenes", 2), ("vlmprune_scenes", 20)))
+    assert [(one.text, one.group) for one in theirs] == [(one.text, one.group) for one in ours][:20]
+    assert [picture.tobytes() for one in theirs for picture in one.pictures()] == [
+        picture.tobytes() for one in list(ours)[:20] for picture in one.pictures()
+    ]
+    assert theirs.max_new_tokens == ours.max_new_tokens
+    assert len({one.unit for one in theirs}) == 2
+    assert rows[1]["rows"][0]["overall"] > 0.9
 
 
 def test_on_the_command_line(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,91 @@
+"""Recipes measured on one set of questions: what `vlmprune eval` computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmprune.cli import terminal
+from vlmprune.cli.data import Data
+from vlmprune.evals import accuracy
+from vlmprune.evals.answering import settings_of
+from vlmprune.evals.asking import BATCH_SIZE, Asking
+from vlmprune.evals.fingerprints import code_fingerprint
+from vlmprune.evals.questions import SCENES
+from vlmprune.evals.results import stamp
+from vlmprune.evals.shards import Shard
+from vlmprune.evals.store import Store
+from vlmprune.loading.models import open_model
+from vlmprune.loading.recipes import read_recipe
+
+STORE = "eval-answers"
+"""Folder of the store, in that of the results."""
+
+
+def measure(
+    model: str,
+    data: Data,
+    recipes: Sequence[str] | None,
+    batch: int | None,
+    shard: Shard,
+    device: str,
+    device_map: str | None,
+    out: Path | None,
+    wait: float,
+) -> dict[str, Any] | None:
+    """Ask what has no answer yet.
+
+    Args:
+        model: its name.
+        data: the questions.
+        recipes: None for the usual ones.
+        batch: questions at once; None for the usual number.
+        shard, wait: which process this is, and how many minutes it waits for the others.
+        device, device_map: where the model goes.
+        out: folder of the results.
+
+    Returns:
+        The numbers; None for another rank than 0.
+
+    Raises:
+        UsageError: a recipe, the questions or the model cannot be used; says why.
+    """
+    chosen = {text: read_recipe(text) for text in recipes or accuracy.DEFAULT}
+    scenes = data.name is None
+    questions = data.open()
+    processor, read_weights = open_model(model, shard.device(device), device_map)
+    size = batch or (accuracy.SCENES_AT_ONCE if scenes else BATCH_SIZE)
+    asking = Asking(processor, questions, size, encode_once=scenes)
+    loaded = read_weights()
+    terminal.note(questions.notes)
+    split = data.split or ("test" if scenes else None)
+    settings = settings_of(model, loaded, processor, questions, size, split=split)
+    with Store(None if out is None else out / STORE, settings, code_fingerprint()) as store, terminal.progress() as progress:
+        task = progress.add_task("", visible=shard.speaks)
+
+        def tick(step: str, done: int, total: int) -> None:
+            progress.update(task, description=step, completed=done, total=total)
+
+        keep = (lambda answered: None) if out is None else (lambda answered: answered.write(out))
+        rows = accuracy.measure(loaded, asking, chosen, store, shard, wait, tick, keep)
+    if rows is None:
+        terminal.note([f"rank {shard.rank} of {shard.count} has answered its parts; rank 0 writes the result."])
+        return None
+    units = len({question.unit for question in questions})
+    return {
+        "images": units,
+        "split": split,
+        "model": model,
+        "data": data.name or SCENES,
+        "questions": len(questions),
+        "pictures": units,
+        "scorers": questions.scorers,
+        "fingerprint": questions.fingerprint,
+        "batch": size,
+        "max_new_tokens": questions.max_new_tokens,
+        "notes": list(questions.notes),
+        "skipped": list(questions.skipped),
+        **stamp(),
+        "rows": [row.to_dict() for row in rows],
+    }
