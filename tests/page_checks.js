@@ -62,6 +62,11 @@ for (let node = walker.nextNode(); node; node = walker.nextNode()) {
   if (!boxes.length || style.visibility !== "visible" || Number(style.opacity) < 0.5) { wrong.add(`hidden: ${said}`); continue; }
   if (contrast(element) < 4.5) wrong.add(`contrast ${contrast(element).toFixed(2)}: ${said}`);
   if (boxes[0].height < 9) wrong.add(`letters of ${boxes[0].height.toFixed(1)} pixels: ${said}`);
+  const drawing = element.closest("svg");
+  if (drawing) {
+    const own = drawing.getBoundingClientRect();
+    if (boxes.some(at => at.left < own.left - 2 || at.right > own.right + 2)) wrong.add(`cut: ${said}`);
+  }
   if (!/\d/.test(text)) continue;
   seen += 1;
   const box = scroller(element);
@@ -70,7 +75,7 @@ for (let node = walker.nextNode(); node; node = walker.nextNode()) {
     if (at.left < -1 || at.right > width + 1 || at.top < 0) { wrong.add(`outside: ${said}`); continue; }
     if (clipped(element, at)) wrong.add(`cut: ${said}`);
     const hit = document.elementFromPoint((at.left + at.right) / 2, (at.top + at.bottom) / 2);
-    if (!hit || !(hit.contains(element) || element.contains(hit) || (element.closest("svg") && hit.closest("svg") === element.closest("svg"))))
+    if (!hit || !(hit.contains(element) || element.contains(hit) || (drawing && hit.closest("svg") === drawing)))
       wrong.add(`covered by ${hit && hit.tagName}: ${said}`);
   }
 }

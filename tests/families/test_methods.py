@@ -39,8 +39,8 @@ VANISHING = {
 STRONG = {"var": VAR.replace("5|40", "5|20")}
 """Arguments that change what is computed, where those of wider models do not fit."""
 FULL = dict.fromkeys(("gemma3", "gemma4", "gemma4_moe", "aya_vision", "cohere2_vision"), "2|5")
-FULL |= {"gemma4_e": "1|3|5", "paligemma2": "1|3|5", "qwen3_5": "1|5", "qwen3_5_moe": "1|5", "lfm2_vl": "1|4"}
-"""Layers whose attention sees the whole conversation, of families that also have others."""
+FULL |= {"gemma4_e": "1|3", "paligemma2": "1|3|5", "qwen3_5": "1|5", "qwen3_5_moe": "1|5", "lfm2_vl": "1|4"}
+"""Layers whose attention sees the whole conversation, and has keys of its own, of families that also have others."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,11 @@ REFUSED: list[tuple[str, Callable[[Pair], bool]]] = [
     ("later layers see the keys that layer 2 stores", lambda pair: (pair.family, pair.method) == ("gemma4_e", "pdrop")),
     (
         "has no attention|sees a window of 24 tokens",
-        lambda pair: pair.family in FULL and not pair.layers and pair.method in VANISHING,
+        lambda pair: pair.family in FULL and pair.method in VANISHING and (not pair.layers or pair.method == "vhr"),
+    ),
+    (
+        "adds softcap|no token sees a later one",
+        lambda pair: pair.family in ("gemma3", "paligemma", "paligemma2") and pair.method in VANISHING,
     ),
 ]
 
@@ -101,8 +105,11 @@ def refused(pair: Pair, recipe: str, record) -> bool:
     if words is None:
         vp.wrap(shared(pair.family), recipe).remove()
         return False
-    with pytest.raises(vp.UsageError, match=words) as refusal:
-        vp.wrap(shared(pair.family), recipe)
+    model, inputs = shared(pair.family), make_inputs(pair.family, BATCHES["one"])
+    stock = model(**inputs).logits
+    with pytest.raises(vp.UsageError, match=words) as refusal, vp.wrap(model, recipe):
+        model(**inputs)  # that tokens see later ones is known from a prompt
+    assert torch.equal(model(**inputs).logits, stock)
     assert "\n" not in str(refusal.value)
     record("reason", words)
     return True

@@ -50,14 +50,17 @@ def noise(width: int = 120, height: int = 70) -> Image.Image:
 
 
 SPLIT = [*((f"crop {row}, {column}", 3, 3) for row in (1, 2) for column in (1, 2)), ("whole picture", 3, 3)]
+PACKED = [("whole picture", 6, 6), *((f"crop {row}, {column}", 6, 6) for row in (1, 2) for column in (1, 2))]
 CROPS = {
     "qwen3_vl": [("picture", 4, 8)],
+    "glm4v": [("picture", 4, 8)],
     "mistral3": [("picture", 4, 6)],
     "gemma3": [("picture", 3, 3)],
     "internvl": [("crop 1, 1", 3, 3), ("crop 1, 2", 3, 3), ("whole picture", 3, 3)],
     "idefics3": SPLIT,
     "smolvlm": SPLIT,
-    "llava_onevision": [("whole picture", 6, 6), *((f"crop {row}, {column}", 6, 6) for row in (1, 2) for column in (1, 2))],
+    "llava_onevision": PACKED,
+    "llava_next_video": PACKED,
 }
 """Rasters of the tokens of a picture of 120 × 70 pixels, in the order of its pixels: name, rows, columns."""
 
@@ -117,6 +120,7 @@ def test_the_processor_writes_the_models_tokens(name):
         ("smolvlm", [(120, 70), (70, 120)], [5 * TILE, 5 * TILE]),
         ("internvl", [(120, 70), (40, 40)], [3 * TILE, TILE]),
         ("mistral3", [(120, 70), (40, 40)], [24, 9]),
+        ("llava_onevision", [(120, 70), (40, 40)], [(SIDE // PATCH) ** 2] * 2),
     ],
 )
 @pytest.mark.parametrize("between", ["", " and "])
@@ -125,7 +129,8 @@ def test_pictures_of_one_prompt_are_told_apart(name, sizes, tokens, between):
     model, processor = load_model(str(folder(name)), "cpu")
     token = processor.image_token
     pictures = [noise(*size) for size in sizes]
-    inputs = processor(images=pictures, text=f"what {token}{between}{token} ?", return_tensors="pt")
+    given = [pictures] if name == "llava_onevision" else pictures  # of one prompt, which then has base views only
+    inputs = processor(images=given, text=f"what {token}{between}{token} ?", return_tensors="pt")
     with vp.wrap(model, "random:layer=0,tokens=4") as run:
         model.generate(**inputs, max_new_tokens=2)
     assert [picture.original for picture in run.last.kept] == tokens
