@@ -17,15 +17,18 @@ from vlmprune.evals.report_lines import Comparison
 from vlmprune.evals.report_losses import collapses, verdict_of
 from vlmprune.evals.report_markdown import markdown
 from vlmprune.evals.report_parts import Document, Paragraph, Section
-from vlmprune.evals.report_read import FORMAT, SHOWN, Source
+from vlmprune.evals.report_read import FORMAT, SHOWN, Source, shown_from
 
 COMPARED = {"sweep": report_lines.of_sweep, "accuracy": report_lines.of_accuracy}
 
 
 def comparisons(sources: Sequence[Source]) -> list[Comparison]:
     """The accuracies of a folder, those of a sweep first."""
-    found = [source for kind in COMPARED for source in sources if source.kind == kind]
-    return [replace(COMPARED[source.kind](source.name, source.numbers), several=len(found) > 1) for source in found]
+    found, compared = [source for kind in COMPARED for source in sources if source.kind == kind], []
+    for source in found:
+        with shown_from(source):
+            compared.append(replace(COMPARED[source.kind](source.name, source.numbers), several=len(found) > 1))
+    return compared
 
 
 def draw(folder: Path, sources: Sequence[Source], tick: Callable[[int, int], None] = lambda done, total: None) -> None:

@@ -160,7 +160,7 @@ def of_sweep(file: str, numbers: Mapping[str, Any]) -> Comparison:
         return Line(
             name=accuracy.UNPRUNED if point is None else point.method,
             recipe=row.recipe,
-            mean=Estimate(row.mean, *row.interval),
+            mean=Estimate(float(row.mean), *row.interval),
             groups={name: Estimate(own.value, own.low, own.high, own.n) for name, own in row.by_skill.items()},
             budget=None if point is None else point.budget,
             places="" if point is None else point.places,
@@ -241,7 +241,7 @@ def _accuracy_line(row: Mapping[str, Any], where: Where, whole: float | None) ->
     return Line(
         name=row["recipe"] if kept is None else where.name,
         recipe=row["recipe"],
-        mean=Estimate(row["mean"], *row["interval"]),
+        mean=Estimate(float(row["mean"]), *row["interval"]),
         groups={name: _group(own) for name, own in row["by_skill"].items()},
         budget=None if plain else kept,
         places=where.places,

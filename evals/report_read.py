@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmprune.errors import UsageError, shown
+from vlmprune.errors import UsageError, first_line, shown
 from vlmprune.evals.report_parts import listed
 
 FORMAT = "vlmprune report"
@@ -36,6 +37,23 @@ class Source:
     def name(self) -> str:
         """The file's name."""
         return self.path.name
+
+
+@contextmanager
+def shown_from(source: Source) -> Iterator[None]:
+    """While the numbers of a file are read.
+
+    Raises:
+        UsageError: it lacks some, or has others: it is of another version, or was edited.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
+        raise UsageError(
+            f"cannot show {source.path} ({why}): another version of vlmprune wrote it, or it was edited; write it again, or "
+            "move it out of the folder."
+        ) from error
 
 
 def _first(numbers: Mapping[str, Any]) -> Mapping[str, Any]:

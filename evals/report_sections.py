@@ -22,7 +22,7 @@ from vlmprune.evals import (
 from vlmprune.evals.report_lines import Comparison, Line
 from vlmprune.evals.report_losses import collapse_sentences, collapses, findings, losing, verdict_of
 from vlmprune.evals.report_parts import Cell, Facts, Figure, Figures, Paragraph, Part, Section, Sentences, Table, percent_of
-from vlmprune.evals.report_read import Source
+from vlmprune.evals.report_read import Source, shown_from
 from vlmprune.evals.results import Result
 
 AT_EQUAL_COST = (
@@ -50,7 +50,7 @@ def comparison(found: Comparison) -> list[Section]:
     over, panels = report_figures.overviews(found), report_figures.panels(found)
     means = f", means over {found.group_word}s" if len(found.groups) > 1 else ""
     numbers = f"Accuracies are in %{means}, with 95 % intervals by picture."
-    about = Paragraph(f"{numbers} {AT_EQUAL_COST if found.equal_cost else AT_ANY_COST}")
+    about = Paragraph(" ".join([numbers, AT_EQUAL_COST if found.equal_cost else AT_ANY_COST, *_p_values(found)]))
     sections = [_section("Accuracy", "accuracy", found, about, *([over] if over else []), _means(found))]
     if len(found.groups) > 1:
         losses = Paragraph(LOSSES.format(found.group_word))
@@ -59,6 +59,15 @@ def comparison(found: Comparison) -> list[Section]:
         note = Paragraph("Accuracy in % over the budget in %.")
         sections.append(_section("Every method beside random", "methods", found, note, panels))
     return sections
+
+
+def _p_values(found: Comparison) -> list[str]:
+    """What p-values are about, where the file has any."""
+    if any(over.p is not None for line in found.lines for over in line.over_random.values()):
+        return ["p is of that difference, corrected for all points (Holm); verdicts follow it."]
+    if any(line.lost_p is not None for line in found.lines):
+        return ["p is of the loss (paired sign-flip test over pictures), corrected for all recipes (Holm)."]
+    return []
 
 
 def costs(found: Comparison) -> Section:
@@ -180,7 +189,8 @@ RESULTS: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], Result]]] = {
 def other(source: Source) -> Section:
     """A result as its command shows it."""
     title, says, make = RESULTS[source.kind]
-    result = make(source.numbers)
+    with shown_from(source):
+        result = make(source.numbers)
     stem = source.name.partition(".")[0]
     parts = [_part(shown, title) for shown in result.parts if shown]
     heads = [part.title for part in parts if isinstance(part, Table)]

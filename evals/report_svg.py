@@ -90,7 +90,8 @@ def inline(text: str, says: str) -> str:
     width = float(view[1].split()[2])
     return (
         f'<svg class="plot" viewBox="{view[1]}" style="max-width:{1.25 * width:.0f}px" fill="currentColor" role="img" '
-        f'aria-label="{escape(says)}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">\n{body}\n</svg>'
+        f'aria-label="{escape(says)}" xmlns="http://www.w3.org/2000/svg" '
+        f'xmlns:xlink="http://www.w3.org/1999/xlink">\n{body}\n</svg>'
     )
 
 

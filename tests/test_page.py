@@ -18,7 +18,7 @@ from PIL import Image
 
 import vlmprune
 from vlmprune.errors import UsageError
-from vlmprune.evals import power, report, report_lines, report_losses, report_read
+from vlmprune.evals import power, report, report_lines, report_losses, report_read, report_sections
 from vlmprune.evals.report_figures import spread
 
 pytestmark = pytest.mark.xdist_group("page")
@@ -201,7 +201,9 @@ def test_p_values_that_are_corrected_are_shown():
     new = {"value": 0.01, "low": -0.01, "high": 0.02, "p": 0.01, "corrected": 0.2, "n": 90, "units": 30, "source": "bootstrap"}
     for row in numbers["rows"]:
         row["over_random"] = dict.fromkeys(row["over_random"], new)
-    lines = report_lines.of_sweep("it", numbers).lines
+    found = report_lines.of_sweep("it", numbers)
+    lines = found.lines
+    assert "corrected for all points (Holm)" in report_sections.comparison(found)[0].parts[0].text
     assert {(line.over_random["mean"].p, line.over_random["mean"].verdict) for line in lines if line.over_random} == {
         (0.2, "ties")
     }
@@ -288,8 +290,8 @@ OTHERS = {
         {
             "model": "tiny", "batch": 8,
             "rows": [
-                {"recipe": recipe, "task": "vlmprune_reading", "documents": 54, "scores": {"exact_match": score}, "same": same,
-                 "columns": {"ttft_ms": 12.3}, "file": "x_results.json"}
+                {"recipe": recipe, "task": "vlmprune_reading", "documents": 54, "scores": {"exact_match": score},
+                 "same": same, "against": {}, "columns": {"ttft_ms": 12.3}, "file": "x_results.json"}
                 for recipe, score, same in (("none", 0.9815, 1.0), ("random:layer=0,fraction=0.25", 0.6481, 0.63))
             ],
         },
@@ -396,6 +398,16 @@ def test_unknown_json(folder, monkeypatch, capsys):
     (folder / "accuracy.json").unlink()
     (folder / "report.json").unlink()
     assert "package.json is no result of eval, sweep" in refused(monkeypatch, capsys, folder)
+
+
+@pytest.mark.parametrize(("name", "change"), [("accuracy.json", {"mean": {}}), ("lmms.json", {"same": 1.0, "documents": 3})])
+def test_a_file_that_lacks_numbers(folder, name, change, monkeypatch, capsys):
+    """Of another version, or edited: it is named, and no traceback is printed."""
+    row = json.loads((folder / "accuracy.json").read_text())["rows"][0]
+    row = {**row, **change} if name == "accuracy.json" else {"recipe": "a", "task": "b", "scores": {"c": 1}, "columns": {}}
+    (folder / name).write_text(json.dumps({"model": "tiny", "batch": 1, "images": 1, "split": "test", "rows": [row]}))
+    assert f"cannot show {folder}/{name} (" in (said := refused(monkeypatch, capsys, folder))
+    assert "write it again" in said
 
 
 def test_a_torn_file(folder, monkeypatch, capsys):
