@@ -31,7 +31,7 @@ def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
     if (pixels := call.get("pixel_values")) is None:
         return None
     crops = int(on_host((pixels != 0).flatten(2).any(dim=2).sum()))
-    return [_side(config) ** 2] * crops
+    return [_side(config) ** 2] * crops or None
 
 
 def _entries(sizes: Sequence[int], config: Any) -> list[int]:

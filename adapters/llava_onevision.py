@@ -17,12 +17,12 @@ from vlmprune.adapters.llava_next import best_resolution, packed, unpadded
 from vlmprune.device import on_host
 
 
-def _shape(size: Sequence[int], config: Any) -> tuple[int, int]:
+def _shape(size: Sequence[int], call: Mapping[str, Any], config: Any) -> tuple[int, int]:
     """Rows and columns of the crops of a picture (height, width) as they are packed."""
     view, side = config.vision_config.image_size, side_of(config.vision_config, 1)
     height, width = best_resolution(size, config.image_grid_pinpoints)
     rows, columns = unpadded(size, height // view * side, width // view * side)
-    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    most = int((call.get("vision_aspect_ratio") or config.vision_aspect_ratio).removeprefix("anyres_max_"))
     ratio = math.sqrt(rows * columns / (most * side**2))
     return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
 
@@ -33,23 +33,21 @@ def _pictures(call: Mapping[str, Any], config: Any) -> Iterator[tuple[list[int],
     sizes = on_host(sizes).tolist() if isinstance(sizes, Tensor) else sizes
     counts = [1] * len(sizes) if counts is None else on_host(torch.as_tensor(counts)).tolist()
     alone = [count == 1 for count in counts for _ in range(count)]
-    view = config.vision_config.image_size
-    for size, cut in zip(sizes, alone, strict=True):
-        yield size, cut and math.prod(length // view for length in best_resolution(size, config.image_grid_pinpoints)) > 0
+    yield from zip(sizes, alone, strict=True)
 
 
-def _tokens(size: Sequence[int], cut: bool, config: Any) -> int:
+def _tokens(size: Sequence[int], cut: bool, call: Mapping[str, Any], config: Any) -> int:
     base = side_of(config.vision_config, 1) ** 2
     if not cut:
         return base + 1
-    rows, columns = _shape(size, config)
+    rows, columns = _shape(size, call, config)
     return base + rows * (columns + 1)
 
 
 def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
     if call.get("pixel_values") is None or call.get("image_sizes") is None:
         return None
-    return [_tokens(size, cut, config) for size, cut in _pictures(call, config)]
+    return [_tokens(size, cut, call, config) for size, cut in _pictures(call, config)]
 
 
 def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
@@ -59,7 +57,9 @@ def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
     pictures = []
     for size, cut in _pictures(inputs, config):
         base = [[torch.arange(side**2).view(side, side)]]
-        pictures.append(base + packed(size, config.image_grid_pinpoints, view, side, _shape(size, config)) if cut else base)
+        pictures.append(
+            base + packed(size, config.image_grid_pinpoints, view, side, _shape(size, inputs, config)) if cut else base
+        )
     return pictures
 
 

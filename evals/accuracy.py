@@ -214,8 +214,8 @@ def _asked(numbers: Mapping[str, Any], plain: Row) -> str:
         return f"Questions per skill: {counts}."
     groups = f" Questions per {'skill' if numbers['data'] == SCENES else 'group'}: {counts}." if len(plain.by_skill) > 1 else ""
     return (
-        f"Scored by {', '.join(numbers['scorers'])}: {numbers['questions']} questions about {numbers['pictures']} "
-        f"pictures.{groups}"
+        f"Scored by {', '.join(numbers['scorers'])}: {numbers['questions']:,} questions about "
+        f"{numbers['pictures']:,} pictures.{groups}"
     )
 
 

@@ -8,8 +8,7 @@ visual tokens that it is judged by.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,13 +113,13 @@ class Asker:
         inputs = self._inputs(prompts)
         pictures = [len(prompt.images) for prompt in prompts]
         stamps = Stamps(self.device)
-        with self._pruned(any(pictures)) as run, PrefillClock(self.model, self.device) as clock, torch.inference_mode():
+        with PrefillClock(self.model, self.device) as clock, torch.inference_mode():
             wait(self.device)
             begun = time.perf_counter()
             output = self.model.generate(
                 **inputs, **options, use_cache=True, return_dict_in_generate=True, stopping_criteria=[stamps]
             )
-            measured = columns(self.model, run, inputs, pictures, output, begun, clock, stamps)
+            measured = columns(self.model, self.run, inputs, pictures, output, begun, clock, stamps)
         return output, inputs["input_ids"].shape[1], measured
 
     def _inputs(self, prompts: Sequence[Prompt]) -> Any:
@@ -136,15 +135,6 @@ class Asker:
                 f"{first_line(error)}."
             ) from error
         return to_model(self.model, inputs)
-
-    @contextmanager
-    def _pruned(self, pictures: bool) -> Iterator[vlmprune.Run | None]:
-        """The handle, if there is something to prune. Prompts without pictures run un-pruned."""
-        if self.run is None or pictures:
-            yield self.run
-        else:
-            with self.run.override(enabled=False):
-                yield None
 
     def _kept(self, rows: int) -> list[tuple[tuple[int, tuple[int, ...]], ...]]:
         record = None if self.run is None else self.run.last

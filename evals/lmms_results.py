@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import UsageError
+from vlmprune.evals.lmms_columns import mean_columns
 from vlmprune.evals.results import Result
+from vlmprune.evals.stats import Difference, difference
 from vlmprune.show.table import code, table
 
 SHOWN = (
@@ -35,11 +38,15 @@ class Sample:
         number: of the document in its task; samples of several processes come in the order of processes.
         answer: what was given: a text, a text for each round, or the number of the likeliest choice.
         columns: of all requests of the document.
+        unit: what it is about, as far as the task says so (`picture`); else its number.
+        scores: by metric, where the task gives this one answer a score.
     """
 
     number: int
     answer: Any
     columns: tuple[Mapping[str, float], ...]
+    unit: int = 0
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,15 +67,29 @@ class Finished:
 
     def columns(self, task: str) -> dict[str, float]:
         """The mean of every column over the samples of a task."""
-        rows = [own for sample in self.samples[task] for own in sample.columns]
-        names = dict.fromkeys(name for row in rows for name in row)
-        values = {name: [row[name] for row in rows if name in row] for name in names}
-        return {name: sum(found) / len(found) for name, found in values.items()}
+        return mean_columns([own for sample in self.samples[task] for own in sample.columns])
 
     def same(self, other: Finished, task: str) -> float:
         """Share of the documents with the same answer in another run."""
         theirs = {sample.number: sample.answer for sample in other.samples[task]}
         return sum(theirs.get(own.number) == own.answer for own in self.samples[task]) / len(self.samples[task])
+
+    def differences(self, other: Finished, task: str) -> dict[str, Difference]:
+        """Scores minus those of another run on the same documents, for every metric that is a mean of scores from 0 to 1."""
+        found = {}
+        for metric, value in self.scores[task].items():
+            scored = [
+                (own, one)
+                for own, one in zip(self.samples[task], other.samples[task], strict=True)
+                if metric in own.scores and metric in one.scores
+            ]
+            ours, theirs = (
+                ([sample.scores[metric] for sample in side] for side in zip(*scored, strict=True)) if scored else ([], [])
+            )
+            is_mean = bool(ours) and abs(sum(ours) / len(ours) - value) < 1e-9
+            if is_mean and all(0 <= score <= 1 for score in (*ours, *theirs)):
+                found[metric] = difference(ours, theirs, [own.unit for own, _ in scored])
+        return found
 
 
 def read_finished(recipe: str, file: Path, tasks: Sequence[str]) -> Finished:
@@ -87,18 +108,23 @@ def read_finished(recipe: str, file: Path, tasks: Sequence[str]) -> Finished:
             )
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         samples[task] = sorted((_sample(row) for row in rows), key=lambda sample: sample.number)
-        numbers = [sample.number for sample in samples[task]]
+        often = Counter(sample.number for sample in samples[task])  # a task with several filters has a sample for each
         wanted = results["n-samples"][task]["effective"]
-        if len(set(numbers)) != len(numbers) or len(numbers) != wanted:
-            raise UsageError(
-                f"{path} has {len(numbers)} samples about {len(set(numbers))} documents, and {wanted} were to be asked."
-            )
+        if len(often) != wanted or len(set(often.values())) > 1:
+            raise UsageError(f"{path} has {often.total()} samples about {len(often)} documents, and {wanted} were to be asked.")
+        samples[task] = list({sample.number: sample for sample in reversed(samples[task])}.values())[::-1]
     return Finished(recipe, file, {task: _scores(results["results"][task]) for task in tasks}, samples)
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:
     columns = tuple(counts for counts in row["token_counts"] if counts)
-    return Sample(row["doc_id"], _answer(row["filtered_resps"]), columns)
+    scores, unit = {}, row["doc_id"]
+    for name, value in row.items():
+        if isinstance(value, dict) and isinstance(value.get("score"), int | float):
+            scores[name], unit = float(value["score"]), value.get("picture", unit)
+        elif isinstance(value, int | float) and name != "doc_id":
+            scores[name] = float(value)
+    return Sample(row["doc_id"], _answer(row["filtered_resps"]), columns, unit, scores)
 
 
 def _answer(found: Any) -> Any:
@@ -128,6 +154,7 @@ def numbers_of(runs: Sequence[Finished]) -> list[dict[str, Any]]:
             "scores": scores,
             "columns": run.columns(task),
             "same": run.same(first, task),
+            "against": {} if run is first else {name: one.to_dict() for name, one in run.differences(first, task).items()},
             "file": str(run.file),
         }
         for run in runs
@@ -149,6 +176,10 @@ def result(numbers: Mapping[str, Any]) -> Result:
         beside = [found[task, recipe] for recipe in recipes]
         for metric in beside[0]["scores"]:
             scores.append([task, metric, *(_form("{:.4g}", row["scores"], metric) for row in beside)])
+            if any(metric in row["against"] for row in beside):
+                scores.append(
+                    [task, f"{metric}, points more than {recipes[0]}", *(_points(row["against"], metric) for row in beside)]
+                )
         scores.append([task, f"same answer as {recipes[0]}, %", *(f"{100 * row['same']:.1f}" for row in beside)])
         scores.append([task, "documents", *(str(row["documents"]) for row in beside)])
         for recipe, row in zip(recipes, beside, strict=True):
@@ -165,10 +196,20 @@ def result(numbers: Mapping[str, Any]) -> Result:
             (wide, table(["task", "", *recipes], narrow, title=means, text_columns=2)),
             [
                 "Times are those of a whole batch. Recipes run one after the other: `vlmprune bench` compares speed.",
+                f"Points more than {recipes[0]}: on the same documents, with 95 % intervals over pictures where a task names "
+                "them, else over documents; not corrected for many tests.",
                 "GFLOPs and KV cache are a sample's share of its batch, padding included.",
             ],
         ],
     )
+
+
+def _points(against: Mapping[str, Mapping[str, Any]], metric: str) -> str:
+    """A difference in points with its interval; a dash where there is none."""
+    if metric not in against:
+        return "—"
+    found = against[metric]
+    return f"{100 * found['value']:+.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
 
 
 def _form(form: str, values: Mapping[str, float], name: str) -> str:

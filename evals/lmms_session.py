@@ -131,10 +131,9 @@ class Session:
         self._store = Store(arguments.resume, settings, code_fingerprint("lmms_session"))
 
     def close(self) -> None:
-        """Restore the model, and let it go."""
+        """Restore the model, and close the file of answers."""
         self._asker.close()
         self._store.close()
-        del self._asker
 
     def generate(self, requests: Iterable[Request], tick: Callable[[int], object] = lambda number: None) -> list[Row]:
         """Rows with `answer` and `columns`, in the order of the requests.
@@ -187,7 +186,7 @@ class Session:
                 rows[number] = row
                 tick(1)
                 continue
-            group = (generate, bool(prompt.images))  # prompts without pictures run un-pruned, apart from the others
+            group = (generate, bool(prompt.images))  # not all processors take prompts with and without pictures together
             waiting[group].append(_Waiting(number, prompt, key, request))
             if len(waiting[group]) == self._arguments.batch_size:
                 flush(group)
@@ -198,9 +197,8 @@ class Session:
 
 def _load(arguments: Arguments) -> tuple[Any, Any]:
     device = "cpu" if arguments.device_map else _device(arguments.device)  # the map says where the model goes
-    processor, read_weights = open_model(arguments.pretrained, device, arguments.device_map)
-    model = read_weights()
-    return model if arguments.dtype is None else model.to(getattr(torch, arguments.dtype)), processor
+    processor, read_weights = open_model(arguments.pretrained, device, arguments.device_map, arguments.dtype)
+    return read_weights(), processor
 
 
 def _device(wanted: str | None) -> str:

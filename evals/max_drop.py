@@ -3,7 +3,7 @@
 1. Successive halving (Jamieson & Talwalkar, AISTATS 2016, arXiv:1502.07943) on the tuning questions, in `RUNGS` rungs, of which
    each doubles the questions. By paired differences to the un-pruned model these candidates leave:
 
-       too much   the interval of the drop lies above the budget. In the first rung recipes that differ in their counts alone
+       too much   the bootstrap's interval lies above the budget. In the first rung recipes that differ in their counts alone
                   are asked from the costliest on, and what keeps still less than one that lost too much is not asked at all
        costlier   than `SPARE` others whose interval lies within the budget
        behind     at most half of a rung stays: those for which no other is both cheaper and surer, by fronts (Pareto)
@@ -28,9 +28,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlmprune.errors import UsageError
+from vlmprune.evals.answers import UNPRUNED
 from vlmprune.evals.candidates import Candidate
 from vlmprune.evals.stats import Difference
-from vlmprune.evals.trials import UNPRUNED, Trial, Trials
+from vlmprune.evals.trials import Trial, Trials
 
 RUNGS = 5
 SPARE = 3
@@ -141,14 +142,14 @@ class Search:
                 self._skipped.append(candidate)
                 continue
             trials.append(self.tuning.trial(candidate, batches))
-            if candidate.line and trials[-1].drop.low > self.max_drop / 100:
+            if candidate.line and trials[-1].least > self.max_drop / 100:
                 closed.add(candidate.line)
         return trials
 
     def _staying(self, trials: list[Trial], rung: int, last: bool) -> list[Trial]:
         budget, inside, staying = self.max_drop / 100, 0, []
         for trial in trials:  # from the cheapest
-            if trial.drop.low > budget:
+            if trial.least > budget:
                 self._leaves(trial, "too much", rung)
             elif inside >= SPARE:
                 self._leaves(trial, "costlier", rung)

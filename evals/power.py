@@ -25,7 +25,9 @@ from statistics import NormalDist
 from typing import Any
 
 from vlmprune.errors import UsageError
+from vlmprune.evals.answers import UNPRUNED, read
 from vlmprune.evals.results import Result
+from vlmprune.evals.stats import Array, unit_moves
 from vlmprune.show.table import code, table
 
 LOSSES = (1.0, 2.0, 5.0)
@@ -153,14 +155,45 @@ def assumed(
 
 
 def from_pilot(path: Path) -> list[Spread]:
-    """The spread of every recipe in the JSON file of `vlmprune eval` or `vlmprune sweep`.
+    """The spread of every recipe in a result of `vlmprune eval` or `vlmprune sweep`.
 
-    `eval` compares with the un-pruned model, `sweep` with random tokens at the same layers and counts. The variance is that of
-    the file's paired interval, which has whole pictures as its units and weighs skills alike.
+    Args:
+        path: a folder with `answers.jsonl`, from which every recipe is compared with the un-pruned model, question by question.
+            Or the JSON file of a result: `eval` compares with the un-pruned model, `sweep` with random tokens at the same
+            layers and counts; the variance is that of the file's paired interval, which has whole pictures as its units.
 
     Raises:
-        UsageError: the file cannot be read, or holds no paired comparison.
+        UsageError: it cannot be read, or holds no paired comparison.
     """
+    found = _of_answers(path) if path.is_dir() else _of_result(path)
+    if not found:
+        raise UsageError(f"{path} compares no recipe with another: let `vlmprune eval` measure at least one recipe.")
+    return found
+
+
+def measured(name: str, score: Array, reference: Array, unit: Array, group: Array) -> Spread:
+    """The spread of two recipes' scores of the same questions; arrays as in `stats.difference`."""
+    moves, differing = unit_moves(score, reference, unit, group)
+    units = len(moves)
+    variance = float((units * moves).var(ddof=1)) if units > 1 else 0.0
+    source = f"measured against the un-pruned model on {units} pictures"
+    return Spread(name, variance, differing, len(score) / units, source)
+
+
+def _of_answers(folder: Path) -> list[Spread]:
+    answered = read(folder)
+    sets: dict[str, list[int]] = {}
+    for recipe, number in answered.answers:
+        sets.setdefault(recipe, []).append(number)
+    found = []
+    for recipe, numbers in sets.items():
+        if recipe != UNPRUNED:
+            own, plain = (answered.scored([(name, number) for number in numbers]) for name in (recipe, UNPRUNED))
+            found.append(measured(recipe, own.score, plain.score, own.unit, own.group))
+    return found
+
+
+def _of_result(path: Path) -> list[Spread]:
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -168,10 +201,7 @@ def from_pilot(path: Path) -> list[Spread]:
     rows = numbers.get("rows") if isinstance(numbers, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "by_skill" in row for row in rows):
         raise UsageError(f"{path} holds no comparison: give the JSON file that `vlmprune eval --out` or `sweep --out` wrote.")
-    found = [spread for row in rows if (spread := _spread(row, numbers)) is not None]
-    if not found:
-        raise UsageError(f"{path} compares no recipe with another: let `vlmprune eval` measure at least one recipe.")
-    return found
+    return [spread for row in rows if (spread := _spread(row, numbers)) is not None]
 
 
 def _spread(row: Mapping[str, Any], numbers: Mapping[str, Any]) -> Spread | None:
@@ -180,6 +210,7 @@ def _spread(row: Mapping[str, Any], numbers: Mapping[str, Any]) -> Spread | None
     questions = sum(entry["n"] for entry in row["by_skill"].values())
     if over := row.get("over_random"):
         low, high, against, differing = over["mean"]["low"], over["mean"]["high"], "random tokens", None
+        units = over["mean"].get("units") or units  # results of earlier versions do not say
     elif "lost_interval" in row and row["loyalty"] < 1:
         low, high = row["lost_interval"]
         against, differing = "the un-pruned model", 1 - row["loyalty"]

@@ -57,7 +57,7 @@ def read_dataset(
     count = len(rows) if most is None else min(most, len(rows))
     if not count:
         raise UsageError(f"the dataset in {folder} has no rows.")
-    questions = [_question(folder, rows[number], number, names, needs, scorer) for number in range(count)]
+    questions = [_question(folder, rows, number, names, needs, scorer) for number in range(count)]
     notes = [f"columns read: {names}"]
     if len({question.id for question in questions}) < count:
         notes.append(f"the column {names.names['id']} names several rows alike, so that rows are named by their numbers")
@@ -156,16 +156,19 @@ def _as_bytes(feature: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class StoredPicture:
-    """A picture in a row of a dataset, decoded when it is opened.
+    """A picture in a row of a dataset, read when it is opened: the pictures of all rows need not be in memory.
 
     Attributes:
-        entry: a mapping with its bytes, or with the path of a file.
-        name: for sentences.
-        folder: of the dataset, to which a path is relative.
+        rows: of the dataset.
+        row, columns: where it is.
+        place: its number among the pictures of the row, from 0.
+        folder: of the dataset, to which paths of files are relative.
     """
 
-    entry: Any = field(repr=False)
-    name: str
+    rows: Any = field(repr=False)
+    row: int
+    columns: tuple[str, ...] = field(repr=False)
+    place: int
     folder: Path
 
     def open(self) -> Image.Image:
@@ -174,25 +177,35 @@ class StoredPicture:
         Raises:
             UsageError: it cannot be read.
         """
-        if isinstance(self.entry, Mapping) and self.entry.get("bytes"):
-            return decode_picture(self.entry["bytes"], self.name, lambda note: None)
-        path = self.entry.get("path") if isinstance(self.entry, Mapping) else self.entry
-        if isinstance(path, bytes):
-            return decode_picture(path, self.name, lambda note: None)
-        if not isinstance(path, str):
-            raise UsageError(f"{self.name} is no picture, but {shown(self.entry)}: name another column as the image.")
-        return open_picture(self.folder / path, lambda note: None)
+        name = f"picture {self.place + 1} of row {self.row}"
+        entry = _entries(self.rows[self.row], self.columns)[self.place]
+        if isinstance(entry, Mapping):
+            entry = entry.get("bytes") or entry.get("path")
+        if isinstance(entry, bytes):
+            return decode_picture(entry, name, lambda note: None)
+        if not isinstance(entry, str):
+            raise UsageError(f"{name} is no picture, but {shown(entry)}: name another column as the image.")
+        return open_picture(self.folder / entry, lambda note: None)
 
 
-def _question(
-    folder: Path, row: Mapping[str, Any], number: int, columns: Columns, needs: Collection[str], scorer: str | None
-) -> Question:
-    where = f"row {number}"
+def _entries(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
+    """The pictures of a row, as they are stored: mappings with bytes or a path, bytes, or paths."""
+    entries = []
+    for name in columns:
+        value = row[name]
+        several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        entries += [one for one in (value if several else [value]) if one is not None]
+    return entries
+
+
+def _question(folder: Path, rows: Any, number: int, columns: Columns, needs: Collection[str], scorer: str | None) -> Question:
+    where, row = f"row {number}", rows[number]
     text = columns.value(row, "question")
     if not isinstance(text, str) or not text.strip():
         raise UsageError(f"{where} needs a text as its question: found {shown(text)}.")
     choices = _choices(columns.value(row, "choices"))
-    images = _pictures(folder, row, number, columns)
+    count = len(_entries(row, columns.images))
+    images = tuple(StoredPicture(rows, number, columns.images, place, folder) for place in range(count))
     if "image" in needs and not images:
         raise UsageError(f"{where} has no picture.")
     answers = _answers(columns.value(row, "answer"), choices, columns.labels) if "answer" in needs else ()
@@ -252,14 +265,3 @@ def _answers(value: Any, choices: Sequence[str], labels: Sequence[str] | None) -
     if isinstance(value, int) and 0 <= value < len(choices):
         return (choices[value],)
     return () if value is None or not str(value).strip() else (str(value),)
-
-
-def _pictures(folder: Path, row: Mapping[str, Any], number: int, columns: Columns) -> tuple[StoredPicture, ...]:
-    entries = []
-    for name in columns.images:
-        value = row[name]
-        several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        entries += [one for one in (value if several else [value]) if one is not None]
-    return tuple(
-        StoredPicture(entry, f"picture {place} of row {number}", folder) for place, entry in enumerate(entries, start=1)
-    )

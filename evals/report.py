@@ -17,7 +17,7 @@ from vlmprune.evals.report_lines import Comparison
 from vlmprune.evals.report_losses import collapses, verdict_of
 from vlmprune.evals.report_markdown import markdown
 from vlmprune.evals.report_parts import Document, Paragraph, Section
-from vlmprune.evals.report_read import FORMAT, Source
+from vlmprune.evals.report_read import FORMAT, SHOWN, Source
 
 COMPARED = {"sweep": report_lines.of_sweep, "accuracy": report_lines.of_accuracy}
 
@@ -78,7 +78,7 @@ def _lead(sources: Sequence[Source]) -> str:
             f"Visual token pruning on {'the embedded model' if model == 'tiny' else f'`{model}`'}: {asked}, "
             f"{sum(entry['n'] for entry in groups.values()):,} questions{many}."
         )
-    return f"Results from {', '.join(source.name for source in sources)}."
+    return f"Results from {', '.join(source.name for source in sources if source.kind in SHOWN)}."
 
 
 def _tiles(found: Sequence[Comparison]) -> tuple[tuple[str, str, str], ...]:

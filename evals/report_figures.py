@@ -14,8 +14,8 @@ from vlmprune.evals.report_svg import BAD, QUIET, SERIES, UNITS
 
 WIDE, NARROW = (390, 330), (250, 170)
 """Sizes of an overview and of a panel, in pixels."""
-APART = 13
-"""Least distance of two labels, in pixels."""
+APART, LETTER = 13, 6.4
+"""Least distance of two labels, and width of a letter, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def _overview(found: Comparison, axis: Axis, lines: Sequence[Line]) -> Figure:
     worst = [name for name in worst_names(found) if any(line.name == name for line in lines)]
     with report_svg.style(name):
         figure = Drawing(figsize=(WIDE[0] / UNITS, WIDE[1] / UNITS), dpi=UNITS)
-        axes = figure.add_axes((0.125, 0.14, 0.635, 0.835))
+        names = _short([name for name in found.methods if any(line.name == name for line in lines)])
+        margin = 22 + LETTER * max(map(len, ["un-pruned", *names.values()]))
+        axes = figure.add_axes((0.125, 0.14, 0.875 - margin / WIDE[0], 0.835))
         _unpruned(axes, found)
         labels: list[tuple[float, float, str, str]] = []
         for method, own in found.methods.items():
@@ -93,13 +95,19 @@ def _overview(found: Comparison, axis: Axis, lines: Sequence[Line]) -> Figure:
             else:
                 _draw(axes, at, means, colour, dashes, width, band=named)
             if named:
-                labels.append((at[-1], 100 * means[-1].value, method, colour))
+                labels.append((at[-1], 100 * means[-1].value, names[method], colour))
         _scale(axes, axis, sorted({round(x, 6) for line in lines if (x := axis.of(line, found)) is not None}), found)
         axes.set_ylabel(f"accuracy, mean over {found.group_word}s (%)" if len(found.groups) > 1 else "accuracy (%)")
         labels.append((axes.get_xlim()[1], 100 * found.unpruned.mean.value, "un-pruned", "#000000"))
         _label(axes, labels)
-        svg = report_svg.from_figure(figure, name, _says(found, axis, best, worst))
+        svg = report_svg.from_figure(figure, _says(found, axis, best, worst))
     return Figure(axis.title, svg, _says(found, axis, best, worst))
+
+
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """Names of methods without their layers, where that leaves them different."""
+    heads = [name.partition(",")[0] for name in names]
+    return {name: head if heads.count(head) == 1 else name for name, head in zip(names, heads, strict=True)}
 
 
 def _look(method: str, line: Line, best: Sequence[str], worst: Sequence[str]) -> tuple[str, str, str, float]:
@@ -132,6 +140,8 @@ def _scale(axes: Any, axis: Axis, values: Sequence[float], found: Comparison) ->
         ticks = [100 * budget for budget in reversed(found.budgets)] if axis.name == "compute" else [1, 2, 5, 10, 20, 50]
         low, high = values[0] * 0.92, values[-1] * 1.04
         ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) < 3:
+            ticks = sorted({float(f"{value:.2g}") for value in values})[:6]
         axes.set_xlim(low, high)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
@@ -221,7 +231,7 @@ def _panel(found: Comparison, method: str, lines: Sequence[Line]) -> Figure:
         axes.grid(axis="y", color="#000000", alpha=0.1, linewidth=0.7)
         axes.tick_params(length=3, width=0.8)
         says = " ".join(f"At {percent_of(line.budget or 0)}: {line.mean}, random {line.random}." for line in lines)
-        svg = report_svg.from_figure(figure, name, f"{method}, accuracy over its budget. {says}")
+        svg = report_svg.from_figure(figure, f"{method}, accuracy over its budget. {says}")
     return Figure(f"`{method}`", svg, says, note=_verdicts(lines))
 
 

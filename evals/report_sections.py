@@ -11,6 +11,7 @@ from vlmprune.evals import (
     bench_report,
     horizon_report,
     lmms_results,
+    max_drop_report,
     power,
     report_figures,
     report_svg,
@@ -165,6 +166,11 @@ RESULTS: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], Result]]] = {
         horizon_report.result,
     ),
     "lmms": ("lmms-eval", "", lmms_results.result),
+    "max_drop": (
+        "The cheapest recipe within a budget",
+        "Chart of points lost over cost; the tables above have the numbers.",
+        max_drop_report.result,
+    ),
     "power": ("How many questions are needed", "", power.result),
     "tune": ("Schedule from attention", "Chart of the change points; the table above has the numbers.", tune.result),
 }

@@ -42,7 +42,7 @@ _SETTINGS: dict[Any, Any] = {
 
 @contextmanager
 def style(name: str) -> Iterator[None]:
-    """matplotlib's settings for a drawing of this name, from its defaults, whatever the user's settings are."""
+    """matplotlib's settings for a drawing, whatever the user's are. No two drawings of a page have the same name."""
     import matplotlib
     from cycler import cycler
 
@@ -53,17 +53,16 @@ def style(name: str) -> Iterator[None]:
         yield
 
 
-def from_figure(figure: Any, name: str, says: str) -> str:
+def from_figure(figure: Any, says: str) -> str:
     """A figure as an SVG element.
 
     Args:
-        figure: matplotlib's, made inside `style(name)`.
-        name: different for all drawings of a page.
+        figure: matplotlib's; made and drawn inside `style(name)`.
         says: what it shows, for those who do not see it.
     """
     text = StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return inline(text.getvalue(), name, says)
+    figure.savefig(text, format="svg")
+    return inline(text.getvalue(), says)
 
 
 def from_drawing(draw: Callable[[Path], None], name: str, says: str) -> str:
@@ -71,21 +70,22 @@ def from_drawing(draw: Callable[[Path], None], name: str, says: str) -> str:
     with style(name), TemporaryDirectory() as folder:
         path = Path(folder) / "figure.svg"
         draw(path)
-        return inline(path.read_text(), name, says)
+        return inline(path.read_text(), says)
 
 
-def inline(text: str, name: str, says: str) -> str:
+def inline(text: str, says: str) -> str:
     """An SVG file of matplotlib as an element of a page: only what draws, in the page's colours and letters."""
     body = text[text.index("<svg") :]
     view = re.search(r'viewBox="([^"]+)"', body)
     assert view is not None
     body = body[body.index(">") + 1 : body.rindex("</svg>")]
+    # The metadata hold a date; the style applies to the whole page.
     body = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r"<defs>\s*</defs>", "", body)
     body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)  # a hundredth of a pixel
     body = re.sub(r"font: (?:(\d+|bold) )?([\d.]+px) [^;\"]*", _font, body)
     body = re.sub(r"#[0-9a-f]{6}\b", lambda match: _colour(match[0]), body)
-    body = _own_ids(body, name)
+    body = _used_ids(body)
     body = re.sub(r"\s*\n\s*", "\n", body).strip()
     width = float(view[1].split()[2])
     return (
@@ -112,13 +112,7 @@ def _colour(code: str) -> str:
     return f"color-mix(in srgb, currentColor {100 - round(100 * red / 255)}%, transparent)"
 
 
-def _own_ids(body: str, name: str) -> str:
-    """Only ids that something refers to, each with the drawing's name, because a page may have an id only once."""
+def _used_ids(body: str) -> str:
+    """Only ids that something refers to. matplotlib makes them from the drawing's name, so that no other drawing has them."""
     used = set(re.findall(r'href="#([^"]+)"', body)) | set(re.findall(r"url\(#([^)]+)\)", body))
-
-    def renamed(match: re.Match[str]) -> str:
-        return f' id="{name}-{match[1]}"' if match[1] in used else ""
-
-    body = re.sub(r' id="([^"]+)"', renamed, body)
-    body = re.sub(r'href="#', f'href="#{name}-', body)
-    return body.replace("url(#", f"url(#{name}-")
+    return re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", body)

@@ -165,14 +165,14 @@ def difference(score: Array, reference: Array, unit: Array, group: Array | None 
     return _difference(ours, theirs, sums.asked, difference_interval(ours, theirs, sums.asked, seed), p)
 
 
-def bootstrap_high(score: Array, reference: Array, unit: Array, group: Array | None = None, seed: int = 0) -> float:
-    """The upper end of the bootstrap's interval of a difference, however few units there are; arguments as in `difference`.
+def bootstrap(score: Array, reference: Array, unit: Array, group: Array | None = None, seed: int = 0) -> tuple[float, float]:
+    """The bootstrap's interval of a difference, however few units there are; arguments as in `difference`.
 
-    For ranking only: where nothing differs, it is the difference itself.
+    For sorting only: with few units it is too narrow, and a point where nothing differs.
     """
     sums = _sums(unit, group, score, reference)
     ours, theirs = (shares(one, sums.asked, seed) for one in sums.scores)
-    return interval(mean_of_present(ours - theirs))[1]
+    return interval(mean_of_present(ours - theirs))
 
 
 def differences_by_group(score: Array, reference: Array, unit: Array, group: Array, seed: int = 0) -> dict[str, Difference]:
@@ -206,6 +206,15 @@ def differences_of_many(
             groups[name] = _difference(own, other, n, difference_interval(own, other, n, seed), next(p))
         found[key] = whole, groups
     return found
+
+
+def unit_moves(score: Array, reference: Array, unit: Array, group: Array | None = None) -> tuple[np.ndarray, float]:
+    """`[unit]` what each unit adds to the difference of the means over groups; and the share of questions that differ, of which
+    groups weigh alike. Arguments as in `difference`."""
+    sums = _sums(unit, group, score, reference)
+    differs = _sums(unit, group, (np.asarray(score, float) != np.asarray(reference, float)).astype(float))
+    share = float((differs.scores[0].sum(axis=0) / differs.asked.sum(axis=0)).mean())
+    return _moves(sums.scores[0] - sums.scores[1], sums.asked).mean(axis=1), share
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray, asked: np.ndarray, interval: Interval, p: float) -> Difference:

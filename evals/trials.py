@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 import vlmprune
 from vlmprune.errors import UsageError
+from vlmprune.evals.answers import UNPRUNED
 from vlmprune.evals.asking import Asking, under
 from vlmprune.evals.candidates import Candidate
 from vlmprune.evals.question import Question, QuestionSet
-from vlmprune.evals.scorers import SCORERS
-from vlmprune.evals.stats import Difference, bootstrap_high, difference
+from vlmprune.evals.scorers import score
+from vlmprune.evals.stats import Difference, bootstrap, difference
 from vlmprune.evals.store import Store
 
-UNPRUNED = "un-pruned"
 Tick = Callable[[str, int, int], None]
 
 
@@ -28,7 +29,7 @@ class Trial:
     Attributes:
         recipe, origin: as in `Candidate`.
         drop: accuracy of the un-pruned model minus that of the recipe; its `low` and `high` are the paired 95 % interval.
-        reach: upper end of the bootstrap's interval alone, which is the drop itself where no answer differs. It ranks
+        least, reach: ends of the bootstrap's interval alone, which are the drop itself where no answer differs. They sort
             candidates on few questions; whether a drop is within the budget is decided by `drop.high` on the held-out ones.
         cost: measured compute average, as a share of all visual tokens.
         flops: of the language model's prefill, as a share of the un-pruned one's.
@@ -39,6 +40,7 @@ class Trial:
     recipe: str
     origin: str
     drop: Difference
+    least: float
     reach: float
     cost: float
     flops: float
@@ -125,14 +127,15 @@ class Trials:
         ours, theirs = self.scores(candidate.recipe, batches), self.scores(UNPRUNED, batches)
         asked = self._asked(batches)
         unit, group = self._unit[asked], self._group[asked]
-        lost = difference(theirs, ours, unit, group)
+        lost, (least, reach) = difference(theirs, ours, unit, group), bootstrap(theirs, ours, unit, group)
         rows = [self._store[self._name, candidate.recipe, number] for number in range(batches)]
         total = {key: sum(row[key] for row in rows) for key in ("entered", "visual", "flops", "flops_unpruned")}
         return Trial(
             recipe=candidate.recipe,
             origin=candidate.origin,
             drop=lost,
-            reach=bootstrap_high(theirs, ours, unit, group),
+            least=least,
+            reach=reach,
             cost=total["entered"] / total["visual"],
             flops=total["flops"] / total["flops_unpruned"],
             accuracy=self.accuracy(candidate.recipe, batches),
@@ -145,19 +148,15 @@ class Trials:
     def accuracy(self, recipe: str, batches: int | None = None) -> float:
         """Mean over groups."""
         batches = self.batches if batches is None else batches
-        score, group = self.scores(recipe, batches), self._group[self._asked(batches)]
-        return float(np.mean([score[group == name].mean() for name in dict.fromkeys(group.tolist())]))
+        right, group = self.scores(recipe, batches), self._group[self._asked(batches)]
+        return float(np.mean([right[group == name].mean() for name in dict.fromkeys(group.tolist())]))
 
     def scores(self, recipe: str, batches: int) -> np.ndarray:
         """`[question]` of the first batches."""
         self.ask(recipe, batches)
-        found = []
-        for number in range(batches):
-            given = self._store[self._name, recipe, number]["given"]
-            for said, index in zip(given, self._asking.batches[number], strict=True):
-                question = self._asking.questions[index]
-                found.append(SCORERS[question.scorer](said, question))
-        return np.array(found)
+        given = [self._store[self._name, recipe, number]["given"] for number in range(batches)]
+        pairs = zip(chain(*given), self._asked(batches), strict=True)
+        return np.array([score(said, self._asking.questions[index]) for said, index in pairs])
 
     def _asked(self, batches: int) -> list[int]:
         return [index for number in range(batches) for index in self._asking.batches[number]]

@@ -48,9 +48,10 @@ for (let node = walker.nextNode(); node; node = walker.nextNode()) {
   if (!text || element.closest("style, .unseen")) continue;
   const head = element.closest("thead");
   if (head && getComputedStyle(head).position === "absolute") {  // a narrow page: each cell has its own head
+    const heads = [...head.querySelectorAll("th")].map(cell => cell.textContent.trim());
     for (const cell of head.parentElement.querySelectorAll("tbody td")) {
       const shown = getComputedStyle(cell, "::before");
-      if (shown.display === "none" || !shown.content.includes(cell.dataset.head)) wrong.add(`no head: ${cell.innerText}`);
+      if (shown.display === "none" || shown.content.replace(/^"|\s*"$/g, "") !== heads[cell.cellIndex]) wrong.add(`no head: ${cell.innerText}`);
     }
     continue;
   }
@@ -61,6 +62,11 @@ for (let node = walker.nextNode(); node; node = walker.nextNode()) {
   if (!boxes.length || style.visibility !== "visible" || Number(style.opacity) < 0.5) { wrong.add(`hidden: ${said}`); continue; }
   if (contrast(element) < 4.5) wrong.add(`contrast ${contrast(element).toFixed(2)}: ${said}`);
   if (boxes[0].height < 9) wrong.add(`letters of ${boxes[0].height.toFixed(1)} pixels: ${said}`);
+  const drawing = element.closest("svg");
+  if (drawing) {
+    const own = drawing.getBoundingClientRect();
+    if (boxes.some(at => at.left < own.left - 2 || at.right > own.right + 2)) wrong.add(`cut: ${said}`);
+  }
   if (!/\d/.test(text)) continue;
   seen += 1;
   const box = scroller(element);
@@ -69,7 +75,7 @@ for (let node = walker.nextNode(); node; node = walker.nextNode()) {
     if (at.left < -1 || at.right > width + 1 || at.top < 0) { wrong.add(`outside: ${said}`); continue; }
     if (clipped(element, at)) wrong.add(`cut: ${said}`);
     const hit = document.elementFromPoint((at.left + at.right) / 2, (at.top + at.bottom) / 2);
-    if (!hit || !(hit.contains(element) || element.contains(hit) || (element.closest("svg") && hit.closest("svg") === element.closest("svg"))))
+    if (!hit || !(hit.contains(element) || element.contains(hit) || (drawing && hit.closest("svg") === drawing)))
       wrong.add(`covered by ${hit && hit.tagName}: ${said}`);
   }
 }

@@ -23,7 +23,7 @@ PLAIN = {"act", "cls", "random", "uniform"}
 """Methods whose recipe names are words of their own: "act", the CLS token, `torch.random`. Of these, an identifier must not be
 the class's name, and a string must not be the recipe name; other spellings and parts of words mean the word."""
 FAMILY_WORDS = {"llava", "qwen", "internvl", "idefics", "smolvlm", "mistral", "glm4", "videollama", "janus", "deepseek"}
-FAMILY_WORDS |= {"fastvlm", "perception", "ovis2"}
+FAMILY_WORDS |= {"fastvlm", "perception", "ovis2", "gemma", "lfm2", "ayavision", "cohere2"}
 """What families have in their names, in any spelling."""
 
 

@@ -438,9 +438,10 @@ print("started")
 """
 RESULTS = """
 folder.mkdir(parents=True, exist_ok=True)
-scores = {"pope": {"alias": "pope", "accuracy,none": 0.5, "accuracy_stderr,none": 0.1, "f1,strict": 1}}
+scores = {"pope": {"alias": "pope", "accuracy,none": 1 / 3, "accuracy_stderr,none": 0.1, "f1,strict": 1}}
 (folder / "20261128_101500_results.json").write_text(json.dumps({"results": scores, "n-samples": {"pope": {"effective": 3}}}))
-rows = [{"doc_id": n, "filtered_resps": "yes", "token_counts": [{"kept_tokens": n, "ttft_ms": 1.0}]} for n in (0, 2, 1)]
+rows = [{"doc_id": n, "filtered_resps": "yes", "token_counts": [{"kept_tokens": n, "ttft_ms": 1.0}],
+    "accuracy": {"score": float(n == 1), "picture": n // 2}, "f1": {"score": 1.0}} for n in (0, 2, 1)]
 (folder / "20261128_101500_samples_pope.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
 """
 
@@ -464,12 +465,19 @@ def test_a_run_is_read(pretending):
     """Samples by document, scores without errors, means of the columns over all of them."""
     (finished,) = pretending(RESULTS)
     assert [sample.number for sample in finished.samples["pope"]] == [0, 1, 2]
-    assert finished.scores == {"pope": {"accuracy": 0.5, "f1,strict": 1.0}}
+    assert finished.scores == {"pope": {"accuracy": 1 / 3, "f1,strict": 1.0}}
     assert finished.columns("pope") == {"kept_tokens": 1.0, "ttft_ms": 1.0}
-    rows = numbers_of([finished, replace(finished, recipe="fastv")])
+    better = [replace(sample, scores={"accuracy": 1.0}) for sample in finished.samples["pope"]]
+    other = replace(finished, recipe="fastv", samples={"pope": better}, scores={"pope": {"accuracy": 1.0}})
+    rows = numbers_of([finished, other])
     assert rows[1]["same"] == 1
+    assert rows[1]["against"]["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert (rows[1]["against"]["accuracy"]["n"], rows[1]["against"]["accuracy"]["units"]) == (3, 2)
+    other = replace(other, scores={"pope": {"accuracy": 0.9}})  # not the mean of its scores: nothing to compare
+    assert other.differences(finished, "pope") == {}
     text = result({"model": "tiny", "batch": 1, "rows": rows}).markdown()
-    assert "| pope | accuracy | 0.5 | 0.5 |" in text
+    assert "| pope | accuracy | 0.3333 | 1 |" in text
+    assert re.search(r"\| pope \| accuracy, points more than none \| — \| \+66\.7 \[", text)
     assert "| pope | `fastv` | 1 | — |" in text
 
 
@@ -488,9 +496,10 @@ def test_of_judged_answers_the_likeliest_counts():
         ("raise MemoryError('too large')", NoResultsError, "(exit code 1): MemoryError: too large. Its output is in"),
         ("print('vlmprune.errors.UsageError: no such thing: do that.')", vp.UsageError, "no such thing: do that."),
         (RESULTS.replace("(0, 2, 1)", "(0, 2, 2)"), vp.UsageError, "3 samples about 2 documents, and 3 were to be asked"),
+        (RESULTS.replace("(0, 2, 1)", "(0, 2, 1, 1)"), vp.UsageError, "4 samples about 3 documents, and 3 were to be asked"),
         (RESULTS.replace("samples_pope", "samples_other"), vp.UsageError, "no samples of pope"),
     ],
-    ids=("silent", "submission", "crash", "mistake", "double", "missing"),
+    ids=("silent", "submission", "crash", "mistake", "lost", "double", "missing"),
 )
 def test_a_run_that_failed(pretending, body, error, sentence):
     """lmms-eval returns 0 after a crash, and swallows errors while it saves. Red: they look like success."""
@@ -543,3 +552,13 @@ def test_without_lmms_eval(monkeypatch, capsys, tmp_path):
     with pytest.raises(vp.UsageError, match=r"lmms-eval 0\.7 cannot be imported here"):
         __import__("vlmprune.evals.lmms")
     assert read_finished is not None
+
+
+def test_dtypes(tmp_path):
+    """Weights are read as they are wanted, the embedded model's in float32 otherwise."""
+    for dtype, device_map in ((None, None), ("bfloat16", None), ("bfloat16", "auto")):
+        session = Session(Arguments("tiny", dtype=dtype, device_map=device_map))
+        assert str(session._asker.model.dtype) == f"torch.{dtype or 'float32'}"
+        (row,) = session.generate([Request(lambda: simple_messages(ASKED[0][1].text, [ASKED[0][0].image]), "", SHORT)])
+        assert row["answer"] == ASKED[0][1].answer
+        session.close()

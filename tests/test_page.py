@@ -267,8 +267,22 @@ BENCH = {
 }  # fmt: skip
 RATIO = {"times": 2.5, "low": 2.25, "high": 2.75}
 PRUNED = {**BENCH, "recipe": "fastv:layer=2,tokens=64", "faster": {"ttft": RATIO, "e2e": RATIO}, "overhead": {"choosing": 0.01}}
+TRIAL = {
+    "recipe": "divprune:fraction=0.098", "origin": "default", "reach": 0.1, "cost": 0.097, "flops": 0.157, "accuracy": 0.92,
+    "drop": {"value": 0.077, "low": 0.03, "high": 0.133, "units": 16}, "left": "", "rung": 0,
+}  # fmt: skip
 OTHERS = {
     "bench": ({"title": "a shape", "rows": [BENCH, PRUNED]}, "2.50× [2.25, 2.75]", True),
+    "max_drop": (
+        {
+            "model": "tiny", "data": "scenes", "max_drop": 30.0, "horizon": 7, "notes": [], "skipped": [], "trials": [TRIAL],
+            "questions": {"tuning": {"units": 8, "questions": 68}, "held-out": {"units": 16, "questions": 160}},
+            "finalists": [TRIAL], "winner": TRIAL, "best_default": TRIAL, "gain": None,
+            "unpruned": {"tuning": 0.99, "held-out": 0.99},
+        },
+        "`divprune:fraction=0.098` loses 7.7 [3.0, 13.3] points on 16 held-out pictures",
+        True,
+    ),
     "power": (power.plan([(power.assumed(2.0, 0.9), 2.0)], 0.9, 0.05, 1), "paired sign-flip test over pictures", False),
     "lmms": (
         {

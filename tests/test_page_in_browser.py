@@ -38,6 +38,14 @@ def published(tmp_path_factory) -> dict[str, Path]:
         folder = ROOT / "docs" / "results" / name
         made[name] = tmp_path_factory.mktemp(name) / "report.html"
         made[name].write_text(report.texts(folder, report_read.read(folder)[0])[".html"])
+    folder = tmp_path_factory.mktemp("long names")
+    text = (ROOT / "docs" / "results" / "budgets" / "accuracy.json").read_text()
+    for share in ("0.5", "0.25", "0.1", "0.05"):
+        text = text.replace(f"fastv:layer=2,fraction={share}", f"pdrop:layer=2|4|6,fraction=0.9|0.8|{share}")
+        text = text.replace(f"cls:layer=0,fraction={share}", f"pdrop:layer=1|2|3|4,fraction=0.9|0.8|0.7|{share}")
+    (folder / "accuracy.json").write_text(text)
+    made["long names"] = folder / "report.html"
+    made["long names"].write_text(report.texts(folder, report_read.read(folder)[0])[".html"])
     return made
 
 
@@ -50,7 +58,7 @@ def wrong(page: Page, path: Path, width: int, scheme: str) -> list[str]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("name", [*RESULTS, "long names"])
 def test_nothing_is_hidden_cut_or_unreadable(page, published, name, width, scheme):
     """Red: an error in the console, a missing picture, the page scrolls sideways, a number is hidden, cut, covered or has no
     head, letters are too small, or a contrast is below 4.5."""

@@ -12,6 +12,7 @@ from test_evals_stats import simulate
 
 import vlmprune as vp
 from vlmprune.evals import power, stats
+from vlmprune.evals.answers import Answered, Answers, Asked
 from vlmprune.show.stats import difference_interval
 
 
@@ -76,6 +77,24 @@ def test_a_pilot_measures_what_would_be_assumed(tmp_path, per_picture, cluster):
     assert power.units_needed(spread, 5).units == pytest.approx(power.units_needed(known, 5).units, rel=0.12)
 
 
+def test_answers_are_a_pilot(tmp_path):
+    """From the stored answers of every question, as from the assumptions that they were drawn by."""
+    rng = np.random.default_rng(5)
+    first, second, unit = simulate(rng, 2_000, 4, 0.8, agreement=0.9, loss=0.05, cluster=0.5)
+    names = [str(number) for number in range(len(unit))]
+    asked = Asked(names, names, [["yes"]] * len(unit), ["all"] * len(unit), [f"picture {number}" for number in unit])
+    rows = []
+    for recipe, score in (("un-pruned", first), ("fastv:fraction=0.5", second)):
+        given = ["yes" if right else "no" for right in score]
+        rows.append(Answers(recipe, 0, given, score.tolist(), 1.0, []))
+    Answered([asked], rows).write(tmp_path)
+    (spread,) = power.from_pilot(tmp_path)
+    assert (spread.name, spread.per_unit) == ("fastv:fraction=0.5", 4)
+    assert spread.differing == pytest.approx(0.1, abs=0.01)
+    known = power.assumed(5, agreement=0.9, per_unit=4, correlation=0.5)
+    assert power.units_needed(spread, 5).units == pytest.approx(power.units_needed(known, 5).units, rel=0.2)
+
+
 def test_a_pilot_without_differences_still_plans():
     """Nothing differed in the pilot: what loses 5 points differs in 5 of 100 answers all the same."""
     quiet = power.Spread("quiet", 0.0, 0.0, 1, "measured")
@@ -133,6 +152,7 @@ def test_committed_results_are_pilots(file):
         (("--pilot", "nothing.json"), "cannot be read as JSON"),
         (("--pilot", "other.json"), "holds no comparison"),
         (("--pilot", "alone.json"), "compares no recipe"),
+        (("--pilot", "."), "there is no answers.jsonl"),
         (("--pilot", "alone.json", "--accuracy", 0.9), "a pilot replaces --accuracy"),
     ],
 )

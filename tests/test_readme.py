@@ -53,6 +53,7 @@ def place(tmp_path, monkeypatch):
         lines.append(json.dumps({"image": f"{number}.png", "question": asked.text, "answer": asked.answer}))
     (tmp_path / "my-questions" / "questions.jsonl").write_text("\n".join(lines))
     shutil.copytree(ROOT / "docs" / "results" / "budgets", tmp_path / "results")
+    shutil.copytree(ROOT / "docs" / "results" / "sweep", tmp_path / "my-results")
     return tmp_path
 
 
@@ -110,6 +111,7 @@ def test_commands(monkeypatch, capsys, place, command):
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "--out" in command], ids=" ".join)
 def test_commands_that_write(monkeypatch, capsys, place, command):
     assert command[0] == "vlmprune"
+    shutil.copytree(tiny.CHECKPOINT, place / "my-model")
     assert run(monkeypatch, command) == 0, capsys.readouterr().err
     assert list((place / command[command.index("--out") + 1]).iterdir())
 

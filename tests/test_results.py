@@ -22,7 +22,13 @@ from vlmprune.show.table import code, table
 from vlmprune.tiny import load
 
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
-COMMANDS = {"accuracy": "accuracy", "sweep": "sweep_report", "horizon": "horizon_report", "tune": "tune"}
+COMMANDS = {
+    "accuracy": "accuracy",
+    "sweep": "sweep_report",
+    "horizon": "horizon_report",
+    "tune": "tune",
+    "max_drop": "max_drop_report",
+}
 """File of a published result -> the module in `evals/` that shows it; the others are of scripts in `benchmarks/`."""
 FIVE_DIGITS = "docs/results/horizon_answer/horizon"
 """Its JSON holds five digits and its table was made from all, so that a number that ends in 5 may be rounded the other way."""

@@ -327,7 +327,7 @@ def test_mistakes(monkeypatch, capsys, arguments, sentence):
 def test_every_recipe_of_eval_is_looked_at_before_the_first_is_run(embedded, monkeypatch):
     """Red: the last recipe is refused after all others were run."""
     model, processor = embedded
-    monkeypatch.setattr(accuracy, "records", lambda *more: pytest.fail("a recipe was run"))
+    monkeypatch.setattr(accuracy, "answer", lambda *more: pytest.fail("a recipe was run"))
     with pytest.raises(vp.UsageError, match="fastv prunes at layer 30"):
         accuracy.evaluate(model, processor, ["random:fraction=0.5", "fastv:layer=30,fraction=0.5"], 2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families.folders import FOLDERS as NEWER
 from folders import FOLDERS
 from PIL import Image
 
@@ -25,10 +26,13 @@ def embedded():
     return tiny.load()
 
 
-@pytest.fixture(scope="module", params=sorted(FOLDERS))
+FAMILIES = {**FOLDERS, **{name: NEWER[name] for name in ("gemma3", "idefics3", "qwen3_vl")}}
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
 def other(request, tmp_path_factory):
     """A model of another family with random weights, and its processor, loaded as a user's."""
-    return load_model(str(FOLDERS[request.param](tmp_path_factory.mktemp(request.param) / "model")), "cpu")
+    return load_model(str(FAMILIES[request.param](tmp_path_factory.mktemp(request.param) / "model")), "cpu")
 
 
 def questions(*asked: tuple[tuple, str], longest: int = 4, until: tuple[str, ...] = ()) -> QuestionSet:
@@ -101,6 +105,24 @@ def test_other_families_answer_batches_as_single_questions(other, recipe):
     together, single = (answers(model, Asking(processor, asked, size), recipe) for size in (3, 1))
     assert together == single
     assert len(set(together)) > 1, "nothing to be wrong about"
+
+
+def test_kept_tokens_of_other_families(other):
+    """Red: placeholders are counted by the token of prompts, of which Gemma 3's processor makes others."""
+    model, processor = other
+    asking = Asking(processor, mixed(), 8)
+    plain = asking.measure_batch(model, 0)
+    with under(model, vp.Recipe.parse("random:layer=0,fraction=1")) as run:
+        whole = asking.measure_batch(model, 0, run)
+    with under(model, vp.Recipe.parse("random:layer=1,tokens=3")) as run:
+        three = asking.measure_batch(model, 0, run)
+    separators = [one - 3 * pictures for one, pictures in zip(three.kept, (1, 2, 1, 1), strict=True)]
+    assert whole.kept == plain.kept
+    assert (whole.share, whole.given) == (1, plain.given)
+    assert all(0 <= extra < few for extra, few in zip(separators, plain.kept, strict=True))
+    if model.config.model_type != "llava_next":  # which has a token at the end of each row of a picture
+        assert separators == [0] * 4
+        assert whole.visual == sum(plain.kept)
 
 
 def test_a_question_without_picture_is_not_changed_by_a_recipe(embedded):

@@ -144,8 +144,8 @@ def test_an_unknown_scorer_or_split_is_refused_first(folder):
 
 def test_a_dataset_without_its_package(tmp_path, monkeypatch):
     (tmp_path / "state.json").write_text("{}")
-    monkeypatch.setattr("vlmprune.loading.datasets.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"needs the package datasets: install it with `pip install datasets`"):
+    monkeypatch.setattr("vlmprune.loading.outputs.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"a Hugging Face dataset needs datasets: install it with `pip install datasets`"):
         open_questions(tmp_path)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from families.table import NAMES, TINY
 
-STAGES = {"0": {0: 0.5}, "2": {2: 0.5}, "1+3": {1: 0.6, 3: 0.3}, "4": {4: 0.4}}
+STAGES = {"0": {0: 0.5}, "2": {2: 0.3}, "1+3": {1: 0.6, 3: 0.3}, "4": {4: 0.4}}
 """Layers of the stages, and the share of each picture that stays. `4` is behind the layers into which DeepStack injects."""
 
 KINDS = {
@@ -118,7 +118,7 @@ REFUSALS = [
     ),
     Refusal(
         "transformers refuses assisted decoding of models with a state",
-        lambda cell: cell.way == "prompt lookup" and TINY[cell.family].recurrent,
+        lambda cell: cell.way == "prompt lookup" and cell.family in ("qwen3_5", "qwen3_5_moe"),
     ),
     Refusal(
         "transformers gives the copies of a sample with several pictures another sample's",

@@ -1,4 +1,4 @@
-"""Folders with a small random model and its processor, in the form of published repositories: tokenizer, chat template, settings.
+"""Folders with a small random model and its processor, in the form of published repositories: tokenizer, template, settings.
 
 The processors are those of transformers; pictures go through Pillow, without torchvision. Words are the embedded model's.
 """
@@ -186,6 +186,49 @@ def llava_onevision(folder: Path) -> Path:
     return saved(folder, tf.LlavaOnevisionForConditionalGeneration, config, words, pixels, **whole)
 
 
+def llava_next_video(folder: Path) -> Path:
+    words = tokenizer("<image>", "<image>", "<video>")
+    image, video = words.convert_tokens_to_ids(["<image>", "<video>"])
+    places = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+    config = tf.LlavaNextVideoConfig(
+        text_config=_text(words, tf.LlamaConfig),
+        vision_config={**_vision(projection_dim=TOWER), "model_type": "clip_vision_model"},
+        image_token_index=image,
+        video_token_index=video,
+        image_grid_pinpoints=places,
+    )
+    side = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}, "image_grid_pinpoints": places}
+    pixels = {"image_processor_type": "LlavaNextImageProcessor", **side}
+    whole = {"processor_class": "LlavaNextVideoProcessor", "patch_size": PATCH, "num_additional_image_tokens": 1}
+    whole["vision_feature_select_strategy"] = "default"
+    return saved(folder, tf.LlavaNextVideoForConditionalGeneration, config, words, pixels, **whole)
+
+
+GLM = ("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
+
+
+def glm4v(folder: Path) -> Path:
+    words = tokenizer("<|begin_of_image|><|image|><|end_of_image|>", *GLM)
+    image, video, start, end, first, last = words.convert_tokens_to_ids(list(GLM))
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "partial_rotary_factor": 1.0}
+    vision = {"depth": 2, "num_heads": 2, "hidden_size": TOWER, "intermediate_size": 48, "patch_size": PATCH}
+    vision |= {"out_hidden_size": WIDTH, "image_size": SIDE}
+    config = tf.Glm4vConfig(
+        text_config=_text(words, tf.Glm4vTextConfig, rope_parameters=rope),
+        vision_config=vision,
+        image_token_id=image,
+        video_token_id=video,
+        image_start_token_id=start,
+        image_end_token_id=end,
+        video_start_token_id=first,
+        video_end_token_id=last,
+    )
+    pixels = {"image_processor_type": "Glm4vImageProcessor", "patch_size": PATCH, "merge_size": 2}
+    pixels["size"] = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}
+    return saved(folder, tf.Glm4vForConditionalGeneration, config, words, pixels, processor_class="Glm4vProcessor")
+
+
 FOLDERS: dict[str, Callable[[Path], Path]] = {
-    make.__name__: make for make in (qwen3_vl, internvl, idefics3, smolvlm, mistral3, gemma3, llava_onevision)
+    make.__name__: make
+    for make in (qwen3_vl, internvl, idefics3, smolvlm, mistral3, gemma3, llava_onevision, llava_next_video, glm4v)
 }

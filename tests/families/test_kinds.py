@@ -84,8 +84,8 @@ def test_no_layer_stores_more_than_its_window(name):
 @pytest.mark.parametrize("name", ["aya_vision", "cohere2_vision", "gemma4_e"])
 @pytest.mark.parametrize("words", [4, 40])
 def test_a_picture_comes_late(name, words):
-    """A conversation that begins with words, beyond the window or not; the second and the third turn have a picture. Red: adopted
-    cache layers forget which tokens their entries belong to."""
+    """A conversation that begins with words, beyond the window or not; the second and the third turn have a picture. Red: cache
+    layers that are taken over forget which tokens their entries belong to."""
     model = shared(name)
     turns = [
         make_inputs(name, [[f"text{words}"]], seed=1),
@@ -149,6 +149,49 @@ def test_a_window_is_counted_in_slots():
     flex = pruned_mask(slots, valid, slots, valid, True, "flex_attention", torch.float32, window=4)
     rows = torch.arange(5)
     assert torch.equal(flex.mask_mod(0, 0, rows[:, None], rows), seen[0, 0])
+
+
+TWICE = "random:layer=0|2,fraction=0.6|0.3,seed=0"
+
+
+@pytest.mark.parametrize("name", ["gemma3", "aya_vision", "paligemma"])
+@pytest.mark.parametrize("batch", ["long", "ragged"])
+def test_flex_attention(name, batch, monkeypatch):
+    """Windows and blocks in block masks: the same logits as sdpa. Red: places are taken for slots."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # transformers compiles it, which fails on a CPU
+    inputs, logits = make_inputs(name, BATCHES[batch]), []
+    for attention in ("sdpa", "flex_attention"):
+        model = build(name, attention)
+        with vp.wrap(model, TWICE):
+            logits.append(generate(model, inputs)[2])
+    close(*logits)
+
+
+@pytest.mark.parametrize("name", [name for name in WINDOWED if name != "gemma4_moe"] + ["paligemma"])
+def test_padding_on_the_right(name, monkeypatch):
+    """As in training. Red: slots are counted from the first token of a row."""
+    model, inputs = shared(name), make_inputs(name, BATCHES["ragged"], pad="right")
+    monkeypatch.setattr("families.oracles.whole", lambda name, model, inputs, new: {**inputs, "use_cache": False})
+    with vp.wrap(model, TWICE) as run:
+        logits = model(**inputs, use_cache=True).logits
+        keep = run.last.keep
+    close(logits[keep[2]], masked_logits(name, model, inputs, keep)[keep[2]])
+
+
+@pytest.mark.parametrize("recipe", [TWICE, "fastv:layer=2,fraction=0.5", "sparsevlm:layer=2,fraction=0.5"])
+def test_a_model_that_is_not_causal_without_a_mask(recipe, monkeypatch):
+    """PaliGemma without token types: its language model is given no mask, and every token sees all. Red: taken for causal."""
+    model, inputs = shared("paligemma"), make_inputs("paligemma", BATCHES["long"])
+    inputs.pop("token_type_ids")
+    explicit = {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}  # the same as a mask
+    monkeypatch.setattr("families.oracles.whole", lambda name, model, inputs, new: {**inputs, "use_cache": False})
+    with vp.wrap(model, recipe) as run:
+        logits = model(**inputs, use_cache=True).logits
+        keep = run.last.keep
+        close(logits, model(**explicit, use_cache=True).logits)
+        assert all(torch.equal(run.last.keep[layer], keep[layer]) for layer in keep)
+    if recipe == TWICE:
+        close(logits[keep[2]], masked_logits("paligemma", model, inputs, keep)[keep[2]])
 
 
 # -- what methods see ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from vlmprune.adapters.registry import FAMILIES
 from vlmprune.cli import app
 from vlmprune.loading.models import load_model
 from vlmprune.loading.prompts import make_inputs, prompt_text
-from vlmprune.loading.questions import Question
+from vlmprune.loading.questions import ReadyQuestion
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 _kept = TemporaryDirectory()
@@ -49,16 +49,18 @@ def noise(width: int = 120, height: int = 70) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
+SPLIT = [*((f"crop {row}, {column}", 3, 3) for row in (1, 2) for column in (1, 2)), ("whole picture", 3, 3)]
+PACKED = [("whole picture", 6, 6), *((f"crop {row}, {column}", 6, 6) for row in (1, 2) for column in (1, 2))]
 CROPS = {
     "qwen3_vl": [("picture", 4, 8)],
+    "glm4v": [("picture", 4, 8)],
     "mistral3": [("picture", 4, 6)],
     "gemma3": [("picture", 3, 3)],
     "internvl": [("crop 1, 1", 3, 3), ("crop 1, 2", 3, 3), ("whole picture", 3, 3)],
-    **dict.fromkeys(
-        ("idefics3", "smolvlm"),
-        [*((f"crop {row}, {column}", 3, 3) for row in (1, 2) for column in (1, 2)), ("whole picture", 3, 3)],
-    ),
-    "llava_onevision": [("whole picture", 6, 6), *((f"crop {row}, {column}", 6, 6) for row in (1, 2) for column in (1, 2))],
+    "idefics3": SPLIT,
+    "smolvlm": SPLIT,
+    "llava_onevision": PACKED,
+    "llava_next_video": PACKED,
 }
 """Rasters of the tokens of a picture of 120 × 70 pixels, in the order of its pixels: name, rows, columns."""
 
@@ -118,6 +120,7 @@ def test_the_processor_writes_the_models_tokens(name):
         ("smolvlm", [(120, 70), (70, 120)], [5 * TILE, 5 * TILE]),
         ("internvl", [(120, 70), (40, 40)], [3 * TILE, TILE]),
         ("mistral3", [(120, 70), (40, 40)], [24, 9]),
+        ("llava_onevision", [(120, 70), (40, 40)], [(SIDE // PATCH) ** 2] * 2),
     ],
 )
 @pytest.mark.parametrize("between", ["", " and "])
@@ -126,17 +129,18 @@ def test_pictures_of_one_prompt_are_told_apart(name, sizes, tokens, between):
     model, processor = load_model(str(folder(name)), "cpu")
     token = processor.image_token
     pictures = [noise(*size) for size in sizes]
-    inputs = processor(images=pictures, text=f"what {token}{between}{token} ?", return_tensors="pt")
+    given = [pictures] if name == "llava_onevision" else pictures  # of one prompt, which then has base views only
+    inputs = processor(images=given, text=f"what {token}{between}{token} ?", return_tensors="pt")
     with vp.wrap(model, "random:layer=0,tokens=4") as run:
         model.generate(**inputs, max_new_tokens=2)
     assert [picture.original for picture in run.last.kept] == tokens
     assert [len(picture.index) for picture in run.last.kept] == [4, 4]
 
 
-def question(name: str, picture: Image.Image) -> Question:
+def question(name: str, picture: Image.Image) -> ReadyQuestion:
     model, processor = load_model(str(folder(name)), "cpu")
     inputs = make_inputs(processor, picture, prompt_text(processor, "what is this ?"), "cpu")
-    return Question(model, processor, inputs, picture)
+    return ReadyQuestion(model, processor, inputs, picture)
 
 
 def pooled(name: str, model: Any, tower: torch.Tensor) -> torch.Tensor:
@@ -149,7 +153,7 @@ def pooled(name: str, model: Any, tower: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["internvl", "idefics3", "smolvlm"])
 def test_cells_are_where_the_model_takes_tokens_from(name):
-    """Oracle: the model's own shuffle, of numbered patches. Red: columns for rows, or tiles in another order than their pixels."""
+    """Oracle: the model's own shuffle, of numbered patches. Red: columns for rows, or crops in another order."""
     asked = question(name, noise())
     tiles, side = len(asked.seen()), SIDE // PATCH
     numbered = torch.arange(tiles * side * side).view(tiles, side * side, 1).float()

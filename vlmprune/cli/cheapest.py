@@ -67,7 +67,7 @@ def find_cheapest(wanted: Wanted, out: Path | None, as_json: bool) -> None:
     asked = {"tuning": Asking(processor, tuning, size, scenes), "held-out": Asking(processor, held_out, size, scenes)}
     model = read_weights()
     terminal.note(notes)
-    with _store(out, wanted.model, model, tuning, held_out, size) as store, terminal.progress() as progress:
+    with _store(out, wanted.model, model, processor, tuning, held_out, size) as store, terminal.progress() as progress:
         task = progress.add_task("")
 
         def tick(what: str, done: int, total: int) -> None:
@@ -123,21 +123,15 @@ def _few(units: int, budget: float) -> list[str]:
     ]
 
 
-def _store(out: Path | None, name: str, model: Any, tuning: QuestionSet, held_out: QuestionSet, batch_size: int) -> Store:
+def _store(
+    out: Path | None, name: str, model: Any, processor: Any, tuning: QuestionSet, held_out: QuestionSet, batch_size: int
+) -> Store:
     """Where answers are kept, so that an interrupted search goes on."""
-    from vlmprune.evals.fingerprints import code_fingerprint, versions, weights_fingerprint
+    from vlmprune.evals.answering import settings_of
+    from vlmprune.evals.fingerprints import code_fingerprint
     from vlmprune.evals.store import Store
 
-    settings = {
-        "command": "tune --max-drop",
-        "model": name,
-        "weights": weights_fingerprint(model),
-        "tuning": tuning.fingerprint,
-        "held-out": held_out.fingerprint,
-        "batch_size": batch_size,
-        "max_new_tokens": tuning.max_new_tokens,
-        "versions": versions(),
-    }
+    settings = settings_of(name, model, processor, tuning, batch_size, command="tune --max-drop", held_out=held_out.fingerprint)
     return Store(None if out is None else out / ANSWERS, settings, code_fingerprint("asking", "horizon"))
 
 

@@ -33,7 +33,7 @@ def lmms(
         ),
     ] = None,
     model: options.Model = "tiny",
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts at once.")] = 1,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts at once.")] = 8,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="How many documents of each task. If not given: all.")
     ] = None,

@@ -19,7 +19,11 @@ def power(
     ] = None,
     pilot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The JSON file of `eval` or `sweep`: how much its recipes differ is measured there."),
+        typer.Option(
+            metavar="PATH",
+            help="A folder with answers.jsonl, or the JSON file of `eval` or `sweep`: how much its recipes differ is measured "
+            "there.",
+        ),
     ] = None,
     accuracy: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Without a pilot: accuracy of the reference, from 0 to 1.")

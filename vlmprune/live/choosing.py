@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ def make_tools(
         norm=partial(run, model.language_model.get_submodule(model.family.final_norm)),
         # Without its hooks: nothing is recorded.
         project=partial(run, None if tower is None else model.base.get_submodule(tower.projector).forward),
-        start=partial(_start, model, call, hidden, kwargs),
+        start=partial(_start, model, index, call, hidden, kwargs),
     )
 
 
@@ -104,12 +105,15 @@ def _as_the_model(call: Call, device: torch.device, run: Callable[..., Any], *ar
         return run(*args)
 
 
-def _start(model: Model, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> Rotary | None:
+def _start(model: Model, layer: int, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> Rotary | None:
     """Rotary embeddings `[batch, segment, head_dim]` of the first token of each sample: of the conversation's, in a later turn,
-    where positions count tokens."""
+    where positions count tokens. They are those of the layer before the stage's, whose keys are turned back."""
     assert call.prompt is not None
     starts = on_device(call.prompt.tokens.starts, hidden.device)
-    if not call.past:
+    module = model.language_model.get_submodule(model.family.rotary)
+    differ = "layer_type" in signature(module.forward).parameters
+    by_kind = (model.language_model.config.layer_types[layer - 1],) if differ else ()
+    if not call.past and not by_kind:
         cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in kwargs["position_embeddings"])
         index = starts.to(cos.device)[..., None].expand(-1, -1, cos.shape[-1])
         return cos.gather(1, index), sin.gather(1, index)
@@ -118,7 +122,7 @@ def _start(model: Model, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> 
         return None
     before = call.past if call.mask is None else (call.mask[:, : call.past] != 0).sum(dim=1, keepdim=True).to(starts.device)
     first = (position.expand(hidden.shape[0], -1).gather(1, starts) - before).clamp_min(0)
-    cos, sin = model.language_model.get_submodule(model.family.rotary)(hidden, first)
+    cos, sin = module(hidden, first, *by_kind)
     return cos, sin
 
 

@@ -179,7 +179,7 @@ class Hooks:
             if call.idle:
                 return args, {**kwargs, "attention_mask": None}
             call.idle = call.edits.ready and not plan.pruning.at
-            return goes_on(plan, call, args, kwargs)
+            return None if call.idle else goes_on(plan, call, args, kwargs)
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
         if _innermost(type(self.base), only=self.base, function="forward") is not None:

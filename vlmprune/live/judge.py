@@ -135,7 +135,7 @@ class Judge:
 
     def _mask(self, claim: Claim, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, given = args[0] if args else kwargs["hidden_states"], kwargs["attention_mask"]
-        length = given.shape[-1] if given is not None else hidden.shape[1]
+        self._columns = length = hidden.shape[1] if index == 0 else self._columns
         rows = slice(length - hidden.shape[1], length)  # a model may compute the last rows only
         if index in claim.merged:
             hidden = hidden.clone()
@@ -151,7 +151,7 @@ class Judge:
             for stage, mask in masks.items():
                 if stage <= index:
                     queries[..., : self.prompt] &= mask[:, None, None, : self.prompt].to(hidden.device)
-        allowed = (allowed & (square & seen)[:, :, rows]) | own[rows]
+        allowed = (allowed[:, :, -hidden.shape[1] :] & (square & seen)[:, :, rows]) | own[rows]
         kwargs = {**kwargs, "attention_mask": _in_the_form_of(given, allowed, self._form(index), hidden.dtype)}
         if any(stage <= index for stage in claim.compact):
             kwargs["position_embeddings"] = self._closed_up(claim, index, hidden, kwargs)

@@ -172,6 +172,8 @@ def _see_attention(
     """Observer of the attention before a stage; of prompts only, and not where the choice is made already."""
     call: Call | None = kwargs.get(CALL_ARGUMENT)
     if call is not None and call.prompt is not None and plan.pruning.chooses_at(layer + 1, call, call.prompt):
+        if attention_mask is None and not plan.kinds.of[layer].causal:  # then every row sees all
+            attention_mask = query.new_ones(1, 1, 1, key.shape[2], dtype=torch.bool).expand(1, 1, query.shape[2], -1)
         with timed(call, query.device, f"attention in layer {layer}"), torch.no_grad():
             see_attention(call, layer, needs, query, key, value, attention_mask, scaling)
 

@@ -266,7 +266,7 @@ def leave_prompt(plan: Plan, call: Call, record: Prefill, output: Any) -> Any:
         begun = len(record.stored)
         record.stored += section.keys_by_layer(plan.kinds, range(begun, begun + layers), call.past + call.sequence)
     record.resident = plan.shape.entries(record.stored)
-    record.note_peak(record.resident)
+    record.held.append(list(record.resident))
     plan.pruning.shorten_cache(call, output.get("past_key_values"))  # made by the model itself in a plain call
     record.prefill.end_now()
     hand_over(output.get("past_key_values"), call.owner)

@@ -273,8 +273,7 @@ class Pruning:
                 layers = pruned_layers(cache_, indices, self.at, complete)
                 keep_only(layers, last.alive, call.past, counts if kind.window is None else None)
                 shorter = {index: layer.stored for index, layer in zip(indices, layers, strict=True)}
-                both = [count + shorter.get(index, 0) for index, count in enumerate(record.resident)]
-                record.note_peak(both)  # they exist for a moment
+                record.held.append([count + shorter.get(index, 0) for index, count in enumerate(record.resident)])
                 for index, entries in shorter.items():
                     record.resident[index] = entries
         record.keep_cache[bound.stage.layer] = last.alive

@@ -184,7 +184,7 @@ class Prefill(Renamed):
         entering: tokens that entered the layer, padding included where it was computed.
         stored: keys that these attend to: entries in the layer's KV cache, before any of them leaves its window.
         resident: entries after the prompt; fewer where a cache stage forgot some.
-        peak: the most entries that all layers together stored at one time, and `peak_bytes` per row.
+        held: what the layers stored at several times, each as `resident`: a cache stage holds old and new entries for a moment.
 
     Redistribution and times:
 
@@ -212,16 +212,20 @@ class Prefill(Renamed):
     entering: list[int] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
-    peak: int = 0
-    peak_bytes: int = 0
+    held: list[list[int]] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
     prefill: Clock = field(default_factory=Clock)
     selection: list[Clock] = field(default_factory=list)
     tower: list[Clock] = field(default_factory=list)
 
-    def note_peak(self, entries: list[int]) -> None:
-        """All layers together store so many entries, per layer."""
-        self.peak = max(self.peak, sum(entries))
-        self.peak_bytes = max(self.peak_bytes, self.shape.kv_bytes(entries, self.itemsize))
-
     _former: ClassVar[Mapping[str, str]] = {"steered": "edits"}
+
+    @property
+    def peak(self) -> int:
+        """The most entries that all layers together stored at one time, per row."""
+        return max(map(sum, self.held), default=0)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The same in bytes."""
+        return max((self.shape.kv_bytes(entries, self.itemsize) for entries in self.held), default=0)

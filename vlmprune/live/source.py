@@ -216,7 +216,7 @@ def columns(attention: Tensor, index: Tensor) -> Tensor:
 
 def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn `[image, head, …, dim]` back by a rotary embedding `[image, rotary dim]`, whose own factor is taken out; exact where
-    it is that of position 0. Numbers that turn together are half the width apart, or neighbours: the cosines of both are equal."""
+    it is that of position 0. Numbers that turn together have equal sines: they are half the width apart, or neighbours."""
     shape = (len(cos), *[1] * (x.ndim - 2), -1)
     cos, sin = cos.float().view(shape), sin.float().view(shape)
     size = torch.hypot(cos, sin)

@@ -13,6 +13,8 @@ imported inside functions, so that a mistake that needs neither is answered at o
     pictures.py      a file -> an RGB picture
     questions.py     model, picture and question together, and the picture as the model saw it
     recipes.py       a string, file or folder -> a recipe
+    datasets.py      a folder with a Hugging Face dataset -> its rows
+    dataset_hub.py   whether a dataset of the hub can be had
     outputs.py       folders, figures and packages, checked before anything is computed
     environment.py   versions and devices; transformers without bars and warnings
 """

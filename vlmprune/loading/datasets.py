@@ -1,12 +1,12 @@
-"""Open a Hugging Face dataset that lies in a folder. Its package, `datasets`, is imported only here."""
+"""Open a Hugging Face dataset that lies in a folder."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import UsageError, first_line, unknown
+from vlmprune.loading.outputs import check_packages
 
 SAVED = ("dataset_dict.json", "state.json")
 """Files that `save_to_disk` writes."""
@@ -29,7 +29,7 @@ def open_dataset(folder: Path, split: str | None = None) -> Any:
     Raises:
         UsageError: the package is missing, the dataset cannot be read, or has no such split, or several and none was named.
     """
-    check_package()
+    check_packages(["datasets"], "reading a Hugging Face dataset")
     import datasets
 
     try:
@@ -46,16 +46,3 @@ def open_dataset(folder: Path, split: str | None = None) -> Any:
     if split is not None and split not in found:
         raise unknown("split", split, found)
     return found[split or next(iter(found))]
-
-
-def check_package() -> None:
-    """Refuse to go on without the package that reads datasets.
-
-    Raises:
-        UsageError: it is missing.
-    """
-    if find_spec("datasets") is None:
-        raise UsageError(
-            "reading a Hugging Face dataset needs the package datasets: install it with `pip install datasets`, or write the "
-            "questions into a questions.jsonl."
-        )

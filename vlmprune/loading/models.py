@@ -35,8 +35,14 @@ def load_model(name: str, device: str, device_map: str | None = None) -> tuple[A
     return read_weights(), processor
 
 
-def open_model(name: str, device: str, device_map: str | None = None) -> tuple[Any, Callable[[], Any]]:
+def open_model(
+    name: str, device: str, device_map: str | None = None, dtype: str | None = None
+) -> tuple[Any, Callable[[], Any]]:
     """The processor of a model, and a function that reads its weights: so that inputs can be checked before it is called.
+
+    Args:
+        name, device, device_map: as in `load_model`.
+        dtype: name of the weights' dtype, for example "bfloat16". Default: as they are stored; float32 for the embedded model.
 
     Raises:
         UsageError: there is no such model, a file of it is missing or broken, its family is not supported, or this machine
@@ -45,9 +51,11 @@ def open_model(name: str, device: str, device_map: str | None = None) -> tuple[A
     check_device(device)
     check_device_map(device, device_map)
     if name == "tiny" and device_map is None:
+        import torch
+
         from vlmprune import tiny
 
-        model, processor = tiny.load(device)
+        model, processor = tiny.load(device, None if dtype is None else getattr(torch, dtype))
         return processor, lambda: model
     source = find(name) if name != "tiny" else _embedded()
     config = read_config(source)
@@ -55,7 +63,8 @@ def open_model(name: str, device: str, device_map: str | None = None) -> tuple[A
     processor = load_processor(source, config)
     from transformers import AutoModelForImageTextToText
 
-    extra = {"dtype": "float32"} if name == "tiny" else {}  # as `tiny.load`
+    wanted = dtype or ("float32" if name == "tiny" else None)  # as `tiny.load`
+    extra = {} if wanted is None else {"dtype": wanted}
     return processor, partial(load_weights, AutoModelForImageTextToText, source, device, device_map, **extra)
 
 

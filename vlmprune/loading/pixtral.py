@@ -8,7 +8,7 @@ from typing import Any
 from transformers import ProcessorMixin
 
 
-class PixtralProcessor(ProcessorMixin):  # type: ignore[misc]
+class PixtralProcessor(ProcessorMixin):
     """Tokenizer and image processor.
 
     Args:

@@ -27,7 +27,9 @@ def load_processor(source: Source, config: Any) -> Any:
     reader: Any = AutoProcessor
     if find_spec("torchvision") is None:
         if PROCESSOR_MAPPING_NAMES.get(config.model_type) == "PixtralProcessor":
-            from vlmprune.loading.pixtral import PixtralProcessor as reader
+            from vlmprune.loading.pixtral import PixtralProcessor
+
+            reader = PixtralProcessor
         else:
             usual: Any = PROCESSOR_MAPPING.get(type(config), None)
             if usual is not None and "video_processor" in usual.get_attributes():
@@ -65,7 +67,7 @@ def _for_images(processor: Any) -> Any:
     """The class of a processor, without its part for videos."""
     from transformers import ProcessorMixin
 
-    class WithoutVideos(ProcessorMixin):  # type: ignore[misc]
+    class WithoutVideos(ProcessorMixin):
         """Comes after the processor itself in the order of its classes, and is given the parts that it takes."""
 
         def __init__(self, *parts: Any, **settings: Any) -> None:
@@ -80,9 +82,9 @@ def _for_images(processor: Any) -> Any:
             return [name for name in super().get_attributes() if name != "video_processor"]
 
         @classmethod
-        def from_args_and_dict(cls, parts: Any, settings: dict[str, Any], **more: Any) -> Any:
-            named = dict(zip(cls.get_attributes(), parts, strict=True))
-            return super().from_args_and_dict([], settings, **named, video_processor=None, **more)
+        def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+            parts = dict(zip(cls.get_attributes(), args, strict=True))
+            return super().from_args_and_dict([], processor_dict, **parts, video_processor=None, **kwargs)
 
     ForImages.__name__ = ForImages.__qualname__ = processor.__name__  # saved folders name the class
     return ForImages

@@ -65,7 +65,15 @@ KNOWN = (
 def shape_of(text_config: Any) -> tuple[str, int, int, int, int]:
     """The numbers by which entries are found."""
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_key_value_heads", "intermediate_size")
-    return tuple(getattr(text_config, name, None) for name in names)  # type: ignore[return-value]
+    return tuple(_number(text_config, name) for name in names)  # type: ignore[return-value]
+
+
+def _number(text_config: Any, name: str) -> Any:
+    """A number of a config; None if there is none, or if it differs between layers, for which transformers has an error."""
+    try:
+        return getattr(text_config, name, None)
+    except RuntimeError:
+        return None
 
 
 def fact(text_config: Any, name: str) -> float | None:
