@@ -121,6 +121,7 @@ def result(numbers: Mapping[str, Any]) -> Result:
         rows = [whole, *(row for row in swept.methods if row.point and row.point.budget == budget)]
         parts += [f"Per skill at {head}:", table(["method", *skills], [_skill_cells(row, skills) for row in rows])]
     parts += [f"Questions per skill: {', '.join(f'{skill} {entry.n}' for skill, entry in whole.by_skill.items())}.", said]
+    parts += [list(numbers.get("notes", ()))]
     return Result({**numbers, "summary": said}, parts, [_screen(swept, numbers), said], partial(plot, swept))
 
 

@@ -27,6 +27,7 @@ from vlmprune.live.prompt import (
 )
 from vlmprune.live.pruning import timed
 from vlmprune.live.record import Clock, Prefill
+from vlmprune.live.section import window_in_slots
 from vlmprune.live.tower import look_up_tower
 from vlmprune.schedule import Budget
 from vlmprune.view import EMBEDDINGS
@@ -187,6 +188,9 @@ def enter_prompt(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str
     # With padding, the model would make a mask of the whole prompt, [batch, 1, n, n], which no layer would see. Without
     # cache and mask, however, it would take positions with padding for packed sequences, and make a mask for these.
     cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache", plan.language_model.config.use_cache)
+    window = plan.kinds.window
+    if window is not None and plan.pruning.may_drop(prompt.candidates, call.budget):  # refused before a layer runs
+        window_in_slots(window, call.past + call.sequence, plan.language_model.config._attn_implementation)
     unseen = (cached or kwargs.get("position_ids") is None) and plan.pruning.shortens_at_once(call) and not call.custom
     if unseen and not call.given_masks and plan.kinds.causal:
         kwargs = {**kwargs, "attention_mask": None}

@@ -156,7 +156,7 @@ class Section:
             # A decoding step, whose token the cache appends by itself.
             keys = layers[0].entries.then(1)
             query = keys.slots[:, -1:], keys.valid[:, -1:]
-            window = None if kind.window is None else _window(kind.window, keys.tokens, implementation)
+            window = None if kind.window is None else window_in_slots(kind.window, keys.tokens, implementation)
             return pruned_mask(*query, keys.slots, keys.valid, keys.dense, implementation, hidden.dtype, window)
         rows = self.rows or every_row(call, hidden)
         keys = self._entries_after(call, layers[0] if layers else None, rows, hidden)
@@ -165,7 +165,7 @@ class Section:
             layer.recorded, layer.lost = keys, 0
         queries = rows.rows.shape[1]
         slots, valid = keys.slots[:, -queries:], keys.valid[:, -queries:]
-        window = None if kind.window is None else _window(kind.window, keys.tokens, implementation)
+        window = None if kind.window is None else window_in_slots(kind.window, keys.tokens, implementation)
         given = kwargs.get("attention_mask")
         if (call.custom or call.given_masks or not kind.causal) and given is not None and "flash" not in implementation:
             return part_of_mask(given, rows.rows.to(hidden.device), valid, keys.slots, keys.valid, keys.tokens)
@@ -226,7 +226,7 @@ def complete_entries(call: Call, layer: DynamicLayer, unpadded: bool | None = No
     return call.complete
 
 
-def _window(window: int, tokens: int, implementation: str) -> int | None:
+def window_in_slots(window: int, tokens: int, implementation: str) -> int | None:
     """The window, where a conversation of so many tokens is longer; else None.
 
     Raises:
