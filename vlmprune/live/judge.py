@@ -76,6 +76,7 @@ class Judge:
         ]
         self.recurrent = any(attention is None for attention in self._attention)
         self.entered: dict[int, Tensor] = {}
+        self._columns = 0  # of the call under way
 
     def generate(self, forced: Tensor | None = None, claim: Claim | None = None, shaken: bool = False) -> Answer:
         """Greedy tokens, or forced ones; under a claim, at full length and without a cache.
@@ -135,7 +136,9 @@ class Judge:
 
     def _mask(self, claim: Claim, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, given = args[0] if args else kwargs["hidden_states"], kwargs["attention_mask"]
-        self._columns = length = hidden.shape[1] if index == 0 else self._columns
+        if index == 0:
+            self._columns = hidden.shape[1]
+        length = self._columns
         rows = slice(length - hidden.shape[1], length)  # a model may compute the last rows only
         if index in claim.merged:
             hidden = hidden.clone()
@@ -207,7 +210,6 @@ class Judge:
         if isinstance(positions := kwargs.get("position_ids"), Tensor):
             kwargs["position_ids"] = positions[..., alive]
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
 
     def _forgotten(self, claim: Claim, index: int, dtype: torch.dtype, given: Tensor | None) -> Tensor | None:
         """The mask of a layer, at full length, with what its cache forgot hidden from the rows behind the prompt. The state of
