@@ -47,7 +47,7 @@ def normalised(given: str, question: Question) -> float:
 
 
 def plain(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces. A text of nothing else keeps them: "A" and "+" are not empty."""
+    """Lower case, no punctuation, no articles, single spaces. Texts of nothing else keep them: "A" and "+" are not empty."""
     words = "".join(letter for letter in text.lower() if letter not in string.punctuation).split()
     return " ".join([word for word in words if word not in ARTICLES] or words) or text.strip().lower()
 
