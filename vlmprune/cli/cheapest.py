@@ -90,7 +90,7 @@ def find_cheapest(wanted: Wanted, out: Path | None, as_json: bool) -> None:
         **found.to_dict(),
     }
     if out is not None:
-        _write_recipe(out, found.winner and found.winner.recipe)
+        _write_recipe(out, None if found.winner is None else found.winner.recipe)
     publish(max_drop_report.result(numbers), "max_drop", out, as_json)
     if out is not None and found.winner is not None and not as_json:
         terminal.say(f"The recipe is saved in {out}")

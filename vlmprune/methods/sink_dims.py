@@ -65,7 +65,7 @@ KNOWN = (
 def shape_of(text_config: Any) -> tuple[str, int, int, int, int]:
     """The numbers by which entries are found."""
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_key_value_heads", "intermediate_size")
-    return tuple(_number(text_config, name) for name in names)  # type: ignore[return-value]
+    return tuple(_number(text_config, name) for name in names)
 
 
 def _number(text_config: Any, name: str) -> Any:
