@@ -17,11 +17,11 @@ from typing import Any
 import vlmprune
 from vlmprune import Schedule
 from vlmprune.errors import UsageError
+from vlmprune.evals.budgets import LLAVA_LAYERS, PaperSchedule
 from vlmprune.evals.calibration import Sample
 from vlmprune.evals.horizon import find_horizon
 from vlmprune.evals.question import Question
 from vlmprune.evals.sweep_plan import Plan, make_plan
-from vlmprune.schedule import scaled_layer
 
 GRID = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08)
 """Compute averages of the candidates, as shares of all visual tokens."""
@@ -103,10 +103,8 @@ def default(model: Any, name: str) -> str:
     if all(stage.layer < depth for stage in stages):
         recipe = vlmprune.Recipe((method(),))
     else:
-        moved: list[Any] = []
-        for stage in stages:
-            layer = scaled_layer(stage.layer, depth)
-            moved.append(replace(stage, layer=max(layer, moved[-1].layer + 1) if moved else layer))
+        layers = PaperSchedule(tuple(stage.layer for stage in stages), depth=LLAVA_LAYERS).at_depth(depth)
+        moved = [replace(stage, layer=layer) for stage, layer in zip(stages, layers, strict=True)]
         recipe = vlmprune.Recipe((method(schedule=Schedule(tuple(moved))),))
     vlmprune.wrap(model, recipe).remove()
     return str(recipe)

@@ -75,8 +75,12 @@ class Finished:
         return sum(theirs.get(own.number) == own.answer for own in self.samples[task]) / len(self.samples[task])
 
     def differences(self, other: Finished, task: str) -> dict[str, Difference]:
-        """Scores minus those of another run on the same documents, for every metric that is a mean of scores from 0 to 1."""
-        found = {}
+        """Scores minus those of another run on the same documents, for every metric that is a mean of scores from 0 to 1.
+
+        Where a task gives several metrics the same scores (precision, F1), only the first is such a mean.
+        """
+        found: dict[str, Difference] = {}
+        seen: list[list[tuple[int, float]]] = []
         for metric, value in self.scores[task].items():
             scored = [
                 (own, one)
@@ -86,6 +90,10 @@ class Finished:
             ours, theirs = (
                 ([sample.scores[metric] for sample in side] for side in zip(*scored, strict=True)) if scored else ([], [])
             )
+            given = [(own.number, own.scores[metric]) for own, _ in scored]
+            if given in seen:
+                continue
+            seen.append(given)
             is_mean = bool(ours) and abs(sum(ours) / len(ours) - value) < 1e-9
             if is_mean and all(0 <= score <= 1 for score in (*ours, *theirs)):
                 found[metric] = difference(ours, theirs, [own.unit for own, _ in scored])

@@ -473,6 +473,9 @@ def test_a_run_is_read(pretending):
     assert rows[1]["same"] == 1
     assert rows[1]["against"]["accuracy"]["value"] == pytest.approx(2 / 3)
     assert (rows[1]["against"]["accuracy"]["n"], rows[1]["against"]["accuracy"]["units"]) == (3, 2)
+    twice = [replace(sample, scores={"accuracy": 1.0, "f1": 1.0}) for sample in better]
+    both = [replace(run, samples={"pope": twice}, scores={"pope": {"accuracy": 1.0, "f1": 1.0}}) for run in (finished, other)]
+    assert set(both[0].differences(both[1], "pope")) == {"accuracy"}  # F1 of all right answers is 1, and no mean of scores
     other = replace(other, scores={"pope": {"accuracy": 0.9}})  # not the mean of its scores: nothing to compare
     assert other.differences(finished, "pope") == {}
     text = result({"model": "tiny", "batch": 1, "rows": rows}).markdown()

@@ -45,7 +45,17 @@ def test_merging_towers_closed_positions_and_cache_stages(recipe):
     assert verdict.passed, str(verdict)
 
 
-@pytest.mark.parametrize("recipe", ["tome:layer=1,fraction=0.5", "random:layer=2,fraction=0.5"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "tome:layer=1,fraction=0.5",
+        "random:layer=2,fraction=0.5",
+        "random:layer=2,fraction=0.3,positions=compact",
+        "uniform:layer=0|3,fraction=0.6|0.3,positions=compact",
+        "random:layer=4,fraction=0.3,cache_layer=1,seed=0",
+        "tome:layer=1,fraction=0.5 + random:layer=4,fraction=0.3,positions=compact,cache_layer=0,seed=0",
+    ],
+)
 def test_recurrent_layers_follow_merged_tokens_and_several_stages(recipe):
     assert vp.check(shared("lfm2_vl"), make_inputs("lfm2_vl", BATCHES["pictures"]), recipe).passed
 

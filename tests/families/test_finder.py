@@ -75,6 +75,14 @@ def test_a_model_of_an_unknown_type_needs_the_word_auto():
         assert "6 × full attention" in str(run.found)
 
 
+def test_windows_that_no_list_of_kinds_names_are_found():
+    """Mistral's config has the size of a window and no kinds. Red: its layers are taken for full attention."""
+    config = TINY["mistral3"].config()
+    config.text_config.sliding_window = 24
+    with vp.wrap(tf.Mistral3ForConditionalGeneration(config).eval(), RECIPE, family="auto") as run:
+        assert "6 × sliding attention" in str(run.found)
+
+
 @pytest.mark.parametrize("recipe", ["fastv:layer=2,fraction=0.5", "dart:layer=2,fraction=0.5", "pai", "cls:fraction=0.5"])
 def test_methods_that_look_at_more_than_features_are_refused(recipe):
     """Red: a method reads attention, keys or the tower of a model of which nothing is known."""

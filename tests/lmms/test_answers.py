@@ -224,6 +224,15 @@ def test_refusals():
     model.clean()
 
 
+def test_under_torchrun_a_failing_process_ends(monkeypatch, capsys):
+    """With an error, so that torchrun ends the others. Red: lmms-eval catches the error, and they wait for hours."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some run")
+    with pytest.raises(SystemExit) as stopped:
+        Chat(pretrained="tiny", recipe="fastv:layer=99")
+    assert stopped.value.code == 1
+    assert "UsageError: fastv prunes at layer 99" in capsys.readouterr().err
+
+
 def test_clean_restores_the_model_and_frees_it():
     """Red: a handle keeps the model in memory while a judge is loaded."""
     import gc

@@ -19,6 +19,7 @@ from vlmprune.adapters.refused import REFUSED
 from vlmprune.adapters.registry import FAMILIES, family_of
 from vlmprune.device import on_host
 from vlmprune.errors import UsageError, shown, unknown
+from vlmprune.live.kinds import kinds_of
 from vlmprune.live.parts import check_unpatched
 
 AUTO = "auto"
@@ -125,8 +126,7 @@ def find(model: Any) -> Found:
             f"family='auto' does not prune this model ({type(model).__name__}), because it might be silently wrong: "
             f"{'; '.join(dangers)}; run it un-wrapped, or add its family as a file in adapters/ (CONTRIBUTING.md says how)."
         )
-    text_config = text_model.config
-    kinds = getattr(text_config, "layer_types", None) or ["full_attention"] * len(text_model.layers)
+    kinds = [layer.name for layer in kinds_of(text_model, text_model.layers).of]
     family = Family(
         name=str(kind),
         image_token=lambda config: config.image_token_id,
@@ -137,7 +137,7 @@ def find(model: Any) -> Found:
     )
     counted = {each: kinds.count(each) for each in dict.fromkeys(kinds)}
     where = f"{type(text_model).__name__} at {path}"
-    return Found(str(kind), where, counted, token, has_mrope(text_config), family)
+    return Found(str(kind), where, counted, token, has_mrope(text_model.config), family)
 
 
 def dangers_of(base: Any, text_model: Any, known: frozenset[str] = frozenset()) -> Iterator[str]:

@@ -76,7 +76,7 @@ class Judge:
         ]
         self.recurrent = any(attention is None for attention in self._attention)
         self.entered: dict[int, Tensor] = {}
-        self._columns = 0
+        self._columns = 0  # of the call under way
 
     def generate(self, forced: Tensor | None = None, claim: Claim | None = None, shaken: bool = False) -> Answer:
         """Greedy tokens, or forced ones; under a claim, at full length and without a cache.
@@ -182,7 +182,8 @@ class Judge:
         """One sample: rows of dropped tokens are taken out of whatever the layer is given by token."""
         hidden = args[0] if args else kwargs["hidden_states"]
         if index == 0:
-            self._alive = torch.arange(hidden.shape[1], device=hidden.device)
+            self._length = hidden.shape[1]
+            self._alive = torch.arange(self._length, device=hidden.device)
         if index in claim.keep:
             wanted = torch.ones(int(self._alive.max()) + 1, dtype=torch.bool, device=hidden.device)
             wanted[: self.prompt] = claim.keep[index][0].to(hidden.device)
@@ -192,17 +193,31 @@ class Judge:
                 prompt = self._alive < self.prompt
                 hidden = hidden.clone()
                 hidden[:, prompt] = claim.merged[index]
-        if not any(stage <= index for stage in claim.keep):
+        if not any(stage <= index for stage in (*claim.keep, *claim.keep_cache)):
             return None
-        mask, alive = kwargs["attention_mask"], self._alive
+        mask, alive = self._forgotten(claim, index, hidden.dtype, kwargs["attention_mask"]), self._alive
         if mask is not None:
             mask = mask[..., alive] if mask.ndim == 2 else mask[..., alive, :][..., alive]
         kwargs = {**kwargs, "attention_mask": mask}
+        if any(stage <= index for stage in claim.compact):
+            kwargs["position_embeddings"] = self._closed_up(claim, index, hidden, kwargs)
         if (rotary := kwargs.get("position_embeddings")) is not None:
             kwargs["position_embeddings"] = tuple(x[..., alive, :] for x in rotary)
         if isinstance(positions := kwargs.get("position_ids"), Tensor):
             kwargs["position_ids"] = positions[..., alive]
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _forgotten(self, claim: Claim, index: int, dtype: torch.dtype, given: Tensor | None) -> Tensor | None:
+        """The mask of a layer, at full length, with what its cache forgot hidden from the rows behind the prompt. The state of
+        a recurrent layer forgets nothing."""
+        forgets = [mask for stage, mask in claim.keep_cache.items() if stage <= index]
+        if not forgets or self._attention[index] is None:
+            return given
+        order = torch.ones(self._length, self._length, dtype=torch.bool, device=forgets[0].device).tril()
+        allowed = self._allowed(index, given, order).clone()
+        for mask in forgets:
+            allowed[:, :, self.prompt :, : self.prompt] &= mask[:, None, None, : self.prompt]
+        return _in_the_form_of(given, allowed, self._form(index), dtype)
 
 
 def _shaken(args: tuple[Any, ...], kwargs: dict[str, Any], random: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
