@@ -208,7 +208,6 @@ class Judge:
             kwargs["position_ids"] = positions[..., alive]
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-
     def _forgotten(self, claim: Claim, index: int, dtype: torch.dtype, given: Tensor | None) -> Tensor | None:
         """The mask of a layer, at full length, with what its cache forgot hidden from the rows behind the prompt. The state of
         a recurrent layer forgets nothing."""
