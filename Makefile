@@ -9,10 +9,12 @@ STAMP := $(VENV)/.installed
 CORE := $(addprefix tests/promises/test_,exact.py generate.py conversations.py threads.py gradients.py server.py) tests/test_oldest.py
 # Part of it, for time: the two LLaVA families, and LLaVA-NeXT for gradients and threads only.
 LESS := -k "not qwen and not keeps_nothing and not (llava_next and (test_exact or test_generate or test_conversations))"
+# Of the family matrix, two cells for each family.
+MATRIX := tests/families/test_matrix.py -k test_cell
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-oldest test-lmms lint
+.PHONY: demo test test-oldest test-lmms lint test-families
 demo: $(STAMP)
 	$(BIN)/vlmprune demo
 
@@ -21,10 +23,18 @@ test: $(STAMP) lint test-oldest test-lmms
 
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 VLMPRUNE_OLDEST=1 $(OLDEST)/bin/python $(PYTEST) -p no:cacheprovider $(LESS) $(CORE)
+	OMP_NUM_THREADS=1 VLMPRUNE_FAMILIES=oldest $(OLDEST)/bin/python $(PYTEST) -p no:cacheprovider $(MATRIX)
 
 # The plugin into lmms-eval, and the real lmms-eval command, offline.
 test-lmms: $(LMMS)/.installed
 	OMP_NUM_THREADS=1 $(LMMS)/bin/python $(PYTEST) -p no:cacheprovider tests/lmms
+
+# All cells of the family matrix, of which `make test` runs a third; writes docs/families.md and the table of README.md.
+test-families: $(STAMP) $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 VLMPRUNE_FAMILIES=all VLMPRUNE_MATRIX=docs/results/families.json $(BIN)/python $(PYTEST) tests/families --ignore tests/families/test_page.py
+	OMP_NUM_THREADS=1 VLMPRUNE_FAMILIES=oldest VLMPRUNE_MATRIX=docs/results/families-oldest.json \
+		$(OLDEST)/bin/python $(PYTEST) -p no:cacheprovider $(MATRIX)
+	$(BIN)/python tests/families/matrix.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

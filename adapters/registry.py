@@ -40,7 +40,7 @@ def family_of(config: Any) -> Family:
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     if model_type in REFUSED:
-        raise UsageError(f"models of the type {model_type!r} are not supported: {REFUSED[model_type]}; run it un-wrapped.")
+        raise UsageError(f"the model family {model_type!r} is not supported: {REFUSED[model_type]}; run it un-wrapped.")
     raise UsageError(
         f"unknown model family: looked for config.model_type among {', '.join(sorted(FAMILIES))}, found {model_type!r}; "
         "a family is one file in adapters/ (CONTRIBUTING.md says how)."

@@ -149,8 +149,8 @@ def rows_of(answered: Answered, names: Mapping[str, str]) -> list[Row]:
                 by_skill=estimate_by_group(own.score, own.unit, own.group),
                 mean=mean.value,
                 interval=(mean.low, mean.high),
-                lost=0.0 if less is None else -less.value,
-                lost_interval=(0.0, 0.0) if less is None else (-less.high, -less.low),
+                lost=0.0 if less is None else 0.0 - less.value,  # never −0.0
+                lost_interval=(0.0, 0.0) if less is None else (0.0 - less.high, 0.0 - less.low),
                 loyalty=float(own.loyal.mean()),
                 overall=float(own.score.mean()),
                 p=None if less is None else less.corrected,
@@ -249,7 +249,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axes.axhspan(100 * row.interval[0], 100 * row.interval[1], color="0.9")
             axes.axhline(100 * row.mean, color="0.4", linewidth=1, label=UNPRUNED)
             continue
-        recipe = vlmprune.Recipe.parse(row.recipe)
+        try:
+            recipe = vlmprune.Recipe.parse(row.recipe)
+        except vlmprune.UsageError:  # a name that was given to it, or a method that is not defined here
+            continue
         if len(recipe.methods) > 1 or len(recipe.stages()) != 1:
             continue
         ((stage, method),) = recipe.stages()

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 
 from vlmprune.errors import UsageError, shown
-from vlmprune.evals.fingerprints import code_fingerprint, recipe_fingerprint, versions, weights_fingerprint
+from vlmprune.evals.fingerprints import (
+    code_fingerprint,
+    processor_fingerprint,
+    recipe_fingerprint,
+    versions,
+    weights_fingerprint,
+)
 from vlmprune.evals.lmms_arguments import Arguments
 from vlmprune.evals.lmms_asking import Asker
 from vlmprune.evals.lmms_prompts import Message, Prompt, check_system, make_prompt
@@ -122,9 +128,11 @@ class Session:
         settings = {
             "pretrained": arguments.pretrained,
             "weights": weights_fingerprint(model),
+            "processor": processor_fingerprint(processor),
             "recipe": "none" if recipe is None else str(recipe),
             "own methods": recipe_fingerprint(recipe),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "device": self.device.type,
             "system": arguments.system,
             "versions": versions(),
         }

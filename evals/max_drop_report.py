@@ -84,7 +84,7 @@ def _against_default(numbers: Mapping[str, Any]) -> list[str]:
     if winner is None:
         return [f"{name}: {cost}."]
     if winner["recipe"] == best["recipe"]:
-        return ["This is a method as it is published: no recipe that was tried is cheaper within the budget."]
+        return ["This is a method as it is published: no cheaper recipe was confirmed within the budget."]
     gain = numbers["gain"]
     paired = f"their accuracy differs by {100 * gain['value']:+.1f} {_ends(gain)} points on the same questions"
     if winner["cost"] < best["cost"]:

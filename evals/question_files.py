@@ -38,7 +38,7 @@ def read_folder(
     """
     path = folder / FILE
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON texts may hold other line separators
     except FileNotFoundError as error:
         raise UsageError(f'{folder} holds no {FILE}: write one {{"image": …, "question": …, "answer": …}} per line.') from error
     except (OSError, UnicodeDecodeError) as error:

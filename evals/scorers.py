@@ -47,9 +47,9 @@ def normalised(given: str, question: Question) -> float:
 
 
 def plain(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces."""
+    """Lower case, no punctuation, no articles, single spaces. What has nothing else keeps them: "A" and "+" are no empty texts."""
     words = "".join(letter for letter in text.lower() if letter not in string.punctuation).split()
-    return " ".join(word for word in words if word not in ARTICLES)
+    return " ".join([word for word in words if word not in ARTICLES] or words) or text.strip().lower()
 
 
 # -- VQA ---------------------------------------------------------------------------------------------------------------------
@@ -165,9 +165,10 @@ LETTER = (
 
 def chosen(text: str, choices: tuple[str, ...]) -> int | None:
     """The number of the choice that a text means; None if it means none, or several."""
-    said, known = plain(text), [plain(entry) for entry in choices]
-    if said in known:
-        return known.index(said)
+    for form in (str.strip, plain):  # as it is first: -5 and 5 differ in punctuation alone
+        said, known = form(text), [form(entry) for entry in choices]
+        if said in known and (form is str.strip or known.count(said) == 1):
+            return known.index(said)
     for pattern in LETTER:
         if (found := pattern.search(text.strip())) and (number := LETTERS.index(found[1])) < len(choices):
             return number

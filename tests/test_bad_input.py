@@ -39,7 +39,7 @@ def test_a_family_that_is_another_thing():
     """Red: a family that is known not to work gets the sentence of an unknown one, or is tried."""
     model = nn.Linear(2, 2)
     model.config = AutoConfig.for_model("mllama")
-    refused(model, RECIPE, "models of the type 'mllama' are not supported: pictures are keys of cross-attention in it")
+    refused(model, RECIPE, "the model family 'mllama' is not supported: pictures are keys of cross-attention in it")
     for name, reason in REFUSED.items():
         assert name not in FAMILIES
         model.config = SimpleNamespace(model_type=name, vision_config={})

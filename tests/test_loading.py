@@ -237,7 +237,7 @@ BROKEN = {
     ),
     "a known one that is not supported": (
         replaced("config.json", model_type="blip-2"),
-        "models of the type 'blip-2' are not supported: learned queries stand for a picture",
+        "the model family 'blip-2' is not supported: learned queries stand for a picture",
     ),
     "processor is no JSON": (written("processor_config.json", b"{,}"), "processor_config.json is broken"),
     "tokenizer is no JSON": (written("tokenizer.json", b"[1, 2"), "tokenizer.json is broken"),

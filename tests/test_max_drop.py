@@ -11,6 +11,7 @@ from command_line import vlmprune
 
 import vlmprune as vp
 from vlmprune import tiny
+from vlmprune.cli.cheapest import _write_recipe
 from vlmprune.evals import candidates, max_drop, max_drop_report, stats, trials
 from vlmprune.evals.answers import UNPRUNED
 from vlmprune.evals.candidates import Candidate
@@ -336,6 +337,23 @@ def test_questions_of_a_user(monkeypatch, capsys, tmp_path):
     assert numbers["winner"] is None
     assert "with 2 held-out pictures" in shown.err
     assert "that takes 36" in shown.err
+
+
+def test_a_question_without_a_picture_is_refused(monkeypatch, capsys, tmp_path):
+    """Red: a first rung without any visual token has no cost, and the command ended with a traceback."""
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"question": "is red a colour ?", "answer": "yes"}) + "\n")
+    assert vlmprune(monkeypatch, "tune", "--max-drop", 10, "--data", tmp_path) == 2
+    assert "line 1 needs a text as 'image'" in capsys.readouterr().err
+
+
+def test_an_earlier_recipe_does_not_stay_beside_a_result_without_one(capsys, tmp_path):
+    """Red: `run --recipe FOLDER` took the winner of an earlier run, which the numbers beside it do not confirm."""
+    _write_recipe(tmp_path, "fastv:layer=2,fraction=0.5")
+    assert vp.Recipe.from_pretrained(tmp_path) == vp.Recipe.of("fastv:layer=2,fraction=0.5")
+    _write_recipe(tmp_path, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["vlmprune.json.earlier"]
+    assert "the recipe of an earlier run is now" in capsys.readouterr().err
+    _write_recipe(tmp_path, None)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,8 @@ def test_units(form, value, text):
 def test_printed_units():
     """Red: hundreds of MiB are printed in KiB, as 3.379e+05."""
     shape = DecoderShape(layers=32, dim=4096, heads=32, kv_heads=32, head_dim=128, mlp=11008)
-    record = Prefill(1, 660, 0, 576, shape, 2, entering=[148] * 32, stored=[148] * 32, resident=[148] * 32, peak=148 * 32)
+    record = Prefill(1, 660, 0, 576, shape, 2, entering=[148] * 32, stored=[148] * 32, resident=[148] * 32)
+    record.held.append(record.resident)
     record.prefill = Clock(0.0, 1.5)
     printed = str(Report.of(record, "x"))
     assert "1.93 TFLOPs of 8.78 TFLOPs (22.0%)" in printed

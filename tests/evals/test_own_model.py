@@ -10,6 +10,7 @@ from command_line import vlmprune
 from folders import llava, llava_next, qwen2_5_vl
 from PIL import Image
 
+import vlmprune as vp
 from vlmprune.evals import accuracy
 from vlmprune.evals.asking import Asking
 from vlmprune.evals.stats import estimate
@@ -121,6 +122,21 @@ def test_an_interrupted_evaluation_goes_on(data, monkeypatch, capsys, tmp_path):
     capsys.readouterr()
     assert vlmprune(monkeypatch, *command[:-1], tmp_path, "--max-new-tokens", 2) == 2
     assert "holds answers of other settings: max_new_tokens 32 there, 2 here" in capsys.readouterr().err
+
+
+def test_a_recipe_from_a_folder(monkeypatch, capsys, tmp_path):
+    """Red: after all answers the figure failed, because it read the folder's name as a recipe. The result names the recipe."""
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"question": "is red a colour ?", "answer": "yes"}))
+    recipe = vp.Recipe.of("divprune:fraction=0.5")
+    recipe.save_pretrained(tmp_path / "tuned")
+    out = tmp_path / "out"
+    assert vlmprune(monkeypatch, "eval", "--data", tmp_path, "--recipe", tmp_path / "tuned", "--out", out) == 0
+    assert f"the recipe in {tmp_path / 'tuned'} is {recipe}" in capsys.readouterr().err.replace("\n", " ")
+    numbers = json.loads((out / "accuracy.json").read_text())
+    assert [row["recipe"] for row in numbers["rows"]] == ["un-pruned", str(recipe)]
+    assert str(numbers["rows"][1]["lost"]) == "0.0", "not −0.0"
+    named = {**numbers, "rows": [{**row, "recipe": "no recipe"} for row in numbers["rows"]]}
+    accuracy.result(named).write(tmp_path / "named")
 
 
 def test_groups_that_are_too_many_for_columns(monkeypatch, capsys, tmp_path):

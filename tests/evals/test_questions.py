@@ -113,6 +113,12 @@ def test_bad_lines(folder, line, sentence):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_byte_order_mark_and_separators_inside_a_text(folder):
+    line = json.dumps({**LINE, "question": "red\u2028or blue\x85?"}, ensure_ascii=False)
+    (folder / "questions.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n".encode())
+    assert [question.text for question in open_questions(folder)] == ["red\u2028or blue\x85?"]
+
+
 def test_two_questions_with_one_id(folder):
     write(folder, {**LINE, "id": "a"}, {**LINE, "id": "a"})
     with pytest.raises(UsageError, match="two questions have the id 'a'"):

@@ -36,6 +36,11 @@ def test_exact(given, answers, expected):
         ("theatre", ("atre",), 0),  # an article is a word, not a beginning
         ("It's", ("its",), 1),
         ("yes, it is", ("yes",), 0),
+        ("", ("A",), 0),  # a letter that is an article, and a sign, are not empty
+        ("a.", ("A",), 1),
+        ("the", ("A",), 0),
+        ("+", ("-",), 0),
+        ("-", ("-",), 1),
     ],
 )
 def test_normalised(given, answers, expected):
@@ -136,6 +141,24 @@ CHOICES = ("a red car", "a dog", "two dogs")
 @pytest.mark.parametrize("right", ["B", "a dog"])
 def test_choice(given, expected, right):
     assert SCORERS["choice"](given, asked(right, choices=CHOICES)) == expected
+
+
+@pytest.mark.parametrize(
+    ("choices", "right", "given", "expected"),
+    [
+        (("A", "B", "C"), "A", "A", 1),
+        (("A", "B", "C"), "A", "A.", 1),
+        (("A", "B", "C"), "A", "", 0),  # "A" is an article, too, but an empty answer is no choice
+        (("A", "B", "C"), "A", "the", 0),
+        (("<", ">"), ">", "<", 0),
+        (("<", ">"), ">", ">", 1),
+        (("-5", "5"), "5", "5", 1),
+        (("-5", "5"), "5", "-5", 0),
+        (("-5", "5"), "5", "5.", 0),  # could be both
+    ],
+)
+def test_choices_that_differ_in_punctuation_or_are_articles(choices, right, given, expected):
+    assert SCORERS["choice"](given, asked(right, choices=choices)) == expected
 
 
 def test_a_question_is_scored_by_its_own_scorer():

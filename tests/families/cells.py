@@ -7,6 +7,7 @@ the same cells; they are skipped as "not supported yet".
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +49,12 @@ class Cell:
         return zlib.crc32(self.id.encode()) % 3 == 0
 
     @property
+    def oldest(self) -> bool:
+        """Whether it also runs on the oldest supported transformers: two for each family."""
+        own = self.attention == TINY[self.family].attentions[0]
+        return own and (self.batch, self.kind, self.way) == ("ragged", "blind", "greedy") and self.stages in ("0", "1+3")
+
+    @property
     def recipe(self) -> str:
         method = KINDS[self.kind]
         layers, shares = ("|".join(str(x) for x in values) for values in zip(*STAGES[self.stages].items(), strict=True))
@@ -84,6 +91,12 @@ _OTHER_KINDS = [
 ]
 
 CELLS = [cell for name in NAMES for cell in _of(name)]
+
+
+def selected() -> list[Cell]:
+    """The cells that a test run has: a third; all, or those of the oldest transformers, where VLMPRUNE_FAMILIES says so."""
+    wanted = os.environ.get("VLMPRUNE_FAMILIES", "third")
+    return CELLS if wanted == "all" else [cell for cell in CELLS if getattr(cell, wanted)]
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------------

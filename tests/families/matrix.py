@@ -22,6 +22,7 @@ from families.cells import CELLS, KINDS, WAYS, Cell  # noqa: E402
 from families.table import NAMES, TINY  # noqa: E402
 
 RESULTS = ROOT / "docs/results/families.json"
+OLDEST = ROOT / "docs/results/families-oldest.json"
 PAGE = ROOT / "docs/families.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- families: python tests/families/matrix.py -->", "<!-- end of families -->"
@@ -132,7 +133,7 @@ def page(results: dict[str, Any]) -> str:
 
 Every supported family, and what was tested of it. Written by `python tests/families/matrix.py` from
 [the results](results/families.json) of `make test-families` (transformers {versions["transformers"]}, torch
-{versions["torch"]}, on a CPU); do not edit it.
+{versions["torch"]}, on a CPU); do not edit it. {on_oldest()}
 
 {len(outcomes)} cells: {passed} passed, {len(outcomes) - passed} refused for a reason below. Each cell is a tiny random
 model of the stock class (six decoder layers, boosted weights), one batch, one recipe and one way of running. It passes if all
@@ -167,11 +168,21 @@ refused. What is refused in general is in [limits.md](limits.md).
 and the kinds of layers, and refuses whatever might be silently wrong: arguments of the text model or of its layers that nobody
 knows, attention that is not causal, token types by which masks may not be causal, keys that layers share. What is left runs
 methods that look at nothing but features; a budget then is of all visual tokens of a sample together, because where a picture
-ends is unknown. `print(run.found)` shows what was found. `vlmprune.check(model, inputs, recipe, family="auto")` compares it with the
-un-pruned model on your own prompt; on the command line, `vlmprune check` does so for supported families.
+ends is unknown. `print(run.found)` shows what was found. `vlmprune.check(model, inputs, recipe, family="auto")` compares it
+with the un-pruned model on your own prompt; on the command line, `vlmprune check` does so for supported families.
 
 The towers of FastVLM and Perception-LM are those of timm, which the tests replace by a small one of their own.
 """
+
+
+def on_oldest() -> str:
+    """A sentence about the oldest supported transformers."""
+    results = json.loads(OLDEST.read_text())
+    found = [cell["outcome"] for cell in results["cells"].values()]
+    return (
+        f"{found.count('passed')} of {len(found)} cells, two for each family, passed with transformers "
+        f"{results['versions']['transformers']}, the oldest supported version ([results](results/families-oldest.json))."
+    )
 
 
 def short(results: dict[str, Any]) -> str:
@@ -182,7 +193,11 @@ def short(results: dict[str, Any]) -> str:
         mine = [cell for cell in CELLS if cell.family == name]
         missing = {outcomes[cell.id]["reason"]: None for cell in mine if outcomes[cell.id]["outcome"] == "skipped"}
         rows.append([SHORT[name], f"`{TINY[name].model_type}`", count(mine, outcomes), "; ".join(missing) or "–"])
-    newest = f"Cells of the [family matrix](docs/families.md) that passed with transformers {versions['transformers']}."
+    oldest = json.loads(OLDEST.read_text())
+    newest = (
+        f"Cells of the [family matrix](docs/families.md) that passed with transformers {versions['transformers']}; with "
+        f"{oldest['versions']['transformers']}, the oldest supported version, two cells of each family are run."
+    )
     return f"{newest}\n\n{table(['family', 'type', 'cells', 'refused because'], rows)}"
 
 

@@ -135,8 +135,8 @@ def test_what_left_the_window_cannot_come_back():
 
 
 def test_flash_attention_counts_entries(monkeypatch):
-    """Its window is a number of stored entries, and slots without an entry do not count. Where something would be dropped beyond
-    the window, it is refused before a layer runs. Red: rows that see too much."""
+    """Its window is a number of stored entries, and slots without an entry do not count. Where something would be dropped
+    beyond the window, it is refused before a layer runs. Red: rows that see too much."""
     assert window_in_slots(24, 24, "flash_attention_2") is None
     assert window_in_slots(24, 25, "sdpa") == 24
     model = build("aya_vision")

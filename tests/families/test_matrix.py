@@ -5,17 +5,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
-from families.cells import CELLS, Cell, refusal_of
+from families.cells import CELLS, Cell, refusal_of, selected
 from families.running import run
 from families.table import NAMES, TINY
 
 import vlmprune as vp
 from vlmprune.adapters.registry import FAMILIES
-
-WHOLE = os.environ.get("VLMPRUNE_FAMILIES") == "all"
 
 
 def test_every_family_is_here():
@@ -29,7 +25,7 @@ def test_cells_are_enough_and_differ():
     assert 0.28 < sum(cell.third for cell in CELLS) / len(CELLS) < 0.38
 
 
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if WHOLE or cell.third], ids=lambda cell: cell.id)
+@pytest.mark.parametrize("cell", selected(), ids=lambda cell: cell.id)
 def test_cell(cell: Cell, record_property):
     """Red: pruned differs from un-pruned with the same tokens masked or dropped; or it is refused, and nothing says why."""
     record_property("cell", cell.id)

@@ -89,13 +89,23 @@ def find_cheapest(wanted: Wanted, out: Path | None, as_json: bool) -> None:
         **stamp(),
         **found.to_dict(),
     }
-    if out is not None and found.winner is not None:
-        import vlmprune
-
-        vlmprune.Recipe.parse(found.winner.recipe).save_pretrained(out)
+    if out is not None:
+        _write_recipe(out, found.winner and found.winner.recipe)
     publish(max_drop_report.result(numbers), "max_drop", out, as_json)
     if out is not None and found.winner is not None and not as_json:
         terminal.say(f"The recipe is saved in {out}")
+
+
+def _write_recipe(out: Path, winner: str | None) -> None:
+    """Save the recipe. Where there is none, one of an earlier run must not stay beside evidence that does not speak for it."""
+    import vlmprune
+    from vlmprune.recipe.document import FILE
+
+    if winner is not None:
+        vlmprune.Recipe.parse(winner).save_pretrained(out)
+    elif (earlier := out / FILE).exists():
+        earlier.rename(out / f"{FILE}.earlier")
+        terminal.note([f"the recipe of an earlier run is now {FILE}.earlier, because none is confirmed"])
 
 
 def _questions(data: Data) -> tuple[QuestionSet, QuestionSet, list[str]]:
@@ -106,7 +116,7 @@ def _questions(data: Data) -> tuple[QuestionSet, QuestionSet, list[str]]:
         scenes = data.images or SCENES
         tuning = replace(data, images=max(scenes // 2, 1), split="dev").open()
         return tuning, replace(data, images=scenes, split="test").open(), []
-    questions = data.open()
+    questions = data.open(needs=("answer", "image"))
     tuning, held_out = halves(questions)
     return tuning, held_out, list(questions.notes)
 

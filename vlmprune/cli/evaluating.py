@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmprune import names
 from vlmprune.cli import terminal
 from vlmprune.cli.data import Data
 from vlmprune.evals import accuracy
@@ -18,6 +19,7 @@ from vlmprune.evals.shards import Shard
 from vlmprune.evals.store import Store
 from vlmprune.loading.models import open_model
 from vlmprune.loading.recipes import read_recipe
+from vlmprune.recipe import Recipe
 
 STORE = "eval-answers"
 """Folder of the store, in that of the results."""
@@ -51,14 +53,14 @@ def measure(
     Raises:
         UsageError: a recipe, the questions or the model cannot be used; says why.
     """
-    chosen = {text: read_recipe(text) for text in recipes or accuracy.DEFAULT}
+    chosen, notes = _recipes(recipes or accuracy.DEFAULT)
     scenes = data.name is None
     questions = data.open()
     processor, read_weights = open_model(model, shard.device(device), device_map)
     size = batch or (accuracy.SCENES_AT_ONCE if scenes else BATCH_SIZE)
     asking = Asking(processor, questions, size, encode_once=scenes)
     loaded = read_weights()
-    terminal.note(questions.notes)
+    terminal.note([*notes, *questions.notes])
     split = data.split or ("test" if scenes else None)
     settings = settings_of(model, loaded, processor, questions, size, split=split)
     with Store(None if out is None else out / STORE, settings, code_fingerprint()) as store, terminal.progress() as progress:
@@ -89,3 +91,20 @@ def measure(
         **stamp(),
         "rows": [row.to_dict() for row in rows],
     }
+
+
+def _recipes(texts: Sequence[str]) -> tuple[dict[str, Recipe], list[str]]:
+    """Recipes by what their rows are called, and which files they came from, as sentences.
+
+    A row says the recipe itself where it came from a file: the file may change, and the result is to say what was measured.
+
+    Raises:
+        UsageError: one cannot be read; says why.
+    """
+    chosen, notes = {}, []
+    for text in texts:
+        recipe = read_recipe(text)
+        if names.is_file(text):
+            notes.append(f"the recipe in {text} is {recipe}")
+        chosen[str(recipe) if names.is_file(text) else text] = recipe
+    return chosen, notes
