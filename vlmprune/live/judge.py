@@ -76,11 +76,7 @@ class Judge:
         ]
         self.recurrent = any(attention is None for attention in self._attention)
         self.entered: dict[int, Tensor] = {}
-<<<<<<< HEAD
         self._columns = 0  # of the call under way
-=======
-        self._columns = 0
->>>>>>> h12-harness
 
     def generate(self, forced: Tensor | None = None, claim: Claim | None = None, shaken: bool = False) -> Answer:
         """Greedy tokens, or forced ones; under a claim, at full length and without a cache.
