@@ -169,7 +169,8 @@ def dangers_of(base: Any, text_model: Any, known: frozenset[str] = frozenset()) 
         if "block_sequence_ids" in _source(module):
             yield f"{type(module).__name__} makes blocks of tokens that see each other in both directions"
     if getattr(text_config, "use_bidirectional_attention", None):
-        yield f"the config of {type(text_model).__name__} says use_bidirectional_attention, by which tokens see those after them"
+        name = type(text_model).__name__
+        yield f"the config of {name} says use_bidirectional_attention, by which tokens see those after them"
     if getattr(text_config, "num_kv_shared_layers", 0):
         yield "some of its layers have no keys of their own, and use those of other layers"
 
