@@ -91,11 +91,9 @@ class Finished:
                 ([sample.scores[metric] for sample in side] for side in zip(*scored, strict=True)) if scored else ([], [])
             )
             given = [(own.number, own.scores[metric]) for own, _ in scored]
-            if given in seen:
-                continue
-            seen.append(given)
             is_mean = bool(ours) and abs(sum(ours) / len(ours) - value) < 1e-9
-            if is_mean and all(0 <= score <= 1 for score in (*ours, *theirs)):
+            if is_mean and given not in seen and all(0 <= score <= 1 for score in (*ours, *theirs)):
+                seen.append(given)
                 found[metric] = difference(ours, theirs, [own.unit for own, _ in scored])
         return found
 

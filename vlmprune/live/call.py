@@ -109,6 +109,7 @@ class Call:
         tail: tokens at the end that are not part of the prompt (candidates of assisted decoding; tokens generated without a
             cache).
         logits_wanted: tokens at the end whose logits were asked for, or 0.
+        generation: settings of the `generate` that makes this call with images which it has not encoded beforehand, or None.
         images: visual tokens of each image that the call brings, or None.
         mask: 2-D attention mask over all tokens so far, or None.
         custom: layers are given a mask of which every cell counts (4-D, block mask, or one for packed samples).
@@ -138,6 +139,7 @@ class Call:
     recomputes: bool = False
     tail: int = 0
     logits_wanted: int = 0
+    generation: Any = None
     images: Sequence[int] | None = None
     mask: Tensor | None = None
     custom: bool = False

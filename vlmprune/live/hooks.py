@@ -79,6 +79,8 @@ class Hooks:
         if kwargs.get("mm_encoder_outputs") and not _takes_logits(type(module).forward):
             self._refuse_candidates(module)
         call = Call(tail=max(wanted - 1, 0) if kwargs.get("mm_encoder_outputs") else 0, logits_wanted=wanted)
+        if kwargs.get("pixel_values") is not None:
+            call.generation = _generation(module)
         for name, offset in (("labels", 1), ("shift_labels", 0)):
             if isinstance(labels := kwargs.get(name), Tensor):
                 kwargs = {**kwargs, name: labels.clone()}
@@ -314,6 +316,17 @@ def _innermost(kind: type, only: Any = None, function: str | None = None) -> Any
         matches = found is only if only is not None else type(found) is kind
         if matches and function in (None, frame.f_code.co_name):
             return found
+        frame = frame.f_back
+    return None
+
+
+def _generation(model: nn.Module) -> Any:
+    """The settings of the innermost `generate` of a model that is on the stack, or None. Of other functions only the name is
+    looked at."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and (there := frame.f_locals).get("self") is model:
+            return there.get("generation_config")
         frame = frame.f_back
     return None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from vlmprune.device import on_host
@@ -122,6 +123,7 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
             f"{shortens.method.name} removes tokens from the KV cache after prefill, which needs use_cache=True and no "
             "assisted decoding; or turn that stage off (cache_layer=-1)."
         )
+    _refuse_unencoded(plan, call, cache)
     known = call.again
     if known is not None:
         call.tail += ids.shape[1] - known.ids.shape[1]
@@ -130,6 +132,30 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
     call.prompt = begin_prompt(call, tokens, counts, ids.device, plan.family.joins)
     if known is not None:
         call.prompt.chosen, call.prompt.replayed = known.chosen, bool(known.chosen)
+
+
+def _refuse_unencoded(plan: Plan, call: Call, cache: Any) -> None:
+    """`generate` encodes images once, beforehand, unless a release of transformers does not do so for a model: then nothing
+    shows which of its calls belong to one prompt.
+
+    Raises:
+        UsageError: there will be several such calls, or copies of samples in one.
+    """
+    if (how := call.generation) is None:
+        return
+    if cache is None:
+        setting, why = (
+            "use_cache=False",
+            f"encodes them again for every token, so that {plan.recipe} would choose anew each time",
+        )
+    elif (how.num_beams or 1) > 1 or (how.num_return_sequences or 1) > 1:
+        setting, why = "num_beams or num_return_sequences", "mixes the pictures of the copies that it makes of a sample"
+    else:
+        return
+    raise UsageError(
+        f"transformers {transformers.__version__} does not encode the pictures of {type(plan.model).__name__} before generation, "
+        f"and with {setting} it {why}: leave {setting} out, or update transformers."
+    )
 
 
 def identity_of(kwargs: Mapping[str, Any]) -> Tensor | None:
