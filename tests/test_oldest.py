@@ -52,8 +52,8 @@ def unencoded(monkeypatch):
     ("settings", "named", "why"),
     [
         ({"use_cache": False}, "use_cache=False", "would choose anew each time"),
-        ({"num_beams": 2}, "num_beams or num_return_sequences", "mixes the pictures"),
-        ({"do_sample": True, "num_return_sequences": 2}, "num_beams or num_return_sequences", "mixes the pictures"),
+        ({"num_beams": 2}, "num_beams=2", "mixes the pictures"),
+        ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences=2", "mixes the pictures"),
     ],
 )
 def test_pictures_that_are_not_encoded_beforehand(unencoded, settings, named, why):

@@ -148,13 +148,14 @@ def _refuse_unencoded(plan: Plan, call: Call, cache: Any) -> None:
             "use_cache=False",
             f"encodes them again for every token, so that {plan.recipe} would choose anew each time",
         )
-    elif (how.num_beams or 1) > 1 or (how.num_return_sequences or 1) > 1:
-        setting, why = "num_beams or num_return_sequences", "mixes the pictures of the copies that it makes of a sample"
+    elif (copies := how.num_beams or 1) > 1 or (how.num_return_sequences or 1) > 1:
+        setting = f"num_beams={copies}" if copies > 1 else f"num_return_sequences={how.num_return_sequences}"
+        why = "mixes the pictures of the copies that it makes of a sample"
     else:
         return
     raise UsageError(
-        f"transformers {transformers.__version__} does not encode the pictures of {type(plan.model).__name__} before generation, "
-        f"and with {setting} it {why}: leave {setting} out, or update transformers."
+        f"transformers {transformers.__version__} does not encode the pictures of {type(plan.model).__name__} before "
+        f"generation, and with {setting} it {why}: leave {setting} out, or update transformers."
     )
 
 
