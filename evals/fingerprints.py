@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
@@ -72,19 +72,35 @@ def recipe_fingerprint(recipe: vlmprune.Recipe | None) -> str:
 def weights_fingerprint(model: Any) -> str:
     """A hash of a loaded model: its configuration, and some numbers of every weight.
 
-    Weights that are offloaded (on the meta device) count by their shapes only.
+    Weights that accelerate has moved away (to the CPU or to disk) are read from where they are.
     """
     digest = blake2b(digest_size=6)
     config = model.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    away = _moved_away(model)
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        if weight.is_meta and name in away:
+            holder, own = away[name]
+            weight = holder[own]
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if not weight.is_meta and weight.numel():
             some = weight.detach().reshape(-1)[:: max(1, weight.numel() // SAMPLE)]
             digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _moved_away(model: Any) -> dict[str, tuple[Mapping[str, Any], str]]:
+    """Names of parameters and buffers -> where accelerate's hooks keep them, and under which name."""
+    found = {}
+    for prefix, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if (holder := getattr(one, "weights_map", None)) is not None:
+                names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+                found |= {f"{prefix}.{name}".lstrip("."): (holder, name) for name in names if name in holder}
+    return found
 
 
 def processor_fingerprint(processor: Any) -> str:

@@ -91,11 +91,9 @@ class Finished:
                 ([sample.scores[metric] for sample in side] for side in zip(*scored, strict=True)) if scored else ([], [])
             )
             given = [(own.number, own.scores[metric]) for own, _ in scored]
-            if given in seen:
-                continue
-            seen.append(given)
             is_mean = bool(ours) and abs(sum(ours) / len(ours) - value) < 1e-9
-            if is_mean and all(0 <= score <= 1 for score in (*ours, *theirs)):
+            if is_mean and given not in seen and all(0 <= score <= 1 for score in (*ours, *theirs)):
+                seen.append(given)
                 found[metric] = difference(ours, theirs, [own.unit for own, _ in scored])
         return found
 
@@ -188,7 +186,8 @@ def result(numbers: Mapping[str, Any]) -> Result:
                 scores.append(
                     [task, f"{metric}, points more than {recipes[0]}", *(_points(row["against"], metric) for row in beside)]
                 )
-        scores.append([task, f"same answer as {recipes[0]}, %", *(f"{100 * row['same']:.1f}" for row in beside)])
+        if len(recipes) > 1:
+            scores.append([task, f"same answer as {recipes[0]}, %", *(f"{100 * row['same']:.1f}" for row in beside)])
         scores.append([task, "documents", *(str(row["documents"]) for row in beside)])
         for recipe, row in zip(recipes, beside, strict=True):
             costs.append([task, code(recipe), *(_form(form, row["columns"], name) for name, _, form in SHOWN)])
@@ -196,6 +195,10 @@ def result(numbers: Mapping[str, Any]) -> Result:
             narrow.append([task, heading, *(_form(form, row["columns"], name) for row in beside)])
     title = f"{numbers['model']}, batch {numbers['batch']}"
     means = f"{title}, means over samples"
+    compared = (
+        f"Points more than {recipes[0]}: on the same documents, with 95 % intervals over pictures where a task names them, else "
+        "over documents; not corrected for many tests."
+    )
     wide = table(["task", "recipe", *(heading for _, heading, _ in SHOWN)], costs, title=means, text_columns=2)
     return Result(
         numbers,
@@ -204,8 +207,7 @@ def result(numbers: Mapping[str, Any]) -> Result:
             (wide, table(["task", "", *recipes], narrow, title=means, text_columns=2)),
             [
                 "Times are those of a whole batch. Recipes run one after the other: `vlmprune bench` compares speed.",
-                f"Points more than {recipes[0]}: on the same documents, with 95 % intervals over pictures where a task names "
-                "them, else over documents; not corrected for many tests.",
+                *([compared] if len(recipes) > 1 else []),
                 "GFLOPs and KV cache are a sample's share of its batch, padding included.",
             ],
         ],

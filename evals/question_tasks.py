@@ -43,7 +43,7 @@ class TaskQuestions:
 
 
 def read_task(name: str, most: int | None = None, scorer: str | None = None) -> TaskQuestions:
-    """The questions of a task. Pictures are not decoded.
+    """The questions of a task. A row whose pictures cannot be decoded is a question that cannot be opened.
 
     Args:
         name: of the task; or the YAML file of one, which may include a stock one.
@@ -65,8 +65,12 @@ def read_task(name: str, most: int | None = None, scorer: str | None = None) -> 
     until = (until,) if isinstance(until, str) else until
     rows = task.eval_docs
     count = len(rows) if most is None else min(most, len(rows))
-    metric = scorer or _metric(task, name, rows[0])
-    questions = [_question(task, name, rows, number, metric, scorer) for number in range(count)]
+    readable = [_readable(task, rows, number) for number in range(count)]
+    metric = scorer or next((_metric(task, name, rows[number]) for number in range(count) if readable[number]), "")
+    questions = [
+        _question(task, name, rows, number, metric, scorer) if readable[number] else _broken(task, rows, number)
+        for number in range(count)
+    ]
     longest = int(settings.get("max_new_tokens", USUAL_LENGTH))
     return TaskQuestions(questions, metric, longest, tuple(text for text in until if text))
 
@@ -127,7 +131,13 @@ def _metric(task: Any, name: str, row: Mapping[str, Any]) -> str:
 
 
 def _judged(task: Any, row: Mapping[str, Any], given: str) -> Mapping[str, Any]:
-    return task.process_results(row, [given])
+    try:
+        return task.process_results(row, [given])
+    except Exception as error:  # of the task's own code
+        raise UsageError(
+            f"the task's own code cannot score the answer {shown(given)} ({type(error).__name__}: {first_line(error)}): give "
+            "--scorer."
+        ) from error
 
 
 def _share(value: Any) -> float | None:
@@ -191,6 +201,23 @@ def _visuals(task: Any, row: Mapping[str, Any]) -> list[Any]:
         if not isinstance(visual, Image.Image):
             raise UsageError(f"a picture was expected, found {type(visual).__name__}: vlmprune takes pictures only.")
     return visuals
+
+
+def _readable(task: Any, rows: Any, number: int) -> bool:
+    """Whether a row can be read, which decodes its pictures."""
+    try:
+        _visuals(task, rows[number])
+    except UsageError:
+        raise
+    except Exception:  # of the task's own code, or of a picture that is no picture
+        return False
+    return True
+
+
+def _broken(task: Any, rows: Any, number: int) -> Question:
+    """Stands for a row that cannot be read: its picture says so when it is opened, and so it is refused or left out."""
+    picture = TaskPicture(task, rows, number, 0)
+    return Question(str(number), (picture,), "", (), scorer="task", judge=Judge(task, rows, number, ""))
 
 
 def _question(task: Any, name: str, rows: Any, number: int, metric: str, scorer: str | None) -> Question:

@@ -127,7 +127,7 @@ def _kind(numbers: Any) -> str | None:
 
 def _nothing(folder: Path, sources: list[Source], unknown: list[Path]) -> str:
     """Why there is nothing to report."""
-    if list(folder.rglob("*.jsonl")):
+    if any(path.name != "questions.jsonl" for path in folder.rglob("*.jsonl")):
         return f"{folder} has answers but no result yet: finish with the command that began it, `--out {folder}`."
     if unknown:
         names = f"{listed(path.name for path in unknown)} {'are' if len(unknown) > 1 else 'is'}"

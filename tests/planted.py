@@ -898,15 +898,6 @@ BUGS = (
     ),
     Bug(
         "check",
-        "the judge lets a prompt see what was generated",
-        f"{LIVE}/judge.py",
-        "square = order & behind | ~behind & ~behind.T",
-        "square = torch.ones_like(own)",
-        ("test_every_family_is_exact_in_its_own_judgement",),
-        "judgement and paligemma",
-    ),
-    Bug(
-        "check",
         "every difference is allowed",
         f"{LIVE}/check.py",
         'verdict: Any = "exact" if difference <= tolerance else "not exact"',

@@ -19,7 +19,7 @@ from PIL import Image
 
 import vlmprune as vp
 from vlmprune import tiny
-from vlmprune.evals import lmms_results, lmms_run, lmms_tasks, scene_tasks
+from vlmprune.evals import lmms_results, lmms_run, lmms_session, lmms_tasks, scene_tasks
 from vlmprune.evals.lmms_arguments import Arguments, read_arguments, write_arguments
 from vlmprune.evals.lmms_asking import Asker
 from vlmprune.evals.lmms_prompts import check_system, make_prompt, simple_messages
@@ -248,6 +248,9 @@ def test_a_session_keeps_every_answer(tmp_path, monkeypatch):
     second.close()
     with pytest.raises(vp.UsageError, match="recipe 'flowcut:tokens=32' there, 'none' here"):
         Session(replace(arguments, recipe="none"))
+    monkeypatch.setattr(lmms_session, "processor_fingerprint", lambda processor: "other pixels")
+    with pytest.raises(vp.UsageError, match="processor '[0-9a-f]+' there, 'other pixels' here"):
+        Session(arguments)  # the key of an answer holds the picture, and not what the processor makes of it
 
 
 def test_drawn_answers_have_a_draw_each(tmp_path):
@@ -476,12 +479,18 @@ def test_a_run_is_read(pretending):
     twice = [replace(sample, scores={"accuracy": 1.0, "f1": 1.0}) for sample in better]
     both = [replace(run, samples={"pope": twice}, scores={"pope": {"accuracy": 1.0, "f1": 1.0}}) for run in (finished, other)]
     assert set(both[0].differences(both[1], "pope")) == {"accuracy"}  # F1 of all right answers is 1, and no mean of scores
+    mixed = [replace(sample, scores={"f1": sample.scores["accuracy"], **sample.scores}) for sample in finished.samples["pope"]]
+    both = [replace(run, samples={"pope": mixed}, scores={"pope": {"f1": 0.5, "accuracy": 1 / 3}}) for run in (finished, other)]
+    assert set(both[0].differences(both[1], "pope")) == {"accuracy"}  # also behind a metric that has its scores, and is no mean
     other = replace(other, scores={"pope": {"accuracy": 0.9}})  # not the mean of its scores: nothing to compare
     assert other.differences(finished, "pope") == {}
     text = result({"model": "tiny", "batch": 1, "rows": rows}).markdown()
     assert "| pope | accuracy | 0.3333 | 1 |" in text
     assert re.search(r"\| pope \| accuracy, points more than none \| — \| \+66\.7 \[", text)
     assert "| pope | `fastv` | 1 | — |" in text
+    alone = result({"model": "tiny", "batch": 1, "rows": rows[:1]}).markdown()
+    assert "same answer as" not in alone
+    assert "oints more than" not in alone
 
 
 def test_of_judged_answers_the_likeliest_counts():

@@ -34,7 +34,8 @@ SHORTER = {
 IN_BLOCKS = [line for language, block in BLOCKS if not language for line in block.splitlines() if line.strip()]
 INLINE = re.findall(r"`((?:vlmprune|python|pytest|pip|make) [^`]+)`", re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S))
 # A word in quotes may hold a hash, what follows one outside is a remark.
-COMMANDS = [shlex.split(line.replace("\n", " "), comments=True) for line in dict.fromkeys([*IN_BLOCKS, *INLINE])]
+EVERY = [shlex.split(line.replace("\n", " "), comments=True) for line in dict.fromkeys([*IN_BLOCKS, *INLINE])]
+COMMANDS = [command for command in EVERY if command[:2] != ["vlmprune", "lmms"]]  # those: tests/lmms/test_commands.py
 MODEL_COMMANDS = [command for command in COMMANDS if command[0] == "vlmprune" and {"--model", "--image"} & set(command)]
 
 

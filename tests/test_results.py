@@ -28,6 +28,7 @@ COMMANDS = {
     "horizon": "horizon_report",
     "tune": "tune",
     "max_drop": "max_drop_report",
+    "stock": "lmms_results",
 }
 """File of a published result -> the module in `evals/` that shows it; the others are of scripts in `benchmarks/`."""
 FIVE_DIGITS = "docs/results/horizon_answer/horizon"

@@ -110,6 +110,12 @@ class DecoderShape:
             return sum(map(self.layer_flops, tokens, keys))
         return sum(layer.flops(n, m) for layer, n, m in zip(self.by_layer, tokens, keys, strict=True))
 
+    def keys(self, past: int, tokens: int) -> list[int]:
+        """Of each layer, to how many keys `tokens` tokens attend that follow `past` others, of which some left its window."""
+        if not self.by_layer:
+            return [past + tokens] * self.layers
+        return [(past if layer.window is None else min(past, layer.window - 1)) + tokens for layer in self.by_layer]
+
     def entries(self, keys: Sequence[int]) -> list[int]:
         """Of each layer, how many of the `keys` that it attends to it stores."""
         return [layer.entries(n) for layer, n in zip(self.by_layer, keys, strict=True)] if self.by_layer else list(keys)

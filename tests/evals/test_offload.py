@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import ModelHook as Hook
 from accelerate.hooks import SequentialHook, add_hook_to_module
 from folders import llava
@@ -14,6 +14,7 @@ from vlmprune import tiny
 from vlmprune.device import execution_device
 from vlmprune.errors import UsageError
 from vlmprune.evals import bench, calibration, horizon, random_models, tune
+from vlmprune.evals.fingerprints import weights_fingerprint
 from vlmprune.loading.models import load_model
 from vlmprune.loading.questions import open_question
 from vlmprune.schedule import Budget
@@ -54,6 +55,19 @@ def test_answers_of_the_embedded_model(pair):
             if run:
                 run.remove()
         assert given[0] == given[1]
+
+
+def test_other_weights_are_other_weights(pair, tmp_path):
+    """Red: offloaded weights counted by their shapes, so that a store went on with the answers of another model."""
+    plain, moved, _ = pair
+    assert weights_fingerprint(moved) == weights_fingerprint(plain)
+    other, _ = tiny.load()
+    with torch.no_grad():
+        other.get_output_embeddings().weight.add_(0.01)
+    wanted = weights_fingerprint(other)
+    disk_offload(other, tmp_path, execution_device=torch.device("cpu"))
+    assert other.device.type == "meta"
+    assert weights_fingerprint(other) == wanted != weights_fingerprint(plain)
 
 
 def test_horizon_and_tune(pair):

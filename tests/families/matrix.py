@@ -182,8 +182,8 @@ def on_oldest() -> str:
     results = json.loads(OLDEST.read_text())
     found = [cell["outcome"] for cell in results["cells"].values()]
     return (
-        f"With transformers {results['versions']['transformers']}, the oldest supported version, two cells of each family were\n"
-        f"run: {found.count('passed')} passed, {found.count('skipped')} refused for the same reason as on the newest\n"
+        f"With transformers {results['versions']['transformers']}, the oldest supported version, two cells of each family\n"
+        f"were run: {found.count('passed')} passed, {found.count('skipped')} refused for the same reason as on the newest\n"
         "([results](results/families-oldest.json))."
     )
 

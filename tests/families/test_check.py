@@ -202,3 +202,24 @@ def test_what_cannot_be_checked_is_refused():
 
 def test_one_row_of_a_batch_is_a_sample():
     assert vp.check(shared("qwen3_5_moe"), make_single("qwen3_5_moe", BATCHES["ragged"], 1), RECIPE).passed
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """Red: the command says nothing of what was found, or a failed check ends like a passed one."""
+    from vlmprune.__main__ import main
+    from vlmprune.live import check
+    from vlmprune.tiny.scenes import make_scene
+
+    make_scene(1).image.save(tmp_path / "scene.png")
+    given = ["vlmprune", "check", "--image", str(tmp_path / "scene.png"), "--prompt", "what colour is the circle ?"]
+    monkeypatch.setattr("sys.argv", given)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert "exact: divprune" in capsys.readouterr().out
+    monkeypatch.setattr(check, "RELATIVE", 0.0)  # no rounding is allowed
+    monkeypatch.setattr("sys.argv", [*given, "--json"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    assert json.loads(capsys.readouterr().out)["verdict"] == "not exact"

@@ -126,6 +126,36 @@ def test_what_the_finder_looks_for_and_does_not_find():
     vp.wrap(model, RECIPE, family="auto").remove()
 
 
+def test_other_parts_without_embeddings_are_no_text_models():
+    """Vision towers have layers, and a method for their embeddings that raises. Red: Kimi-K2.5 and others end in a traceback."""
+    model = build("internvl")
+
+    class Tower(tf.PreTrainedModel):
+        config_class = tf.LlamaConfig
+
+        def __init__(self) -> None:
+            super().__init__(tf.LlamaConfig(num_hidden_layers=1))
+            self.layers = torch.nn.ModuleList([torch.nn.Identity()])
+
+    with pytest.raises(NotImplementedError):
+        Tower().get_input_embeddings()
+    model.model.spare = Tower()
+    vp.wrap(model, RECIPE, family="auto").remove()
+
+
+def test_models_that_a_config_makes_see_both_ways_are_refused():
+    """Red: their pruned run is causal, and nothing says so."""
+    model = build("internvl")
+    config = model.model.language_model.config
+    config.use_bidirectional_attention = True
+    with pytest.raises(vp.UsageError, match="might be silently wrong: the config of Qwen3Model says use_bidirectional"):
+        vp.wrap(model, RECIPE, family="auto")
+    config.use_bidirectional_attention, config.is_causal = None, False
+    for family in (None, "auto"):
+        with pytest.raises(vp.UsageError, match="the config of Qwen3Model says is_causal=False"):
+            vp.wrap(model, RECIPE, family=family)
+
+
 def test_types_that_are_refused_by_name_are_refused_by_the_finder():
     model = build("internvl")
     model.config.model_type = "mllama"

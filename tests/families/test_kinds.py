@@ -406,6 +406,23 @@ def test_reported_bytes_are_the_caches(name):
     assert report.kv_bytes_peak > report.kv_bytes
 
 
+def test_reported_flops_of_a_later_turn_know_what_left_the_window():
+    """Red: the keys of all turns are counted in sliding layers, and what pruning saves there is overstated."""
+    model = build("aya_vision", "eager")
+    words, picture = (make_inputs("aya_vision", [parts], 1) for parts in (["text40"], ["text2", "image", "text3"]))
+    turn = {**picture, "attention_mask": joined(words, picture)["attention_mask"]}
+    layers = "AyaVisionForConditionalGeneration.model.language_model.layers."
+    for recipe in ("random:fraction=1.0", "random:layer=2,fraction=0.4,seed=0"):
+        with vp.wrap(model, recipe) as run:
+            cache = model(**words, use_cache=True).past_key_values
+            with FlopCounterMode(display=False) as counter:
+                model(**turn, past_key_values=cache)
+        counted = counter.get_flop_counts()
+        assert run.report().flops == sum(sum(counted[f"{layers}{index}"].values()) for index in range(LAYERS))
+        plain = run.report().flops if recipe == "random:fraction=1.0" else plain
+    assert run.report().flops_unpruned == plain
+
+
 @pytest.mark.parametrize("name", ["gemma4", "gemma4_e", "gemma4_moe", "glm4v_moe", "qwen3_vl_moe", "qwen3_5", "lfm2_vl"])
 def test_reported_flops_are_those_of_the_layers(name):
     """As torch counts them in the layers, with experts that are run one by one. What recurrent layers do beside multiplying by

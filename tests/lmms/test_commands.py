@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
@@ -38,6 +40,18 @@ def rows(folder):
 def read(folder):
     (file,) = folder.glob("*/*/*_results.json")
     return read_finished("flowcut:tokens=32", file, ["vlmprune_scenes"])
+
+
+def test_the_command_of_the_readme(tmp_path, monkeypatch):
+    """With fewer documents. Red: it is refused, or needs a network."""
+    readme = Path(__file__).parents[2] / "README.md"
+    (line,) = [line for line in readme.read_text().splitlines() if line.startswith("vlmprune lmms ")]
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line, comments=True)[1:]
+    words[words.index("--limit") + 1] = "4"
+    done = subprocess.run([sys.executable, "-m", "vlmprune", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "flowcut:tokens=32" in (tmp_path / words[words.index("--out") + 1] / "lmms.md").read_text()
 
 
 def test_killed_in_the_middle_and_resumed_in_two_processes(tmp_path):

@@ -76,6 +76,24 @@ def test_pope(tmp_path):
     assert open_questions(tmp_path / "own.yaml", 2, scorer="exact").scorers == ["exact"]
 
 
+def test_a_picture_that_is_none(tmp_path):
+    """Red: a traceback from Pillow, --skip-bad or not. It is counted, named, and left out on request. (lmms-eval itself
+    reads the first row when it loads a task, and refuses that one.)"""
+    import datasets
+
+    rows = scenes(category="adversarial")[:4]
+    file = local(tmp_path, "pope/pope.yaml", rows)
+    (table,) = (tmp_path / "data").glob("*.parquet")
+    stored = datasets.Dataset.from_parquet(str(table)).cast_column("image", datasets.Image(decode=False))
+    spoiled = [{**row, "image": {"bytes": b"none", "path": None}} if number == 1 else row for number, row in enumerate(stored)]
+    datasets.Dataset.from_list(spoiled, stored.features).cast_column("image", datasets.Image()).to_parquet(table)
+    with pytest.raises(UsageError, match=r"question 1: picture 1 of row 1 cannot be read .* leave it out with --skip-bad"):
+        open_questions(file)
+    left = open_questions(file, skip_bad=True)
+    assert (len(left), left.skipped, left.metric) == (3, ("1",), "pope_accuracy")
+    assert [question.id for question in left] == ["0", "2", "3"]
+
+
 def test_chartqa_and_vqav2(tmp_path):
     rows = [{**row, "type": "human_test"} for row in scenes() if row["answer"].isdigit()]
     (tmp_path / "a").mkdir()

@@ -168,16 +168,21 @@ def dangers_of(base: Any, text_model: Any, known: frozenset[str] = frozenset()) 
     for module in (base, text_model):
         if "block_sequence_ids" in _source(module):
             yield f"{type(module).__name__} makes blocks of tokens that see each other in both directions"
+    if getattr(text_config, "use_bidirectional_attention", None):
+        name = type(text_model).__name__
+        yield f"the config of {name} says use_bidirectional_attention, by which tokens see those after them"
     if getattr(text_config, "num_kv_shared_layers", 0):
         yield "some of its layers have no keys of their own, and use those of other layers"
 
 
 def _is_text_model(module: nn.Module) -> bool:
     layers, config = getattr(module, "layers", None), getattr(module, "config", None)
-    embeddings = getattr(module, "get_input_embeddings", None)
-    if not isinstance(layers, nn.ModuleList) or embeddings is None:
+    if not isinstance(layers, nn.ModuleList) or getattr(config, "num_hidden_layers", None) != len(layers):
         return False
-    return getattr(config, "num_hidden_layers", None) == len(layers) and isinstance(embeddings(), nn.Embedding)
+    try:
+        return isinstance(module.get_input_embeddings(), nn.Embedding)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # a vision tower has none
+        return False
 
 
 def _arguments(module: Any) -> set[str]:

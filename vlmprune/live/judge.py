@@ -144,17 +144,13 @@ class Judge:
             hidden = hidden.clone()
             hidden[:, : self.prompt][claim.keep[index].to(hidden.device)] = claim.merged[index][0]
         own = torch.eye(length, dtype=torch.bool, device=hidden.device)
-        behind = own.new_zeros(length, length)  # generated tokens see what came before, and nothing sees them earlier
-        behind[self.prompt :] = True
-        order = torch.ones_like(own).tril()
-        allowed = self._allowed(index, given, order)
-        square = order & behind | ~behind & ~behind.T
+        allowed = self._allowed(index, given, torch.ones_like(own).tril())
         seen = hidden.new_ones(len(hidden), 1, length, length, dtype=torch.bool)
         for queries, masks in ((seen, claim.keep), (seen[:, :, self.prompt :], claim.keep_cache)):
             for stage, mask in masks.items():
                 if stage <= index:
                     queries[..., : self.prompt] &= mask[:, None, None, : self.prompt].to(hidden.device)
-        allowed = (allowed[:, :, -hidden.shape[1] :] & (square & seen)[:, :, rows]) | own[rows]
+        allowed = (allowed[:, :, -hidden.shape[1] :] & seen[:, :, rows]) | own[rows]
         kwargs = {**kwargs, "attention_mask": _in_the_form_of(given, allowed, self._form(index), hidden.dtype)}
         if any(stage <= index for stage in claim.compact):
             kwargs["position_embeddings"] = self._closed_up(claim, index, hidden, kwargs)

@@ -107,6 +107,11 @@ def check_config(language_model: Any) -> None:
             raise UsageError(
                 f"{name} is not built as expected: its config has no number {needed}; such text models are not supported."
             )
+    if getattr(config, "is_causal", True) is False:
+        raise UsageError(
+            f"the config of {name} says is_causal=False, by which every token sees those after it; pruning follows causal "
+            "models: set it to True, or run this model un-wrapped."
+        )
     implementation = config._attn_implementation
     supported = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
     supported += ["flex_attention"] if language_model._supports_flex_attn else []

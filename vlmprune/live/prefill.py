@@ -295,7 +295,7 @@ def leave_prompt(plan: Plan, call: Call, record: Prefill, output: Any) -> Any:
     for section, layers in call.layers_by_section(plan.shape.layers):
         record.entering += [call.sequence if section.rows is None else section.rows.rows.shape[1]] * layers
         begun = len(record.stored)
-        record.stored += section.keys_by_layer(plan.kinds, range(begun, begun + layers), call.past + call.sequence)
+        record.stored += section.keys_by_layer(plan.kinds, range(begun, begun + layers), call.past, call.sequence)
     record.resident = plan.shape.entries(record.stored)
     record.held.append(list(record.resident))
     plan.pruning.shorten_cache(call, output.get("past_key_values"))  # made by the model itself in a plain call

@@ -111,11 +111,13 @@ class Section:
         # position_ids serve only flash attention's search for packed sequences, which gaps would mislead.
         return {**kwargs, "position_ids": None, "position_embeddings": rotary, "attention_mask": self._masks[kind]}
 
-    def keys_by_layer(self, kinds: Kinds, layers: range, tokens: int) -> list[int]:
-        """Keys per row to which each of its layers attends, after `tokens` tokens of the conversation."""
+    def keys_by_layer(self, kinds: Kinds, layers: range, past: int, tokens: int) -> list[int]:
+        """Keys per row to which each of its layers attends, where `tokens` tokens follow `past` others."""
         entries = []
         for layer in layers:
-            entries.append(0 if kinds.stored_at[layer] is None else self.stored.get(kinds.of[layer], tokens))
+            kind = kinds.of[layer]
+            every = tokens + (past if kind.window is None else min(past, kind.window - 1))  # the others left the window
+            entries.append(0 if kinds.stored_at[layer] is None else self.stored.get(kind, every))
         return entries
 
     def rotary(self, hidden: Tensor, earlier: Tensor | None, kwargs: dict[str, Any], stack: LayerStack) -> Rotary:
