@@ -93,7 +93,7 @@ def weights_fingerprint(model: Any) -> str:
 
 def _moved_away(model: Any) -> dict[str, tuple[Mapping[str, Any], str]]:
     """Names of parameters and buffers -> where accelerate's hooks keep them, and under which name."""
-    found = {}
+    found: dict[str, tuple[Mapping[str, Any], str]] = {}
     for prefix, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):

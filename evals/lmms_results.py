@@ -196,8 +196,8 @@ def result(numbers: Mapping[str, Any]) -> Result:
     title = f"{numbers['model']}, batch {numbers['batch']}"
     means = f"{title}, means over samples"
     compared = (
-        f"Points more than {recipes[0]}: on the same documents, with 95 % intervals over pictures where a task names them, else "
-        "over documents; not corrected for many tests."
+        f"Points more than {recipes[0]}: on the same documents, with 95 % intervals over pictures where a task names them, "
+        "else over documents; not corrected for many tests."
     )
     wide = table(["task", "recipe", *(heading for _, heading, _ in SHOWN)], costs, title=means, text_columns=2)
     return Result(

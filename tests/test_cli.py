@@ -474,3 +474,11 @@ def test_units_for_people(monkeypatch, capsys, picture):
     assert "MFLOPs" in printed
     assert "MiB" in printed or "KiB" in printed
     assert " ms" not in printed
+
+
+@pytest.mark.parametrize("command", ["eval", "sweep"])
+def test_scipy_is_missed_before_anything_is_asked(command, monkeypatch, capsys):
+    """Red: all questions were answered first, and without --out the answers were lost."""
+    monkeypatch.setattr("vlmprune.loading.outputs.find_spec", lambda name: None)
+    assert vlmprune(monkeypatch, command) == 2
+    assert "measuring accuracy needs scipy: install it with `pip install 'vlmprune[evals]'`" in capsys.readouterr().err

@@ -249,7 +249,7 @@ def test_a_session_keeps_every_answer(tmp_path, monkeypatch):
     with pytest.raises(vp.UsageError, match="recipe 'flowcut:tokens=32' there, 'none' here"):
         Session(replace(arguments, recipe="none"))
     monkeypatch.setattr(lmms_session, "processor_fingerprint", lambda processor: "other pixels")
-    with pytest.raises(vp.UsageError, match="processor '[0-9a-f]+' there, 'other pixels' here"):
+    with pytest.raises(vp.UsageError, match=r"processor '[0-9a-f]+' there, 'other pixels' here"):
         Session(arguments)  # the key of an answer holds the picture, and not what the processor makes of it
 
 

@@ -159,7 +159,7 @@ def test_benchmarks(monkeypatch, capsys, place, script):
 
 def test_the_other_commands():
     """What sets up an environment, or is this suite: targets, extras and folders exist."""
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     project = (ROOT / "pyproject.toml").read_text()
     for command in COMMANDS:
         if command[0] == "make":

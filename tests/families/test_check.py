@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from families.table import BATCHES, NAMES, TINY, build, make_inputs, make_single
 
 import vlmprune as vp
 from vlmprune.adapters.registry import FAMILIES
+from vlmprune.live.pruning import Pruning
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -110,6 +112,23 @@ def test_a_fault_is_found(name, fault):
     assert "NOT EXACT" in str(verdict)
     assert verdict.difference > verdict.tolerance
     assert vp.check(model, inputs, "random:layer=2,fraction=0.5").passed
+
+
+def test_text_that_is_dropped_is_a_fault(monkeypatch):
+    """Red: the judge hides the same words, and finds no difference."""
+    drop = Pruning._drop
+
+    def drops_a_word(self, bound, call, prompt, chosen, first):
+        alive = call.section.alive.clone()
+        alive[0, 1] = False
+        call.section = replace(call.section, alive=alive, counts=(call.section.counts[0] - 1,))
+        return drop(self, bound, call, prompt, chosen, first)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pruning, "_drop", drops_a_word)
+        verdict = vp.check(shared("internvl"), make_inputs("internvl", BATCHES["one"]), "random:layer=2,fraction=0.4,seed=0")
+    assert (verdict.verdict, verdict.text_lost) == ("not exact", 1)
+    assert "TEXT TOKENS LOST     1" in str(verdict)
 
 
 def test_keeping_everything_is_compared_bit_for_bit(monkeypatch):

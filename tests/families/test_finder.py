@@ -127,7 +127,7 @@ def test_what_the_finder_looks_for_and_does_not_find():
 
 
 def test_other_parts_without_embeddings_are_no_text_models():
-    """Vision towers have layers, and a method for their embeddings that raises. Red: Kimi-K2.5 and others end in a traceback."""
+    """Vision towers have layers, and a method for their embeddings that raises. Red: Kimi-K2.5 and others are a traceback."""
     model = build("internvl")
 
     class Tower(tf.PreTrainedModel):

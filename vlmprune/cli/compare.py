@@ -10,7 +10,7 @@ import typer
 from vlmprune import names
 from vlmprune.cli import options, terminal
 from vlmprune.cli.data import Data
-from vlmprune.cli.results import prepare, publish
+from vlmprune.cli.results import check_intervals, prepare, publish
 from vlmprune.errors import UsageError, unknown
 from vlmprune.loading.environment import quiet
 
@@ -62,6 +62,7 @@ def evaluate(
     shard = shard_of()
     if out is None and shard.count > 1:
         raise UsageError("give --out FOLDER: the processes share their answers in it.")
+    check_intervals()
     prepare(out)
     quiet()
     numbers = measure(model, asked, recipe, batch, shard, device, device_map, out, wait)

@@ -25,6 +25,17 @@ def prepare(out: Path | None) -> None:
         make_folder(out)
 
 
+def check_intervals() -> None:
+    """Before anything is computed: check that the intervals of few or equal answers can be.
+
+    Raises:
+        UsageError: scipy is missing.
+    """
+    from vlmprune.loading.outputs import check_packages
+
+    check_packages(["scipy"], "measuring accuracy", extra="evals")
+
+
 def publish(result: Result, name: str, out: Path | None, as_json: bool) -> None:
     """Write the files `name`.json, .md and .png if a folder was given, then print; and say how to see the folder as a page."""
     result.deliver(terminal.console, None if out is None else out / name, as_json)

@@ -11,7 +11,7 @@ import typer
 from vlmprune import names
 from vlmprune.cli import options, terminal
 from vlmprune.cli.data import Data
-from vlmprune.cli.results import prepare, publish
+from vlmprune.cli.results import check_intervals, prepare, publish
 from vlmprune.errors import UsageError
 from vlmprune.loading.environment import quiet
 
@@ -94,6 +94,7 @@ def sweep(
         raise UsageError(
             "give --out FOLDER: " + ("it holds the answers." if recompute else "the processes share their answers in it.")
         )
+    check_intervals()
     prepare(out)
     quiet()
     if recompute and out is not None:

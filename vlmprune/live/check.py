@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmprune.errors import UsageError
 from vlmprune.live.attachment import attachment_of
+from vlmprune.live.finder import choose_family
 from vlmprune.live.handle import wrap
 from vlmprune.live.judge import Claim, Judge
 from vlmprune.live.record import Prefill
@@ -47,6 +48,7 @@ class Verdict:
         recipe: what was checked.
         rows, steps: size of the batch, and number of new tokens.
         kept: by decoder layer of each stage, how many visual tokens were kept, and of how many.
+        text_lost: tokens that are no placeholders of pictures, and were dropped; with any, the verdict is "not exact".
     """
 
     verdict: Literal["exact", "not exact", "undecided"]
@@ -64,6 +66,7 @@ class Verdict:
     rows: int
     steps: int
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)
+    text_lost: int = 0
 
     @property
     def passed(self) -> bool:
@@ -93,6 +96,7 @@ class Verdict:
                 f"  measured against     {self.against}",
                 f"  pruning moved        {self.moved:.2g}, over {self.rows} sample(s) × {self.steps} new tokens",
                 f"  visual tokens kept   {shares}",
+                *([f"  TEXT TOKENS LOST     {self.text_lost}: only visual tokens may be dropped"] if self.text_lost else []),
                 f"  keeping everything   {_said(self.keep_all)}",
                 f"  after removing it    {_said(self.restored)}",
             )
@@ -153,7 +157,9 @@ def check(
     difference, moved = float(distances.max()), _apart(pruned.logits, unpruned.logits)
     noise = max(_apart(unpruned.logits, cached.logits), _apart(unpruned.logits, shaken.logits))
     tolerance, against = _tolerance(judge.dtype, pruned.logits, noise)
-    verdict: Any = "exact" if difference <= tolerance else "not exact"
+    token = choose_family(inside, family)[0].image_token(inside.config)
+    lost = _text_lost(claim, judge, token)
+    verdict: Any = "exact" if difference <= tolerance and not lost else "not exact"
     if verdict == "exact" and moved < MEANINGFUL * tolerance:
         verdict = "undecided"
     assert record is not None
@@ -173,7 +179,16 @@ def check(
         rows=record.batch,
         steps=new_tokens,
         kept=_counts(record),
+        text_lost=lost,
     )
+
+
+def _text_lost(claim: Claim, judge: Judge, token: int) -> int:
+    """How many tokens a claim drops that are no placeholders."""
+    lost = torch.zeros_like(judge.real)
+    for mask in (*claim.keep.values(), *claim.keep_cache.values()):
+        lost |= ~mask[:, : judge.prompt].to(lost.device)
+    return int((lost & judge.real & (judge.ids != token)).sum())
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> float:
