@@ -321,11 +321,12 @@ def _innermost(kind: type, only: Any = None, function: str | None = None) -> Any
 
 
 def _generation(model: nn.Module) -> Any:
-    """The settings of the innermost `generate` of a model that is on the stack, or None. Of other functions only the name is
-    looked at."""
+    """The settings of transformers' `generate` of a model, where it is on the stack, or None. Variables of other functions are
+    not looked at: that would keep what they hold."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "generate" and (there := frame.f_locals).get("self") is model:
+        theirs = frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith("transformers.")
+        if theirs and (there := frame.f_locals).get("self") is model:
             return there.get("generation_config")
         frame = frame.f_back
     return None
