@@ -450,7 +450,7 @@ def test_gguf_without_its_folder(monkeypatch, capsys):
 
 def test_figures_without_matplotlib(monkeypatch, picture, tmp_path):
     """Red: a traceback after everything was computed."""
-    monkeypatch.setattr(outputs, "find_spec", lambda name: None)
+    monkeypatch.setattr(outputs, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     monkeypatch.setattr("vlmprune.tiny.load", lambda *more: pytest.fail("the model was loaded"))
     for command in (["eval", "--out", str(tmp_path)], ["view", "--image", str(picture), "--prompt", "what ?"]):
         result = CliRunner().invoke(app, command)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import vlmprune
-from test_evals_stats import simulate
+from simulated import simulate
 
 import vlmprune as vp
 from vlmprune.evals import power, stats
