@@ -82,10 +82,9 @@ class Bench:
     def step(self, recipe: str | None, cache: Any) -> float:
         """Seconds of one decoding step."""
         word = torch.full((1, 1), 20)
-        mask = torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long)
         with vlmprune.wrap(self.model, recipe) if recipe else nullcontext():
             start = time.perf_counter()
-            self.model(input_ids=word, attention_mask=mask, past_key_values=cache, use_cache=True)
+            self.model(input_ids=word, past_key_values=cache, use_cache=True)  # nothing is padding: no mask
             return time.perf_counter() - start
 
 
@@ -195,13 +194,13 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Decoding steps per round.")] = 5,
     out: Annotated[
-        Path | None, typer.Option(help="Path of the results, without suffix. Default: benchmarks/results/native-SHAPE-cpu.")
+        Path | None, typer.Option(help="Path of the results, without suffix. Default: benchmarks/results/native-cpu-SHAPE.")
     ] = None,
 ) -> None:
     if shape not in SHAPES:
         raise typer.BadParameter(f"there is no shape {shape!r}: choose one of {', '.join(SHAPES)}.", param_hint="--shape")
     named = "" if shape == "llava" else f"-{shape}"
-    out = out or Path(f"benchmarks/results/native{named}-cpu")
+    out = out or Path(f"benchmarks/results/native-cpu{named}")
     torch.set_num_threads(threads)
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
         task = progress.add_task("native bound", total=None)
