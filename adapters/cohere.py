@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmprune.adapters.crops import crops_of_pictures, rasters, side_of
+from vlmprune.adapters.crops import in_one_row, side_of
 from vlmprune.adapters.family import Family
 
 
@@ -32,11 +32,7 @@ def _joins(between: Sequence[int]) -> bool:
 
 
 def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
-    side, pictures = _side(config), []
-    for picture in crops_of_pictures(inputs["input_ids"], config.image_token_id, side * side, _joins):
-        *crops, whole = rasters(len(picture), side)
-        pictures.append([crops, [whole]] if crops else [[whole]])
-    return pictures
+    return in_one_row(inputs["input_ids"], config.image_token_id, _side(config), _joins, overview=-1)
 
 
 AYA_VISION = Family(

@@ -47,6 +47,40 @@ def crops_of_pictures(ids: Tensor, image_token: int, tokens: int, joins: Joins) 
             yield picture
 
 
+def in_one_row(ids: Tensor, image_token: int, side: int, joins: Joins, overview: int) -> list[list[list[Tensor]]]:
+    """The crops of every picture as `Family.crops` wants them, where the processor does not say how they are arranged: in one
+    row, and the whole picture, crop number `overview` (0 or −1), in a row of its own.
+
+    Args:
+        ids, image_token, joins: as in `crops_of_pictures`.
+        side: tokens on a side of a crop.
+        overview: as `Family.overview`.
+    """
+    pictures = []
+    for picture in crops_of_pictures(ids, image_token, side * side, joins):
+        crops = rasters(len(picture), side)
+        whole = [crops.pop(overview)]
+        rows = [whole, crops] if overview == 0 else [crops, whole]
+        pictures.append([row for row in rows if row])
+    return pictures
+
+
+def in_rows(
+    ids: Tensor, image_token: int, side: int, joins: Joins, beside: Callable[[list[int]], bool]
+) -> list[list[list[Tensor]]]:
+    """The same where the ids between two crops say whether the second stands `beside` the first, or begins a row."""
+    pictures = []
+    for picture in crops_of_pictures(ids, image_token, side * side, joins):
+        rows: list[list[Tensor]] = []
+        for between, crop in zip(picture, rasters(len(picture), side), strict=True):
+            if beside(between):
+                rows[-1].append(crop)
+            else:
+                rows.append([crop])
+        pictures.append(rows)
+    return pictures
+
+
 def rasters(crops: int, side: int) -> list[Tensor]:
     """Of each of a picture's crops, `[side, side]` indices of its tokens."""
     return list(torch.arange(crops * side * side).view(crops, side, side))

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmprune.adapters.crops import crops_of_pictures, rasters, side_of
+from vlmprune.adapters.crops import in_rows, side_of
 from vlmprune.adapters.family import Family
 from vlmprune.device import on_host
 
@@ -46,16 +46,7 @@ def _joins(between: Sequence[int]) -> bool:
 
 
 def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
-    side, pictures = _side(config), []
-    for picture in crops_of_pictures(inputs["input_ids"], config.image_token_id, side * side, _joins):
-        rows: list[list[Tensor]] = []
-        for between, crop in zip(picture, rasters(len(picture), side), strict=True):
-            if len(between) == 2:
-                rows[-1].append(crop)
-            else:
-                rows.append([crop])
-        pictures.append(rows)
-    return pictures
+    return in_rows(inputs["input_ids"], config.image_token_id, _side(config), _joins, beside=lambda between: len(between) == 2)
 
 
 IDEFICS3 = Family(

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlmprune.adapters.crops import crops_of_pictures, rasters, side_of, without_gap
+from vlmprune.adapters.crops import in_one_row, side_of, without_gap
 from vlmprune.adapters.family import Family, Tower
+from vlmprune.adapters.llava import feature_block, features_refused
 from vlmprune.view import TowerFacts
 
 
@@ -32,27 +33,7 @@ def _tokens_per_image(call: Mapping[str, Any], config: Any) -> list[int] | None:
 
 def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
     side = side_of(config.vision_config, _merged(config))
-    pictures = []
-    for picture in crops_of_pictures(inputs["input_ids"], config.image_token_id, side * side, without_gap):
-        *crops, whole = rasters(len(picture), side)
-        pictures.append([crops, [whole]] if crops else [[whole]])
-    return pictures
-
-
-def _refusal(base: nn.Module) -> str | None:
-    config: Any = base.config
-    if config.vision_feature_select_strategy != "default":
-        return f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; 'default' is supported"
-    if not isinstance(config.vision_feature_layer, int):
-        return f"its features come from several tower layers ({config.vision_feature_layer})"
-    if _feature_block(config) < 0:
-        return "its features are the tower's embeddings, before any attention"
-    return None
-
-
-def _feature_block(config: Any) -> int:
-    layer, blocks = config.vision_feature_layer, config.vision_config.num_hidden_layers
-    return (layer if layer >= 0 else blocks + 1 + layer) - 1
+    return in_one_row(inputs["input_ids"], config.image_token_id, side, without_gap, overview=-1)
 
 
 def _as_built(family: Family, base: nn.Module) -> Family:
@@ -71,9 +52,9 @@ INTERNVL = Family(
         blocks="vision_tower.encoder.layer",
         attention="attention",
         projector="multi_modal_projector",
-        feature_block=_feature_block,
+        feature_block=feature_block,
         full_attention_blocks=lambda config: range(config.vision_config.num_hidden_layers),
-        refusal=_refusal,
+        refusal=lambda base: features_refused(base.config),
     ),
     as_built=_as_built,
 )

@@ -66,7 +66,8 @@ def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
     return [[[first + torch.arange(rows * columns).view(rows, columns)]] for rows, columns in _image_grid(inputs, config)]
 
 
-def _feature_block(config: Any) -> int:
+def feature_block(config: Any) -> int:
+    """Number of the block whose output becomes visual tokens."""
     # hidden_states[0] is the embedding, so hidden_states[i] is the output of block i − 1; −2 skips the last block.
     layer, blocks = config.vision_feature_layer, config.vision_config.num_hidden_layers
     return (layer if layer >= 0 else blocks + 1 + layer) - 1
@@ -78,11 +79,16 @@ def _refusal(base: nn.Module) -> str | None:
     if not hasattr(embeddings, "class_embedding"):
         lacks = "is not built like CLIP's" if hasattr(embeddings, "cls_token") else "has no CLS token"
         return f"its vision tower ({config.vision_config.model_type}) {lacks}"
+    return features_refused(config)
+
+
+def features_refused(config: Any) -> str | None:
+    """Why the features of a tower cannot be traced back to the patches of one block, or None."""
     if config.vision_feature_select_strategy != "default":
         return f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; 'default' is supported"
     if not isinstance(config.vision_feature_layer, int):
         return f"its features come from several tower layers ({config.vision_feature_layer})"
-    if _feature_block(config) < 0:
+    if feature_block(config) < 0:
         return "its features are the tower's embeddings, before any attention"
     return None
 
@@ -91,7 +97,7 @@ CLIP = Tower(
     blocks="vision_tower.encoder.layers",
     attention="self_attn",
     projector="multi_modal_projector",
-    feature_block=_feature_block,
+    feature_block=feature_block,
     full_attention_blocks=lambda config: range(config.vision_config.num_hidden_layers),
     refusal=_refusal,
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmprune.adapters.crops import crops_of_pictures, rasters, side_of, without_gap
+from vlmprune.adapters.crops import in_one_row, in_rows, side_of, without_gap
 from vlmprune.adapters.family import Family
 from vlmprune.device import on_host
 from vlmprune.errors import UsageError
@@ -66,12 +66,9 @@ FAST_VLM = replace(DEEPSEEK_VL, name="fast_vlm", tokens_per_image=_counted, imag
 
 
 def _followed_crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
-    """The whole picture, then its crops in one row: the processor does not say how they are arranged."""
-    tokens, pictures = (_counted(inputs, config) or [1])[0], []
-    for picture in crops_of_pictures(inputs["input_ids"], config.image_token_id, tokens, without_gap):
-        whole, *crops = rasters(len(picture), isqrt(tokens))
-        pictures.append([[whole], crops] if crops else [[whole]])
-    return pictures
+    """The whole picture, then its crops."""
+    side = isqrt((_counted(inputs, config) or [1])[0])
+    return in_one_row(inputs["input_ids"], config.image_token_id, side, without_gap, overview=0)
 
 
 PERCEPTION_LM = replace(
@@ -87,17 +84,10 @@ def _ovis_side(config: Any) -> int:
 
 
 def _ovis_crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
-    side, pictures = _ovis_side(config), []
     _, _, beside, _, _ = config.visual_indicator_token_ids  # begin, grid, column, row, end
-    for picture in crops_of_pictures(inputs["input_ids"], config.image_token_id, side * side, _one_between):
-        rows: list[list[Tensor]] = []
-        for between, crop in zip(picture, rasters(len(picture), side), strict=True):
-            if between == [beside]:
-                rows[-1].append(crop)
-            else:
-                rows.append([crop])
-        pictures.append(rows)
-    return pictures
+    return in_rows(
+        inputs["input_ids"], config.image_token_id, _ovis_side(config), _one_between, lambda between: between == [beside]
+    )
 
 
 def _one_between(between: Sequence[int]) -> bool:

@@ -147,10 +147,11 @@ class _Model(lmms):
         ]
 
     def _request(self, request: Instance) -> Request:
+        """What one request of lmms-eval asks; `Chat` and `Simple` are given it in different forms."""
         raise NotImplementedError
 
     def _talk(self, request: Instance) -> Callable[[int, list[str]], Request | None]:
-        """A function from round and answers so far to the next request; None after the last."""
+        """A function from round and answers so far to the next request; None after the last. `Chat` and `Simple` say how."""
         raise NotImplementedError
 
     def _rows(self, requests: Sequence[Request], ask: Callable[..., list[Row]]) -> list[Row]:

@@ -53,6 +53,11 @@ class Shard:
         """Whether it shows its progress: under torchrun one does, elsewhere each has its own terminal."""
         return self.first or not self.launched
 
+    @property
+    def answered(self) -> str:
+        """What a process says that has answered its parts and writes no result."""
+        return f"rank {self.rank} of {self.count} has answered its parts; rank 0 writes the result."
+
     def device(self, name: str) -> str:
         """The device of this process: under torchrun, `cuda` is one GPU for each process of a machine."""
         return f"cuda:{self.local}" if name == "cuda" and self.local is not None and self.count > 1 else name

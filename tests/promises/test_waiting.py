@@ -68,6 +68,24 @@ def refuse_copies_that_wait(function, args, kwargs, out):
         raise AssertionError(f"a copy of {list(source.shape)} to the device waits for it")
 
 
+def encode_beforehand(model, inputs):
+    """The pictures of a Qwen model's call are encoded and its positions found, as `generate` and a processor do."""
+    with torch.no_grad():
+        pixels = {name: inputs.pop(name) for name in ("pixel_values", "image_grid_thw")}
+        encoded = model.base_model.get_image_features(**pixels, return_dict=True)
+        inputs["position_ids"] = model.base_model.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs.pop("mm_token_type_ids"),
+            image_grid_thw=pixels["image_grid_thw"],
+            attention_mask=inputs["attention_mask"],
+        )[0]
+    encoded.pooler_output = [features.to("meta") for features in encoded.pooler_output]
+    if "deepstack_features" in encoded:
+        encoded.deepstack_features = [[part.to("meta") for part in layer] for layer in encoded.deepstack_features]
+    encoded.last_hidden_state = encoded.last_hidden_state.to("meta")
+    inputs["mm_encoder_outputs"] = {"image": encoded}
+
+
 class NoAutocast:
     """torch.autocast knows no meta device."""
 
@@ -93,18 +111,7 @@ def model_and_inputs(family: str, samples=SAMPLES):
     if "image_sizes" in inputs:
         inputs["image_sizes"] = inputs["image_sizes"].tolist()
     if family.startswith("qwen"):
-        with torch.no_grad():
-            pixels = {name: inputs.pop(name) for name in ("pixel_values", "image_grid_thw")}
-            encoded = model.base_model.get_image_features(**pixels, return_dict=True)
-            inputs["position_ids"] = model.base_model.get_rope_index(
-                inputs["input_ids"],
-                mm_token_type_ids=inputs.pop("mm_token_type_ids"),
-                image_grid_thw=pixels["image_grid_thw"],
-                attention_mask=inputs["attention_mask"],
-            )[0]
-        encoded.pooler_output = [features.to("meta") for features in encoded.pooler_output]
-        encoded.last_hidden_state = encoded.last_hidden_state.to("meta")
-        inputs["mm_encoder_outputs"] = {"image": encoded}
+        encode_beforehand(model, inputs)
     return model.to("meta"), inputs
 
 
@@ -207,19 +214,7 @@ def test_a_prompt_with_injected_layers_is_read_once(recipe, ask):
         families.table.build("qwen3_vl"),
         families.table.make_inputs("qwen3_vl", families.table.BATCHES["ragged"][:2]),
     )
-    with torch.no_grad():
-        pixels = {name: inputs.pop(name) for name in ("pixel_values", "image_grid_thw")}
-        encoded = model.model.get_image_features(**pixels, return_dict=True)
-        inputs["position_ids"] = model.model.get_rope_index(
-            inputs["input_ids"],
-            mm_token_type_ids=inputs.pop("mm_token_type_ids"),
-            image_grid_thw=pixels["image_grid_thw"],
-            attention_mask=inputs["attention_mask"],
-        )[0]
-    encoded.pooler_output = [features.to("meta") for features in encoded.pooler_output]
-    encoded.deepstack_features = [[part.to("meta") for part in features] for features in encoded.deepstack_features]
-    encoded.last_hidden_state = encoded.last_hidden_state.to("meta")
-    inputs["mm_encoder_outputs"] = {"image": encoded}
+    encode_beforehand(model, inputs)
     model = model.to("meta")
     with vp.wrap(model, recipe):
         _, reads = ask(model, inputs)

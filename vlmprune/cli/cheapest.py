@@ -67,12 +67,7 @@ def find_cheapest(wanted: Wanted, out: Path | None, as_json: bool) -> None:
     asked = {"tuning": Asking(processor, tuning, size, scenes), "held-out": Asking(processor, held_out, size, scenes)}
     model = read_weights()
     terminal.note(notes)
-    with _store(out, wanted.model, model, processor, tuning, held_out, size) as store, terminal.progress() as progress:
-        task = progress.add_task("")
-
-        def tick(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total)
-
+    with _store(out, wanted.model, model, processor, tuning, held_out, size) as store, terminal.steps() as tick:
         horizon, why = _horizon(processor, model, tuning, store, tick)
         candidates, left_out = propose(model, wanted.methods, wanted.budgets or GRID, horizon)
         trials = {name: Trials(name, model, asking, store, tick) for name, asking in asked.items()}

@@ -63,16 +63,14 @@ def measure(
     terminal.note([*notes, *questions.notes])
     split = data.split or ("test" if scenes else None)
     settings = settings_of(model, loaded, processor, questions, size, split=split)
-    with Store(None if out is None else out / STORE, settings, code_fingerprint()) as store, terminal.progress() as progress:
-        task = progress.add_task("", visible=shard.speaks)
-
-        def tick(step: str, done: int, total: int) -> None:
-            progress.update(task, description=step, completed=done, total=total)
-
+    with (
+        Store(None if out is None else out / STORE, settings, code_fingerprint()) as store,
+        terminal.steps(shard.speaks) as tick,
+    ):
         keep = (lambda answered: None) if out is None else (lambda answered: answered.write(out))
         rows = accuracy.measure(loaded, asking, chosen, store, shard, wait, tick, keep)
     if rows is None:
-        terminal.note([f"rank {shard.rank} of {shard.count} has answered its parts; rank 0 writes the result."])
+        terminal.note([shard.answered])
         return None
     units = len({question.unit for question in questions})
     return {

@@ -18,8 +18,8 @@ from vlmprune.loading.environment import quiet
 if TYPE_CHECKING:
     from vlmprune.evals.shards import Shard
 
-SCENES, SCENES_AT_ONCE, AT_ONCE = 100, 80, 8
-"""Scenes for each seed; questions about scenes in a batch; other questions in a batch."""
+SCENES = 100
+"""Scenes for each seed."""
 STORE = "sweep-answers"
 """Folder of the store, in that of the results."""
 
@@ -105,8 +105,10 @@ def sweep(
 
         torch.set_num_threads(threads)
     from vlmprune.evals import sweep_report
+    from vlmprune.evals.accuracy import SCENES_AT_ONCE
+    from vlmprune.evals.asking import BATCH_SIZE
 
-    size = batch or (SCENES_AT_ONCE if data is None else AT_ONCE)
+    size = batch or (SCENES_AT_ONCE if data is None else BATCH_SIZE)
     numbers = _run(model, asked, seeds, method, budget, size, shard, shard.device(device), device_map, out, wait)
     if numbers is not None:
         publish(sweep_report.result(numbers), "sweep", out, as_json)
@@ -145,15 +147,13 @@ def _run(
     chosen = {"images": data.images or "all", "split": data.split or ("test" if scenes else None)}
     settings = settings_of(model, loaded, processor, sets[0], size, **chosen)
     terminal.note(note for one in sets for note in one.notes)
-    with Store(None if out is None else out / STORE, settings, code_fingerprint()) as store, terminal.progress() as progress:
-        task = progress.add_task("", visible=shard.speaks)
-
-        def tick(step: str, done: int, total: int) -> None:
-            progress.update(task, description=step, completed=done, total=total)
-
+    with (
+        Store(None if out is None else out / STORE, settings, code_fingerprint()) as store,
+        terminal.steps(shard.speaks) as tick,
+    ):
         answered = answer(loaded, asked, evals.everything(plan, seeds, len(sets)), store, shard, wait, tick)
     if answered is None:
-        terminal.note([f"rank {shard.rank} of {shard.count} has answered its parts; rank 0 writes the result."])
+        terminal.note([shard.answered])
         return None
     if out is not None:
         answered.write(out)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -51,3 +52,15 @@ def progress() -> Progress:
 
     error = Console(stderr=True)
     return Progress(console=error, transient=True, disable=not error.is_terminal)
+
+
+@contextmanager
+def steps(visible: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar of named steps: a function to be called with the step that begins, how many are done, and of how many."""
+    with progress() as bar:
+        task = bar.add_task("", visible=visible)
+
+        def tick(step: str, done: int, total: int) -> None:
+            bar.update(task, description=step, completed=done, total=total)
+
+        yield tick

@@ -12,6 +12,7 @@ from vlmprune.live.cache import MarkedLayer
 from vlmprune.live.edits import Edits
 from vlmprune.live.entries import Entries
 from vlmprune.live.injected import Injections
+from vlmprune.live.kinds import Kind
 from vlmprune.live.layout import Bools, Layout, Tokens
 from vlmprune.live.record import Judged, Prefill
 from vlmprune.live.rows import Reduction
@@ -160,6 +161,11 @@ class Call:
     again: Any = None
     uncached: dict[int, MarkedLayer] = field(default_factory=dict)
     resumed: bool = False
+
+    def keeps_masks(self, kind: Kind) -> bool:
+        """Whether a mask that layers of a kind are given says more than which tokens are hidden, so that it is gathered and not
+        made anew."""
+        return self.custom or self.given_masks or not kind.causal
 
     def begin_sections(self, remaining: tuple[Tensor, ...], alive: Tensor, counts: tuple[int, ...]) -> None:
         """A prompt enters the language model: the first section begins, before all stages."""

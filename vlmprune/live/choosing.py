@@ -78,7 +78,7 @@ def make_tools(
         rotary: gives the rotary embeddings of `hidden`.
     """
     kind = model.kinds.of[index]
-    own = kwargs.get("attention_mask") if call.custom or call.given_masks or not kind.causal else None
+    own = kwargs.get("attention_mask") if call.keeps_masks(kind) else None
     run, tower = partial(_as_the_model, call, hidden.device), model.family.tower
 
     def ahead() -> Tensor:

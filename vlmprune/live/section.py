@@ -169,7 +169,7 @@ class Section:
         slots, valid = keys.slots[:, -queries:], keys.valid[:, -queries:]
         window = None if kind.window is None else window_in_slots(kind.window, keys.tokens, implementation)
         given = kwargs.get("attention_mask")
-        if (call.custom or call.given_masks or not kind.causal) and given is not None and "flash" not in implementation:
+        if call.keeps_masks(kind) and given is not None and "flash" not in implementation:
             return part_of_mask(given, rows.rows.to(hidden.device), valid, keys.slots, keys.valid, keys.tokens)
         seen, dense = keys.valid, keys.dense
         if call.past and call.mask is not None and call.mask.shape[1] > call.past:
