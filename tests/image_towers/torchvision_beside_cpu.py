@@ -17,8 +17,9 @@ class _Declares:
             import torch
 
             if not hasattr(torch.ops.torchvision, "nms"):
+                takes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
                 for operator in ("nms", "qnms"):
-                    torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                    torch.library.define(f"torchvision::{operator}", takes)
         return None
 
 
