@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.tiny.architecture import HEADS, TEXT_LAYERS, TEXT_WIDTH, VISION_WIDTH, VOCABULARY
+from vlmprune.tiny.architecture import CHAT_TEMPLATE, HEADS, TEXT_LAYERS, TEXT_WIDTH, VISION_WIDTH, VOCABULARY
 from vlmprune.tiny.clip_questions import CLIP_WORDS
 from vlmprune.tiny.scenes import GRID, PATCH, SIZE
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
-    from transformers import BatchFeature, LlavaNextVideoForConditionalGeneration, PreTrainedTokenizerFast
+    from transformers import LlavaNextVideoForConditionalGeneration, PreTrainedTokenizerFast
 
 POOL = 2
 """Patches along each side of a visual token of a clip."""
@@ -25,6 +23,13 @@ CLIP_VOCABULARY: dict[str, int] = {
     word: index for index, word in enumerate((*VOCABULARY, VIDEO, *(word for word in CLIP_WORDS if word not in VOCABULARY)))
 }
 """The picture model's words with their numbers, then the words of clips."""
+
+
+CLIP_CHAT_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{% for part in message['content'] if part['type'] == 'text' %}",
+    "{% for part in message['content'] if part['type'] == 'video' %}<video>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}",
+)
 
 
 def build_clip_model() -> LlavaNextVideoForConditionalGeneration:
@@ -84,3 +89,44 @@ def build_clip_tokenizer() -> PreTrainedTokenizerFast:
 def clip_prompt(question: str) -> str:
     """The full prompt for a question about one clip."""
     return f"USER: {VIDEO}\n{question} ASSISTANT:"
+
+
+def build_clip_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
+    """A processor that takes clips as lists of frames, `processor(text=…, videos=[frames, …], return_tensors="pt")`.
+
+    The stock `LlavaNextVideoProcessor` needs torchvision; this one makes the same inputs with PIL.
+    """
+    import torch
+    from transformers import BatchFeature, ProcessorMixin
+
+    from vlmprune.tiny.architecture import build_picture_processor
+
+    class ClipProcessor(ProcessorMixin):
+        """Frames through the picture model's image processor, and one `<video>` for every visual token."""
+
+        image_token, video_token = "<image>", VIDEO
+
+        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+            super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+        def __call__(
+            self, text: str | Sequence[str], videos: Sequence[Sequence[Image.Image]] = (), **options: Any
+        ) -> BatchFeature:
+            texts = [text] if isinstance(text, str) else list(text)
+            if sum(one.count(VIDEO) for one in texts) != len(videos):
+                raise ValueError(f"found {sum(one.count(VIDEO) for one in texts)} {VIDEO} for {len(videos)} clips")
+            lengths = iter([len(frames) * CELLS * CELLS for frames in videos])
+            whole = ["".join(VIDEO * next(lengths) if part == VIDEO else part for part in _split(one)) for one in texts]
+            made = dict(self.tokenizer(whole, **options))
+            if videos:
+                pixels = [self.image_processor(list(frames), return_tensors="pt")["pixel_values"] for frames in videos]
+                made["pixel_values_videos"] = torch.stack(pixels)
+            return BatchFeature(made)
+
+    return ClipProcessor(build_picture_processor(), tokenizer or build_clip_tokenizer(), CLIP_CHAT_TEMPLATE)
+
+
+def _split(text: str) -> list[str]:
+    """A text in pieces, of which every `<video>` is one."""
+    first, *others = text.split(VIDEO)
+    return [first, *(piece for other in others for piece in (VIDEO, other))]

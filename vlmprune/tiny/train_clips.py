@@ -30,7 +30,7 @@ def schedules() -> dict[str, Schedule]:
 
     return {
         "pooling": Schedule(steps=300, muon_lr=0.01, adam_lr=3e-3, weight_decay=0.1, decay_from=0.4),
-        "clips": Schedule(steps=1_200, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, decay_from=0.4),
+        "clips": Schedule(steps=900, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, decay_from=0.4),
     }
 
 
@@ -95,7 +95,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("tiny-clips-training"), help="folder for state, log and checkpoint")
     parser.add_argument("--resume", action="store_true", help="continue from the state in --out if there is one")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="factor on the steps of both stages")
-    parser.add_argument("--clips", type=int, default=8_000, help="clips in the pool of the second stage")
+    parser.add_argument("--clips", type=int, default=2_400, help="clips in the pool of the second stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")

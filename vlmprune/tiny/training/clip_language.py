@@ -21,7 +21,7 @@ from vlmprune.tiny.architecture import TEXT_WIDTH, VOCABULARY
 from vlmprune.tiny.clip_model import CELLS
 from vlmprune.tiny.clip_questions import CLIP_SKILLS
 from vlmprune.tiny.clips import FRAMES, compose_clip
-from vlmprune.tiny.training.clip_packing import CLIP_PREFIX, ClipBatch, pack_clips, pose_clip
+from vlmprune.tiny.training.clip_packing import VISUAL, ClipBatch, pack_clips, pose_clip
 from vlmprune.tiny.training.clip_pooling import frame_pixels, patches, pooled
 from vlmprune.tiny.training.language import normed, read
 from vlmprune.tiny.training.loop import replace_file
@@ -33,6 +33,8 @@ TIME_LAYER, HISTORY_LAYER = 2, 3
 NOUN_LAYER = 3
 """Layer in which the first two heads attend from a noun to what it means; the picture model's."""
 _HELP, _HELP_UNTIL = 0.3, 0.6
+_FEW, _FEW_UNTIL = 128, 0.6
+"""Visual tokens of a clip in the first part of the stage, and the share of the stage that this is: background is left out."""
 _BLOCK = 100
 
 
@@ -90,11 +92,16 @@ class ClipLanguageStage:
         help_weight = _HELP * max(0.0, 1 - progress / _HELP_UNTIL)
         helped: dict[str, Tensor] = {}
 
+        visual = self._visual[chosen].float()
+        kept = _some_background(batch.shown, seed) if progress < _FEW_UNTIL else torch.arange(VISUAL).expand(self.batch, -1)
+        batch = batch.among(kept)
+        visual = visual.gather(1, kept[..., None].expand(-1, -1, visual.shape[-1]))
+
         def on_layer(index: int, hidden: Tensor, queries: Tensor, keys: Tensor) -> None:
             if help_weight:
-                helped.update(self._help(index, batch, hidden, queries, keys))
+                helped.update(self._help(index, batch, kept, hidden, queries, keys))
 
-        hidden = read(self.model, self._visual[chosen].float(), batch, on_layer)
+        hidden = read(self.model, visual, batch, on_layer, 2 + kept)
         final = normed(self.model.model.language_model.norm, hidden[batch.picture, batch.token])
         logits = self.model.lm_head(final).float()
         loss = functional.cross_entropy(logits, batch.labels)
@@ -102,28 +109,39 @@ class ClipLanguageStage:
             loss = loss + help_weight * torch.stack(list(helped.values())).sum()
         return loss, {**{name: term.item() for name, term in helped.items()}, **right_by_skill(logits, batch)}
 
-    def _help(self, layer: int, batch: ClipBatch, hidden: Tensor, queries: Tensor, keys: Tensor) -> dict[str, Tensor]:
+    def _help(
+        self, layer: int, batch: ClipBatch, kept: Tensor, hidden: Tensor, queries: Tensor, keys: Tensor
+    ) -> dict[str, Tensor]:
         """Auxiliary losses of one layer."""
+        prefix = 2 + kept.shape[1]
         terms: dict[str, Tensor] = {}
         if layer == EARLIER_LAYER:
             asking = queries[batch.cell_picture, EARLIER_HEAD, 2 + batch.cell].float()
-            scores = (keys[:, EARLIER_HEAD, :CLIP_PREFIX].float()[batch.cell_picture] @ asking[:, :, None]).squeeze(2)
-            later = torch.arange(CLIP_PREFIX) > 2 + batch.cell[:, None]
+            scores = (keys[:, EARLIER_HEAD, :prefix].float()[batch.cell_picture] @ asking[:, :, None]).squeeze(2)
+            later = torch.arange(prefix) > 2 + batch.cell[:, None]
             terms["earlier"] = -(scores.masked_fill(later, -1e4).log_softmax(-1) * batch.earlier).sum(-1).mean()
         if layer == TIME_LAYER:
-            guess = self.probe["time"](hidden[:, 2:CLIP_PREFIX]).float().squeeze(-1)
-            terms["time"] = 4 * functional.mse_loss(guess, self._times.expand_as(guess))
+            guess = self.probe["time"](hidden[:, 2:prefix]).float().squeeze(-1)
+            terms["time"] = 4 * functional.mse_loss(guess, self._times[kept])
         if layer == HISTORY_LAYER:
             guess = self.probe["history"](hidden[batch.cell_picture, 2 + batch.cell]).float()
             terms["new"] = functional.binary_cross_entropy_with_logits(guess[:, 0], batch.history[:, 0])
             terms["moved"] = 4 * functional.mse_loss(guess[:, 1:], batch.history[:, 1:])
         if layer == NOUN_LAYER:
-            asking = queries[batch.noun_picture, :2, CLIP_PREFIX + batch.noun_token].float()
+            asking = queries[batch.noun_picture, :2, prefix + batch.noun_token].float()
             scores = torch.einsum("nhd,nhkd->nhk", asking, keys[batch.noun_picture, :2].float())
             allowed = batch.mask[batch.noun_picture, 0, batch.noun_token]
-            scores = scores.masked_fill(~allowed[:, None], -1e4).log_softmax(-1)[..., :CLIP_PREFIX]
+            scores = scores.masked_fill(~allowed[:, None], -1e4).log_softmax(-1)[..., :prefix]
             terms["noun"] = -(scores * batch.noun_wanted).sum(-1).mean()
         return terms
+
+
+def _some_background(shown: Tensor, seed: int) -> Tensor:
+    """Rising indices `[B, n]` of the visual tokens: all that show an object, and random others, so that `n` is the same in all
+    rows and at least `_FEW`."""
+    count = max(_FEW, int(shown.sum(1).max()))
+    chance = torch.rand(shown.shape, generator=torch.Generator().manual_seed(seed % 2**31))
+    return (chance + shown).topk(count, dim=1).indices.sort(dim=1).values
 
 
 def right_by_skill(logits: Tensor, batch: ClipBatch) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class ClipBatch:
         cell_picture, cell: `[c]` cells that encode a whole object, `cell` counted in the clip's visual tokens.
         earlier: `[c, CLIP_PREFIX]` the attention that such a cell should have to earlier frames.
         history: `[c, 3]` whether the object is new, and its movement in x and y since the earlier frames.
+        shown: `[B, VISUAL]` bool, True on cells that show an object.
     """
 
     ids: Tensor
@@ -58,6 +59,22 @@ class ClipBatch:
     cell: Tensor
     earlier: Tensor
     history: Tensor
+    shown: Tensor
+
+    def among(self, kept: Tensor) -> ClipBatch:
+        """The same with the visual tokens `kept` `[B, n]` alone, rising; all cells that show an object are among them."""
+        start = torch.tensor([[0, 1]]).expand(len(kept), -1)
+        columns = torch.cat([start, 2 + kept], 1)  # of the prefix
+        asking = torch.arange(self.ids.shape[1]).expand(len(kept), -1) + CLIP_PREFIX
+        whole = torch.cat([columns, asking], 1)[:, None, None].expand(-1, 1, self.ids.shape[1], -1)
+        wanted = columns[self.noun_picture][:, None].expand(-1, 2, -1)
+        return replace(
+            self,
+            mask=self.mask.gather(3, whole),
+            noun_wanted=self.noun_wanted.gather(2, wanted),
+            cell=torch.searchsorted(kept[self.cell_picture], self.cell[:, None]).squeeze(1),
+            earlier=self.earlier.gather(1, columns[self.cell_picture]),
+        )
 
 
 def pose_clip(clip: Clip, rng: random.Random) -> list[ClipQuestion]:
@@ -77,17 +94,20 @@ class _Cells:
     """`[VISUAL]` index of the actor whose whole a cell encodes, or -1."""
     centre: np.ndarray
     """`[VISUAL]` index of the actor whose centre pixel a cell has, or -1."""
+    shown: np.ndarray
+    """`[VISUAL]` bool, True on cells that are not background, or not clearly."""
 
     @classmethod
     def of(cls, clip: Clip) -> _Cells:
-        core, centre = [], []
+        core, centre, shown = [], [], []
         for frame in range(FRAMES):
             present = [index for index, actor in enumerate(clip.actors) if actor.seen[frame] is not None]
             known: CellTarget = cell_target(clip.objects(frame))
             actor_of = np.array([*present, -1])[known.object_of]
             core.append(np.where(known.core, actor_of, -1))
             centre.append(np.where(known.centre, actor_of, -1))
-        return cls(np.concatenate(core), np.concatenate(centre))
+            shown.append((known.object_of >= 0) | ~known.clear)
+        return cls(np.concatenate(core), np.concatenate(centre), np.concatenate(shown))
 
     def seen(self, sights: Sights, centres: bool) -> np.ndarray:
         """Weights over the prefix: the cells of these sights, every sight with the same sum."""
@@ -135,8 +155,10 @@ def pack_clips(clips: list[Clip], questions: list[list[ClipQuestion]]) -> ClipBa
     skills: list[str] = []
     nouns: list[tuple[int, int, np.ndarray]] = []
     histories: list[tuple[int, int, np.ndarray, tuple[float, float, float]]] = []
+    shown: list[np.ndarray] = []
     for picture, (clip, asked) in enumerate(zip(clips, questions, strict=True)):
         cells = _Cells.of(clip)
+        shown.append(cells.shown)
         histories += [(picture, *row) for row in _histories(clip, cells)]
         for question in asked:
             start = len(tokens[picture])
@@ -176,4 +198,5 @@ def pack_clips(clips: list[Clip], questions: list[list[ClipQuestion]]) -> ClipBa
         cell=integers([row[1] for row in histories]),
         earlier=torch.from_numpy(np.stack([row[2] for row in histories])),
         history=torch.tensor([row[3] for row in histories]),
+        shown=torch.from_numpy(np.stack(shown)),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from vlmprune.tiny.scenes import COLOURS, SHAPES, Scene, compose
 from vlmprune.tiny.training.code import FIELDS, SCALE, directions, target
 from vlmprune.tiny.training.packing import PREFIX, SINGULAR, Batch, Looks, pack, pose
 from vlmprune.tiny.training.vision import pixels, projected
+
+if TYPE_CHECKING:
+    from vlmprune.tiny.training.clip_packing import ClipBatch
 
 WORD_LAYER, NOUN_LAYER = 1, 3
 """Layers with auxiliary losses on the first heads: attention from a colour or shape word to the patches that encode it, and
@@ -61,10 +65,13 @@ def initialise(model: LlavaForConditionalGeneration, seed: int) -> None:
 def read(
     model: LlavaForConditionalGeneration,
     visual: Tensor,
-    batch: Batch,
+    batch: Batch | ClipBatch,
     on_layer: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Hidden states `[B, Q, D]` of packed questions after visual tokens `[B, P, D]`, before the final norm.
+
+    `places` `[B, P]` are the visual tokens' positions, where some were left out; otherwise they follow each other.
 
     It computes what the stock forward pass computes with a block mask. `on_layer(index, hidden, queries, keys)` receives each
     layer's input `[B, prefix + Q, D]`, and all scaled queries and keys `[B, H, prefix + Q, d]`; the prefix is `<s> USER:` and
@@ -75,7 +82,10 @@ def read(
     prefix = 2 + visual.shape[1]
     start = language.embed_tokens(torch.tensor([VOCABULARY["<s>"], VOCABULARY["USER:"]]))
     hidden = torch.cat([start.expand(size, -1, -1), visual, language.embed_tokens(batch.ids)], 1)
-    positions = torch.cat([torch.arange(prefix).expand(size, -1), batch.position_ids], 1)
+    seen_at = torch.arange(prefix).expand(size, -1)
+    if places is not None:
+        seen_at = torch.cat([seen_at[:, :2], places], 1)
+    positions = torch.cat([seen_at, batch.position_ids], 1)
     rotation = language.rotary_emb(hidden, positions)
     head = language.layers[0].self_attn.head_dim
     causal = _penalty(torch.ones(prefix, prefix, dtype=torch.bool).tril(), hidden.dtype)
