@@ -13,6 +13,7 @@ from torch.nn import functional
 
 SIDE, PATCH = 48, 8
 """Height and width of pictures, and of patches, in pixels."""
+PATCHES = (SIDE // PATCH) ** 2
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Tower:
         before: tokens before the patches.
         rooms: what the oracle has to mask besides the blocks: "average" with the path of what is averaged, or "pool" with the path
             of attention behind the blocks.
-        side: height and width of its pictures.
+        side: height and width of its pictures, of 6 × 6 patches.
     """
 
     make: Callable[[], nn.Module]
@@ -78,7 +79,7 @@ def masked(tower: Tower, model: nn.Module, pixels: Tensor, kept: Sequence[tuple[
 
 
 def _masked_one(tower: Tower, model: nn.Module, picture: Tensor, stays: list[tuple[int, Tensor]]) -> Tensor:
-    patches = (tower.side // PATCH) ** 2
+    patches = PATCHES
     visible = torch.ones(tower.before + patches, dtype=torch.bool)
     handles, blocks = [], model.get_submodule(tower.blocks)
     hide = Hide()
