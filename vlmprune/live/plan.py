@@ -180,5 +180,9 @@ def _see_attention(
 
 def _facts(family: Any, base: nn.Module) -> TowerFacts:
     """Facts about this model that methods may use: its checkpoint may lack what its family usually has."""
-    refusal = None if family.tower is None else family.tower.refusal(base)
-    return family.facts if refusal is None else replace(family.facts, cls=False, refusal=refusal)
+    facts: TowerFacts = family.facts
+    if family.tower is None:
+        return facts
+    if (refusal := family.tower.refusal(base)) is not None:
+        return replace(facts, cls=False, refusal=refusal)
+    return replace(facts, blocks=family.tower.feature_block(base.config) + 1)
