@@ -162,7 +162,7 @@ def choose(
                 see = replace(see, over_picture=_of_parts(over_image(), members))
             chosen = method.select(see, keep)
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
-        _check_choice(bound, choice, members, keep, hidden)
+        check_choice(bound, choice, len(group), len(first), keep, hidden.shape[-1])
         if explains:
             reasons |= zip(group, judged(method, see, choice, [part.index for part in members]), strict=True)
         for number, part in enumerate(members):
@@ -177,10 +177,19 @@ def choose(
     return StageResult(remaining, features, any(x is not None for x in features), judged=why)
 
 
-def left_by_tower(prompt: Prompt, hidden: Tensor) -> StageResult:
-    """What the vision tower left of every image: the rest are rows of NaN in `hidden` `[batch, token, dim]`."""
+def left_before_tower(prompt: Prompt, hidden: Tensor, marked: bool) -> StageResult:
+    """What entered the vision tower of every image, or what left it: the rest are rows of NaN in `hidden` `[batch, token,
+    dim]`.
+
+    Args:
+        marked: rows that end in infinity entered the tower, and were dropped inside it (`TowerPass.restore`).
+    """
     images, real = prompt.layout.images, prompt.tokens.real
-    there = on_host(~torch.cat([hidden[image.sample, image.places_on_device.to(hidden.device), 0] for image in images]).isnan())
+
+    def column(number: int) -> Tensor:
+        return torch.cat([hidden[image.sample, image.places_on_device.to(hidden.device), number] for image in images])
+
+    there = on_host(~(column(0).isnan() & ~column(-1).isinf() if marked else column(0).isnan()))
     seen = np.concatenate([real[image.sample, image.places] for image in images])
     ends = np.cumsum(list(map(len, images)))[:-1]
     remaining = tuple(
@@ -188,6 +197,18 @@ def left_by_tower(prompt: Prompt, hidden: Tensor) -> StageResult:
         for mine, image in zip(np.split(there & seen, ends), images, strict=True)
     )
     return StageResult(remaining, (None,) * len(remaining), emptied=not there.all())
+
+
+def left_by_tower(call: Call, prompt: Prompt, hidden: Tensor) -> StageResult:
+    """What the tower left of what entered it, where both are stages: `hidden` `[batch, token, dim]` has the latter."""
+    remaining, images = call.section.remaining, prompt.layout.images
+    rows = [
+        hidden[image.sample, rows_now(call, number, index).to(hidden.device), 0]
+        for number, (image, index) in enumerate(zip(images, remaining, strict=True))
+    ]
+    there = np.split(on_host(~torch.cat(rows).isnan()), np.cumsum(list(map(len, remaining)))[:-1])
+    left = [index[on_device(mine.nonzero()[0], index.device)] for index, mine in zip(remaining, there, strict=True)]
+    return StageResult(tuple(left), (None,) * len(left), emptied=not all(mine.all() for mine in there))
 
 
 def merged(call: Call, prompt: Prompt, chosen: StageResult, hidden: Tensor) -> Tensor:
@@ -249,15 +270,19 @@ def _joined(
     return index, features[order.to(features.device)]
 
 
-def _check_choice(bound: BoundStage, choice: Choice, group: Sequence[Part], keep: int, hidden: Tensor) -> None:
+def check_choice(bound: BoundStage, choice: Choice, images: int, visual: int, keep: int, dim: int | None) -> None:
     """Refuse what a method chose, if it is not what it was asked for. It does not wait for a GPU: there, wrong indices fail as
     an assertion on the device.
+
+    Args:
+        images, visual, keep: pictures, tokens of each, and how many of them it was asked to keep.
+        dim: width of the features that it may return; None if it cannot merge here.
 
     Raises:
         UsageError: the wrong kind of index, another number, indices that are out of range or do not rise, features that do not
             fit.
     """
-    name, visual, images = f"{bound.method.name}.select", len(group[0].index), len(group)
+    name = f"{bound.method.name}.select"
     apart = choice.index.ndim > 0 if isinstance(choice.index, Tensor) else isinstance(choice.index, list | tuple)
     rows: Any = choice.index if apart else [choice.index]
     for row in rows:
@@ -277,8 +302,9 @@ def _check_choice(bound: BoundStage, choice: Choice, group: Sequence[Part], keep
             torch._assert_async(good, bad)
         elif not good:
             raise UsageError(f"{bad}, found {row.tolist()}.")
-    if choice.features is not None and list(choice.features.shape) != [images, keep, hidden.shape[-1]]:
-        wanted = [images, keep, hidden.shape[-1]]
+    if choice.features is not None and dim is None:
+        raise UsageError(f"{name} returned features, and nothing can be merged before the vision tower: return indices alone.")
+    if choice.features is not None and list(choice.features.shape) != (wanted := [images, keep, dim]):
         raise UsageError(
             f"{name} must return features [image, keep, dim] of shape {wanted}, found {list(choice.features.shape)}."
         )

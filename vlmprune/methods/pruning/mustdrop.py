@@ -31,7 +31,7 @@ from vlmprune.errors import UsageError
 from vlmprune.methods.base import Choice, alive_top, top
 from vlmprune.methods.parameters import number
 from vlmprune.methods.tower import TowerPruner, TowerState
-from vlmprune.schedule import Budget, Schedule, Stage, stages
+from vlmprune.schedule import Budget, Schedule, Site, Stage, stages
 from vlmprune.view import TowerFacts, View
 
 WINDOW = 3
@@ -74,13 +74,20 @@ class MustDrop(TowerPruner):
     windows: int | None = number(None, low=0, whole=True)
     cache_layer: int = number(2, low=-1, whole=True)
 
-    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
+    def __post_init__(
+        self,
+        layer: int | None,
+        tokens: int | None,
+        fraction: float | None,
+        preset: str | None,
+        site: Site | None,
+    ) -> None:
         if str(preset) in THRESHOLDS and self.global_threshold is None and self.individual_threshold is None:
             object.__setattr__(self, "global_threshold", THRESHOLDS[str(preset)][0])
             object.__setattr__(self, "individual_threshold", THRESHOLDS[str(preset)][1])
-        if self.thresholds and all(given is None for given in (self.schedule, layer, tokens, fraction, preset)):
+        if self.thresholds and all(given is None for given in (self.schedule, layer, tokens, fraction, preset, site)):
             object.__setattr__(self, "schedule", FILTERED)
-        super().__post_init__(layer, tokens, fraction, preset)
+        super().__post_init__(layer, tokens, fraction, preset, site)
 
     def validate(self) -> None:
         if (self.global_threshold is None) != (self.individual_threshold is None):

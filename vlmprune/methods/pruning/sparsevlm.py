@@ -22,7 +22,7 @@ from torch import Tensor
 from vlmprune.methods.base import Choice, Pruner, top
 from vlmprune.methods.merging import density_peaks, gathered, rows
 from vlmprune.methods.parameters import choice
-from vlmprune.schedule import Stage, stages
+from vlmprune.schedule import Site, Stage, stages
 from vlmprune.view import View
 
 HEADS = 14
@@ -57,8 +57,15 @@ class SparseVLM(Pruner):
 
     version: float = choice(1.5, 2)
 
-    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
-        super().__post_init__(layer, tokens, fraction, preset)
+    def __post_init__(
+        self,
+        layer: int | None,
+        tokens: int | None,
+        fraction: float | None,
+        preset: str | None,
+        site: Site | None,
+    ) -> None:
+        super().__post_init__(layer, tokens, fraction, preset, site)
         if preset is not None:
             object.__setattr__(self, "version", 2 if preset.startswith("v2") else 1.5)
 
