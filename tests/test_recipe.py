@@ -50,7 +50,7 @@ def test_published_defaults():
         ("fastv + ", "a part of the recipe 'fastv + ' is empty"),
         ("fastv:leyer=2", "unknown parameter of fastv 'leyer': did you mean 'layer' or 'cache_layer'?"),
         ("fastv:seed=1", "unknown parameter of fastv 'seed'"),
-        ("random:sed=1", "did you mean 'seed'?"),
+        ("random:sed=1", "did you mean 'seed' or 'site'?"),
         ("fastv:layer", "cannot read 'layer'"),
         ("fastv:layer=", "cannot read 'layer='"),
         ("fastv:layer=two", "layer must be a number, found 'two'"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from inspect import signature
@@ -177,38 +177,33 @@ def choose(
     return StageResult(remaining, features, any(x is not None for x in features), judged=why)
 
 
-def left_before_tower(prompt: Prompt, hidden: Tensor, marked: bool) -> StageResult:
-    """What entered the vision tower of every image, or what left it: the rest are rows of NaN in `hidden` `[batch, token,
-    dim]`.
+def left_by_tower(call: Call, prompt: Prompt, hidden: Tensor, first: bool, last: bool) -> StageResult:
+    """What a stage before or inside the vision tower left of every image: rows of NaN in `hidden` `[batch, token, dim]` were
+    dropped.
 
     Args:
-        marked: rows that end in infinity entered the tower, and were dropped inside it (`TowerPass.restore`).
+        first, last: of the stages there. If there are two, rows that end in infinity entered the tower, and were dropped inside
+            it (`TowerSequence.restore`).
     """
     images, real = prompt.layout.images, prompt.tokens.real
+    places = [image.places_on_device for image in images]
+    if not first:
+        places = [rows_now(call, number, index) for number, index in enumerate(call.section.remaining)]
 
     def column(number: int) -> Tensor:
-        return torch.cat([hidden[image.sample, image.places_on_device.to(hidden.device), number] for image in images])
+        rows = zip(images, places, strict=True)
+        return torch.cat([hidden[image.sample, mine.to(hidden.device), number] for image, mine in rows])
 
-    there = on_host(~(column(0).isnan() & ~column(-1).isinf() if marked else column(0).isnan()))
-    seen = np.concatenate([real[image.sample, image.places] for image in images])
-    ends = np.cumsum(list(map(len, images)))[:-1]
-    remaining = tuple(
-        on_device(mine.nonzero()[0], image.places_on_device.device)
-        for mine, image in zip(np.split(there & seen, ends), images, strict=True)
-    )
-    return StageResult(remaining, (None,) * len(remaining), emptied=not there.all())
-
-
-def left_by_tower(call: Call, prompt: Prompt, hidden: Tensor) -> StageResult:
-    """What the tower left of what entered it, where both are stages: `hidden` `[batch, token, dim]` has the latter."""
-    remaining, images = call.section.remaining, prompt.layout.images
-    rows = [
-        hidden[image.sample, rows_now(call, number, index).to(hidden.device), 0]
-        for number, (image, index) in enumerate(zip(images, remaining, strict=True))
-    ]
-    there = np.split(on_host(~torch.cat(rows).isnan()), np.cumsum(list(map(len, remaining)))[:-1])
-    left = [index[on_device(mine.nonzero()[0], index.device)] for index, mine in zip(remaining, there, strict=True)]
-    return StageResult(tuple(left), (None,) * len(left), emptied=not all(mine.all() for mine in there))
+    there = on_host(~(column(0).isnan() if last else column(0).isnan() & ~column(-1).isinf()))
+    ends = np.cumsum(list(map(len, places)))[:-1]
+    if first:
+        seen = np.concatenate([real[image.sample, image.places] for image in images])
+        numbers = [mine.nonzero()[0] for mine in np.split(there & seen, ends)]
+        left = [on_device(mine, image.places_on_device.device) for mine, image in zip(numbers, images, strict=True)]
+    else:
+        pairs = zip(call.section.remaining, np.split(there, ends), strict=True)
+        left = [index[on_device(mine.nonzero()[0], index.device)] for index, mine in pairs]
+    return StageResult(tuple(left), (None,) * len(left), emptied=not there.all())
 
 
 def merged(call: Call, prompt: Prompt, chosen: StageResult, hidden: Tensor) -> Tensor:

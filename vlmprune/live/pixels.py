@@ -66,8 +66,8 @@ def check_pixels(family: Family, base: nn.Module, bound: BoundStage) -> None:
     if any(size > step for size, step in zip(kernel, stride, strict=True)) or any(padding):
         raise UsageError(
             f"{name} drops patches before the vision tower, but the patches of this one overlap: its patch embedding has a "
-            f"kernel of {_times(kernel)}, a stride of {_times(stride)} and a padding of {_times(padding)}, so that one pixel is in "
-            "several patches; choose a method that prunes in the language model."
+            f"kernel of {_times(kernel)}, a stride of {_times(stride)} and a padding of {_times(padding)}, so that a pixel is "
+            "in several patches; choose a method that prunes in the language model."
         )
 
 

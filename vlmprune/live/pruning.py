@@ -21,7 +21,7 @@ from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layers
 from vlmprune.live.call import Call, Prompt, StageResult
-from vlmprune.live.choosing import BoundStage, Model, choose, left_before_tower, left_by_tower, make_tools, merged
+from vlmprune.live.choosing import BoundStage, Model, choose, left_by_tower, make_tools, merged
 from vlmprune.live.explain import how_it_chooses
 from vlmprune.live.kinds import Kinds
 from vlmprune.live.record import Clock, Judged, Kept
@@ -200,11 +200,7 @@ class Pruning:
         chosen = prompt.chosen.get(bound.number)
         if chosen is None or not (first or prompt.replayed):  # a layer that is run again saves the same tensors again
             if bound.stage.site in IN_TOWER:
-                second = len(self._in_tower) > 1
-                if bound is self._in_tower[0]:
-                    chosen = left_before_tower(prompt, hidden, marked=second)
-                else:
-                    chosen = left_by_tower(call, prompt, hidden)
+                chosen = left_by_tower(call, prompt, hidden, bound is self._in_tower[0], bound is self._in_tower[-1])
                 prompt.entered = [len(index) for index in chosen.remaining]
             else:
                 _refuse_lost_gradient(bound, prompt)

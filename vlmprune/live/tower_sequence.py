@@ -1,6 +1,7 @@
 """The sequence that runs through the blocks of a vision tower: whose patches it has, and how it becomes shorter.
 
-A crop that was shortened leaves the projector at full length, with NaN in the rows of dropped patches; `live/tower.py` says why.
+A crop that was shortened leaves the projector at full length, with NaN in the rows of dropped patches: `live/tower.py` says
+why.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Pruner:
     tokens: InitVar[int | None] = number(None, low=0, whole=True)  # checked by Budget
     fraction: InitVar[float | None] = number(None, low=0, high=1)
     preset: InitVar[str | None] = None
-    site: InitVar[Site | None] = None
+    site: InitVar[Site | None] = choice(None, "pixels", "vision", "llm")
     positions: Positions = choice("original", "compact")
     cache_layer: int = number(-1, low=-1, whole=True)
     newlines: Literal["keep", "drop"] = choice("keep", "drop")
@@ -128,7 +128,7 @@ class Pruner:
             raise UsageError(f"{self.name}: give schedule=…, preset=…, or layer, tokens, fraction and site; only one of these.")
         if preset is not None and not (isinstance(preset, str) and preset in self.presets):
             raise unknown(f"preset of {self.name}", preset if isinstance(preset, str) else shown(preset), self.presets)
-        settle(self)
+        settle(self, site=site)
         if self.schedule is None:
             schedule = self.presets[preset] if preset is not None else self._from_defaults(layer, tokens, fraction, site)
             object.__setattr__(self, "schedule", schedule)
