@@ -7,8 +7,7 @@ from typing import Any
 from unittest import mock
 
 import timm
-import torch
-from towers import PATCH, SIDE, Tower
+from image_towers.towers import PATCH, SIDE, Tower
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
