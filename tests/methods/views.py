@@ -170,7 +170,7 @@ def alone(see: View, image: int) -> View:
                 own[name] = own[name][:, :, words]
             elif "text" in name:
                 own[name] = own[name][:, words]
-    return View(see.layer, see.original, see.position[image : image + 1], own, see.entered, see.side)
+    return View(see.layer, see.original, see.position[image : image + 1], own, see.entered, see.side, see.grid)
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Case:
 
     def declared(self, see: View) -> View:
         probes = {need: see.probes[need] for need in self.needs}
-        return View(self.layer, see.original, see.position, probes, see.entered, see.side)
+        return View(self.layer, see.original, see.position, probes, see.entered, see.side, see.grid)
 
 
 CASES = {name: Case(form.method, form.layer, form.idle) for row in PRUNING for name, form in row.views.items()}
