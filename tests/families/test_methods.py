@@ -82,6 +82,7 @@ REFUSED: list[tuple[str, Callable[[Pair], bool]]] = [
     ),
     ("how patches enter that of", lambda pair: pair.method == "pixelprune" and pair.family not in PATCHES),
     ("this one needs all to its end", lambda pair: (pair.family, pair.method) == ("internvl", "mustdrop")),
+    ("needs all of them up to its end", lambda pair: (pair.family, pair.method) == ("internvl", "evit")),
     ("adds softcap", _softcap),
     ("has no attention", lambda pair: TINY[pair.family].recurrent and pair.method == "pdrop"),
     ("later layers see the keys that layer 2 stores", lambda pair: (pair.family, pair.method) == ("gemma4_e", "pdrop")),

@@ -162,7 +162,7 @@ def choose(
                 see = replace(see, over_picture=_of_parts(over_image(), members))
             chosen = method.select(see, keep)
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
-        check_choice(bound, choice, len(group), len(first), keep, hidden.shape[-1])
+        check_choice(method, choice, len(group), len(first), keep, hidden.shape[-1])
         if explains:
             reasons |= zip(group, judged(method, see, choice, [part.index for part in members]), strict=True)
         for number, part in enumerate(members):
@@ -265,19 +265,20 @@ def _joined(
     return index, features[order.to(features.device)]
 
 
-def check_choice(bound: BoundStage, choice: Choice, images: int, visual: int, keep: int, dim: int | None) -> None:
+def check_choice(method: Pruner, choice: Choice, images: int, visual: int, keep: int, dim: int | None) -> None:
     """Refuse what a method chose, if it is not what it was asked for. It does not wait for a GPU: there, wrong indices fail as
     an assertion on the device.
 
     Args:
-        images, visual, keep: pictures, tokens of each, and how many of them it was asked to keep.
-        dim: width of the features that it may return; None if it cannot merge here.
+        images, visual: pictures that were shown, and tokens of each.
+        keep: tokens to keep of each; the most of them, if the method is `adaptive`.
+        dim: width of hidden states; None where nothing can be merged.
 
     Raises:
         UsageError: the wrong kind of index, another number, indices that are out of range or do not rise, features that do not
             fit.
     """
-    name = f"{bound.method.name}.select"
+    name = f"{method.name}.select"
     apart = choice.index.ndim > 0 if isinstance(choice.index, Tensor) else isinstance(choice.index, list | tuple)
     rows: Any = choice.index if apart else [choice.index]
     for row in rows:
@@ -285,8 +286,8 @@ def check_choice(bound: BoundStage, choice: Choice, images: int, visual: int, ke
             found = f"{row.dtype} of shape {list(row.shape)}" if isinstance(row, Tensor) else shown(row)
             raise UsageError(f"{name} must return whole numbers [image, keep], found {found} for a picture.")
     counts = [len(row) for row in rows]
-    if len(counts) != images or max(counts) > keep or (min(counts) < keep and not bound.adaptive):
-        at_most = "at most " if bound.adaptive else ""
+    if len(counts) != images or max(counts) > keep or (min(counts) < keep and not method.adaptive):
+        at_most = "at most " if method.adaptive else ""
         raise UsageError(f"{name} chose {counts} tokens of {images} pictures, expected {at_most}{keep} of each.")
     for row in rows:
         if row.device.type == "meta" or not len(row):

@@ -150,7 +150,7 @@ def choose_tokens(bound: BoundStage, budget: Budget, facts: TowerFacts, entering
             continue
         found = bound.method.select(_view(bound, facts, alike), keep)
         choice = found if isinstance(found, Choice) else Choice(found)
-        check_choice(bound, choice, images, tokens, keep, None)
+        check_choice(bound.method, choice, images, tokens, keep, None)
         for number, index in zip(alike.numbers, choice.index, strict=True):
             if not len(index):
                 raise UsageError(f"{bound.method.name}.select kept nothing of a picture, of which the tower needs one patch.")

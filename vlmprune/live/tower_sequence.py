@@ -114,10 +114,11 @@ class TowerSequence:
         """`[token]` which token of a picture stands at each place of the blocks' sequence; None if row by row."""
         return self.form.orders[number].to(self.device) if self.form.orders else None
 
-    def _apply(self, state: TowerState, stays: Tensor, patches: Tensor) -> Tensor:
+    def _apply(self, state: TowerState, stays: Tensor, patches: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """The patches that stay; `counts`: how many of each crop, if that is known without asking the device."""
         if state.valid is not None:
             stays = stays & state.valid
-        reduction = Reduction.keeping(stays)
+        reduction = Reduction.keeping(stays, counts)
         self.shortened, self._given = True, {}
         state.valid = None if reduction.dense else reduction.valid
         state.cells = state.cells.gather(1, reduction.rows)

@@ -21,6 +21,7 @@ from vlmprune.schedule import IN_TOWER, Budget, Schedule, Site, Stage
 from vlmprune.view import AT_PIXELS, FROM_TOWER, PROBES, TowerFacts, View, known_probes
 
 Positions = Literal["original", "compact"]
+Per = Literal["video", "frame"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,8 @@ class Pruner:
         newlines: "keep" the row separators of LLaVA-NeXT, which then count as text, on top of the budget; or "drop" them at
             the method's first stage (most papers' code has none). There is one per row of the un-padded picture: 48 for a
             square one of 2 × 2 crops of 24 × 24 patches.
+        per: what a budget counts of a video: "video" (all its frames together), or "frame": every frame is decided by itself,
+            as if it were a picture, and keeps the budget. Refused for pictures then.
 
     A subclass with a `name` of its own can be used by that name in recipe strings and files, wherever it is defined.
 
@@ -106,6 +109,7 @@ class Pruner:
     positions: Positions = choice("original", "compact")
     cache_layer: int = number(-1, low=-1, whole=True)
     newlines: Literal["keep", "drop"] = choice("keep", "drop")
+    per: Per = choice("video", "frame")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -141,6 +145,11 @@ class Pruner:
             if stage.site == "cache" or (stage.site == "vision" and not self.in_tower):
                 raise UsageError(f"{self.name} cannot prune in {stage.place}: give it stages of the language model.")
             self._check_site(stage)
+        if self.per == "frame" and any(stage.site == "vision" for stage in self.stages):
+            raise UsageError(
+                f'{self.name}: per="frame" counts tokens of the language model, but this schedule prunes inside the vision '
+                "tower, where every frame is counted by itself anyway: leave per out, or give it stages of the language model."
+            )
         earliest = min((stage.layer for stage in self.stages if stage.site == "llm"), default=self.first_layer)
         if earliest < self.first_layer:
             raise UsageError(
@@ -209,6 +218,19 @@ class Pruner:
                 "that does not need it."
             )
         return Schedule(self.stages)
+
+    def bind(self, facts: TowerFacts, name: str, device: Any) -> Pruner:
+        """The method for one model: what it names is loaded.
+
+        Args:
+            facts: traits of its vision tower.
+            name: where it was loaded from, a folder or hub id; empty if unknown.
+            device: where it is.
+
+        Raises:
+            UsageError: something cannot be loaded, or does not fit the model.
+        """
+        return self
 
     def variant(self, facts: TowerFacts) -> str:
         """Which form of the method runs on such a model, for the report; empty if there is only one."""

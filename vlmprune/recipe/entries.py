@@ -2,7 +2,8 @@
 
     FastV(layer=2, fraction=0.25)  <->  {"method": "fastv", "layer": 2, "fraction": 0.25, "positions": "original", …}
 
-A file holds every parameter, also those that have their default: another version may have other defaults.
+A file holds every parameter, also those that have their default: another version may have other defaults. A parameter that
+earlier versions do not know is left out where it means what they do (`ADDED`), so that they can read the file.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from vlmprune.schedule import SITES, Budget, Schedule, Site, Stage
 
 STAGE_KEYS = ("layer", "tokens", "fraction", "preset", "site")
 """Parameters of every pruning method that say where it prunes and how much it keeps."""
-WITH_LISTS = ("layers", "sink_dims")
-"""Parameters of redistribution methods that take a list."""
+WITH_LISTS = ("layers", "sink_dims", "blocks")
+"""Parameters of methods that take a list, beside those of stages."""
+
+ADDED = {"per": "video"}
+"""Parameters of every pruning method that files of the first release do not have, and what such a file means."""
 
 
 def class_named(name: Any) -> type[Pruner] | type[Redistributor]:
@@ -63,7 +67,7 @@ def _pruner(method: type[Pruner], given: dict[str, Any]) -> Pruner:
     own = [field.name for field in fields(method) if field.name != "schedule"]
     _check_keys(method.name, given, [*STAGE_KEYS, *own])
     stage = {key: given.pop(key) for key in STAGE_KEYS if key in given}
-    _check_single(method.name, given)
+    _check_single(method.name, {key: value for key, value in given.items() if key not in WITH_LISTS})
     if any(isinstance(value, list) for value in stage.values()):
         return method(schedule=_schedule(method.name, stage), **given)
     return method(**stage, **given)
@@ -111,7 +115,8 @@ def entry_of(method: Pruner | Redistributor) -> dict[str, Any]:
     """
     own = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "schedule"}
     stages = _stages(method.stages, method.default.stages[0].site) if isinstance(method, Pruner) else {}
-    return {"method": method.name} | stages | {key: value for key, value in own.items() if value is not None}
+    written = {key: value for key, value in own.items() if value is not None and ADDED.get(key) != value}
+    return {"method": method.name} | stages | written
 
 
 def _stages(schedule: Sequence[Stage], own: Site) -> dict[str, Any]:
