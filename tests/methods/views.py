@@ -108,6 +108,8 @@ def random_view(
         ),
         "identity": tuple(range(7 + 100 * seed, 7 + 100 * seed + images)),
         "pixels": blurred(draw, images, visual),
+        "frame": torch.zeros(images, visual, dtype=torch.long),
+        "times": torch.full((images, 1), torch.nan),
     }
     assert set(probes) == set(OURS), set(probes) ^ set(OURS)
     return View(layer, original, position, probes, entered=original - in_tower, side=side, grid=_grid(visual))
@@ -170,7 +172,7 @@ def alone(see: View, image: int) -> View:
                 own[name] = own[name][:, :, words]
             elif "text" in name:
                 own[name] = own[name][:, words]
-    return View(see.layer, see.original, see.position[image : image + 1], own, see.entered, see.side)
+    return View(see.layer, see.original, see.position[image : image + 1], own, see.entered, see.side, see.grid)
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ class Case:
 
     def declared(self, see: View) -> View:
         probes = {need: see.probes[need] for need in self.needs}
-        return View(self.layer, see.original, see.position, probes, see.entered, see.side)
+        return View(self.layer, see.original, see.position, probes, see.entered, see.side, see.grid)
 
 
 CASES = {name: Case(form.method, form.layer, form.idle) for row in PRUNING for name, form in row.views.items()}

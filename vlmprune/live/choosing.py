@@ -272,7 +272,7 @@ def check_choice(method: Pruner, choice: Choice, images: int, visual: int, keep:
     Args:
         images, visual: pictures that were shown, and tokens of each.
         keep: tokens to keep of each; the most of them, if the method is `adaptive`.
-        dim: width of the features that it may return; None if it cannot merge here.
+        dim: width of hidden states; None where nothing can be merged.
 
     Raises:
         UsageError: the wrong kind of index, another number, indices that are out of range or do not rise, features that do not

@@ -148,7 +148,7 @@ def _view(bound: BoundStage, group: list[int], start: int, patches: Tensor, stat
             by_head = known_probes()[name].shape.startswith(("[image, head", "[image, kv_head"))
             probes[name] = carried.transpose(1, 2) if by_head else carried
     original = rows * columns
-    return View(bound.stage.layer, original, cells, probes, original, columns)
+    return View(bound.stage.layer, original, cells, probes, original, columns, pictures.grid)
 
 
 def _same(features: Tensor) -> Tensor:
