@@ -97,8 +97,8 @@ class Verdict:
         pick: for a kept token of a method that picks one after the other, as which it was picked, from 1.
         merged_into: token that this one was merged into, or None.
         merged_from: how many other tokens were merged into this one.
-        frame, frames: of a video whose frames are judged apart (`per="frame"`): number of the frame, and how many there are; else
-            None and 1.
+        frame, frames: of a video whose frames are judged apart (`per="frame"`): number of the frame, and how many there are;
+            else None and 1.
         crop, crops: LLaVA-NeXT, where crops are judged apart: number of the crop (0 is the whole picture scaled down), and how
             many there are; else None and 1.
         asked: False where the budget keeps everything or nothing, so that the method was not asked.
@@ -345,11 +345,10 @@ def _of_part(stage: Kept, part: Judged, there: list[int], token: int, kept: bool
         pick=pick,
         merged_into=joined if joined is not None and joined >= 0 and not kept else None,
         merged_from=into.count(token) - 1 if joined is not None and kept else 0,
-        **(
-            {"crop": apart, "crops": len(stage.judged)}
-            if stage.frame is None
-            else {"frame": apart, "frames": len(stage.judged)}
-        ),
+        crop=apart if stage.frame is None else None,
+        crops=len(stage.judged) if stage.frame is None else 1,
+        frame=None if stage.frame is None else apart,
+        frames=1 if stage.frame is None else len(stage.judged),
         asked=part.asked,
         how=stage.how,
         in_place=stage.in_place,
