@@ -30,6 +30,7 @@ import vlmprune as vp
 from vlmprune.kernels import flow_score as flow_kernel
 from vlmprune.kernels.flow_score import entropy_ratio
 from vlmprune.live.tower import TowerPass
+from vlmprune.live.tower_sequence import Form
 from vlmprune.methods.pruning import flowcut
 from vlmprune.methods.tower import Block, TowerState
 from vlmprune.schedule import Budget
