@@ -252,7 +252,10 @@ PRUNING = (
         few="tokens=4",
         long=("tokens=300",),
         written=("tokens=9,tolerance=0.5,positions=compact",),
-        views={"pixelprune": Form(vp.PixelPrune(), layer=0), "pixelprune-tolerance": Form(vp.PixelPrune(tolerance=0.5), layer=0)},
+        views={
+            "pixelprune": Form(vp.PixelPrune(), layer=0),
+            "pixelprune-tolerance": Form(vp.PixelPrune(tolerance=0.5), layer=0),
+        },
         reads=3,
         drops_only=False,
     ),

@@ -18,9 +18,11 @@ RECIPES = {
     "before the first block": "divprune:layer=0,tokens=7",
     "merging": "tome:layer=2,tokens=6",
     "two stages": "random:layer=1|3,tokens=9|5",
+    "before the tower": "pixelprune",
+    "before and between": "pixelprune:tokens=24 + flowcut:tokens=9",
     "two methods": "flowcut:tokens=12 + divprune:layer=3,tokens=9",
 }
-WITHOUT_CLS = {name: RECIPES[name] for name in ("before the first block", "merging", "two stages")}
+WITHOUT_CLS = {name: RECIPES[name] for name in ("before the tower", "before the first block", "merging", "two stages")}
 
 
 def compare(tower: Tower, model: nn.Module, recipe: str, count: int = 4) -> Any:

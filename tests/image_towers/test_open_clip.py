@@ -33,7 +33,7 @@ def test_exact(name, what):
     """Red: padding is averaged or pooled, rotary angles are not those of the patches that are left, a batch is no batch of
     singles, or removing leaves something."""
     record = compare(*made(name), RECIPES[what])
-    if what == "between blocks":
+    if what in ("between blocks", "before the tower"):
         assert any(left.valid is not None for left in record.left), "no picture was padded: the test shows too little"
 
 

@@ -106,7 +106,9 @@ def effect_of(model, inputs: dict, run, entered: torch.Tensor | None = None, sta
             merged.setdefault(image.layer, []).append((image.sample, columns, image.features))
     if any(image.site in ("pixels", "vision") for image in last.kept):
         places = image_columns(model, ids)
-        tower = [(row, columns.nonzero()[:, 0], entered[row, columns].nan_to_num(posinf=0)) for row, columns in enumerate(places)]
+        tower = [
+            (row, columns.nonzero()[:, 0], entered[row, columns].nan_to_num(posinf=0)) for row, columns in enumerate(places)
+        ]
         merged[0] = [entry for entry in tower if len(entry[1])] + merged.get(0, [])
     layers = {True: set(), False: set()}  # by whether positions are renumbered
     for image in (image for image in last.kept if image.site != "cache"):
