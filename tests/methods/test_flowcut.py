@@ -312,6 +312,7 @@ def test_flowcut_counts(monkeypatch, target, counts):
         pruner=vp.FlowCut(tokens=target),
         budget=Budget(tokens=target),
         drops=True,
+        form=Form(),
     )
     tower.begin([576], crops=2, device=torch.device("cpu"))
     draw = torch.Generator().manual_seed(0)
