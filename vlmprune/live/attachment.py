@@ -194,6 +194,9 @@ class Attachment:
             return self._before(part(f"{tower.blocks}.{index}.{tower.attention}"), self.hooks.enter_block_attention)
         if kind == "block":
             return self._before(part(f"{tower.blocks}.{index}"), partial(hooks.enter_block, index))
+        if kind == "early":
+            early = "" if tower.patches is None else f"{tower.patches.early}.{index}"
+            return self._after(part(early), self.hooks.leave_early)
         if kind == "merger":
             return self._before(part(tower.projector), self.hooks.enter_merger)
         return self._after(part(tower.projector), self.hooks.leave_projector)
