@@ -108,6 +108,8 @@ def random_view(
         ),
         "identity": tuple(range(7 + 100 * seed, 7 + 100 * seed + images)),
         "pixels": blurred(draw, images, visual),
+        "frame": torch.zeros(images, visual, dtype=torch.long),
+        "times": torch.full((images, 1), torch.nan),
     }
     assert set(probes) == set(OURS), set(probes) ^ set(OURS)
     return View(layer, original, position, probes, entered=original - in_tower, side=side, grid=_grid(visual))

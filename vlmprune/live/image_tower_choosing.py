@@ -63,11 +63,13 @@ class Chosen:
         stays: `[picture, patch]` bool.
         patches: `[picture, patch, dim]` with merged patches in the places of those that stand for several.
         counts: how many are kept of each picture.
+        merges: some patches are merged ones.
     """
 
     stays: Tensor
     patches: Tensor
     counts: list[int]
+    merges: bool
 
 
 def choose(bound: BoundStage, keep: int, patches: Tensor, state: TowerState, pictures: Pictures) -> Chosen:
@@ -78,7 +80,7 @@ def choose(bound: BoundStage, keep: int, patches: Tensor, state: TowerState, pic
         state: which patches these are, and what was seen of them.
     """
     stays = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
-    counts = [0] * len(patches)
+    counts, merges = [0] * len(patches), False
     for group, left in _groups(state):
         wanted, start = min(keep, left), patches.shape[1] - left
         if wanted == left and not bound.adaptive:
@@ -89,6 +91,7 @@ def choose(bound: BoundStage, keep: int, patches: Tensor, state: TowerState, pic
         chosen = bound.method.select(see, wanted)
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
         check_choice(bound.method, choice, see.images, left, wanted, patches.shape[-1])
+        merges |= choice.features is not None
         # a batch of them in one go, where all pictures keep equally many
         rows = [choice.index] if isinstance(choice.index, Tensor) else [index[None] for index in choice.index]
         pieces = [group] if len(rows) == 1 and len(rows[0]) == len(group) else [[picture] for picture in group]
@@ -100,7 +103,7 @@ def choose(bound: BoundStage, keep: int, patches: Tensor, state: TowerState, pic
                 merged = choice.features if len(piece) == len(group) else choice.features[number, None, : index.shape[1]]
                 patches = patches.index_put((at, places), merged.to(patches.dtype))
             counts = _noted(counts, piece, [index.shape[1]] * len(piece))
-    return Chosen(stays, patches, counts)
+    return Chosen(stays, patches, counts, merges)
 
 
 def _groups(state: TowerState) -> Iterator[tuple[list[int], int]]:
