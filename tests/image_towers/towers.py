@@ -190,9 +190,7 @@ TRANSFORMERS = {
         0,
         pool="vision_model.head.attention",
     ),
-    "siglip vision": Tower(
-        _siglip_vision, lambda model, x: model(x).pooler_output, "encoder.layers", 0, pool="head.attention"
-    ),
+    "siglip vision": Tower(_siglip_vision, lambda model, x: model(x).pooler_output, "encoder.layers", 0, pool="head.attention"),
 }
 
 

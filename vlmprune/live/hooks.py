@@ -262,6 +262,11 @@ class Hooks:
         tower = self._thread.tower
         return None if tower is None else (tower.plan.tower.enter_merger(tower, args), kwargs)
 
+    def enter_pool(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Squares of a video's patches become one token each, before the projector."""
+        if (tower := self._thread.tower) is not None:
+            tower.plan.tower.enter_pool(tower)
+
     def leave_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], features: Tensor) -> Any:
         """What the tower saw of every token is recorded with its features."""
         if (tower := self._thread.tower) is None:
