@@ -240,7 +240,9 @@ def _parts(bound: BoundStage, call: Call, prompt: Prompt, image: int, keep: int)
     there = np.arange(original) if len(index) == original else on_host(index)
     left = [on_device(there[crop[there] == number], index.device) for number in numbers]
     shares = share(keep, sizes.tolist(), list(map(len, left)))
-    return [Part(image, here, size, entered, kept) for here, size, kept in zip(left, sizes.tolist(), shares, strict=True)]
+    frame = range(frames) if frames == len(numbers) else [None] * len(numbers)  # a frame is a crop of its video
+    parts = zip(left, sizes.tolist(), shares, frame, strict=True)
+    return [Part(image, here, size, entered, kept, frame=one) for here, size, kept, one in parts]
 
 
 def _frames(call: Call, prompt: Prompt, image: int, budget: Budget) -> list[Part]:

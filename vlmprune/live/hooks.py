@@ -266,6 +266,11 @@ class Hooks:
         """What leaves a packed tower before its end has the full number of rows again."""
         return None if (tower := self._thread.tower) is None else tower.restore(features)
 
+    def enter_pool(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Squares of a video's patches become one token each, before the projector."""
+        if (tower := self._thread.tower) is not None:
+            tower.plan.tower.enter_pool(tower)
+
     def leave_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], features: Tensor) -> Any:
         """What the tower saw of every token is recorded with its features."""
         if (tower := self._thread.tower) is None:
