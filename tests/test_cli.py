@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import fields
 
 import pytest
@@ -216,7 +215,7 @@ def test_answered_without_torch(arguments, code, printed, tmp_path):
         "try: runpy.run_module('vlmprune', run_name='__main__')\n"
         "finally: print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
-    start = time.perf_counter()
+    before = os.times()
     root = os.path.dirname(os.path.dirname(vp.__file__))
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
@@ -225,11 +224,12 @@ def test_answered_without_torch(arguments, code, printed, tmp_path):
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": root, "COLUMNS": "100"},
     )
-    taken = time.perf_counter() - start
+    after = os.times()
+    taken = after.children_user + after.children_system - before.children_user - before.children_system
     assert done.returncode == code, done.stderr
     assert printed in done.stdout + done.stderr
     assert done.stdout.strip().endswith("False False"), "torch or transformers was imported"
-    assert taken < 5, "a second on an idle machine"
+    assert taken < 5, "a second of computing"
     if code:
         assert len(done.stderr.strip().splitlines()) == 1
 
