@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlmprune.view import View
 
@@ -55,3 +56,9 @@ def exactly(inside: Tensor, score: Tensor, keep: int) -> Tensor:
     ranked = score.float().argsort(dim=-1, descending=True, stable=True)
     order = inside.gather(1, ranked).to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return ranked.gather(1, order)[:, :keep].sort(dim=-1).values
+
+
+def running_shares(total: int, weight: Tensor) -> Tensor:
+    """`[image, part]` shares of a total in proportion to weights: running sums are rounded down, so that the sum is exact."""
+    sums = total * weight.cumsum(dim=-1) // weight.sum(dim=-1, keepdim=True)
+    return pad(sums, (1, 0)).diff(dim=-1)

@@ -21,7 +21,8 @@ def evs(features, position, frames: int, cells: int, keep: int) -> list:
         frame, cell = divmod(place, cells)
         before = [earlier for earlier in range(frame) if (earlier, cell) in at]
         differs.append(1 - cosine(x[token], x[at[before[-1], cell]]) if before else math.inf)
-    assert len(position) == len(x) and max(position) < frames * cells
+    assert len(position) == len(x)
+    assert max(position) < frames * cells
     return sorted(ranking(differs)[:keep])
 
 

@@ -29,7 +29,7 @@ from torch.nn.functional import cosine_similarity, normalize, pad
 
 from vlmprune.errors import UsageError
 from vlmprune.methods.base import Choice, Pruner, top
-from vlmprune.methods.frames import by_frame, by_token, exactly, first_of_each
+from vlmprune.methods.frames import by_frame, by_token, exactly, first_of_each, running_shares
 from vlmprune.methods.merging import chunks, peak_score, rows
 from vlmprune.methods.parameters import number
 from vlmprune.schedule import Schedule, Stage, at
@@ -94,7 +94,7 @@ class FastVID(Pruner):
             return torch.zeros_like(see.position, dtype=torch.bool)
         attention = see.attention_from_cls.mean(dim=1)  # over heads
         grid, _ = by_frame(see, attention)
-        quota = _running(count, torch.ones_like(there[:, :, 0], dtype=torch.long))
+        quota = running_shares(count, torch.ones_like(there[:, :, 0], dtype=torch.long))
         index = exactly(by_token(see, first_of_each(grid, quota, there)), attention, count)
         return torch.zeros_like(see.position, dtype=torch.bool).scatter(1, index, True)
 
@@ -108,19 +108,13 @@ def _segments(x: Tensor, there: Tensor, least: int, threshold: float) -> Tensor:
     return pad(cut.long(), (1, 0)).cumsum(dim=-1)
 
 
-def _running(total: int, weight: Tensor) -> Tensor:
-    """`[image, part]` shares of a total in proportion to weights: running sums are rounded down, so that the sum is exact."""
-    sums = total * weight.cumsum(dim=-1) // weight.sum(dim=-1, keepdim=True)
-    return pad(sums, (1, 0)).diff(dim=-1)
-
-
 def _anchor_quota(total: int, segment: Tensor, every: int) -> Tensor:
     """`[image, frame]` anchors of every frame: each segment's share of the total, equally shared by its anchor frames."""
     none, one = torch.zeros_like(segment), torch.ones_like(segment)
     frames = none.scatter_add(1, segment, one)  # of each segment
     after = frames.cumsum(dim=1).gather(1, segment) - one.cumsum(dim=1)  # frames of the segment after this one
     hosts = (frames + every - 1) // every
-    share, hosts = _running(total, frames).gather(1, segment), hosts.gather(1, segment)
+    share, hosts = running_shares(total, frames).gather(1, segment), hosts.gather(1, segment)
     before = hosts - 1 - after // every  # anchor frames of the segment before this one
     return (share // hosts + (before < share % hosts)).masked_fill(after % every != 0, 0)
 
