@@ -253,8 +253,8 @@ class View:
         position: `[image, visual]` index of each remaining token in its picture, 0 … original − 1, rising.
         entered: tokens of the picture that entered the language model: fewer than `original` if the tower dropped some.
         side: rows, and columns, of a crop where `cell` is available.
-        frames: frames of each video; 1 of a picture, and where each frame is decided by itself (`Pruner.per`). Where a model makes
-            one token of several frames that follow each other (Qwen-VL), these count as one.
+        frames: frames of each video; 1 of a picture, and where each frame is decided by itself (`Pruner.per`). Where a model
+            makes one token of several frames that follow each other (Qwen-VL), these count as one.
         over_picture: `[image, visual]` what `Pruner.over_picture` returned for the whole pictures, where each `image` here is
             one crop of a picture (LLaVA-NeXT); None where it is the whole picture.
     """

@@ -126,7 +126,7 @@ class Source:
         """`[image, visual]` the frame that each token shows, among those that are decided together."""
         if not self.group[0].frames:
             return torch.zeros_like(self.position)
-        of_token = on_device(np.stack([image.frame for image in self.images]), self.position.device)  # alike: one group
+        of_token = on_device(np.array([image.frame for image in self.images]), self.position.device)  # alike: one group
         return of_token.gather(1, self.position)
 
     @property
@@ -223,9 +223,7 @@ class Source:
 
     def identities(self) -> tuple[int, ...]:
         """One number per picture, or per frame that is decided by itself."""
-        return tuple(
-            identity_of(self._prompt, image, part.frame) for image, part in zip(self.images, self.group, strict=True)
-        )
+        return tuple(identity_of(self._prompt, image, part.frame) for image, part in zip(self.images, self.group, strict=True))
 
     @property
     def side(self) -> int:
