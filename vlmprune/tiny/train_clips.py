@@ -30,7 +30,7 @@ def schedules() -> dict[str, Schedule]:
 
     return {
         "pooling": Schedule(steps=300, muon_lr=0.01, adam_lr=3e-3, weight_decay=0.1, decay_from=0.4),
-        "clips": Schedule(steps=900, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, decay_from=0.4),
+        "clips": Schedule(steps=600, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, decay_from=0.4),
     }
 
 
