@@ -79,7 +79,7 @@ class Hooks:
         if kwargs.get("mm_encoder_outputs") and not _takes_logits(type(module).forward):
             self._refuse_candidates(module)
         call = Call(tail=max(wanted - 1, 0) if kwargs.get("mm_encoder_outputs") else 0, logits_wanted=wanted)
-        if kwargs.get("pixel_values") is not None:
+        if kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
             call.generation = _generation(module)
         for name, offset in (("labels", 1), ("shift_labels", 0)):
             if isinstance(labels := kwargs.get(name), Tensor):
