@@ -116,7 +116,7 @@ def placeholders(model: Any, inputs: Any) -> list[int]:
 
     family = family_of(model.config)
     tokens = [family.image_token(model.config)]
-    if getattr(family, "videos", None) is not None:
+    if family.videos is not None:
         tokens.append(family.videos.token(model.config))
     ids = inputs["input_ids"]
     return torch.isin(ids, torch.tensor(tokens, device=ids.device)).sum(dim=1).tolist()
