@@ -13,7 +13,7 @@ from vlmprune.evals import accuracy
 from vlmprune.evals.answering import settings_of
 from vlmprune.evals.asking import BATCH_SIZE, Asking
 from vlmprune.evals.fingerprints import code_fingerprint
-from vlmprune.evals.questions import SCENES
+from vlmprune.evals.questions import CLIPS, SCENES
 from vlmprune.evals.results import stamp
 from vlmprune.evals.shards import Shard
 from vlmprune.evals.store import Store
@@ -58,7 +58,7 @@ def measure(
     questions = data.open()
     processor, read_weights = open_model(model, shard.device(device), device_map)
     size = batch or (accuracy.SCENES_AT_ONCE if scenes else BATCH_SIZE)
-    asking = Asking(processor, questions, size, encode_once=scenes)
+    asking = Asking(processor, questions, size, encode_once=scenes or (data.name == CLIPS and model == "tiny-clips"))
     loaded = read_weights()
     terminal.note([*notes, *questions.notes])
     split = data.split or ("test" if scenes else None)

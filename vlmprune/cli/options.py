@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 DEMO_RECIPE = "divprune:fraction=0.1"
-MODEL = "Folder or hub id of a VLM; 'tiny' is the embedded model."
+MODEL = "Folder or hub id of a VLM; 'tiny' is the embedded model, 'tiny-clips' that for videos."
 
 Model = Annotated[str, typer.Option(metavar="NAME", help=MODEL)]
 Image = Annotated[Path, typer.Option(metavar="FILE", help="The picture.")]
@@ -30,7 +30,8 @@ Data = Annotated[
     typer.Option(
         metavar="NAME",
         help="Your questions: a folder with questions.jsonl and its pictures, a folder with a Hugging Face dataset, or the "
-        "name of a task of lmms-eval (docs/evaluation.md). If not given: scenes of the embedded model.",
+        "name of a task of lmms-eval (docs/evaluation.md); or 'clips', drawn videos (docs/tiny.md). If not given: scenes of "
+        "the embedded model.",
     ),
 ]
 Images = Annotated[

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+EMBEDDED = {"tiny": "pictures", "tiny-clips": "clips of eight frames"}
+"""Names of the embedded models, and what they read."""
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Names of accelerate's ways to spread a model over a machine's devices; what does not fit stays on the CPU or the disk."""
 
@@ -24,7 +26,7 @@ def load_model(name: str, device: str, device_map: str | None = None) -> tuple[A
     """A model and its processor.
 
     Args:
-        name: path of a folder, hub id, or 'tiny' for the embedded model.
+        name: path of a folder, hub id, or one of `EMBEDDED`.
         device: where the model goes.
         device_map: one of `DEVICE_MAPS`, to spread a large model over several devices instead.
 
@@ -50,28 +52,29 @@ def open_model(
     """
     check_device(device)
     check_device_map(device, device_map)
-    if name == "tiny" and device_map is None:
+    if name in EMBEDDED and device_map is None:
         import torch
 
         from vlmprune import tiny
 
-        model, processor = tiny.load(device, None if dtype is None else getattr(torch, dtype))
+        load: Callable[..., tuple[Any, Any]] = tiny.load if name == "tiny" else tiny.load_for_clips
+        model, processor = load(device, None if dtype is None else getattr(torch, dtype))
         return processor, lambda: model
-    source = find(name) if name != "tiny" else _embedded()
+    source = find(name) if name not in EMBEDDED else _embedded(name)
     config = read_config(source)
     check_weights(source)
     processor = load_processor(source, config)
     from transformers import AutoModelForImageTextToText
 
-    wanted = dtype or ("float32" if name == "tiny" else None)  # as `tiny.load`
+    wanted = dtype or ("float32" if name in EMBEDDED else None)  # as `tiny.load`
     extra = {} if wanted is None else {"dtype": wanted}
     return processor, partial(load_weights, AutoModelForImageTextToText, source, device, device_map, **extra)
 
 
-def _embedded() -> Source:
-    from vlmprune.tiny import CHECKPOINT
+def _embedded(name: str) -> Source:
+    from vlmprune import tiny
 
-    return find(str(CHECKPOINT))
+    return find(str(tiny.CHECKPOINT if name == "tiny" else tiny.CLIPS_CHECKPOINT))
 
 
 def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callable[[str], Tensor]]:

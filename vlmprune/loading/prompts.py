@@ -21,11 +21,12 @@ def check_prompt(prompt: str) -> None:
         raise UsageError("the prompt is empty: ask something about the picture.")
 
 
-def prompt_text(processor: Any, prompt: str, pictures: int = 1) -> str:
+def prompt_text(processor: Any, prompt: str, pictures: int = 1, videos: int = 0) -> str:
     """The whole prompt of a question, by the chat template. A prompt with the image token is whole already.
 
     Args:
         pictures: how many the question is about; may be 0.
+        videos: the same.
 
     Raises:
         UsageError: it is empty, has another number of image tokens, or the template cannot place the pictures.
@@ -46,7 +47,8 @@ def prompt_text(processor: Any, prompt: str, pictures: int = 1) -> str:
         if not pictures:
             raise UsageError("the processor has no chat template, which a question without a picture needs: set one.")
         raise UsageError(f"the prompt has no image token and the processor no chat template: {advice}.")
-    content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": prompt}]
+    shown = [*({"type": "image"} for _ in range(pictures)), *({"type": "video"} for _ in range(videos))]
+    content = [*shown, {"type": "text", "text": prompt}]
     import jinja2
 
     try:
@@ -56,6 +58,10 @@ def prompt_text(processor: Any, prompt: str, pictures: int = 1) -> str:
     if token and text.count(token) != pictures:
         wanted = "one" if pictures == 1 else str(pictures)
         raise UsageError(f"the processor's chat template places {text.count(token)} pictures instead of {wanted}: {advice}.")
+    if videos and not (sign := getattr(processor, "video_token", None)):
+        raise UsageError("the model reads no videos: its processor has no video token; take one that does.")
+    if videos and text.count(sign) != videos:
+        raise UsageError(f"the processor's chat template places {text.count(sign)} videos instead of {videos}: write {sign}.")
     return text
 
 
@@ -72,12 +78,18 @@ def make_inputs(processor: Any, picture: Image.Image, text: str, device: Any) ->
         raise UsageError(f"the processor cannot take this picture of {size} and prompt: {first_line(error)}.") from error
 
 
-def make_batch(processor: Any, pictures: Sequence[Sequence[Image.Image]], texts: Sequence[str]) -> Any:
+def make_batch(
+    processor: Any,
+    pictures: Sequence[Sequence[Image.Image]],
+    texts: Sequence[str],
+    videos: Sequence[Sequence[Sequence[Image.Image]]] = (),
+) -> Any:
     """The inputs of a model for several whole prompts, padded on the left.
 
     Args:
         pictures: of each prompt; either every prompt has some, or none has.
         texts: the prompts.
+        videos: the frames of the videos of each prompt; either every prompt has some, or none has.
 
     Raises:
         UsageError: the processor cannot pad, or cannot take the pictures or the prompts; says why.
@@ -87,16 +99,24 @@ def make_batch(processor: Any, pictures: Sequence[Sequence[Image.Image]], texts:
             "the tokenizer has no padding token, which a batch needs: set processor.tokenizer.pad_token and save the "
             "processor, or ask one question at a time (--batch 1)."
         )
-    images = {"images": [list(own) for own in pictures]} if any(pictures) else {}
+    seen: dict[str, Any] = {"images": [list(own) for own in pictures]} if any(pictures) else {}
+    if any(videos):
+        seen["videos"] = [list(frames) for own in videos for frames in own]
     try:
-        return processor(text=list(texts), padding=True, padding_side="left", return_tensors="pt", **images)
+        return processor(text=list(texts), padding=True, padding_side="left", return_tensors="pt", **seen)
     except (ValueError, TypeError) as error:
         raise UsageError(f"the processor cannot take these {len(texts)} prompts: {first_line(error)}.") from error
 
 
 def placeholders(model: Any, inputs: Any) -> list[int]:
-    """Of each row of a batch, how many tokens stand for pictures."""
+    """Of each row of a batch, how many tokens stand for pictures or videos."""
+    import torch
+
     from vlmprune.adapters.registry import family_of
 
-    token = family_of(model.config).image_token(model.config)
-    return (inputs["input_ids"] == token).sum(dim=1).tolist()
+    family = family_of(model.config)
+    tokens = [family.image_token(model.config)]
+    if family.videos is not None:
+        tokens.append(family.videos.token(model.config))
+    ids = inputs["input_ids"]
+    return torch.isin(ids, torch.tensor(tokens, device=ids.device)).sum(dim=1).tolist()

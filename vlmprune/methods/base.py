@@ -139,7 +139,7 @@ class Pruner:
                 raise UsageError(f"{self.name} cannot prune in {stage.place}: give it stages of the language model.")
         if self.per == "frame" and self.compares_frames:
             raise UsageError(
-                f'{self.name} compares the frames of a video, so that it cannot decide about each of them by itself: leave out '
+                f"{self.name} compares the frames of a video, so that it cannot decide about each of them by itself: leave out "
                 'per="frame"; its budget is the video\'s.'
             )
         if self.per == "frame" and any(stage.site == "vision" for stage in self.stages):
