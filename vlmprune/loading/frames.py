@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
-from vlmprune.errors import UsageError, first_line
+from vlmprune.errors import UsageError
 
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
@@ -39,17 +40,18 @@ class Kind:
         return bool(self.resized)
 
 
+PATCHES = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
 _QWEN2 = Kind(
-    {**CLIP, "size": {"shortest_edge": 100352, "longest_edge": 602112}, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2},
+    {**CLIP, "size": {"shortest_edge": 100352, "longest_edge": 602112}, **PATCHES},
     "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
 )
 _QWEN3 = Kind(
-    {**HALF, "size": {"shortest_edge": 131072, "longest_edge": 786432}, "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2},
+    {**HALF, "size": {"shortest_edge": 131072, "longest_edge": 786432}, **PATCHES, "patch_size": 16},
     "transformers.models.qwen3_vl.video_processing_qwen3_vl",
     whole=True,
 )
 _GLM4V = Kind(
-    {**CLIP, "size": {"shortest_edge": 12544, "longest_edge": 47040000}, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2},
+    {**CLIP, "size": {"shortest_edge": 12544, "longest_edge": 47040000}, **PATCHES},
     "transformers.models.glm4v.video_processing_glm4v",
     whole=True,
 )
@@ -75,26 +77,35 @@ class FramesProcessor:
 
     Args:
         kind: which transformers' own it stands for.
-        settings: of the checkpoint; what it leaves out is the kind's.
+        read: gives the settings of the checkpoint; what they leave out is the kind's. They are read at the first video, so
+            that they cannot disturb questions about pictures.
 
     Raises:
-        UsageError: a setting that it does not have.
+        UsageError: at the first video, the settings cannot be read, or need torchvision.
     """
 
-    def __init__(self, kind: Kind, settings: dict[str, Any]) -> None:
+    valid_kwargs = None
+    """As of transformers' own; there are no others than those of every processor."""
+
+    def __init__(self, kind: Kind, read: Callable[[], dict[str, Any]]) -> None:
+        self._kind, self._read = kind, read
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
         usual = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "resample": 3}
-        self._kind = kind
-        self._settings = usual | kind.settings | {key: value for key, value in settings.items() if value is not None}
-        size = dict(self._settings["size"])
-        for edge, pixels in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):  # of earlier transformers
-            if (given := self._settings.get(pixels)) is not None and kind.packed:
-                size[edge] = given
-        self._settings["size"] = size
-        if settings.get("cap_pixels_per_frame") or self._settings["resample"] not in MODES:
+        own = self._read()
+        settings = usual | self._kind.settings | {key: value for key, value in own.items() if value is not None}
+        if self._kind.packed:
+            size = {key: value for key, value in settings["size"].items() if value is not None}
+            for edge, pixels in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):  # of earlier files
+                size[edge] = own.get(pixels) or size[edge]
+            settings["size"] = size
+        if settings.get("cap_pixels_per_frame") or settings["resample"] not in MODES:
             raise UsageError(
-                "this model's video processor has settings that need torchvision (cap_pixels_per_frame, or a resample other than "
-                "nearest, bilinear and bicubic): install the torchvision that belongs to this torch."
+                "this model's video processor has settings that need torchvision (cap_pixels_per_frame, or a resample other "
+                "than nearest, bilinear and bicubic): install the version that belongs to this torch."
             )
+        return settings
 
     def __getattr__(self, name: str) -> Any:
         """Settings, which processors read: `merge_size`, `temporal_patch_size`."""
@@ -118,7 +129,7 @@ class FramesProcessor:
         frames = [self._normalised(torch.from_numpy(video).permute(0, 3, 1, 2)) for video in videos]
         if self._kind.packed:
             found, grids = zip(*map(self._patches, frames), strict=True)
-            data = {"pixel_values_videos": torch.cat(found), "video_grid_thw": torch.tensor(grids)}
+            data: dict[str, Any] = {"pixel_values_videos": torch.cat(found), "video_grid_thw": torch.tensor(grids)}
         else:
             if len({tuple(own.shape) for own in frames}) > 1:
                 raise ValueError(f"videos of one batch need the same number of frames, found {[len(own) for own in frames]}")
@@ -180,21 +191,3 @@ def _centre(frames: Any, height: int, width: int) -> Any:
     frames = pad(frames, (right // 2, right - right // 2, down // 2, down - down // 2))
     top, left = (frames.shape[2] - height) // 2, (frames.shape[3] - width) // 2
     return frames[:, :, top : top + height, left : left + width]
-
-
-def frames_processor(model_type: str, read_settings: Callable[[], dict[str, Any]]) -> FramesProcessor | None:
-    """The part for videos of a model's processor, where torchvision is missing; None if only torchvision makes it.
-
-    Args:
-        model_type: of the config.
-        read_settings: reads the settings of the video processor.
-
-    Raises:
-        UsageError: the settings cannot be read, or need torchvision.
-    """
-    if (kind := KINDS.get(model_type)) is None:
-        return None
-    try:
-        return FramesProcessor(kind, read_settings())
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"the settings of the video processor are broken ({first_line(error)}): fetch the model again.") from error

@@ -1,11 +1,12 @@
-"""Read a video: some frames of a file, decoded by PyAV, or the pictures of a folder; and what a processor has to know of them."""
+"""Read a video: some frames of a file, decoded by PyAV, or the pictures of a folder; and what a processor is told of them."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,12 @@ class Video:
     total: int
     rate: float | None = None
     notes: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return iter(self.frames)
+
+    def __len__(self) -> int:
+        return len(self.frames)
 
     @property
     def times(self) -> list[float] | None:
@@ -133,8 +140,8 @@ def open_video(
         report: called with one sentence for everything that is lost.
 
     Raises:
-        UsageError: there is no such file or folder, nothing can be decoded, the frames have different sizes, or there are not so
-            many; says which.
+        UsageError: there is no such file or folder, nothing can be decoded, the frames have different sizes, or there are too
+            few; says which.
     """
     path = Path(path)
     check_video(path, frames, fps)
@@ -163,8 +170,8 @@ def _folder(folder: Path, frames: int | None, notes: list[str], note: Callable[[
         if picture.size != pictures[0].size:
             first, other = (f"{size[0]} × {size[1]}" for size in (pictures[0].size, picture.size))
             raise UsageError(
-                f"the frames of a video have one size, found {first} pixels in {paths[index[0]]} and {other} in {paths[place]}: "
-                "leave out the pictures that are no frames."
+                f"the frames of a video have one size, found {first} pixels in {paths[index[0]]} and {other} in "
+                f"{paths[place]}: leave out the pictures that are no frames."
             )
     return Video(pictures, index, len(paths), None, notes)
 
@@ -198,7 +205,9 @@ def _count(path: Path) -> tuple[int, float | None, str]:
         broken = error.strerror or first_line(error)
     if not total:
         why = f" ({broken})" if broken else ""
-        raise UsageError(f"no frame of {path} can be decoded{why}: give a video file that FFmpeg can read, or a folder of frames.")
+        raise UsageError(
+            f"no frame of {path} can be decoded{why}: give a video file that FFmpeg can read, or a folder of frames."
+        )
     with av.open(str(path)) as container:
         rate = container.streams.video[0].average_rate
     return total, float(rate) if rate else None, broken
@@ -216,7 +225,8 @@ def _decoded(path: Path) -> Any:
         container = av.open(str(path))
     except (av.error.FFmpegError, OSError) as error:
         raise UsageError(
-            f"{path} cannot be read as a video ({error.strerror or first_line(error)}): give a file that FFmpeg can read, or a folder of frames."
+            f"{path} cannot be read as a video ({error.strerror or first_line(error)}): give a file that FFmpeg can read, or a "
+            "folder of frames."
         ) from error
     with container:
         if not container.streams.video:
@@ -228,3 +238,86 @@ def _decoded(path: Path) -> Any:
 
 def _others(streams: Sequence[Any]) -> str:
     return " and ".join(sorted({stream.type for stream in streams})) or "an empty container"
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """A video that is read when its frames are asked for: `open_video(path, count)`."""
+
+    path: Path
+    count: int | None = None
+
+    def frames(self) -> Video:
+        """The frames; those of the last few videos are kept.
+
+        Raises:
+            UsageError: as `open_video`.
+        """
+        return _kept(self.path, self.count)
+
+
+@lru_cache(maxsize=8)
+def _kept(path: Path, count: int | None) -> Video:
+    return open_video(path, count)
+
+
+# -- for processors and models -----------------------------------------------------------------------------------------------
+
+
+def video_of(frames: Any) -> Video:
+    """A video; a list of frames is one of which all frames are given, at unknown times."""
+    if isinstance(frames, Video):
+        return frames
+    pictures = list(frames)
+    return Video(pictures, list(range(len(pictures))), len(pictures))
+
+
+def video_arguments(processor: Any, videos: Sequence[Any]) -> dict[str, Any]:
+    """Arguments of a processor for videos whose frames were chosen before. `videos`: each a `Video`, or a list of frames."""
+    if getattr(processor, "video_processor", None) is None:  # that of the embedded model takes frames, and nothing else
+        return {"videos": [list(frames) for frames in videos]}
+    known = [video_of(frames) for frames in videos]
+    metadata = [video.metadata() for video in known]
+    return {
+        "videos": [video.pixels() for video in known],
+        "videos_kwargs": {"video_metadata": metadata, "do_sample_frames": False},
+    }
+
+
+def check_shown(config: Any, kinds: Collection[str]) -> None:
+    """Refuse a model that does not take what is shown.
+
+    Args:
+        config: the model's.
+        kinds: "picture", "video", or both.
+
+    Raises:
+        UsageError: it takes no videos, or not together with pictures.
+    """
+    from vlmprune.adapters.registry import family_of
+
+    family = family_of(config)
+    if "video" not in kinds:
+        return
+    if family.videos is None:
+        raise UsageError(f"{family.name} takes no videos here: show it pictures (--image), or choose another model.")
+    if "picture" in kinds and family.videos.token(config) == family.image_token(config):
+        raise UsageError(
+            f"{family.name} has one placeholder for pictures and videos, so that it cannot be shown both: give --image or "
+            "--video."
+        )
+
+
+def check_processor(processor: Any, name: str) -> None:
+    """Refuse a processor without its part for videos.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if not getattr(processor, "video_token", None):
+        raise UsageError(f"the processor of {name!r} has no video token: save that of the base model into the same folder.")
+    if getattr(processor, "lacks_torchvision", False) and not hasattr(processor, "video_processor"):
+        raise UsageError(
+            f"videos of {name!r} need torchvision, which its video processor is made of: install the version that belongs to "
+            "this torch."
+        )
