@@ -1,4 +1,4 @@
-"""Questions from a folder with `questions.jsonl`: one JSON object per line; pictures and videos are named relative to the folder.
+"""Questions from a folder with `questions.jsonl`: one JSON object per line; files are named relative to the folder.
 
     {"image": "cat.png", "question": "Is there a cat?", "answer": "Yes"}
     {"images": ["a.png", "b.png"], "question": "Which is older?", "choices": ["first", "second"], "answer": "A", "group": "age"}

@@ -110,8 +110,8 @@ def view(
         typer.Option(
             metavar="RECIPE",
             help="With --kept: any recipe that prunes; if not given: evs:fraction=0.25 for a video, divprune:fraction=0.1 for "
-            "a picture. With --sinks: a recipe with var, which may prune as well; if not given: var, with sink_dims=cosine where "
-            "the model's sink dimensions are unknown.",
+            "a picture. With --sinks: a recipe with var, which may prune as well; if not given: var, with sink_dims=cosine "
+            "where the model's sink dimensions are unknown.",
         ),
     ] = None,
     device: options.Device = "cpu",

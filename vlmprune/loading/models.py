@@ -73,7 +73,7 @@ def open_model(
     check_weights(source)
     processor = load_processor(source, config)
     if "video" in shown:
-        check_processor(processor, name)
+        check_processor(processor)
     from transformers import AutoModelForImageTextToText
 
     wanted = dtype or ("float32" if name in EMBEDDED else None)  # as `tiny.load`

@@ -273,7 +273,12 @@ def video_of(frames: Any) -> Video:
 
 
 def video_arguments(processor: Any, videos: Sequence[Any]) -> dict[str, Any]:
-    """Arguments of a processor for videos whose frames were chosen before. `videos`: each a `Video`, or a list of frames."""
+    """Arguments of a processor for videos whose frames were chosen before. `videos`: each a `Video`, or a list of frames.
+
+    Raises:
+        UsageError: the processor has no part for videos.
+    """
+    check_processor(processor)
     if getattr(processor, "video_processor", None) is None:  # that of the embedded model takes frames, and nothing else
         return {"videos": [list(frames) for frames in videos]}
     known = [video_of(frames) for frames in videos]
@@ -308,16 +313,17 @@ def check_shown(config: Any, kinds: Collection[str]) -> None:
         )
 
 
-def check_processor(processor: Any, name: str) -> None:
+def check_processor(processor: Any) -> None:
     """Refuse a processor without its part for videos.
 
     Raises:
         UsageError: it has none.
     """
+    name = type(processor).__name__
     if not getattr(processor, "video_token", None):
-        raise UsageError(f"the processor of {name!r} has no video token: save that of the base model into the same folder.")
+        raise UsageError(f"the model reads no videos: its {name} has no video token; take one that does, or show it pictures.")
     if getattr(processor, "lacks_torchvision", False) and not hasattr(processor, "video_processor"):
         raise UsageError(
-            f"videos of {name!r} need torchvision, which its video processor is made of: install the version that belongs to "
-            "this torch."
+            f"videos need torchvision here, of which the video part of this model's {name} is made: install the version that "
+            "belongs to this torch."
         )
