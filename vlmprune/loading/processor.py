@@ -96,6 +96,9 @@ def _for_images(processor: Any) -> Any:
         def get_attributes(cls) -> list[str]:
             return [name for name in super().get_attributes() if name != "video_processor"]
 
+        def to_dict(self) -> dict[str, Any]:
+            return {key: value for key, value in super().to_dict().items() if key != "video_processor"}
+
         @classmethod
         def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
             parts = dict(zip(cls.get_attributes(), args, strict=True))
