@@ -167,6 +167,17 @@ PRUNING = (
         views={"divprune": Form(vp.DivPrune(), layer=0)},
     ),
     Pruning(
+        "evit",
+        tiny=("fraction=0.4,fuse=no", "fraction=0.4,blocks=1"),  # gradients take what weights the fused patch as constant
+        few="tokens=8",
+        long=("tokens=300", "tokens=300,blocks=0,fuse=mean"),
+        written=("tokens=64,blocks=1|2,fuse=mean,positions=compact,newlines=drop", "fraction=0.25,blocks=3,fuse=no"),
+        views={"evit": Form(vp.EViT(), layer=0)},
+        reads=6,
+        cls=True,
+        drops_only=False,
+    ),
+    Pruning(
         "evs",
         tiny=("layer=0,fraction=0.4",),
         few="tokens=4",

@@ -229,6 +229,7 @@ class TowerFacts(Renamed):
         windows: the attention of some blocks of the tower is limited to windows of the picture (Qwen2.5-VL).
         whole: the tower needs every patch up to its end: it takes features from several blocks, or merges squares of patches.
         width: numbers of a patch in the tower, or 0 if unknown.
+        blocks: blocks of the tower up to the one whose output feeds the projector, or 0 if unknown.
         refusal: why there is no usable CLS token.
     """
 
@@ -238,6 +239,7 @@ class TowerFacts(Renamed):
     windows: bool = False
     whole: bool = False
     width: int = 0
+    blocks: int = 0
     refusal: str = "its vision tower has no CLS token"
 
     _former: ClassVar[Mapping[str, str]] = {"unit": "patches_per_token"}

@@ -79,6 +79,7 @@ REFUSED: list[tuple[str, Callable[[Pair], bool]]] = [
         lambda pair: pair.method == "flowcut" and pair.family not in CLS | UNITS,
     ),
     ("this one needs all to its end", lambda pair: (pair.family, pair.method) == ("internvl", "mustdrop")),
+    ("needs all of them up to its end", lambda pair: (pair.family, pair.method) == ("internvl", "evit")),
     ("adds softcap", _softcap),
     ("has no attention", lambda pair: TINY[pair.family].recurrent and pair.method == "pdrop"),
     ("later layers see the keys that layer 2 stores", lambda pair: (pair.family, pair.method) == ("gemma4_e", "pdrop")),

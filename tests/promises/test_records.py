@@ -78,6 +78,10 @@ def test_budgets_are_exact_for_every_picture(family, recipe):
     if recipe == THRESHOLDS:
         assert all(0 < now < before for now, before in zip(kept["llm", 4], originals, strict=True))
         return
+    if recipe.startswith("evit") and family == "llava":
+        assert left == [int(0.4 * n + 0.5) for n in originals]
+        assert not kept
+        return
     if recipe.startswith("flowcut:fraction"):
         share = 0.2 if "newlines" in recipe else 0.3
         if family in QWENS:  # twice as many reach the language model
@@ -151,6 +155,7 @@ def test_reported_bytes_are_the_caches(family, recipe):
 
 NAMES = {
     "cdpruner": "cdpruner (embedding)",
+    "llava_next evit": "evit (per crop)",
     "flowcut:layer": "flowcut (decoder only)",
     "llava flowcut:fraction": "flowcut",
     "llava_next flowcut:fraction": "flowcut (per crop)",
@@ -177,6 +182,8 @@ def test_report_names_variant_site_and_separators(family, recipe):
         places = [("vision", 0), *places, ("cache", 1)]
     elif recipe == THRESHOLDS:
         places = [*places, ("cache", 2)]
+    elif recipe.startswith("evit"):
+        places = [("vision", 0), ("llm", 0)][: 1 if family == "llava" else 2]
     elif recipe.startswith("flowcut:fraction"):
         places = [("llm", 0) if "unit" in name else ("vision", 0), ("llm", 2)][: 1 if family == "llava" else 2]
     assert [(stage.site, stage.layer) for stage in it.report.stages] == places

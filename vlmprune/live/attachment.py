@@ -270,6 +270,11 @@ def _attachments(module: nn.Module) -> list[Attachment]:
     return [hook.attachment for hook in list(module._forward_pre_hooks.values()) if isinstance(hook, _Hook)]
 
 
+def carries_hooks(module: nn.Module) -> bool:
+    """Whether a module carries hooks of a model that is wrapped."""
+    return any(found.current is not None for found in _attachments(module))
+
+
 def check_unshared(plan: Plan) -> None:
     """Refuse to put hooks on parts that carry those of another model: they would act in each other's calls.
 

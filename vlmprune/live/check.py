@@ -146,7 +146,7 @@ def check(
             same = torch.equal(judge.generate().logits, plain.logits)
         with wrap(model, whole, family=family) as run, judge.watch_stages(run):
             pruned = judge.generate()
-            record = run.last
+            record: Any = run.last
         restored = torch.equal(judge.generate().logits, plain.logits)
         claim = _claim(record, whole, judge)
         expected = judge.generate(pruned.tokens, claim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from inspect import signature
@@ -173,7 +173,7 @@ def choose(
                 see = replace(see, over_picture=_of_parts(over_image(), members))
             chosen = method.select(see, keep)
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
-        _check_choice(bound, choice, members, keep, hidden)
+        check_choice(method, choice, len(group), len(first), keep, hidden.shape[-1])
         if explains:
             reasons |= zip(group, judged(method, see, choice, [part.index for part in members]), strict=True)
         for number, part in enumerate(members):
@@ -274,15 +274,20 @@ def _joined(
     return index, features[order.to(features.device)]
 
 
-def _check_choice(bound: BoundStage, choice: Choice, group: Sequence[Part], keep: int, hidden: Tensor) -> None:
+def check_choice(method: Pruner, choice: Choice, images: int, visual: int, keep: int, dim: int) -> None:
     """Refuse what a method chose, if it is not what it was asked for. It does not wait for a GPU: there, wrong indices fail as
     an assertion on the device.
+
+    Args:
+        images, visual: pictures that were shown, and tokens of each.
+        keep: tokens to keep of each; the most of them, if the method is `adaptive`.
+        dim: width of hidden states.
 
     Raises:
         UsageError: the wrong kind of index, another number, indices that are out of range or do not rise, features that do not
             fit.
     """
-    name, visual, images = f"{bound.method.name}.select", len(group[0].index), len(group)
+    name = f"{method.name}.select"
     apart = choice.index.ndim > 0 if isinstance(choice.index, Tensor) else isinstance(choice.index, list | tuple)
     rows: Any = choice.index if apart else [choice.index]
     for row in rows:
@@ -290,8 +295,8 @@ def _check_choice(bound: BoundStage, choice: Choice, group: Sequence[Part], keep
             found = f"{row.dtype} of shape {list(row.shape)}" if isinstance(row, Tensor) else shown(row)
             raise UsageError(f"{name} must return whole numbers [image, keep], found {found} for a picture.")
     counts = [len(row) for row in rows]
-    if len(counts) != images or max(counts) > keep or (min(counts) < keep and not bound.adaptive):
-        at_most = "at most " if bound.adaptive else ""
+    if len(counts) != images or max(counts) > keep or (min(counts) < keep and not method.adaptive):
+        at_most = "at most " if method.adaptive else ""
         raise UsageError(f"{name} chose {counts} tokens of {images} pictures, expected {at_most}{keep} of each.")
     for row in rows:
         if row.device.type == "meta" or not len(row):
@@ -302,8 +307,8 @@ def _check_choice(bound: BoundStage, choice: Choice, group: Sequence[Part], keep
             torch._assert_async(good, bad)
         elif not good:
             raise UsageError(f"{bad}, found {row.tolist()}.")
-    if choice.features is not None and list(choice.features.shape) != [images, keep, hidden.shape[-1]]:
-        wanted = [images, keep, hidden.shape[-1]]
+    if choice.features is not None and list(choice.features.shape) != [images, keep, dim]:
+        wanted = [images, keep, dim]
         raise UsageError(
             f"{name} must return features [image, keep, dim] of shape {wanted}, found {list(choice.features.shape)}."
         )

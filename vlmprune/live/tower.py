@@ -263,10 +263,11 @@ class TowerPass:
         rotary = tuple(part[rows.to(part.device)] for part in kwargs["position_embeddings"])
         return {**kwargs, "position_embeddings": rotary, "cu_seqlens": kept.to(kwargs["cu_seqlens"].dtype)}
 
-    def _apply(self, state: TowerState, stays: Tensor, patches: Tensor) -> Tensor:
+    def _apply(self, state: TowerState, stays: Tensor, patches: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """The patches that stay; `counts`: how many of each crop, if that is known without asking the device."""
         if state.valid is not None:
             stays = stays & state.valid
-        reduction = Reduction.keeping(stays)
+        reduction = Reduction.keeping(stays, counts)
         self.shortened = True
         state.valid = None if reduction.dense else reduction.valid
         state.cells = state.cells.gather(1, reduction.rows)

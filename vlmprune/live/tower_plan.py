@@ -111,9 +111,14 @@ class TowerPlan:
         probes = blocks_of_probes(self.wanted, tower.feature_block(self._config), len(self._blocks()))
         if self.stage is not None:
             for index in tower.full_attention_blocks(self._config):
-                if index < self.last_block():
+                if index < self.last_block() and self._method_watches(index):
                     probes.setdefault(index, [])
         return dict(sorted(probes.items()))
+
+    def _method_watches(self, index: int) -> bool:
+        assert self.stage is not None
+        method = self.stage.method
+        return not isinstance(method, TowerPruner) or method.watches_block(index, self.last_block())
 
     def last_block(self) -> int:
         """The block before which the sequence has its final length: what feeds the projector, or in a packed tower its end."""

@@ -201,6 +201,19 @@ class Pruner:
             )
         return Schedule(self.stages)
 
+    def bind(self, facts: TowerFacts, name: str, device: Any) -> Pruner:
+        """The method for one model: what it names is loaded.
+
+        Args:
+            facts: traits of its vision tower.
+            name: where it was loaded from, a folder or hub id; empty if unknown.
+            device: where it is.
+
+        Raises:
+            UsageError: something cannot be loaded, or does not fit the model.
+        """
+        return self
+
     def variant(self, facts: TowerFacts) -> str:
         """Which form of the method runs on such a model, for the report; empty if there is only one."""
         return ""

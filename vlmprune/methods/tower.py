@@ -77,6 +77,10 @@ class TowerPruner(Pruner):
         if cls.provides is not None:
             PROVIDED[cls.provides.name] = cls.provides
 
+    def watches_block(self, index: int, last: int) -> bool:
+        """Whether `watch` has to be called for block `index`; `last` is the block whose output feeds the projector."""
+        return True
+
     def watch(self, block: Block, state: TowerState) -> None:
         """Look at a block's attention."""
 

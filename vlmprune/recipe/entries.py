@@ -21,8 +21,8 @@ from vlmprune.schedule import SITES, Budget, Schedule, Stage
 
 STAGE_KEYS = ("layer", "tokens", "fraction", "preset")
 """Parameters of every pruning method that say where it prunes and how much it keeps; `site` only where a file says so."""
-WITH_LISTS = ("layers", "sink_dims")
-"""Parameters of redistribution methods that take a list."""
+WITH_LISTS = ("layers", "sink_dims", "blocks")
+"""Parameters of methods that take a list, beside those of stages."""
 
 ADDED = {"per": "video"}
 """Parameters of every pruning method that files of the first release do not have, and what such a file means."""
@@ -67,7 +67,7 @@ def _pruner(method: type[Pruner], given: dict[str, Any]) -> Pruner:
     own = [field.name for field in fields(method) if field.name != "schedule"]
     _check_keys(method.name, {key: value for key, value in given.items() if key != "site"}, [*STAGE_KEYS, *own])
     stage = {key: given.pop(key) for key in (*STAGE_KEYS, "site") if key in given}
-    _check_single(method.name, given)
+    _check_single(method.name, {key: value for key, value in given.items() if key not in WITH_LISTS})
     if "site" in stage or any(isinstance(value, list) for value in stage.values()):
         return method(schedule=_schedule(method.name, stage), **given)
     return method(**stage, **given)

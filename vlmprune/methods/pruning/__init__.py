@@ -5,6 +5,7 @@ from vlmprune.methods.pruning.cdpruner import CDPruner as CDPruner
 from vlmprune.methods.pruning.cls import CLS as CLS
 from vlmprune.methods.pruning.dart import DART as DART
 from vlmprune.methods.pruning.divprune import DivPrune as DivPrune
+from vlmprune.methods.pruning.evit import EViT as EViT
 from vlmprune.methods.pruning.evs import EVS as EVS
 from vlmprune.methods.pruning.fastv import FastV as FastV
 from vlmprune.methods.pruning.fastvid import FastVID as FastVID
