@@ -42,12 +42,11 @@ def random_view(
     Args:
         text: words behind each picture; the shorter ones are padded on the left, as in a live call.
         gone: tokens of each picture that were dropped before, `in_tower` of them inside the vision tower.
-        frames: of each video, of equal size; 1 for pictures.
+        frames: of each video; 1 for pictures.
     """
     draw = torch.Generator().manual_seed(seed)
     original, side, dim, width = visual + gone, math.ceil((visual + gone) ** 0.5), 8, 16
     longest, text = max(text[:images]), list(text[:images])
-    assert original % frames == 0
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw)
@@ -109,8 +108,8 @@ def random_view(
         "text_rotary": words(turns(original + 3 + torch.arange(longest).expand(images, -1).float()).flatten(-2)).unflatten(
             -1, (2, dim)
         ),
-        "frame": position // (original // frames),
-        "times": torch.arange(frames).expand(images, -1) / 2 if frames > 1 else torch.full((images, 1), torch.nan),
+        "frame": position * frames // original,
+        "times": 0.5 * torch.arange(frames).expand(images, -1),
         "identity": tuple(range(7 + 100 * seed, 7 + 100 * seed + images)),
     }
     assert set(probes) == set(OURS), set(probes) ^ set(OURS)

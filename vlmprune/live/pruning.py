@@ -279,7 +279,7 @@ class Pruning:
                     record.resident[index] = entries
         record.keep_cache[bound.stage.layer] = last.alive
         record.kept += [
-            Kept(bound.stage.layer, bound.label, "cache", image.sample, image.ordinal, len(image), remaining)
+            Kept(bound.stage.layer, bound.label, "cache", image.sample, image.ordinal, len(image), remaining, **image.shown)
             for image, remaining in zip(prompt.layout.images, last.remaining, strict=True)
         ]
 
@@ -304,6 +304,7 @@ def _kept(
             judged=why,
             how=how,
             in_place=not (packed and len(left) < len(image.places)),
+            **image.shown,
         )
         for image, left, features, why in zip(
             prompt.layout.images, chosen.remaining, prompt.chosen[bound.number].features, reasons, strict=True
