@@ -236,7 +236,7 @@ def _decoded(path: Path) -> Any:
         yield from container.decode(stream)
 
 
-def _others(streams: Sequence[Any]) -> str:
+def _others(streams: Any) -> str:
     return " and ".join(sorted({stream.type for stream in streams})) or "an empty container"
 
 
