@@ -129,19 +129,21 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
         self._count(self.recorded.tokens)
         return keys, values
 
-    def step_mask(self, given: Tensor | None) -> Tensor:
+    def step_mask(self, given: Tensor | None, lent: bool = False) -> Tensor:
         """`[batch, head or 1, 1, place]` the mask of a decoding step.
 
         Args:
             given: the model's own, `[batch or 1, head or 1, 1, slot]`, or None if it sees everything.
+            lent: it is for a later layer that sees these keys, to which the step's own have been added.
 
         Raises:
             UsageError: the mask has not as many columns as the cache has slots.
         """
-        self.masked = True
-        slots, seen = self._places()
+        self.masked = self.masked or not lent
+        length = self.cumulative_length - 1 if lent else self.cumulative_length
+        slots, seen = self._places(length)
         if given is None:
-            return (seen & (slots <= self.cumulative_length))[:, None, None]
+            return (seen & (slots <= length))[:, None, None]
         if given.shape[3] != self.max_cache_len:
             raise UsageError(
                 f"attention_mask has {given.shape[3]} columns, this static cache has places for {self.max_cache_len} tokens: give "
@@ -164,8 +166,9 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
         assert self.recorded is not None
         self.slots, self.seen, self.gone, _ = self.recorded.placed(self.room, self.max_cache_len)
 
-    def _places(self) -> tuple[Tensor, Tensor]:
-        """`[batch, place]` the slot of each place's entry after the step, and whether there is one that the step sees."""
+    def _places(self, length: Tensor) -> tuple[Tensor, Tensor]:
+        """`[batch, place]` the slot of each place's entry after a step that follows `length` tokens, and whether there is one that
+        it sees."""
         return self.slots, self.seen
 
     def _count(self, tokens: int) -> None:
@@ -244,21 +247,21 @@ class StaticWindowLayer(StaticPrunedLayer, StaticSlidingWindowLayer):
         """Places: those of the window, where the whole conversation may be longer."""
         return self.max_cache_len if self.max_cache_len >= self.window else super().needed(entries)
 
-    def step_mask(self, given: Tensor | None) -> Tensor:
+    def step_mask(self, given: Tensor | None, lent: bool = False) -> Tensor:
         """As in a layer that sees everything; the mask that is given may show the window only."""
-        self.masked = True
-        slots, seen = self._places()
         if given is None:
-            return super().step_mask(None)
-        columns = slots - (self.cumulative_length - given.shape[3] + 1).clamp(min=0)
+            return super().step_mask(None, lent)
+        self.masked = self.masked or not lent
+        length = self.cumulative_length - 1 if lent else self.cumulative_length
+        slots, seen = self._places(length)
+        columns = slots - (length - given.shape[3] + 1).clamp(min=0)
         return gathered(given, columns.clamp(0, given.shape[3] - 1), seen & (columns >= 0))
 
     def _lay_out(self) -> None:
         assert self.recorded is not None
         self.slots, self.seen, self.gone, self.first = self.recorded.placed(self.room, None)
 
-    def _places(self) -> tuple[Tensor, Tensor]:
-        length = self.cumulative_length
+    def _places(self, length: Tensor) -> tuple[Tensor, Tensor]:
         youngest, place = length - self.gone, torch.arange(self.room, device=self.slots.device)
         number = youngest - (youngest - place) % self.room  # of the youngest entry that belongs in each place
         step = number >= self.first

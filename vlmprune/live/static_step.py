@@ -76,7 +76,7 @@ def enter_layer(
         return None
     changed = {}
     if isinstance(layer, StaticPrunedLayer) and layer.recorded is not None:
-        changed["attention_mask"] = layer.step_mask(kwargs.get("attention_mask"))
+        changed["attention_mask"] = layer.step_mask(kwargs.get("attention_mask"), lent=stored_at != index)
         if layer.recorded.shift is not None:
             changed["position_embeddings"] = rotary(hidden, kwargs["position_ids"] - layer.recorded.shift[:, None])
     marks = layer.marks
