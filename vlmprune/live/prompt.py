@@ -26,7 +26,8 @@ from transformers.masking_utils import find_packed_sequence_indices
 from vlmprune.adapters.family import has_mrope
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import PrunedLayer, conversation_layer
+from vlmprune.live.cache import conversation_layer
+from vlmprune.live.cache_layer import Pruned
 from vlmprune.live.call import Call, Prompt
 from vlmprune.live.feature_index import hash_rows
 from vlmprune.live.kinds import Kinds
@@ -65,7 +66,7 @@ def check_mask_goes_on(call: Call, cache: Cache | None) -> None:
         UsageError: there is no mask, and something is hidden.
     """
     last = conversation_layer(cache) if call.past else None
-    masked = isinstance(last, PrunedLayer) and last.recorded is not None and not last.recorded.unpadded
+    masked = isinstance(last, Pruned) and last.recorded is not None and not last.recorded.unpadded
     if masked and call.mask is None and not call.custom:
         raise UsageError(
             "the attention mask of earlier turns hid tokens, which were dropped at the first stage, and this call has none: "
