@@ -187,4 +187,3 @@ def check_implementation(implementation: str, what: str) -> None:
             f"{what} in a static cache needs a mask for every place of the cache, which {implementation!r} does not take: call "
             'model.set_attn_implementation("sdpa"), or leave the static cache out.'
         )
-
