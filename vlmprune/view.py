@@ -194,6 +194,9 @@ AHEAD = _names("layer ahead")
 WEIGHTS = LAST_ROW | TEXT_ROWS | AHEAD
 """Probes that are attention weights of the language model."""
 
+OF_QUESTION = WEIGHTS | frozenset(name for name, probe in PROBES.items() if "text" in probe.shape or name.endswith("_of_last"))
+"""Probes that look at what follows the picture."""
+
 FROM_TOWER = frozenset(name for name, probe in PROBES.items() if probe.in_tower)
 """Probes that are taken in the vision tower, of towers that have a CLS token."""
 

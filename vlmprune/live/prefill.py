@@ -16,6 +16,7 @@ from vlmprune.errors import UsageError
 from vlmprune.live.cache import PrunedLayer, check_growing, conversation_layer, hand_over
 from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.injected import take_over
+from vlmprune.live.merged import as_placeholders, find_merged
 from vlmprune.live.owner import Encoded, Owner, encoded_of
 from vlmprune.live.prompt import (
     begin_prompt,
@@ -107,7 +108,9 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
             "videos are not pruned yet: pass the frames as pictures, or run this prompt inside "
             "`with run.override(enabled=False):`."
         )
-    counts = call.images = _encoded_counts(plan, encoded.get("image")) or plan.family.tokens_per_image(kwargs, plan.config)
+    counts = _encoded_counts(plan, encoded.get("image")) or plan.family.tokens_per_image(kwargs, plan.config)
+    merged = find_merged(plan.contexts.settings.image_positions, kwargs, call.past, brings=counts is not None)
+    counts = call.images = counts if merged is None or not merged.counts else merged.counts
     plan.links.check(whole=counts is not None)
     if counts is None:
         refuse_merged(kwargs, plan.language_model)
@@ -128,8 +131,10 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
     if known is not None:
         call.tail += ids.shape[1] - known.ids.shape[1]
         call.uncached, call.resumed = known.marks, bool(known.marks)
-    tokens = read_prompt(call, kwargs, plan.family.image_token(plan.config), plan.language_model, plan.needs, edits)
-    call.prompt = begin_prompt(call, tokens, counts, ids.device, plan.family.joins)
+    image, joins = plan.family.image_token(plan.config), plan.family.joins
+    placed = None if merged is None else as_placeholders(merged, ids.device)
+    tokens = read_prompt(call, kwargs, image, plan.language_model, plan.needs, edits, placed)
+    call.prompt = begin_prompt(call, tokens, counts, ids.device, joins if merged is None else None)
     if known is not None:
         call.prompt.chosen, call.prompt.replayed = known.chosen, bool(known.chosen)
 
@@ -189,6 +194,7 @@ def _encoded_counts(plan: Plan, encoded: Any) -> list[int] | None:
 def enter_prompt(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call enters the language model: the first section begins, and the record of a prompt."""
     prompt, embeddings = call.prompt, kwargs.get("inputs_embeds")
+    call.positions = kwargs.get("position_ids")
     call.given_masks = _finished(kwargs.get("attention_mask"))
     if prompt is None:
         if not call.past and embeddings is not None:

@@ -75,7 +75,13 @@ def full_mask(kwargs: Mapping[str, Any]) -> Any:
 
 
 def read_prompt(
-    call: Call, kwargs: Mapping[str, Any], image_token: int, language_model: Any, needs: frozenset[str], editing: Sequence[str]
+    call: Call,
+    kwargs: Mapping[str, Any],
+    image_token: int,
+    language_model: Any,
+    needs: frozenset[str],
+    editing: Sequence[str],
+    placed: Tensor | None = None,
 ) -> Tokens:
     """Read the tokens of a call with pictures; notes in `call` what their mask says.
 
@@ -86,6 +92,7 @@ def read_prompt(
         language_model: it.
         needs: probes that the recipe's methods look at.
         editing: names of the redistribution methods at work.
+        placed: `[batch, sequence]` bool, where the caller says that pictures are; None if their placeholders say it.
 
     Raises:
         UsageError: what the call says of its tokens cannot be followed.
@@ -93,6 +100,7 @@ def read_prompt(
     config, mask = language_model.config, full_mask(kwargs)
     flash = "flash" in config._attn_implementation
     ids, placeholders = _tokens(kwargs, image_token, language_model, needs)
+    placeholders = placeholders if placed is None else placed
     segments = None
     packed = None if mask is not None else packed_samples(kwargs, ids, config, flash)
     if flash and (packed is not None or kwargs.get("cu_seq_lens_q") is not None):
@@ -175,8 +183,9 @@ def refuse_merged(kwargs: Mapping[str, Any], language_model: Any) -> None:
     if count := strange_embeddings(kwargs, language_model):
         raise UsageError(
             f"inputs_embeds holds {count} embeddings that are not word embeddings; if they are pictures, their places are "
-            "unknown: pass pixel_values, with the placeholder's embedding in the places of the pictures, or input_ids. If they "
-            "are a soft prompt without pictures, run this call inside `with run.override(enabled=False):`."
+            "unknown: say them in `with run.override(image_positions=…):`, or pass pixel_values, with the placeholder's "
+            "embedding in the places of the pictures, or input_ids. If they are a soft prompt without pictures, run this call "
+            "inside `with run.override(enabled=False):`."
         )
 
 
