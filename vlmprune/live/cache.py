@@ -20,6 +20,7 @@ from vlmprune.live.entries import Entries
 from vlmprune.live.kinds import SHARES
 from vlmprune.live.marks import Marks
 from vlmprune.live.owner import Owner
+from vlmprune.live.quantised import QUANTISED, stored_in, taken_over
 from vlmprune.live.rows import Reduction
 
 PRUNING = "pruning inside the language model"
@@ -35,10 +36,7 @@ class MarkedLayer(DynamicLayer):
         """Take over an ordinary layer, filled or not."""
         marked = MarkedLayer()
         if layer.get_seq_length():
-            assert layer.keys is not None
-            assert layer.values is not None
-            marked.lazy_initialization(layer.keys, layer.values)
-            marked.keys, marked.values = layer.keys, layer.values
+            _move(layer, marked)
         return marked
 
     def reset(self) -> None:
@@ -84,7 +82,7 @@ class PrunedLayer(MarkedLayer):
 
     def get_seq_length(self) -> int:
         """Tokens of the conversation so far, kept or not."""
-        stored = 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
+        stored = stored_in(self)
         if self.recorded is None:
             return stored + self.lost
         return self.recorded.tokens + stored + self.lost - self.recorded.slots.shape[1]
@@ -92,14 +90,14 @@ class PrunedLayer(MarkedLayer):
     @property
     def stored(self) -> int:
         """Entries per row."""
-        return 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
+        return stored_in(self)
 
     @property
     def entries(self) -> Entries:
         """All that is stored."""
         if self.recorded is None:
             assert self.keys is not None
-            return Entries.complete(self.keys.shape[0], self.stored, self.keys.device, None)
+            return Entries.complete(self.keys.shape[0], self.stored, self.device, None)
         return self.recorded.then(self.stored + self.lost - self.recorded.slots.shape[1]).last(self.stored)
 
     def reset(self) -> None:
@@ -190,8 +188,7 @@ class FirstPrunedLayer(PrunedLayer):
             UsageError: the recipe was removed, so that the missing tokens are unknown; or several tokens come past the
                 hooks of a wrapped model, which record what is stored before it is.
         """
-        stored = 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
-        coming = key_states.shape[-2]
+        stored, coming = stored_in(self), key_states.shape[-2]
         if stored and self.owner is not None and self.owner.plan is None:
             raise UsageError(
                 "this conversation was pruned, and the recipe it began with has been removed from the model: go on inside the "
@@ -207,6 +204,14 @@ class FirstPrunedLayer(PrunedLayer):
 
 class FirstWindowLayer(FirstPrunedLayer, WindowLayer):
     """The first pruned layer of a cache, where it sees a window."""
+
+
+def _move(layer: DynamicLayer, to: DynamicLayer) -> None:
+    """Let an empty layer have what another stores; offloaded entries stay where they are."""
+    assert layer.keys is not None
+    assert layer.values is not None
+    to.lazy_initialization(layer.keys, layer.values)
+    to.keys, to.values, to.device = layer.keys, layer.values, layer.device
 
 
 def conversation_layer(cache: Cache | None) -> Any:
@@ -234,6 +239,8 @@ def keep_only(layers: Sequence[PrunedLayer], alive: Tensor, past: int, counts: S
         past: tokens of the conversation before that call; their entries stay.
         counts: entries of each row that stay, if they are known.
     """
+    for layer in layers:
+        layer.prefetch()  # entries that were offloaded
     entries, length = layers[0].entries, layers[0].stored
     slots, valid = entries.slots, entries.valid
     here = (slots - past).clamp(0, alive.shape[1] - 1)
@@ -280,15 +287,15 @@ def pruned_layers(
     for index in indices:
         layer: Any = cache.layers[index] if index < len(cache.layers) else _plain_layer(cache, index, PRUNING)
         if not isinstance(layer, PrunedLayer):
-            if type(layer) is not DynamicLayer or cache.offloading:
+            if type(layer) is not DynamicLayer:
                 _check_layer(cache, layer, PRUNING)
             first = not any(map(isinstance, cache.layers[:index], repeat(PrunedLayer)))
-            windowed = isinstance(layer, DynamicSlidingWindowLayer)
-            pruned = _windowed(layer, first) if windowed else FirstPrunedLayer() if first else PrunedLayer()
+            pruned = _empty(layer, first)
             pruned.stages, pruned.owner, pruned.marks = stages, getattr(cache, "vlmprune", None), getattr(layer, "marks", None)
             if layer.get_seq_length():
-                pruned.lazy_initialization(layer.keys, layer.values)
-                pruned.keys, pruned.values, pruned.recorded = layer.keys, layer.values, complete(layer)
+                if not isinstance(layer, QUANTISED):
+                    _move(layer, pruned)
+                pruned.recorded = complete(layer)
             layer = cache.layers[index] = pruned
         found.append(layer)
     return found
@@ -317,7 +324,7 @@ def holds_words_only(cache: Cache | None, index: int, begins: bool) -> bool:
     if cache is None or cache.layer_class_to_replicate is DynamicLayer:
         return False
     layer = cache.layers[index] if index < len(cache.layers) else None
-    if isinstance(layer, MarkedLayer) or (type(layer) is DynamicLayer and not cache.offloading):
+    if isinstance(layer, MarkedLayer) or type(layer) is DynamicLayer:
         return False
     if begins:
         cache.vlmprune_words_only = True  # type: ignore[attr-defined]
@@ -328,7 +335,7 @@ def check_growing(cache: Cache | None, what: str) -> None:
     """Refuse a cache whose layers cannot have different lengths, before anything runs.
 
     Raises:
-        UsageError: it is no plain `DynamicCache`.
+        UsageError: it is no `DynamicCache`, nor a `QuantizedCache` that is pruned only.
     """
     if cache is None:
         return
@@ -336,18 +343,21 @@ def check_growing(cache: Cache | None, what: str) -> None:
     if layers is None:
         raise _other_cache(what, f"a {type(cache).__name__}")
     for layer in layers:
-        if type(layer) is not DynamicLayer or cache.offloading:
+        if type(layer) is not DynamicLayer:
             _check_layer(cache, layer, what)
     grown = cache.layer_class_to_replicate
     if grown is not None and grown is not DynamicLayer:
         raise _other_cache(what, f"a cache of {getattr(grown, '__name__', 'other')} layers")
 
 
-def _windowed(layer: DynamicSlidingWindowLayer, first: bool) -> WindowLayer:
-    """An empty pruned layer with the window of an ordinary one."""
-    pruned = FirstWindowLayer() if first else WindowLayer()
-    pruned.window, pruned.record_past = layer.sliding_window, layer.record_past
-    return pruned
+def _empty(layer: DynamicLayer, first: bool) -> PrunedLayer:
+    """A pruned layer in the place of an ordinary one; a quantised one has its entries."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        windowed = FirstWindowLayer() if first else WindowLayer()
+        windowed.window, windowed.record_past = layer.sliding_window, layer.record_past
+        return windowed
+    kind = FirstPrunedLayer if first else PrunedLayer
+    return taken_over(kind, layer) if isinstance(layer, QUANTISED) else kind()
 
 
 GROWING = {DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer} | ({SHARES} if SHARES is not None else set())
@@ -355,13 +365,15 @@ GROWING = {DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer} | ({SH
 
 
 def _check_layer(cache: Cache, layer: object, what: str) -> None:
-    if not isinstance(layer, MarkedLayer) and (type(layer) not in GROWING or cache.offloading):
-        raise _other_cache(what, "an offloaded cache" if cache.offloading else f"a {type(layer).__name__}")
+    if isinstance(layer, MarkedLayer) or type(layer) in GROWING or (isinstance(layer, QUANTISED) and what == PRUNING):
+        return
+    raise _other_cache(what, f"a {type(layer).__name__}")
 
 
 def _other_cache(what: str, found: str) -> UsageError:
+    fits = "a DynamicCache or a QuantizedCache" if what == PRUNING else "a DynamicCache"
     return UsageError(
-        f"{what} needs a plain DynamicCache, found {found}: pass no other cache as past_key_values, and to generate "
+        f"{what} needs {fits}, found {found}: pass no other cache as past_key_values, and to generate "
         "cache_implementation=None (the default)."
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmprune.device import on_host
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import PrunedLayer, check_growing, conversation_layer, hand_over
+from vlmprune.live.cache import PRUNING, PrunedLayer, check_growing, conversation_layer, hand_over
 from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.injected import take_over
 from vlmprune.live.merged import as_placeholders, find_merged
@@ -28,6 +28,7 @@ from vlmprune.live.prompt import (
     visible_images,
 )
 from vlmprune.live.pruning import timed
+from vlmprune.live.quantised import QUANTISED
 from vlmprune.live.record import Clock, Prefill
 from vlmprune.live.section import window_in_slots
 from vlmprune.live.tower import look_up_tower
@@ -119,12 +120,17 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
         return  # the model itself refuses this
     cache, edits = kwargs.get("past_key_values"), plan.redistribution.names
     if edits or plan.pruning.may_drop(_sizes(plan, counts), call.budget):
-        check_growing(cache, "attention redistribution" if edits else "pruning inside the language model")
+        check_growing(cache, "attention redistribution" if edits else PRUNING)
     shortens = plan.pruning.cache_stage
     if shortens is not None and (call.tail or (cache is None and kwargs.get("mm_encoder_outputs") is not None)):
         raise UsageError(
             f"{shortens.method.name} removes tokens from the KV cache after prefill, which needs use_cache=True and no "
             "assisted decoding; or turn that stage off (cache_layer=-1)."
+        )
+    if shortens is not None and any(isinstance(layer, QUANTISED) for layer in getattr(cache, "layers", ())):
+        raise UsageError(
+            f"{shortens.method.name} removes tokens from the KV cache after prefill, and transformers takes no tokens out of a "
+            "quantised cache: leave cache_implementation out, or turn that stage off (cache_layer=-1)."
         )
     _refuse_unencoded(plan, call, cache)
     known = call.again

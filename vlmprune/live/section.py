@@ -18,6 +18,7 @@ from vlmprune.live.entries import Entries
 from vlmprune.live.kinds import Kind, Kinds
 from vlmprune.live.layout import real_tokens
 from vlmprune.live.masks import part_of_mask, pruned_mask
+from vlmprune.live.quantised import stored_in
 from vlmprune.live.rows import Reduction
 
 if TYPE_CHECKING:
@@ -220,11 +221,11 @@ def every_row(call: Call, hidden: Tensor) -> Reduction:
 
 def complete_entries(call: Call, layer: DynamicLayer, unpadded: bool | None = None) -> Entries:
     """The entries of a layer that dropped nothing so far; the same for all such layers."""
-    length = layer.get_seq_length()
+    length, stored = layer.get_seq_length(), stored_in(layer)
     assert layer.keys is not None
-    batch, stored = layer.keys.shape[0], layer.keys.shape[2]
     if call.complete is None or (call.complete.tokens, call.complete.slots.shape[1]) != (length, stored):
-        call.complete = Entries.complete(batch, length, layer.keys.device, call.mask, unpadded).last(stored)
+        batch = call.batch or layer.keys.shape[0]
+        call.complete = Entries.complete(batch, length, layer.device, call.mask, unpadded).last(stored)
     return call.complete
 
 
