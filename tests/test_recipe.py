@@ -48,7 +48,7 @@ def test_published_defaults():
         ("zzz", "unknown method 'zzz': known: act, adaptinfer, cdpruner, cls, dart, divprune, fastv, flowcut,"),
         ("", "the recipe is empty: name a method"),
         ("fastv + ", "a part of the recipe 'fastv + ' is empty"),
-        ("fastv:leyer=2", "unknown parameter of fastv 'leyer': did you mean 'layer' or 'cache_layer'?"),
+        ("fastv:leyer=2", "unknown parameter of fastv 'leyer': did you mean 'layer' or 'per' or 'cache_layer'?"),
         ("fastv:seed=1", "unknown parameter of fastv 'seed'"),
         ("random:sed=1", "did you mean 'seed'?"),
         ("fastv:layer", "cannot read 'layer'"),

@@ -4,6 +4,9 @@ The first axis of every probe is the picture: `image` counts pictures of equal s
 method neither loops over samples nor meets padding. `visual` counts the tokens of a picture that are left, `text` those of the
 prompt after its last picture (as many as the longest of the group has; `text_valid` is False where a shorter one is padded).
 
+A video is a picture with frames: `frames` of them, and its tokens follow each other frame by frame. Videos and pictures are
+never in one view, nor are videos with different numbers of frames.
+
 To add a probe, write its entry here and one function of the same name in `vlmprune/live/probes.py` (in `vlmprune/live/tower.py`
 if it is taken from a block of the vision tower).
 """
@@ -165,6 +168,8 @@ PROBES: dict[str, Probe] = {
         Probe("project", "", "the model's projector, from `tower_features` to `features`", "host"),
         Probe("rotary", "[image, visual, 2, dim]", "cosines and sines of the tokens' rotary positions", "stage"),
         Probe("text_rotary", "[image, text, 2, dim]", "the same of the text; 0 where padded", "stage"),
+        Probe("frame", "[image, visual]", "int64, the frame that each token shows, rising from 0; all 0 of a picture", "host"),
+        Probe("times", "[image, frame]", "seconds at which each frame is shown; NaN where unknown, and of a picture", "host"),
         Probe(
             "identity",
             "",
@@ -251,6 +256,8 @@ class View:
         position: `[image, visual]` index of each remaining token in its picture, 0 … original − 1, rising.
         entered: tokens of the picture that entered the language model: fewer than `original` if the tower dropped some.
         side: rows, and columns, of a crop where `cell` is available.
+        frames: frames of each video; 1 of a picture, and where each frame is decided by itself (`Pruner.per`). Where a model makes
+            one token of several frames that follow each other (Qwen-VL), these count as one.
         over_picture: `[image, visual]` what `Pruner.over_picture` returned for the whole pictures, where each `image` here is
             one crop of a picture (LLaVA-NeXT); None where it is the whole picture.
     """
@@ -262,6 +269,7 @@ class View:
     entered: int = 0
     side: int = 0
     over_picture: Tensor | None = None
+    frames: int = 1
 
     @property
     def images(self) -> int:

@@ -113,14 +113,16 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """One picture's tokens in the sequence of this call.
+    """One picture's, or one video's, tokens in the sequence of this call.
 
     Attributes:
         sample: batch row.
-        ordinal: n-th picture of that row, from 0.
+        ordinal: n-th picture or video of that row, from 0.
         places: `[visual]` indices into the call's sequence, rising, on the host.
         places_on_device: the same on the device.
         segment: which of several samples in that row it belongs to.
+        frame: `[visual]` the frame of a video that each token shows, rising from 0, on the host; None of a picture.
+        times: seconds at which each frame of a video is shown, NaN where unknown; empty of a picture.
     """
 
     sample: int
@@ -128,9 +130,16 @@ class Image:
     places: np.ndarray[Any, Any]
     places_on_device: Tensor
     segment: int = 0
+    frame: np.ndarray[Any, Any] | None = None
+    times: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.places)
+
+    @property
+    def frames(self) -> int:
+        """Frames of a video; 0 of a picture."""
+        return len(self.times)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from vlmprune.schedule import Budget, Schedule, Stage
 from vlmprune.view import FROM_TOWER, TowerFacts, View, known_probes
 
 Positions = Literal["original", "compact"]
+Per = Literal["video", "frame"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,8 @@ class Pruner:
         newlines: "keep" the row separators of LLaVA-NeXT, which then count as text, on top of the budget; or "drop" them at
             the method's first stage (most papers' code has none). There is one per row of the un-padded picture: 48 for a
             square one of 2 × 2 crops of 24 × 24 patches.
+        per: what a budget counts of a video: "video" (all its frames together), or "frame": every frame is decided by itself,
+            as if it were a picture, and keeps the budget. Refused for pictures then.
 
     A subclass with a `name` of its own can be used by that name in recipe strings and files, wherever it is defined.
 
@@ -104,6 +107,7 @@ class Pruner:
     positions: Positions = choice("original", "compact")
     cache_layer: int = number(-1, low=-1, whole=True)
     newlines: Literal["keep", "drop"] = choice("keep", "drop")
+    per: Per = choice("video", "frame")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -131,6 +135,11 @@ class Pruner:
         for stage in self.stages:
             if stage.site == "cache" or (stage.site == "vision" and not self.in_tower):
                 raise UsageError(f"{self.name} cannot prune in {stage.place}: give it stages of the language model.")
+        if self.per == "frame" and any(stage.site == "vision" for stage in self.stages):
+            raise UsageError(
+                f'{self.name}: per="frame" counts tokens of the language model, but this schedule prunes inside the vision '
+                'tower, where every frame is counted by itself anyway: leave per out, or give it stages of the language model.'
+            )
         earliest = min((stage.layer for stage in self.stages if stage.site == "llm"), default=self.first_layer)
         if earliest < self.first_layer:
             raise UsageError(

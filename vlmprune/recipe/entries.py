@@ -2,7 +2,8 @@
 
     FastV(layer=2, fraction=0.25)  <->  {"method": "fastv", "layer": 2, "fraction": 0.25, "positions": "original", …}
 
-A file holds every parameter, also those that have their default: another version may have other defaults.
+A file holds every parameter, also those that have their default: another version may have other defaults. A parameter that
+earlier versions do not know is left out where it means what they do (`ADDED`), so that they can read the file.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ STAGE_KEYS = ("layer", "tokens", "fraction", "preset")
 """Parameters of every pruning method that say where it prunes and how much it keeps; `site` only where a file says so."""
 WITH_LISTS = ("layers", "sink_dims")
 """Parameters of redistribution methods that take a list."""
+
+ADDED = {"per": "video"}
+"""Parameters of every pruning method that files of the first release do not have, and what such a file means."""
 
 
 def class_named(name: Any) -> type[Pruner] | type[Redistributor]:
@@ -111,7 +115,8 @@ def entry_of(method: Pruner | Redistributor) -> dict[str, Any]:
     """
     own = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "schedule"}
     stages = _stages(method.stages) if isinstance(method, Pruner) else {}
-    return {"method": method.name} | stages | {key: value for key, value in own.items() if value is not None}
+    written = {key: value for key, value in own.items() if value is not None and ADDED.get(key) != value}
+    return {"method": method.name} | stages | written
 
 
 def _stages(schedule: Sequence[Stage]) -> dict[str, Any]:
