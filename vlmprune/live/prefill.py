@@ -114,6 +114,7 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
     counts = call.images = counts if merged is None or not merged.counts else merged.counts
     plan.links.check(whole=counts is not None)
     if counts is None:
+        _refuse_paged(plan, kwargs)
         refuse_merged(kwargs, plan.language_model)
         return  # a prompt without an image, a later step, or a turn without a new image
     if (ids := identity_of(kwargs)) is None:
@@ -143,6 +144,22 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
     call.prompt = begin_prompt(call, tokens, counts, ids.device, joins if merged is None else None)
     if known is not None:
         call.prompt.chosen, call.prompt.replayed = known.chosen, bool(known.chosen)
+
+
+def _refuse_paged(plan: Plan, kwargs: Mapping[str, Any]) -> None:
+    """Refuse prompts of transformers' continuous batching that have places for pictures: it hands the model ids and its own
+    cache, and no pictures. The steps that follow such a prompt have none of these ids.
+
+    Raises:
+        UsageError: the ids hold an image token.
+    """
+    ids = kwargs.get("input_ids")
+    if kwargs.get("cache") is None or ids is None or not on_host((ids == plan.family.image_token(plan.config)).any()):
+        return
+    raise UsageError(
+        f"continuous batching (generate_batch, cache_implementation=\"paged\") hands {type(plan.model).__name__} token ids only, "
+        "and no pictures, so that neither the model nor a recipe would see them: call model.generate for prompts with pictures."
+    )
 
 
 def _refuse_unencoded(plan: Plan, call: Call, cache: Any) -> None:
