@@ -73,7 +73,8 @@ def begin(call: Call, kwargs: dict[str, Any]) -> None:
     call.enabled, call.budget, call.blocks = settings.enabled, settings.budget, settings.blocks
     read_mask(call, kwargs)
     if call.past:
-        check_mask_goes_on(call, kwargs.get("past_key_values"))
+        ids = identity_of(kwargs)
+        check_mask_goes_on(call, kwargs.get("past_key_values"), None if ids is None else len(ids))
     else:
         _begin_conversation(plan, call, call.owner, kwargs)
     if not call.enabled:
@@ -157,7 +158,7 @@ def _refuse_paged(plan: Plan, kwargs: Mapping[str, Any]) -> None:
     if kwargs.get("cache") is None or ids is None or not on_host((ids == plan.family.image_token(plan.config)).any()):
         return
     raise UsageError(
-        f"continuous batching (generate_batch, cache_implementation=\"paged\") hands {type(plan.model).__name__} token ids only, "
+        f'continuous batching (generate_batch, cache_implementation="paged") hands {type(plan.model).__name__} token ids only, '
         "and no pictures, so that neither the model nor a recipe would see them: call model.generate for prompts with pictures."
     )
 

@@ -76,12 +76,13 @@ class Prefix:
             found.reorder_cache(first.to(self.input_ids.device))  # type: ignore[arg-type]
         return found
 
-    def ask(self, input_ids: Any, attention_mask: Any = None, **others: Any) -> dict[str, Any]:
+    def ask(self, input_ids: Any, attention_mask: Any = None, *, copies: int = 1, **others: Any) -> dict[str, Any]:
         """Arguments of `model.generate` for questions on the prefix: the whole prompts, and a cache that knows the prefix.
 
         Args:
             input_ids: `[question, token]` of the questions alone, as a tokenizer gives them with `add_special_tokens=False`.
             attention_mask: `[question, token]`, 0 on padding at either side; padding is moved to the left of each question.
+            copies: sequences that `generate` makes of each question: the larger of `num_beams` and `num_return_sequences`.
             others: what a tokenizer gives beside. Token types of words are left out, because nothing needs them.
 
         Returns:
@@ -99,11 +100,16 @@ class Prefix:
         given = {
             "input_ids": torch.cat((self.input_ids.expand(count, -1), ids), dim=1),
             "attention_mask": whole_mask,
-            "past_key_values": self.cache(count),
+            "past_key_values": self.cache(count * self._copies(copies)),
         }
         if self._positions is not None:
             given["position_ids"] = _continued(self._positions, whole_mask, len(self))
         return given
+
+    def _copies(self, copies: object) -> int:
+        if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+            raise UsageError(f"copies is a whole number of sequences for each question, from 1 on, found {shown(copies)}.")
+        return copies
 
     def _questions(self, input_ids: Any, attention_mask: Any, others: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Ids and mask of questions, on the prefix's device."""

@@ -52,14 +52,20 @@ def read_mask(call: Call, kwargs: Mapping[str, Any]) -> None:
     call.custom = mask is not None and call.mask is None
 
 
-def check_mask_goes_on(call: Call, cache: Cache | None) -> None:
+def check_mask_goes_on(call: Call, cache: Cache | None, rows: int | None) -> None:
     """Refuse a later turn without a mask, where the conversation has hidden tokens: those that were dropped at the first stage
-    cannot become visible again, as they do in the plain model.
+    cannot become visible again, as they do in the plain model. And one with another number of rows, `rows`.
 
     Raises:
-        UsageError: there is no mask, and something is hidden.
+        UsageError: there is no mask, and something is hidden; or the cache is of another batch.
     """
     last = conversation_layer(cache) if call.past else None
+    if isinstance(last, PrunedLayer) and last.recorded is not None and rows not in (None, len(last.recorded.slots)):
+        raise UsageError(
+            f"the cache holds the conversations of {len(last.recorded.slots)} row(s), and this call has {rows}: copy the cache "
+            "and call its batch_repeat_interleave(n); for beams or several sequences of questions on a prefix, "
+            "prefix.ask(…, copies=n)."
+        )
     masked = isinstance(last, PrunedLayer) and last.recorded is not None and not last.recorded.unpadded
     if masked and call.mask is None and not call.custom:
         raise UsageError(

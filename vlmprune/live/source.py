@@ -223,9 +223,7 @@ class Source:
 
     def identities(self) -> tuple[int, ...]:
         """One number per picture, or per frame that is decided by itself."""
-        return tuple(
-            identity_of(self._prompt, image, part.frame) for image, part in zip(self.images, self.group, strict=True)
-        )
+        return tuple(identity_of(self._prompt, image, part.frame) for image, part in zip(self.images, self.group, strict=True))
 
     @property
     def side(self) -> int:

@@ -138,7 +138,7 @@ class Pruner:
         if self.per == "frame" and any(stage.site == "vision" for stage in self.stages):
             raise UsageError(
                 f'{self.name}: per="frame" counts tokens of the language model, but this schedule prunes inside the vision '
-                'tower, where every frame is counted by itself anyway: leave per out, or give it stages of the language model.'
+                "tower, where every frame is counted by itself anyway: leave per out, or give it stages of the language model."
             )
         earliest = min((stage.layer for stage in self.stages if stage.site == "llm"), default=self.first_layer)
         if earliest < self.first_layer:

@@ -1,0 +1,10 @@
+"""Writes what became of every cell into the file that VLMPRUNE_WAYS names."""
+
+from __future__ import annotations
+
+from outcomes import Outcomes
+
+MATRIX = Outcomes("ways of generating", "way", "VLMPRUNE_WAYS")
+pytest_runtest_logreport = MATRIX.pytest_runtest_logreport
+pytest_sessionfinish = MATRIX.pytest_sessionfinish
+pytest_terminal_summary = MATRIX.pytest_terminal_summary
