@@ -40,6 +40,11 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return {**dict(zip(_names(type(module).forward), args, strict=False)), **kwargs} if args else dict(kwargs)
 
 
+def first_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument of a call of `module`."""
+    return args[0] if args else kwargs[_names(type(module).forward)[0]]
+
+
 @cache
 def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(signature(forward).parameters)[1:]

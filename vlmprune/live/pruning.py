@@ -28,7 +28,7 @@ from vlmprune.live.record import Clock, Judged, Kept
 from vlmprune.live.rows import Reduction
 from vlmprune.live.section import LayerStack, Section, complete_entries
 from vlmprune.recipe import Recipe
-from vlmprune.schedule import Budget
+from vlmprune.schedule import IN_TOWER, Budget
 from vlmprune.view import TowerFacts
 
 
@@ -54,6 +54,7 @@ class Pruning:
         self._family, self._facts, self._language_model = family, facts, language_model
         self.stages = [_bound(number, *found, facts) for number, found in enumerate(recipe.stages(facts))]
         self.at = tuple(sorted({bound.stage.layer for bound in self.stages}))
+        self._in_tower = [bound for bound in self.stages if bound.stage.site in IN_TOWER]
         self.cache_stage = next((bound for bound in self.stages if bound.stage.site == "cache"), None)
         self.needs: frozenset[str] = frozenset().union(*(bound.needs for bound in self.stages))
         self._running: dict[int, list[BoundStage]] = {layer: [] for layer in self.at}
@@ -85,7 +86,7 @@ class Pruning:
                 continue
             if bound.adaptive or (self._family.newline is not None and not bound.method.keeps_newlines):
                 return True
-            if images is None or bound.stage.site == "vision":  # which counts crops
+            if images is None or bound.stage.site in IN_TOWER:  # which count crops
                 if budget.fraction != 1.0:
                     return True
             else:
@@ -198,8 +199,8 @@ class Pruning:
         rotary = partial(section.rotary, hidden, earlier, kwargs, self.stack)
         chosen = prompt.chosen.get(bound.number)
         if chosen is None or not (first or prompt.replayed):  # a layer that is run again saves the same tensors again
-            if bound.stage.site == "vision":
-                chosen = left_by_tower(prompt, hidden)
+            if bound.stage.site in IN_TOWER:
+                chosen = left_by_tower(call, prompt, hidden, bound is self._in_tower[0], bound is self._in_tower[-1])
                 prompt.entered = [len(index) for index in chosen.remaining]
             else:
                 _refuse_lost_gradient(bound, prompt)
@@ -313,7 +314,7 @@ def _kept(
 def _bound(number: int, stage: Any, method: Any, facts: TowerFacts) -> BoundStage:
     needs = method.needs_at(stage) if stage.site == "llm" else frozenset()
     per_crop = method.per_crop and facts.crops
-    if stage.site == "vision" or per_crop:
+    if stage.site in IN_TOWER or per_crop:
         needs |= {"cell"}  # brings with it which crop a token belongs to, and that this tower made it
     variant = method.variant(facts)
     label = f"{method.name} ({variant})" if variant else method.name
