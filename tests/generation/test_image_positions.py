@@ -110,9 +110,14 @@ def test_methods_that_read_words_still_need_ids(given):
     with vp.wrap(model, recipe) as run, run.override(image_positions=visual_columns(inputs)):
         model.generate(**embedded, max_new_tokens=2)  # reads embeddings of words
         assert run.last.kept
-    with vp.wrap(model, "cls:fraction=0.5") as run, run.override(image_positions=visual_columns(inputs)):
-        model.generate(**merged("llava", model, inputs), max_new_tokens=2)  # what the tower saw is found by the features
-        assert run.last.kept
+    with vp.wrap(model, "cls:fraction=0.5") as run:
+        encoded = merged("llava", model, inputs)
+        with run.override(image_positions=visual_columns(inputs)):
+            model.generate(**encoded, max_new_tokens=2)  # what the tower saw is found by the features
+            assert run.last.kept
         strange = {**embedded, "inputs_embeds": embedded["inputs_embeds"] * 1.01}
-        with pytest.raises(vp.UsageError, match="the vision tower's features of a picture are unknown"):
+        with (
+            run.override(image_positions=visual_columns(inputs)),
+            pytest.raises(vp.UsageError, match="features of a picture are"),
+        ):
             model.generate(**strange, max_new_tokens=2)

@@ -1,6 +1,6 @@
 """Every family × way of generating × stages: exact, or refused in a sentence.
 
-`make test` runs a fixed eighth of the cells, `make test-generation` all. Both print how many were refused, by reason.
+`make test` runs a fixed sixteenth of the cells, `make test-generation` all. Both print how many were refused, by reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def test_cells_are_enough_and_differ():
     assert len(CELLS) == len({cell.id for cell in CELLS})
     assert set(RUN) == set(WAYS)
     part = [cell for cell in CELLS if cell.part]
-    assert 0.09 < len(part) / len(CELLS) < 0.16
+    assert 0.04 < len(part) / len(CELLS) < 0.09
     assert {cell.way for cell in part} == set(WAYS)
 
 
