@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from outcomes import Outcomes
+from families.outcomes import Outcomes
 
-MATRIX = Outcomes("family matrix", "cell", "VLMPRUNE_MATRIX")
-pytest_runtest_logreport = MATRIX.pytest_runtest_logreport
-pytest_sessionfinish = MATRIX.pytest_sessionfinish
-pytest_terminal_summary = MATRIX.pytest_terminal_summary
+OUTCOMES = Outcomes("the family matrix", "cell", "VLMPRUNE_MATRIX")
+
+pytest_runtest_logreport = OUTCOMES.note
+pytest_sessionfinish = OUTCOMES.write
+pytest_terminal_summary = OUTCOMES.summarise

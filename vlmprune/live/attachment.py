@@ -199,6 +199,10 @@ class Attachment:
             return self._after(part(early), self.hooks.leave_early)
         if kind == "merger":
             return self._before(part(tower.projector), self.hooks.enter_merger)
+        if kind == "pool":
+            assert plan.family.videos is not None
+            assert plan.family.videos.pool is not None
+            return self._before(part(plan.family.videos.pool), self.hooks.enter_pool)
         return self._after(part(tower.projector), self.hooks.leave_projector)
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> _Place:

@@ -87,7 +87,7 @@ class Hooks:
         if _begins_again(kwargs) and _innermost(type(module), only=module, function="_assisted_decoding") is not None:
             raise UsageError(FED_AGAIN)
         call = Call(tail=max(wanted - 1, 0) if kwargs.get("mm_encoder_outputs") else 0, logits_wanted=wanted)
-        if kwargs.get("pixel_values") is not None:
+        if kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
             call.generation = _generation(module)
         for name, offset in (("labels", 1), ("shift_labels", 0)):
             if isinstance(labels := kwargs.get(name), Tensor):
@@ -273,6 +273,11 @@ class Hooks:
     def leave_early(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], features: Tensor) -> Any:
         """What leaves a packed tower before its end has the full number of rows again."""
         return None if (tower := self._thread.tower) is None else tower.restore(features)
+
+    def enter_pool(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Squares of a video's patches become one token each, before the projector."""
+        if (tower := self._thread.tower) is not None:
+            tower.plan.tower.enter_pool(tower)
 
     def leave_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], features: Tensor) -> Any:
         """What the tower saw of every token is recorded with its features."""

@@ -86,7 +86,7 @@ class Pruning:
                 continue
             if bound.adaptive or (self._family.newline is not None and not bound.method.keeps_newlines):
                 return True
-            if images is None or bound.stage.site in IN_TOWER:  # which count crops
+            if images is None or bound.stage.site in IN_TOWER or bound.per_frame:  # which count crops, or frames
                 if budget.fraction != 1.0:
                     return True
             else:
@@ -99,9 +99,10 @@ class Pruning:
         """Whether all layers will compute fewer tokens than the prompt has, as far as budgets tell."""
         for bound in self._running.get(0, ()):
             if bound.stage.site == "llm" and not bound.adaptive:
-                budget = self.budget_of(bound, call.budget)
-                for count in {len(index) for index in call.section.remaining}:
-                    if budget.resolve(count) < count:
+                budget, prompt = self.budget_of(bound, call.budget), call.prompt
+                assert prompt is not None
+                for image, index in enumerate(call.section.remaining):
+                    if bound.keeps(budget, prompt, image) < len(index):
                         return True
         return False
 
@@ -111,8 +112,8 @@ class Pruning:
             return False
         for bound in self._running[layer]:
             budget = self.budget_of(bound, call.budget)
-            for count, index in zip(prompt.candidates, call.section.remaining, strict=True):
-                if bound.stage.site == "llm" and (bound.adaptive or budget.resolve(count) < len(index)):
+            for image, index in enumerate(call.section.remaining):
+                if bound.stage.site == "llm" and (bound.adaptive or bound.keeps(budget, prompt, image) < len(index)):
                     return True
         return False
 
@@ -279,7 +280,7 @@ class Pruning:
                     record.resident[index] = entries
         record.keep_cache[bound.stage.layer] = last.alive
         record.kept += [
-            Kept(bound.stage.layer, bound.label, "cache", image.sample, image.ordinal, len(image), remaining)
+            Kept(bound.stage.layer, bound.label, "cache", image.sample, image.ordinal, len(image), remaining, **image.shown)
             for image, remaining in zip(prompt.layout.images, last.remaining, strict=True)
         ]
 
@@ -304,6 +305,7 @@ def _kept(
             judged=why,
             how=how,
             in_place=not (packed and len(left) < len(image.places)),
+            **image.shown,
         )
         for image, left, features, why in zip(
             prompt.layout.images, chosen.remaining, prompt.chosen[bound.number].features, reasons, strict=True
@@ -318,7 +320,10 @@ def _bound(number: int, stage: Any, method: Any, facts: TowerFacts) -> BoundStag
         needs |= {"cell"}  # brings with it which crop a token belongs to, and that this tower made it
     variant = method.variant(facts)
     label = f"{method.name} ({variant})" if variant else method.name
-    return BoundStage(number, stage, method, needs, label, per_crop and stage.layer == 0, method.adaptive)
+    per_frame = stage.site == "llm" and method.per == "frame"
+    return BoundStage(
+        number, stage, method, needs, label, per_crop and stage.layer == 0 and not per_frame, method.adaptive, per_frame
+    )
 
 
 @contextmanager
