@@ -101,7 +101,8 @@ class ImageTowerPlan:
         self.check_budget(bound, bound.stage.budget)
         if "pixels" in bound.needs and self.tower.patch is None:
             raise UsageError(
-                f"{name} compares the pixels of patches, but those of {self.tower.name} overlap: choose another method."
+                f"{name} compares the pixels of patches, but {self.tower.name} makes patches by more than one convolution, or "
+                "patches that overlap: choose another method."
             )
 
     def check_budget(self, bound: BoundStage, budget: Budget) -> None:
