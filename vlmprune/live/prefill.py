@@ -331,6 +331,7 @@ def _begin_record(plan: Plan, call: Call, embeddings: Tensor) -> Prefill:
     )
     record.prefill = Clock(device=embeddings.device).begin()
     record.tower, plan.tower.now.clocks = list(plan.tower.now.clocks), ()
+    record.tower_work, plan.tower.now.work = plan.tower.now.work, None
     return record
 
 
