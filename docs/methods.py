@@ -33,8 +33,8 @@ VIDEOS = """## On videos
 
 A video is a picture with frames. `per="frame"`, a parameter of every pruning method, gives every frame the budget and decides
 it by itself, as if it were a picture. Without it, the budget is the video's, and this table says what is decided together. A
-budget inside the vision tower is that of a frame, for the tower sees frames one by one. Every method is tested on videos of every
-family, or the sentence is tested by which it is refused (`tests/video/test_video_methods.py`, all pairs with `make test-video`).
+budget inside the vision tower is that of a frame, for the tower sees frames one by one. Every method is tested on videos of
+every family, or the sentence by which it is refused (`tests/video/test_video_methods.py`; all pairs: `make test-video`).
 """
 
 
