@@ -19,6 +19,8 @@ CLS = {"llava", "llava_next", "llava_next_video", "internvl"}
 """Families whose tower has a CLS token that methods may use."""
 UNITS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v"}
 """Families whose tower merges squares of patches into tokens."""
+PATCHES = (CLS | UNITS) - {"internvl"}
+"""Families where patches can be dropped before the vision tower."""
 VANISHING = {
     "act": "beta=0.9999999,alpha=0",
     "pai": "alpha=1e-7",
@@ -62,6 +64,7 @@ REFUSED: list[tuple[str, Callable[[Pair], bool]]] = [
         "needs a CLS token or merge units in the vision tower",
         lambda pair: pair.method == "flowcut" and pair.family not in CLS | UNITS,
     ),
+    ("how patches enter that of", lambda pair: pair.method == "pixelprune" and pair.family not in PATCHES),
     ("this one needs all to its end", lambda pair: (pair.family, pair.method) == ("internvl", "mustdrop")),
     ("needs all of them up to its end", lambda pair: (pair.family, pair.method) == ("internvl", "evit")),
     ("adds softcap", _softcap),

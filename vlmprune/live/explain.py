@@ -22,7 +22,7 @@ from vlmprune.live.record import Judged, Kept, Prefill, place_of
 from vlmprune.methods import Choice, Pruner
 from vlmprune.methods.checks import check_joined, check_numbers, check_order
 from vlmprune.methods.tower import TowerPruner
-from vlmprune.schedule import Site, plain
+from vlmprune.schedule import IN_TOWER, Site, plain
 from vlmprune.show import units
 from vlmprune.view import View
 
@@ -86,7 +86,7 @@ class Verdict:
 
     Attributes:
         layer: first decoder layer that computes only what the stage kept.
-        site: "vision" (inside the tower), "llm", or "cache" (what decoding steps see).
+        site: "pixels" (before the vision tower), "vision" (inside it), "llm", or "cache" (what decoding steps see).
         method: the method that decided, with its variant.
         kept: whether the token stayed.
         left: tokens that the stage kept, of those it decided about together with this one.
@@ -161,7 +161,8 @@ class Verdict:
         if self.pick is not None:
             yield f"pick {self.pick} of {self.left}"
         yield f"{self.left} of {self.among} tokens{within} stay"
-        known = "scores inside the tower are not kept" if self.site == "vision" else "no token has a score"
+        where = "inside" if self.site == "vision" else "before"
+        known = f"scores {where} the tower are not kept" if self.site in IN_TOWER else "no token has a score"
         yield f"{known}: the method {self.how}"
         if not self.in_place:
             yield (

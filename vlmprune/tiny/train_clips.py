@@ -20,7 +20,7 @@ from vlmprune.tiny.train import precision_of, save_checkpoint
 if TYPE_CHECKING:
     from vlmprune.tiny.training.loop import Schedule, Stage
 
-BATCH = {"pooling": 32, "clips": 16}
+BATCH = {"pooling": 32, "clips": 8}
 """Frames and clips per step."""
 
 
@@ -30,7 +30,7 @@ def schedules() -> dict[str, Schedule]:
 
     return {
         "pooling": Schedule(steps=300, muon_lr=0.01, adam_lr=3e-3, weight_decay=0.1, decay_from=0.4),
-        "clips": Schedule(steps=900, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, decay_from=0.4),
+        "clips": Schedule(steps=700, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, decay_from=0.4),
     }
 
 
@@ -98,7 +98,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=2_400, help="clips in the pool of the second stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
     options = parser.parse_args(arguments)
     options.precision = precision_of(options.precision)
     return options
