@@ -267,11 +267,24 @@ PRUNING = (
         views={"pdrop": Form(vp.PDrop())},
     ),
     Pruning(
+        "pixelprune",
+        tiny=("fraction=0.4",),
+        few="tokens=4",
+        long=("tokens=300",),
+        written=("tokens=9,tolerance=0.5,positions=compact",),
+        views={
+            "pixelprune": Form(vp.PixelPrune(), layer=0),
+            "pixelprune-tolerance": Form(vp.PixelPrune(tolerance=0.5), layer=0),
+        },
+        reads=3,
+        drops_only=False,
+    ),
+    Pruning(
         "random",
         tiny=("layer=0,fraction=0.4",),
         few="layer=0,tokens=4",
         long=("tokens=300",),
-        written=("layer=0|3,tokens=9|0,seed=-7,positions=compact",),
+        written=("layer=0|3,tokens=9|0,seed=-7,positions=compact", "tokens=9,site=pixels"),
         views={"random": Form(vp.Random(), layer=0)},
     ),
     Pruning(
@@ -298,7 +311,7 @@ PRUNING = (
         tiny=("layer=0,fraction=0.4",),
         few="layer=0,tokens=4",
         long=("tokens=300",),
-        written=("layer=5,tokens=3,positions=compact",),
+        written=("layer=5,tokens=3,positions=compact", "fraction=0.5,site=pixels"),
         views={"uniform": Form(vp.Uniform(), layer=0)},
     ),
     Pruning(

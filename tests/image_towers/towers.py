@@ -14,6 +14,8 @@ from torch.nn import functional
 SIDE, PATCH = 48, 8
 """Height and width of pictures, and of patches, in pixels."""
 PATCHES = (SIDE // PATCH) ** 2
+PEAK = 2.5
+"""Factor on queries and on keys."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Tower:
         encode: its features of pictures.
         blocks: paths of its list of blocks, from the model.
         before: tokens before the patches.
-        rooms: what the oracle has to mask besides the blocks: "average" with the path of what is averaged, or "pool" with the path
-            of attention behind the blocks.
+        average: path of the module whose output is averaged, if patches are; the oracle averages what is left.
+        pool: path of attention behind the blocks, if there is any; the oracle shows it what is left.
         side: height and width of its pictures, of 6 × 6 patches.
     """
 
@@ -40,14 +42,20 @@ class Tower:
 
 
 def peaked(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Random weights, large enough that attention differs from patch to patch, and that each block changes what it is given."""
+    """Random weights: attention looks at few patches, every block changes what it is given, and features are about 1."""
     draw = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
-        if parameter.ndim == 2 and "embed" not in name:
-            parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5, generator=draw)
-        elif parameter.ndim >= 2:
-            parameter.normal_(0, 0.4, generator=draw)
+        if parameter.ndim < 2:
+            continue
+        inputs = parameter.shape[0] if name.rpartition(".")[2] in ("proj", "text_projection") else parameter[0].numel()
+        parameter.normal_(0, 0.9 * inputs**-0.5, generator=draw)
+        if "embed" in name or parameter.ndim == 3:
+            parameter.normal_(0, 0.5, generator=draw)
+        if name.endswith(("in_proj_weight", "qkv.weight")):
+            parameter[: 2 * len(parameter) // 3] *= PEAK
+        elif name.endswith(("q_proj.weight", "k_proj.weight")):
+            parameter *= PEAK
     return model.eval()
 
 
@@ -62,35 +70,40 @@ def pictures(count: int, side: int = SIDE, seed: int = 0) -> Tensor:
     return fine
 
 
-def masked(tower: Tower, model: nn.Module, pixels: Tensor, kept: Sequence[tuple[int, Sequence[Tensor]]]) -> Tensor:
+Kept = tuple[int, Sequence[Tensor], Sequence[Tensor] | None]
+"""A block, and per picture the indices of patches that it and all later ones see, and their features if some were merged."""
+
+
+def masked(tower: Tower, model: nn.Module, pixels: Tensor, kept: Sequence[Kept]) -> Tensor:
     """What a pruned tower must compute: the un-pruned one, where patches are hidden from all others from a block on.
 
     Queries of hidden patches are computed like the others, and nobody looks at the result. One picture after another, in a
     mode of its own that shares nothing with vlmprune: attention is computed by hand.
-
-    Args:
-        kept: the blocks from which on patches are hidden, each with the indices that stay, per picture.
     """
     features = []
     for number, picture in enumerate(pixels):
-        stays = [(block, index[number]) for block, index in kept]
+        stays = [(block, index[number], None if merged is None else merged[number]) for block, index, merged in kept]
         features.append(_masked_one(tower, model, picture[None], stays))
     return torch.cat(features)
 
 
-def _masked_one(tower: Tower, model: nn.Module, picture: Tensor, stays: list[tuple[int, Tensor]]) -> Tensor:
+def _masked_one(tower: Tower, model: nn.Module, picture: Tensor, stays: list[tuple[int, Tensor, Tensor | None]]) -> Tensor:
     patches = PATCHES
     visible = torch.ones(tower.before + patches, dtype=torch.bool)
     handles, blocks = [], model.get_submodule(tower.blocks)
     hide = Hide()
 
     def enter(index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for block, left in stays:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0].clone()
+            for block, left, merged in stays:
                 if block == index:
                     visible[tower.before :] = False
                     visible[tower.before + left] = True
+                    if merged is not None:
+                        hidden[0, tower.before + left] = merged
             hide.visible = visible
+            return (hidden, *args[1:]), kwargs
 
         return hook
 
@@ -190,19 +203,14 @@ TRANSFORMERS = {
         0,
         pool="vision_model.head.attention",
     ),
-    "siglip vision": Tower(
-        _siglip_vision, lambda model, x: model(x).pooler_output, "encoder.layers", 0, pool="head.attention"
-    ),
+    "siglip vision": Tower(_siglip_vision, lambda model, x: model(x).pooler_output, "encoder.layers", 0, pool="head.attention"),
 }
 
 
 @cache
-def build(name: str) -> tuple[Tower, nn.Module]:
-    """A tower and a model with it; the same one each time."""
-    tower = TOWERS[name]
-    with torch.random.fork_rng():
+def build(name: str, tower: Tower | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tower, nn.Module]:
+    """A tower and a model with it, the same one each time; of transformers, if no tower is given."""
+    tower = TRANSFORMERS[name] if tower is None else tower
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        return tower, peaked(tower.make())
-
-
-TOWERS = dict(TRANSFORMERS)
+        return tower, peaked(tower.make()).to(dtype)

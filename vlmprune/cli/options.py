@@ -88,6 +88,14 @@ Longest = Annotated[
         help="The longest answer, in tokens. If not given: as the questions say, else 32.",
     ),
 ]
+Templates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template",
+        metavar="TEXT",
+        help="For pictures by class: a text with {} in the place of the class; may be repeated. If not given: a photo of a {}.",
+    ),
+]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, …")]
 DeviceMap = Annotated[
     str | None,

@@ -22,6 +22,7 @@ from vlmprune.live.record import Prefill
 from vlmprune.live.shells import model_inside
 from vlmprune.methods import Pruner
 from vlmprune.recipe import Recipe
+from vlmprune.schedule import IN_TOWER
 
 RELATIVE = 5e-5
 """Largest difference in single precision, as a share of the logits' standard deviation."""
@@ -144,7 +145,8 @@ def check(
     layers = sorted({0, *(stage.layer for stage, _ in whole.stages() if stage.site == "llm")})
     keep_all = f"random:layer={'|'.join(map(str, layers))},fraction={'|'.join('1' for _ in layers)}"
     inside = model_inside(model)
-    judge = Judge(inside, dict(inputs), new_tokens)
+    described = choose_family(inside, family)[0]
+    judge = Judge(inside, dict(inputs), new_tokens, None if described.injected is None else described.injected.features)
     _check_usable(inside, judge, whole)
     wrap(model, whole, family=family).remove()  # refuses what cannot work
     with torch.no_grad():
@@ -165,8 +167,9 @@ def check(
     difference, moved = float(distances.max()), _apart(pruned.logits, unpruned.logits)
     noise = max(_apart(unpruned.logits, cached.logits), _apart(unpruned.logits, shaken.logits))
     tolerance, against = _tolerance(judge.dtype, pruned.logits, noise)
-    known = choose_family(inside, family)[0]
-    tokens = {known.image_token(inside.config)} | ({known.videos.token(inside.config)} if known.videos is not None else set())
+    tokens = {described.image_token(inside.config)}
+    if described.videos is not None:
+        tokens.add(described.videos.token(inside.config))
     lost = _text_lost(claim, judge, tokens)
     verdict: Any = "exact" if difference <= tolerance and not lost else "not exact"
     if verdict == "exact" and moved < MEANINGFUL * tolerance:
@@ -272,7 +275,7 @@ def _claim(record: Prefill | None, recipe: Recipe, judge: Judge) -> Claim:
         raise UsageError("the prompt has no picture, and there is nothing to check: pass pixel_values and their placeholders.")
     if not any((mask != judge.real.to(mask.device)).any() for mask in (*record.keep.values(), *record.keep_cache.values())):
         raise UsageError(f"{recipe} keeps every token of this prompt, and there is nothing to check: give it a smaller budget.")
-    made = {image.layer for image in record.kept if image.features is not None or image.site == "vision"}
+    made = {image.layer for image in record.kept if image.features is not None or image.site in IN_TOWER}
     if made and record.batch > 1:
         raise UsageError(f"{recipe} makes features of its own, which check follows for one sample only: pass one sample.")
     compact = {
@@ -283,4 +286,5 @@ def _claim(record: Prefill | None, recipe: Recipe, judge: Judge) -> Claim:
     }
     keep = {layer: mask[:, : judge.prompt] for layer, mask in record.keep.items()}
     entered = {layer: judge.entered[layer] for layer in made if layer in keep}
-    return Claim(keep, record.keep_cache, entered, frozenset(compact & set(keep)))
+    injected = judge.injected if any(image.site in IN_TOWER for image in record.kept) else {}
+    return Claim(keep, record.keep_cache, entered, frozenset(compact & set(keep)), injected)

@@ -22,7 +22,7 @@ from vlmprune.live.record import Judged, Kept, Prefill, place_of
 from vlmprune.methods import Choice, Pruner
 from vlmprune.methods.checks import check_joined, check_numbers, check_order
 from vlmprune.methods.tower import TowerPruner
-from vlmprune.schedule import Site, plain
+from vlmprune.schedule import IN_TOWER, Site, plain
 from vlmprune.show import units
 from vlmprune.view import View
 
@@ -86,7 +86,7 @@ class Verdict:
 
     Attributes:
         layer: first decoder layer that computes only what the stage kept.
-        site: "vision" (inside the tower), "llm", or "cache" (what decoding steps see).
+        site: "pixels" (before the vision tower), "vision" (inside it), "llm", or "cache" (what decoding steps see).
         method: the method that decided, with its variant.
         kept: whether the token stayed.
         left: tokens that the stage kept, of those it decided about together with this one.
@@ -97,8 +97,8 @@ class Verdict:
         pick: for a kept token of a method that picks one after the other, as which it was picked, from 1.
         merged_into: token that this one was merged into, or None.
         merged_from: how many other tokens were merged into this one.
-        frame, frames: of a video whose frames are judged apart (`per="frame"`): number of the frame, and how many there are; else
-            None and 1.
+        frame, frames: of a video whose frames are judged apart (`per="frame"`): number of the frame, and how many there are;
+            else None and 1.
         crop, crops: LLaVA-NeXT, where crops are judged apart: number of the crop (0 is the whole picture scaled down), and how
             many there are; else None and 1.
         asked: False where the budget keeps everything or nothing, so that the method was not asked.
@@ -161,7 +161,8 @@ class Verdict:
         if self.pick is not None:
             yield f"pick {self.pick} of {self.left}"
         yield f"{self.left} of {self.among} tokens{within} stay"
-        known = "scores inside the tower are not kept" if self.site == "vision" else "no token has a score"
+        where = "inside" if self.site == "vision" else "before"
+        known = f"scores {where} the tower are not kept" if self.site in IN_TOWER else "no token has a score"
         yield f"{known}: the method {self.how}"
         if not self.in_place:
             yield (
@@ -345,11 +346,10 @@ def _of_part(stage: Kept, part: Judged, there: list[int], token: int, kept: bool
         pick=pick,
         merged_into=joined if joined is not None and joined >= 0 and not kept else None,
         merged_from=into.count(token) - 1 if joined is not None and kept else 0,
-        **(
-            {"crop": apart, "crops": len(stage.judged)}
-            if stage.frame is None
-            else {"frame": apart, "frames": len(stage.judged)}
-        ),
+        crop=apart if stage.frame is None else None,
+        crops=len(stage.judged) if stage.frame is None else 1,
+        frame=None if stage.frame is None else apart,
+        frames=1 if stage.frame is None else len(stage.judged),
         asked=part.asked,
         how=stage.how,
         in_place=stage.in_place,

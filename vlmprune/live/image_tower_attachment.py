@@ -25,12 +25,9 @@ from vlmprune.live.image_tower_plan import ImageTowerPlan
 
 
 class _Forward(partial):
-    """The `forward` of a wrapped tower. It is not copied with its module."""
+    """The `forward` of a wrapped tower."""
 
     attachment: TowerAttachment
-
-    def __reduce_ex__(self, protocol: object) -> Any:
-        raise UsageError("a wrapped model cannot be copied or pickled: call run.remove() first, and wrap the copy.")
 
 
 class _Thread(local):
@@ -75,6 +72,9 @@ class TowerAttachment:
         for pool in tower.pools:
             self._handles.append(part(pool.path).register_forward_pre_hook(partial(self._hide, pool), with_kwargs=True))
         root.forward = self._forward
+
+    def __reduce_ex__(self, protocol: object) -> Any:  # whatever of it is copied with a module
+        raise UsageError("a wrapped model cannot be copied or pickled: call run.remove() first, and wrap the copy.")
 
     def remove(self) -> None:
         """Take everything away. New passes are not pruned from now on.

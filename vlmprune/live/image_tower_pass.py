@@ -18,6 +18,7 @@ from vlmprune.live.image_tower_choosing import Pictures, choose
 from vlmprune.live.image_tower_report import Left, TowerRecord
 from vlmprune.live.record import Clock
 from vlmprune.live.tower import FROM_BLOCK, TowerPass
+from vlmprune.live.tower_sequence import Form
 from vlmprune.methods.tower import TowerPruner, TowerState
 from vlmprune.schedule import Budget
 
@@ -57,8 +58,8 @@ class ImageTowerPass(TowerPass):
             pruner=pruner if isinstance(pruner, TowerPruner) else None,
             budget=None if inside is None else plan.budget_of(inside, budget),
             drops=True,
+            form=Form(packed=False, before=tower.before),
         )
-        self.packed = False
         self.tower, self.record, self.grid = tower, record, grid
         self._pictures = Pictures(pixels, grid, tower.patch)
         self.entered = 0
@@ -165,7 +166,8 @@ class ImageTowerPass(TowerPass):
 
     def _watches(self, index: int, state: TowerState) -> bool:
         """Whether the attention of a block is looked at."""
-        in_tower = self.pruner is not None and index < self.last and state.cells.shape[1] > state.target
+        watching = self.pruner is not None and self.pruner.watches_block(index, self.last)
+        in_tower = watching and index < self.last and state.cells.shape[1] > state.target
         return in_tower or bool(self._probes.get(index))
 
     def _see(self, index: int) -> Callable[[Tensor, Tensor, Tensor, float], None]:
@@ -181,11 +183,6 @@ class ImageTowerPass(TowerPass):
         for name in set(probes) - set(of_block):  # [picture, patch, head, dim]
             whole = {"keys": key, "values": value}[name]
             self.states[0].carried[name] = whole[:, :, self.tower.before :].transpose(1, 2)
-
-    def _visible(self, state: TowerState) -> Tensor | None:
-        if state.valid is None:
-            return None
-        return torch.nn.functional.pad(state.valid, (self.tower.before, 0), value=True)
 
     def _with_rotary(self, state: TowerState, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a block, with the rotary embeddings of the patches that are left: per picture."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class ImageTowerPlan:
             )
         for method in recipe.pruners:
             _check_options(method, tower)
-        bound = [_bound(number, *pair) for number, pair in enumerate(recipe.stages(tower.facts))]
+        bound = [_bound(number, *pair) for number, pair in enumerate(recipe.stages(replace(tower.facts, blocks=self.blocks)))]
         self.inside = stage_in_tower(bound, frozenset().union(*(stage.needs for stage in bound)))
         self.stages = [stage for stage in bound if stage is not self.inside]
         for stage in bound:
@@ -100,7 +101,8 @@ class ImageTowerPlan:
         self.check_budget(bound, bound.stage.budget)
         if "pixels" in bound.needs and self.tower.patch is None:
             raise UsageError(
-                f"{name} compares the pixels of patches, but those of {self.tower.name} overlap: choose another method."
+                f"{name} compares the pixels of patches, but {self.tower.name} makes patches by more than one convolution, or "
+                "patches that overlap: choose another method."
             )
 
     def check_budget(self, bound: BoundStage, budget: Budget) -> None:

@@ -27,6 +27,7 @@ class Left:
         layer, method, site: of the stage, as in `Kept`.
         cells: `[picture, patch]` the patches that are left, as indices in the picture's raster.
         valid: `[picture, patch]` bool, False on padding of a picture that kept fewer than another; None if there is none.
+        features: `[picture, patch, dim]` what enters the block, where the stage merged; else None.
     """
 
     block: int
@@ -35,12 +36,13 @@ class Left:
     site: Site
     cells: Tensor
     valid: Tensor | None
+    features: Tensor | None = None
 
-    def of_pictures(self) -> list[Tensor]:
-        """`[kept]` of each picture."""
+    def of_pictures(self, x: Tensor) -> list[Tensor]:
+        """`[kept, …]` of each picture, of `[picture, patch, …]`."""
         if self.valid is None:
-            return list(self.cells)
-        return [cells[valid] for cells, valid in zip(self.cells, self.valid, strict=True)]
+            return list(x)
+        return [own[valid] for own, valid in zip(x, self.valid, strict=True)]
 
     def counts(self) -> list[int]:
         """How many patches of each picture are left. Waits for the device if they differ."""
@@ -75,11 +77,12 @@ class TowerRecord:
     def kept(self) -> list[Kept]:
         """What each stage kept of each picture; of a method that drops between several blocks, what it kept in the end."""
         last = {(left.site, left.layer, left.method): left for left in self.left}
-        return [
-            Kept(left.layer, left.method, left.site, picture, 0, self.patches, index)
-            for left in last.values()
-            for picture, index in enumerate(left.of_pictures())
-        ]
+        found = []
+        for left in last.values():
+            merged = [None] * self.pictures if left.features is None else left.of_pictures(left.features)
+            for picture, (index, features) in enumerate(zip(left.of_pictures(left.cells), merged, strict=True)):
+                found.append(Kept(left.layer, left.method, left.site, picture, 0, self.patches, index, features))
+        return found
 
     @property
     def entering(self) -> list[int]:

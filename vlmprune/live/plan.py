@@ -91,7 +91,7 @@ class Plan:
         self.tower = TowerPlan(self, self.family, self.base, self.language_model, facts, self.pruning, self.needs, contexts)
         check_stages(recipe, decoder, self.pruning.stages)
         check_edits(decoder, self.redistribution)
-        if self.tower.used:
+        if self.tower.looks:
             check_tower(recipe, decoder, facts, self.tower.stage, self.tower.last_block)
         self.edited = frozenset(self.redistribution.by_layer)
         self.observers: dict[nn.Module, list[Callable[..., None]]] = {}

@@ -58,6 +58,8 @@ def place_of(site: Site, layer: int) -> str:
     """Where a stage prunes, in words."""
     if site == "llm":
         return f"before layer {layer}" if layer else "before the language model"
+    if site == "pixels":
+        return "before the vision tower"
     return "inside the vision tower" if site == "vision" else f"in the KV cache from layer {layer} on"
 
 
@@ -94,7 +96,7 @@ class Kept:
     Attributes:
         layer: first decoder layer that computes these tokens only.
         method: name of the method, with the variant that ran where there are several.
-        site: "vision" (inside the vision tower), "llm", or "cache" (decoding steps only).
+        site: "pixels" (before the vision tower), "vision" (inside it), "llm", or "cache" (decoding steps only).
         sample, ordinal: row of the batch, and number of the picture or video in that row; both are counted together.
         original: tokens of the picture before any pruning.
         index: `[kept]` indices of the kept tokens in their picture, rising.

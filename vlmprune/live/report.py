@@ -17,8 +17,8 @@ from vlmprune.show import units
 
 @dataclass(frozen=True)
 class StageReport:
-    """What one stage kept: of each picture and video, how many of how many tokens; and how many of each frame of a video, none of
-    a picture."""
+    """What one stage kept: of each picture and video, how many of how many tokens; and how many of each frame of a video, of a
+    picture nothing."""
 
     layer: int
     method: str

@@ -13,6 +13,7 @@ from vlmprune.methods.pruning.flowcut import FlowCut as FlowCut
 from vlmprune.methods.pruning.holov import HoloV as HoloV
 from vlmprune.methods.pruning.mustdrop import MustDrop as MustDrop
 from vlmprune.methods.pruning.pdrop import PDrop as PDrop
+from vlmprune.methods.pruning.pixelprune import PixelPrune as PixelPrune
 from vlmprune.methods.pruning.random import Random as Random
 from vlmprune.methods.pruning.sparsevlm import SparseVLM as SparseVLM
 from vlmprune.methods.pruning.tome import ToMe as ToMe
