@@ -29,6 +29,7 @@ from vlmprune.live.static_cache import check_room
 from vlmprune.live.static_step import IMAGES, check_marked, is_step
 from vlmprune.live.tower import TowerPass
 
+
 class _PerThread(threading.local):
     """What one thread is doing with the model.
 
