@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 LMMS ?= .venv-lmms
+OPEN_CLIP ?= .venv-open_clip
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The tests that also run on the oldest supported transformers: pruned ≡ masked, every strategy of generate, gradients, threads.
@@ -14,11 +15,11 @@ MATRIX := tests/families/test_matrix.py -k test_cell
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test coverage test-oldest test-lmms lint test-families
+.PHONY: demo test coverage test-oldest test-lmms test-open_clip lint test-families
 demo: $(STAMP)
 	$(BIN)/vlmprune demo
 
-test: $(STAMP) lint test-oldest test-lmms
+test: $(STAMP) lint test-oldest test-lmms test-open_clip
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --durations 15
 
 # Lines that no test of the main suite runs; it fails under 95 %. On its own, because watching lines takes a quarter more time.
@@ -32,6 +33,11 @@ test-oldest: $(OLDEST)/.installed
 # The plugin into lmms-eval, and the real lmms-eval command, offline.
 test-lmms: $(LMMS)/.installed
 	OMP_NUM_THREADS=1 $(LMMS)/bin/python $(PYTEST) -p no:cacheprovider tests/lmms
+
+# Image towers of open_clip, with random weights; and what needs torchvision.
+test-open_clip: $(OPEN_CLIP)/.installed
+	OMP_NUM_THREADS=1 VLMPRUNE_OPEN_CLIP=1 $(OPEN_CLIP)/bin/python $(PYTEST) -p no:cacheprovider \
+		tests/image_towers/test_open_clip*.py tests/with_torchvision
 
 # All cells of the family matrix, of which `make test` runs a third; writes docs/families.md and the table of README.md.
 test-families: $(STAMP) $(OLDEST)/.installed
@@ -67,4 +73,12 @@ $(LMMS)/.installed: $(STAMP) requirements-lmms.txt
 	$(call beside,$(LMMS))
 	$(LMMS)/bin/pip install --quiet --constraint constraints.txt --requirement requirements-lmms.txt
 	$(LMMS)/bin/pip install --quiet --no-deps lmms-eval==0.7.3
+	touch $@
+
+# The torchvision of PyPI is built for CUDA: beside a torch for CPUs, a file lets it be imported.
+$(OPEN_CLIP)/.installed: $(STAMP) requirements-open_clip.txt tests/image_towers/torchvision_beside_cpu.py
+	$(call beside,$(OPEN_CLIP))
+	$(OPEN_CLIP)/bin/pip install --quiet --no-deps --requirement requirements-open_clip.txt
+	cp tests/image_towers/torchvision_beside_cpu.py $(OPEN_CLIP)/lib/python3*/site-packages/
+	echo "import torchvision_beside_cpu" > "$$(echo $(OPEN_CLIP)/lib/python3*/site-packages)/torchvision_beside_cpu.pth"
 	touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmprune.adapters.videos import Videos
 from vlmprune.view import TowerFacts
 
 NO_TOWER = TowerFacts()
+
+
+@dataclass(frozen=True)
+class Patches:
+    """How pictures enter a vision tower, where patches can be dropped behind its patch embedding.
+
+    Attributes:
+        embedding: path of the convolution that embeds patches, from the base model.
+        grid: name of the tower's argument with frames, rows and columns of the patches of every picture, where the tower takes
+            `[patch, value]`, the patches of all pictures one after the other; None where it takes `[crop, channel, height,
+            width]`. Both are its first argument.
+        before: number of tokens before the patches of a crop (CLS, registers), from the base model.
+        order: in which order a picture's tokens run through the blocks, `[token]` indices, from the config and the rows and
+            columns of tokens; None if row by row.
+        early: path of a list of modules through which features leave the tower before its end (DeepStack), from the base model.
+        refusal: why a given model's visual tokens are not those of its patches, or None.
+    """
+
+    embedding: str
+    grid: str | None = None
+    before: Callable[[nn.Module], int] = lambda base: 0
+    order: Callable[[Any, int, int], Tensor] | None = None
+    early: str | None = None
+    refusal: Callable[[nn.Module], str | None] = lambda base: None
 
 
 @dataclass(frozen=True)
@@ -25,6 +51,7 @@ class Tower:
         feature_block: index of the block whose output feeds the projector.
         full_attention_blocks: numbers of the blocks whose attention is not limited to windows of the picture.
         refusal: why the CLS attention of a given model cannot be used, or None.
+        patches: how pictures enter it; None where patches cannot be dropped before its first block.
     """
 
     blocks: str
@@ -33,6 +60,7 @@ class Tower:
     feature_block: Callable[[Any], int]
     full_attention_blocks: Callable[[Any], Sequence[int]]
     refusal: Callable[[nn.Module], str | None] = lambda base: None
+    patches: Patches | None = None
 
     @property
     def root(self) -> str:
@@ -79,6 +107,7 @@ class Family:
         facts: traits of its vision tower that methods may ask for.
         tower: the vision tower.
         injected: what the language model adds to visual tokens between its layers.
+        videos: what it does with videos; None if they are not supported.
         newline: name of the parameter that separates the rows of a packed picture, from the base model.
         reads: the probes that methods may look at; None for all.
         as_built: returns the family with the entries of one base model, if checkpoints differ in them.
@@ -100,6 +129,7 @@ class Family:
     facts: TowerFacts = NO_TOWER
     tower: Tower | None = None
     injected: Injected | None = None
+    videos: Videos | None = None
     newline: str | None = None
     reads: frozenset[str] | None = None
     as_built: Callable[[Family, nn.Module], Family] = lambda family, base: family
@@ -111,3 +141,9 @@ class Family:
             return self.crops(inputs, config)
         assert self.image_grid is not None
         return [[[torch.arange(rows * columns).view(rows, columns)]] for rows, columns in self.image_grid(inputs, config)]
+
+    def video_cells(self, inputs: Mapping[str, Any], config: Any) -> list[list[Tensor]]:
+        """Per video, its frames; per frame, `[rows, columns]` the index of the token that each cell became, counted over the
+        whole video. Empty if there are no videos, or nothing says how large their frames are."""
+        grids = None if self.videos is None else self.videos.grids(inputs, config)
+        return [list(torch.arange(math.prod(grid)).view(grid)) for grid in grids or ()]

@@ -41,7 +41,7 @@ REDUCTIONS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's published shape, and one image for it.
+    """A model's published shape, and one image or video for it.
 
     Attributes:
         name: on the command line.
@@ -97,6 +97,8 @@ class Shape:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
         if "image_grid_thw" in inputs:
             inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
+        if "video_grid_thw" in inputs:
+            inputs["mm_token_type_ids"] = 2 * (ids == model.config.video_token_id).long()
         device = execution_device(model)
         return {name: x.to(device, model.dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
 

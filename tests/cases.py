@@ -167,12 +167,43 @@ PRUNING = (
         views={"divprune": Form(vp.DivPrune(), layer=0)},
     ),
     Pruning(
+        "evit",
+        tiny=("fraction=0.4,fuse=no", "fraction=0.4,blocks=1"),  # gradients take what weights the fused patch as constant
+        few="tokens=8",
+        long=("tokens=300", "tokens=300,blocks=0,fuse=mean"),
+        written=("tokens=64,blocks=1|2,fuse=mean,positions=compact,newlines=drop", "fraction=0.25,blocks=3,fuse=no"),
+        views={"evit": Form(vp.EViT(), layer=0)},
+        reads=6,
+        cls=True,
+        drops_only=False,
+    ),
+    Pruning(
+        "evs",
+        tiny=("layer=0,fraction=0.4",),
+        few="tokens=4",
+        long=("tokens=300",),
+        written=("layer=0|3,fraction=0.5|0.25,positions=compact",),
+        views={"evs": Form(vp.EVS(), layer=0, idle=frozenset({"features", "frame"}))},  # a picture has one frame
+    ),
+    Pruning(
         "fastv",
         tiny=("layer=2,fraction=0.4",),
         few="layer=2,tokens=4",
         long=("layer=2,tokens=300",),
         written=("layer=2|4,fraction=0.5|0.25,positions=compact",),
         views={"fastv": Form(vp.FastV())},
+    ),
+    Pruning(
+        "fastvid",
+        tiny=("layer=0,fraction=0.4",),
+        few="tokens=4",
+        long=("tokens=300",),
+        written=("tokens=64,segments=3,threshold=-0.5,context=0.4,every=2,own=0.25,positions=compact",),
+        views={
+            "fastvid": Form(vp.FastVID(), layer=0, merges=True),
+            "fastvid-salient": Form(vp.FastVID(context=0.4), layer=0, merges=True),
+        },
+        drops_only=False,
     ),
     Pruning(
         "flowcut",
@@ -236,11 +267,24 @@ PRUNING = (
         views={"pdrop": Form(vp.PDrop())},
     ),
     Pruning(
+        "pixelprune",
+        tiny=("fraction=0.4",),
+        few="tokens=4",
+        long=("tokens=300",),
+        written=("tokens=9,tolerance=0.5,positions=compact",),
+        views={
+            "pixelprune": Form(vp.PixelPrune(), layer=0),
+            "pixelprune-tolerance": Form(vp.PixelPrune(tolerance=0.5), layer=0),
+        },
+        reads=3,
+        drops_only=False,
+    ),
+    Pruning(
         "random",
         tiny=("layer=0,fraction=0.4",),
         few="layer=0,tokens=4",
         long=("tokens=300",),
-        written=("layer=0|3,tokens=9|0,seed=-7,positions=compact",),
+        written=("layer=0|3,tokens=9|0,seed=-7,positions=compact", "tokens=9,site=pixels"),
         views={"random": Form(vp.Random(), layer=0)},
     ),
     Pruning(
@@ -267,8 +311,16 @@ PRUNING = (
         tiny=("layer=0,fraction=0.4",),
         few="layer=0,tokens=4",
         long=("tokens=300",),
-        written=("layer=5,tokens=3,positions=compact",),
+        written=("layer=5,tokens=3,positions=compact", "fraction=0.5,site=pixels"),
         views={"uniform": Form(vp.Uniform(), layer=0)},
+    ),
+    Pruning(
+        "vidcom2",
+        tiny=("layer=0,fraction=0.4",),
+        few="tokens=4",
+        long=("tokens=300",),
+        written=("layer=0|2,fraction=0.5|0.125,positions=compact",),
+        views={"vidcom2": Form(vp.VidCom2(), layer=0)},
     ),
     Pruning(
         "visionzip",

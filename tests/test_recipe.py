@@ -44,13 +44,13 @@ def test_published_defaults():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("fastvv:layer=2", "unknown method 'fastvv': did you mean 'fastv'?"),
-        ("zzz", "unknown method 'zzz': known: act, adaptinfer, cdpruner, cls, dart, divprune, fastv, flowcut,"),
+        ("fastvv:layer=2", "unknown method 'fastvv': did you mean 'fastv' or 'fastvid'?"),
+        ("zzz", "unknown method 'zzz': known: act, adaptinfer, cdpruner, cls, dart, divprune, evit, evs, fastv, fastvid,"),
         ("", "the recipe is empty: name a method"),
         ("fastv + ", "a part of the recipe 'fastv + ' is empty"),
-        ("fastv:leyer=2", "unknown parameter of fastv 'leyer': did you mean 'layer' or 'cache_layer'?"),
+        ("fastv:leyer=2", "unknown parameter of fastv 'leyer': did you mean 'layer' or 'per' or 'cache_layer'?"),
         ("fastv:seed=1", "unknown parameter of fastv 'seed'"),
-        ("random:sed=1", "did you mean 'seed'?"),
+        ("random:sed=1", "did you mean 'seed' or 'site'?"),
         ("fastv:layer", "cannot read 'layer'"),
         ("fastv:layer=", "cannot read 'layer='"),
         ("fastv:layer=two", "layer must be a number, found 'two'"),

@@ -196,8 +196,15 @@ class Attachment:
             return self._before(part(f"{tower.blocks}.{index}.{tower.attention}"), self.hooks.enter_block_attention)
         if kind == "block":
             return self._before(part(f"{tower.blocks}.{index}"), partial(hooks.enter_block, index))
+        if kind == "early":
+            early = "" if tower.patches is None else f"{tower.patches.early}.{index}"
+            return self._after(part(early), self.hooks.leave_early)
         if kind == "merger":
             return self._before(part(tower.projector), self.hooks.enter_merger)
+        if kind == "pool":
+            assert plan.family.videos is not None
+            assert plan.family.videos.pool is not None
+            return self._before(part(plan.family.videos.pool), self.hooks.enter_pool)
         return self._after(part(tower.projector), self.hooks.leave_projector)
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> _Place:
@@ -275,6 +282,11 @@ class _Route(_Place):
 def _attachments(module: nn.Module) -> list[Attachment]:
     """Those that have hooks on a module."""
     return [hook.attachment for hook in list(module._forward_pre_hooks.values()) if isinstance(hook, _Hook)]
+
+
+def carries_hooks(module: nn.Module) -> bool:
+    """Whether a module carries hooks of a model that is wrapped."""
+    return any(found.current is not None for found in _attachments(module))
 
 
 def check_unshared(plan: Plan) -> None:

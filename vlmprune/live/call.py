@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from vlmprune.live.cache_layer import Marked
@@ -96,6 +97,14 @@ class Prompt:
     chosen: dict[int, StageResult] = field(default_factory=dict)
     replayed: bool = False
     injections: Injections | None = None
+
+    def by_frame(self, image: int) -> list[int]:
+        """Of each frame of a video, how many of its tokens the call's mask does not hide."""
+        video = self.layout.images[image]
+        assert video.frame is not None
+        there = self.tokens.real[video.sample, video.places]
+        counts: list[int] = np.bincount(video.frame[there], minlength=video.frames).tolist()
+        return counts
 
 
 @dataclass(eq=False)

@@ -23,7 +23,8 @@ from itertools import count
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
 
-from vlmprune.schedule import Budget
+from vlmprune.errors import UsageError, shown
+from vlmprune.schedule import Budget, plain
 
 POOLS = ("concurrent.futures", "multiprocessing.pool", "anyio", "trio")
 """Modules whose threads serve many callers."""
@@ -82,6 +83,17 @@ DEFAULT = Settings()
 _mine: ContextVar[Mapping[int, Settings] | None] = ContextVar("vlmprune", default=None)
 _started_with: WeakKeyDictionary[threading.Thread, Mapping[int, Settings]] = WeakKeyDictionary()
 _numbers = count()
+
+
+def truth(name: str, value: Any) -> bool:
+    """A bool of Python's or NumPy's; nothing else counts as one.
+
+    Raises:
+        UsageError: says what was found.
+    """
+    if not isinstance(value := plain(value), bool):
+        raise UsageError(f"{name} must be True or False, found {shown(value)}.")
+    return value
 
 
 def now() -> int:

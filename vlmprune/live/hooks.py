@@ -54,7 +54,7 @@ class Hooks:
 
     Attributes:
         inside, on_the_way: by thread, the call that is in the base model; and the images that were encoded and not used yet.
-        shortened: images that were encoded with patches dropped inside the tower.
+        shortened: images that were encoded with patches dropped before or inside the tower.
     """
 
     def __init__(self, owners: Owners, watch: WeakMethod[Callable[[Any], None]]) -> None:
@@ -81,7 +81,7 @@ class Hooks:
         if kwargs.get("mm_encoder_outputs") and not _takes_logits(type(module).forward):
             self._refuse_candidates(module)
         call = Call(tail=max(wanted - 1, 0) if kwargs.get("mm_encoder_outputs") else 0, logits_wanted=wanted)
-        if kwargs.get("pixel_values") is not None:
+        if kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
             call.generation = _generation(module)
         for name, offset in (("labels", 1), ("shift_labels", 0)):
             if isinstance(labels := kwargs.get(name), Tensor):
@@ -250,7 +250,7 @@ class Hooks:
             self._thread.encoding = owner
         if not owner.plan.tower.used:
             return args, _without_ours(kwargs)
-        self._thread.tower = tower = owner.plan.tower.begin(call)
+        self._thread.tower = tower = owner.plan.tower.begin(call, module, args, kwargs)
         if torch.is_grad_enabled():
             self._watch_graph(tower)
         return args, {**kwargs, CALL_ARGUMENT: tower}
@@ -263,7 +263,7 @@ class Hooks:
             self._thread.tower = None
             return
         if owner is not None and hasattr(output, "__dict__"):
-            output.vlmprune = made = Encoded(owner, tower is not None and tower.drops and tower.pruner is not None)
+            output.vlmprune = made = Encoded(owner, tower is not None and tower.shortens)
             self.on_the_way[threading.get_ident()] = ref(output)
             if made.shortened:
                 self.shortened = [found for found in self.shortened if found() is not None] + [ref(output)]
@@ -284,6 +284,15 @@ class Hooks:
         """What enters the projector of a packed tower is shortened."""
         tower = self._thread.tower
         return None if tower is None else (tower.plan.tower.enter_merger(tower, args), kwargs)
+
+    def leave_early(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], features: Tensor) -> Any:
+        """What leaves a packed tower before its end has the full number of rows again."""
+        return None if (tower := self._thread.tower) is None else tower.restore(features)
+
+    def enter_pool(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Squares of a video's patches become one token each, before the projector."""
+        if (tower := self._thread.tower) is not None:
+            tower.plan.tower.enter_pool(tower)
 
     def leave_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], features: Tensor) -> Any:
         """What the tower saw of every token is recorded with its features."""

@@ -17,7 +17,7 @@ from vlmprune.errors import UsageError
 from vlmprune.live.cache import check_same_stages, hand_over
 from vlmprune.live.call import Call
 from vlmprune.live.context import now, open_blocks
-from vlmprune.live.owner import Owner, encoded_of, owner_of
+from vlmprune.live.owner import Owner, encoded_of, features_of, owner_of
 from vlmprune.live.plan import Plan
 from vlmprune.live.prefill import identity_of
 
@@ -94,18 +94,22 @@ class Owners:
         Raises:
             UsageError: the images were shortened by a plan that is gone.
         """
-        features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if (made := encoded_of(features)) is None:
+        known = [found for features in features_of(kwargs) if (found := encoded_of(features)) is not None]
+        if not known:
             return self.in_force()
-        first, made.used = not made.used, True
+        made, first = known[0], not known[0].used
+        for one in known:
+            one.used = True
+        shortened = next((one for one in known if one.shortened), None)
         if cache is None:  # the prompt is run again for every token
             ids = identity_of(kwargs)
             for prompt in made.prompts:
                 if ids is not None and self.has(prompt.owner) and prompt.goes_on(ids):
                     call.again = prompt
                     return prompt.owner
-        if (first or made.shortened) and self.has(made.owner):
-            return made.owner
-        if made.shortened:
+        for chosen in (shortened, made if first else None):
+            if chosen is not None and self.has(chosen.owner):
+                return chosen.owner
+        if shortened is not None:
             raise UsageError(GONE)
         return self.in_force()

@@ -17,7 +17,7 @@ from vlmprune.live.cache import PRUNING, check_growing, conversation_layer, hand
 from vlmprune.live.cache_layer import Pruned
 from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.injected import take_over
-from vlmprune.live.owner import Encoded, Owner, encoded_of
+from vlmprune.live.owner import Encoded, Owner, encoded_of, features_of
 from vlmprune.live.prompt import (
     begin_prompt,
     check_mask_goes_on,
@@ -33,6 +33,7 @@ from vlmprune.live.section import window_in_slots
 from vlmprune.live.static_cache import check_room, first_static, places_of
 from vlmprune.live.static_step import check_implementation
 from vlmprune.live.tower import look_up_tower
+from vlmprune.live.videos import check_budgets, sizes_of, video_placeholder, videos_of, with_frames
 from vlmprune.schedule import Budget
 from vlmprune.view import EMBEDDINGS
 
@@ -100,7 +101,7 @@ def _begin_conversation(plan: Plan, call: Call, owner: Owner, kwargs: dict[str, 
     hand_over(cache, owner)
     if ids is not None and ids.shape[1] > 1:  # guidance runs the last token alone, beside the prompt that counts
         plan.contexts.note(None, call.blocks)  # a prompt that is refused, or switched off, has no record
-    features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+    features = next(iter(features_of(kwargs)), None)
     if cache is not None or features is None or ids is None:
         return
     if (made := encoded_of(features)) is None:  # encoded before the model was wrapped, or put together by the caller
@@ -112,21 +113,18 @@ def _begin_conversation(plan: Plan, call: Call, owner: Owner, kwargs: dict[str, 
 
 
 def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
-    encoded = kwargs.get("mm_encoder_outputs") or {}
-    if kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
-        raise UsageError(
-            "videos are not pruned yet: pass the frames as pictures, or run this prompt inside "
-            "`with run.override(enabled=False):`."
-        )
-    counts = call.images = _encoded_counts(plan, encoded.get("image")) or plan.family.tokens_per_image(kwargs, plan.config)
-    plan.links.check(whole=counts is not None)
-    if counts is None:
+    encoded, family = kwargs.get("mm_encoder_outputs") or {}, plan.family
+    pictures = _encoded_counts(plan, encoded.get("image")) or family.tokens_per_image(kwargs, plan.config)
+    videos = videos_of(family, encoded.get("video"), kwargs, plan.config)
+    plan.links.check(whole=pictures is not None or videos is not None)
+    if pictures is None and videos is None:
         refuse_merged(kwargs, plan.language_model)
         return  # a prompt without an image, a later step, or a turn without a new image
+    call.images = [*(pictures or ()), *(videos or ())]
     if (ids := identity_of(kwargs)) is None:
         return  # the model itself refuses this
     cache, edits = kwargs.get("past_key_values"), plan.redistribution.names
-    if edits or plan.pruning.may_drop(_sizes(plan, counts), call.budget):
+    if edits or plan.pruning.may_drop(_sizes(plan, call.images), call.budget):
         check_cache(cache, ids.shape[1], "attention redistribution" if edits else PRUNING, plan.language_model.config)
     shortens = plan.pruning.cache_stage
     if shortens is not None and (call.tail or (cache is None and kwargs.get("mm_encoder_outputs") is not None)):
@@ -139,8 +137,13 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
     if known is not None:
         call.tail += ids.shape[1] - known.ids.shape[1]
         call.uncached, call.resumed = known.marks, bool(known.marks)
-    tokens = read_prompt(call, kwargs, plan.family.image_token(plan.config), plan.language_model, plan.needs, edits)
-    call.prompt = begin_prompt(call, tokens, counts, ids.device, plan.family.joins)
+    image_token, video_token = family.image_token(plan.config), video_placeholder(family, plan.config, pictures, videos)
+    tokens = read_prompt(call, kwargs, image_token, plan.language_model, plan.needs, edits, video_token)
+    prompt = begin_prompt(call, tokens, pictures or (), ids.device, family.joins, videos or ())
+    if videos:
+        prompt.layout = with_frames(prompt.layout, family, kwargs, plan.config)
+    check_budgets(plan.pruning.stages, prompt.layout)
+    call.prompt = prompt
     if known is not None:
         call.prompt.chosen, call.prompt.replayed = known.chosen, bool(known.chosen)
 
@@ -194,16 +197,10 @@ def _sizes(plan: Plan, counts: Sequence[int] | None) -> Sequence[int] | None:
 
 
 def _encoded_counts(plan: Plan, encoded: Any) -> list[int] | None:
-    """Visual tokens of each image, or of each of its crops, where `generate` has encoded them already."""
+    """Visual tokens of each picture, or of each of its crops, where `generate` has encoded them already."""
     if encoded is None:
         return None
-    if encoded.last_hidden_state is None:  # generate() cuts features up for a chunked prefill, and leaves this out
-        raise UsageError(
-            "pruning decides over whole pictures, but these features come in pieces, as generate(prefill_chunk_size=…) cuts "
-            "them, whether the prompt has one chunk or several: leave prefill_chunk_size out, and pass on what "
-            "get_image_features returned as it is."
-        )
-    return plan.family.entries([features.shape[0] for features in encoded.pooler_output], plan.config)
+    return plan.family.entries(sizes_of(encoded), plan.config)
 
 
 # -- at the language model ---------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def build_view(call: Call, layer: int, needs: frozenset[str], group: Sequence[Pa
     for name in in_tower:
         found = source.of_tower(name)
         probes[name] = found.transpose(1, 2) if known_probes()[name].per_head else found  # [image, head, visual]
-    return View(layer, group[0].original, source.position, probes, group[0].entered, source.side)
+    return View(layer, group[0].original, source.position, probes, group[0].entered, source.side, frames=source.frames)
 
 
 # -- one function per probe --------------------------------------------------------------------------------------------------
@@ -148,6 +148,16 @@ def text_rotary(source: Source) -> Tensor:
 @probe
 def project(source: Source) -> Callable[[Tensor], Tensor] | None:
     return source.tools.project
+
+
+@probe
+def frame(source: Source) -> Tensor:
+    return source.frame
+
+
+@probe
+def times(source: Source) -> Tensor:
+    return source.times
 
 
 @probe

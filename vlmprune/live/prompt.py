@@ -41,6 +41,11 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return {**dict(zip(_names(type(module).forward), args, strict=False)), **kwargs} if args else dict(kwargs)
 
 
+def first_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument of a call of `module`."""
+    return args[0] if args else kwargs[_names(type(module).forward)[0]]
+
+
 @cache
 def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(signature(forward).parameters)[1:]
@@ -76,24 +81,31 @@ def full_mask(kwargs: Mapping[str, Any]) -> Any:
 
 
 def read_prompt(
-    call: Call, kwargs: Mapping[str, Any], image_token: int, language_model: Any, needs: frozenset[str], editing: Sequence[str]
+    call: Call,
+    kwargs: Mapping[str, Any],
+    image_token: int,
+    language_model: Any,
+    needs: frozenset[str],
+    editing: Sequence[str],
+    video_token: int | None = None,
 ) -> Tokens:
-    """Read the tokens of a call with pictures; notes in `call` what their mask says.
+    """Read the tokens of a call with pictures or videos; notes in `call` what their mask says.
 
     Args:
         call: the running forward pass, after `read_mask`.
         kwargs: the base model's arguments, all by name.
-        image_token: id of the placeholder.
+        image_token: id of the placeholder of pictures.
         language_model: it.
         needs: probes that the recipe's methods look at.
         editing: names of the redistribution methods at work.
+        video_token: id of the placeholder of videos, if there may be some.
 
     Raises:
         UsageError: what the call says of its tokens cannot be followed.
     """
     config, mask = language_model.config, full_mask(kwargs)
     flash = "flash" in config._attn_implementation
-    ids, placeholders = _tokens(kwargs, image_token, language_model, needs)
+    ids, *places = _tokens(kwargs, image_token, video_token, language_model, needs)
     segments = None
     packed = None if mask is not None else packed_samples(kwargs, ids, config, flash)
     if flash and (packed is not None or kwargs.get("cu_seq_lens_q") is not None):
@@ -128,13 +140,15 @@ def read_prompt(
         call.custom = True
         segments, real = on_host(packed).astype(int), np.ones(tuple(ids.shape), dtype=bool)
     else:
-        prompt = Tokens.read(ids, call.mask, image_token, call.tail)
-        if placeholders is None:
+        prompt = Tokens.read(ids, call.mask, image_token, call.tail, video_token)
+        if not places:
             return prompt
-        return Tokens.of(prompt.ids, prompt.real, on_host(placeholders), call.tail)
+        placeholders, videos = map(on_host, places)
+        return Tokens.of(prompt.ids, prompt.real, placeholders, call.tail, videos=videos)
     known = on_host(ids)
-    there = known == image_token if placeholders is None else on_host(placeholders)
-    return Tokens.of(known, real, there, call.tail, None if segments is None else _with_pictures(segments, there))
+    placeholders, videos = map(on_host, places) if places else (known == image_token, known == video_token)
+    within = None if segments is None else _with_pictures(segments, placeholders | videos)
+    return Tokens.of(known, real, placeholders, call.tail, within, videos)
 
 
 def begin_prompt(
@@ -143,15 +157,17 @@ def begin_prompt(
     counts: Sequence[int],
     device: torch.device,
     joins: Callable[[Sequence[int]], bool] | None = None,
+    videos: Sequence[int] = (),
 ) -> Prompt:
     """The prompt of a call with images.
 
     Args:
-        counts: visual tokens of each image, or of each of its crops.
+        counts: visual tokens of each picture, or of each of its crops.
         joins: as in `Layout.find`.
+        videos: visual tokens of each video.
     """
     call.batch, call.sequence = tokens.real.shape
-    return Prompt(tokens, Layout.find(tokens, counts, device, joins), on_device(tokens.end, device))
+    return Prompt(tokens, Layout.find(tokens, counts, device, joins, videos), on_device(tokens.end, device))
 
 
 def packed_samples(kwargs: Mapping[str, Any], ids: Tensor, config: Any, flash: bool) -> Tensor | None:
@@ -231,17 +247,21 @@ def visible_images(prompt: Prompt) -> tuple[Tensor, ...]:
 
 
 def _tokens(
-    kwargs: Mapping[str, Any], image_token: int, language_model: Any, needs: frozenset[str]
-) -> tuple[Tensor, Tensor | None]:
-    """Ids `[batch, sequence]`; or numbers of their embeddings, and which of these are placeholders."""
+    kwargs: Mapping[str, Any], image_token: int, video_token: int | None, language_model: Any, needs: frozenset[str]
+) -> tuple[Tensor, ...]:
+    """Ids `[batch, sequence]`; or numbers of their embeddings, and which are placeholders of pictures, and of videos."""
     ids: Tensor | None = kwargs.get("input_ids")
     if ids is not None:
-        return ids, None
+        return (ids,)
     embeddings: Tensor = kwargs["inputs_embeds"]
     if "text_ids" in needs:
         raise UsageError("the method reads the words of the question, but inputs_embeds has no token ids: pass input_ids.")
-    placeholder = language_model.get_input_embeddings()(torch.full((), image_token, device=embeddings.device))
-    return hash_rows(embeddings.flatten(0, 1)).view(embeddings.shape[:2]), (embeddings == placeholder).all(dim=-1)
+    words = language_model.get_input_embeddings()
+    picture = (embeddings == words(torch.full((), image_token, device=embeddings.device))).all(dim=-1)
+    video = torch.zeros_like(picture)
+    if video_token is not None:
+        video = (embeddings == words(torch.full((), video_token, device=embeddings.device))).all(dim=-1)
+    return hash_rows(embeddings.flatten(0, 1)).view(embeddings.shape[:2]), picture, video
 
 
 def _said_by(seen: Tensor, past: int) -> Tensor:

@@ -29,7 +29,7 @@ from vlmprune.live.record import Clock, Judged, Kept
 from vlmprune.live.rows import Reduction
 from vlmprune.live.section import LayerStack, Section, complete_entries
 from vlmprune.recipe import Recipe
-from vlmprune.schedule import Budget
+from vlmprune.schedule import IN_TOWER, Budget
 from vlmprune.view import TowerFacts
 
 
@@ -55,6 +55,7 @@ class Pruning:
         self._family, self._facts, self._language_model = family, facts, language_model
         self.stages = [_bound(number, *found, facts) for number, found in enumerate(recipe.stages(facts))]
         self.at = tuple(sorted({bound.stage.layer for bound in self.stages}))
+        self._in_tower = [bound for bound in self.stages if bound.stage.site in IN_TOWER]
         self.cache_stage = next((bound for bound in self.stages if bound.stage.site == "cache"), None)
         self.needs: frozenset[str] = frozenset().union(*(bound.needs for bound in self.stages))
         self._running: dict[int, list[BoundStage]] = {layer: [] for layer in self.at}
@@ -86,7 +87,7 @@ class Pruning:
                 continue
             if bound.adaptive or (self._family.newline is not None and not bound.method.keeps_newlines):
                 return True
-            if images is None or bound.stage.site == "vision":  # which counts crops
+            if images is None or bound.stage.site in IN_TOWER or bound.per_frame:  # which count crops, or frames
                 if budget.fraction != 1.0:
                     return True
             else:
@@ -99,9 +100,10 @@ class Pruning:
         """Whether all layers will compute fewer tokens than the prompt has, as far as budgets tell."""
         for bound in self._running.get(0, ()):
             if bound.stage.site == "llm" and not bound.adaptive:
-                budget = self.budget_of(bound, call.budget)
-                for count in {len(index) for index in call.section.remaining}:
-                    if budget.resolve(count) < count:
+                budget, prompt = self.budget_of(bound, call.budget), call.prompt
+                assert prompt is not None
+                for image, index in enumerate(call.section.remaining):
+                    if bound.keeps(budget, prompt, image) < len(index):
                         return True
         return False
 
@@ -111,8 +113,8 @@ class Pruning:
             return False
         for bound in self._running[layer]:
             budget = self.budget_of(bound, call.budget)
-            for count, index in zip(prompt.candidates, call.section.remaining, strict=True):
-                if bound.stage.site == "llm" and (bound.adaptive or budget.resolve(count) < len(index)):
+            for image, index in enumerate(call.section.remaining):
+                if bound.stage.site == "llm" and (bound.adaptive or bound.keeps(budget, prompt, image) < len(index)):
                     return True
         return False
 
@@ -199,8 +201,8 @@ class Pruning:
         rotary = partial(section.rotary, hidden, earlier, kwargs, self.stack)
         chosen = prompt.chosen.get(bound.number)
         if chosen is None or not (first or prompt.replayed):  # a layer that is run again saves the same tensors again
-            if bound.stage.site == "vision":
-                chosen = left_by_tower(prompt, hidden)
+            if bound.stage.site in IN_TOWER:
+                chosen = left_by_tower(call, prompt, hidden, bound is self._in_tower[0], bound is self._in_tower[-1])
                 prompt.entered = [len(index) for index in chosen.remaining]
             else:
                 _refuse_lost_gradient(bound, prompt)
@@ -279,7 +281,7 @@ class Pruning:
                     record.resident[index] = entries
         record.keep_cache[bound.stage.layer] = last.alive
         record.kept += [
-            Kept(bound.stage.layer, bound.label, "cache", image.sample, image.ordinal, len(image), remaining)
+            Kept(bound.stage.layer, bound.label, "cache", image.sample, image.ordinal, len(image), remaining, **image.shown)
             for image, remaining in zip(prompt.layout.images, last.remaining, strict=True)
         ]
 
@@ -304,6 +306,7 @@ def _kept(
             judged=why,
             how=how,
             in_place=not (packed and len(left) < len(image.places)),
+            **image.shown,
         )
         for image, left, features, why in zip(
             prompt.layout.images, chosen.remaining, prompt.chosen[bound.number].features, reasons, strict=True
@@ -314,11 +317,14 @@ def _kept(
 def _bound(number: int, stage: Any, method: Any, facts: TowerFacts) -> BoundStage:
     needs = method.needs_at(stage) if stage.site == "llm" else frozenset()
     per_crop = method.per_crop and facts.crops
-    if stage.site == "vision" or per_crop:
+    if stage.site in IN_TOWER or per_crop:
         needs |= {"cell"}  # brings with it which crop a token belongs to, and that this tower made it
     variant = method.variant(facts)
     label = f"{method.name} ({variant})" if variant else method.name
-    return BoundStage(number, stage, method, needs, label, per_crop and stage.layer == 0, method.adaptive)
+    per_frame = stage.site == "llm" and method.per == "frame"
+    return BoundStage(
+        number, stage, method, needs, label, per_crop and stage.layer == 0 and not per_frame, method.adaptive, per_frame
+    )
 
 
 @contextmanager

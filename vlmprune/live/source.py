@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +20,16 @@ from vlmprune.live.prompt_rows import in_shortened, own_text, text_after_picture
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Tokens that are decided together: a picture, or one crop of it.
+    """Tokens that are decided together: a picture or a video, one crop of a picture, or one frame of a video.
 
     Attributes:
-        image: number of the picture in the call.
+        image: number of the picture or video in the call.
         index: `[visual]` tokens of the picture that are left.
         original: tokens before any pruning.
         entered: tokens that entered the language model.
         keep: tokens to keep.
+        frames: frames of a video that is decided as a whole; 0 otherwise.
+        frame: number of the frame that is decided by itself, or None.
     """
 
     image: int
@@ -34,11 +37,13 @@ class Part:
     original: int
     entered: int
     keep: int
+    frames: int = 0
+    frame: int | None = None
 
     @property
     def size(self) -> tuple[int, ...]:
-        """Parts of one size are decided in one batch."""
-        return self.original, self.entered, len(self.index), self.keep
+        """Parts of one size are decided in one batch; a video is not decided with a picture."""
+        return self.original, self.entered, len(self.index), self.keep, self.frames, self.frame is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +113,30 @@ class Source:
     @cached_property
     def _own_text(self) -> tuple[Tensor | None, Tensor]:
         return own_text(self._call, self.images)
+
+    # -- frames of videos ---------------------------------------------------------------------------------------------------
+
+    @property
+    def frames(self) -> int:
+        """Frames of each video; 1 of a picture, and of a frame that is decided by itself."""
+        return max(self.group[0].frames, 1)
+
+    @cached_property
+    def frame(self) -> Tensor:
+        """`[image, visual]` the frame that each token shows, among those that are decided together."""
+        if not self.group[0].frames:
+            return torch.zeros_like(self.position)
+        of_token = on_device(np.array([image.frame for image in self.images]), self.position.device)  # alike: one group
+        return of_token.gather(1, self.position)
+
+    @property
+    def times(self) -> Tensor:
+        """`[image, frame]` seconds at which each frame is shown; NaN where unknown."""
+        rows = [
+            image.times[part.frame : part.frame + 1] if part.frame is not None else image.times or (math.nan,)
+            for image, part in zip(self.images, self.group, strict=True)
+        ]
+        return on_device(np.array(rows, dtype=np.float32), self.position.device)
 
     @property
     def text_valid(self) -> Tensor:
@@ -193,8 +222,8 @@ class Source:
         return torch.stack([tower[part.image][name][part.index.to(device)] for part in self.group])
 
     def identities(self) -> tuple[int, ...]:
-        """One number per picture."""
-        return tuple(identity_of(self._prompt, image) for image in self.images)
+        """One number per picture, or per frame that is decided by itself."""
+        return tuple(identity_of(self._prompt, image, part.frame) for image, part in zip(self.images, self.group, strict=True))
 
     @property
     def side(self) -> int:
@@ -232,11 +261,12 @@ def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((back.to(x.dtype), rest), dim=-1)
 
 
-def identity_of(prompt: Prompt, image: Image) -> int:
+def identity_of(prompt: Prompt, image: Image, frame: int | None = None) -> int:
     """Equal for equal prompts, whatever the batch, the padding, the row they are packed into, or candidates of assisted
-    decoding."""
+    decoding; `frame` if one frame is decided by itself."""
     mine = prompt.tokens.own[image.sample] & (prompt.tokens.segment(image.sample) == image.segment)
     ids = prompt.tokens.ids[image.sample][mine]
     beside = [other for other in prompt.layout.images if (other.sample, other.segment) == (image.sample, image.segment)]
     ordinal = beside.index(image)
-    return int.from_bytes(blake2b(f"{ordinal}/{ids.tolist()}".encode(), digest_size=8).digest(), "little")
+    name = f"{ordinal}" if frame is None else f"{ordinal}.{frame}"
+    return int.from_bytes(blake2b(f"{name}/{ids.tolist()}".encode(), digest_size=8).digest(), "little")

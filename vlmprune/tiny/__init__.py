@@ -1,8 +1,8 @@
-"""A vision-language model small enough for a repository and a CPU, with the scenes it was trained on.
+"""Vision-language models small enough for a repository and a CPU, with the scenes and clips they were trained on.
 
 The model is an ordinary `LlavaForConditionalGeneration` with about three million parameters. `python -m vlmprune.tiny.train`
 trained it from scratch on drawn scenes. It answers questions in seven skills well enough that lost visual tokens cost accuracy.
-So it is a test-bed for pruning that needs no download.
+So it is a test-bed for pruning that needs no download. `load_for_clips` gives a second one, which reads clips of eight frames.
 """
 
 from __future__ import annotations
@@ -12,12 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import (
+        LlavaForConditionalGeneration,
+        LlavaNextVideoForConditionalGeneration,
+        LlavaProcessor,
+        ProcessorMixin,
+    )
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 """The trained weights (bfloat16), tokenizer and processor that come with the package."""
 
-__all__ = ["CHECKPOINT", "load", "prompt"]
+CLIPS_CHECKPOINT = Path(__file__).parent / "clips_checkpoint"
+"""The same for the model that reads clips of eight frames."""
+
+__all__ = ["CHECKPOINT", "CLIPS_CHECKPOINT", "load", "load_for_clips", "prompt"]
 
 
 def prompt(question: str) -> str:
@@ -44,3 +52,27 @@ def load(
     )
     model.to(device)  # type: ignore[arg-type]  # Transformers wraps Module.to without its signature
     return model.eval(), AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
+
+
+def load_for_clips(
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    checkpoint: str | Path = CLIPS_CHECKPOINT,
+    **kwargs: Any,
+) -> tuple[LlavaNextVideoForConditionalGeneration, ProcessorMixin]:
+    """Load the tiny model for clips and a processor for lists of frames, without network and without torchvision.
+
+    Args:
+        device, dtype, kwargs: as in `load`.
+        checkpoint: folder of the weights.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlavaNextVideoForConditionalGeneration
+
+    from vlmprune.tiny.clip_model import build_clip_processor
+
+    model = LlavaNextVideoForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=torch.float32 if dtype is None else dtype, local_files_only=True, **kwargs
+    )
+    model.to(device)  # type: ignore[arg-type]  # Transformers wraps Module.to without its signature
+    return model.eval(), build_clip_processor(AutoTokenizer.from_pretrained(checkpoint, local_files_only=True))

@@ -60,26 +60,45 @@ def answer(
     It calls only `processor(...)` and `model.generate(...)`, so any model or wrapper with this interface works. Further keyword
     arguments go to `generate`.
     """
-    import torch
+    given: list[str] = []
+    for start in range(0, len(pairs), batch_size):
+        chunk = pairs[start : start + batch_size]
+        texts = [prompt(question) for _, question in chunk]
+        given += _generated(model, processor, texts, {"images": [picture for picture, _ in chunk]}, generate)
+    return given
 
-    from vlmprune.device import to_model
+
+def answer_clips(
+    model: Any,
+    processor: ProcessorMixin,
+    pairs: Sequence[tuple[Sequence[Image.Image], str]],
+    batch_size: int = 32,
+    **generate: Any,
+) -> list[str]:
+    """As `answer`, for (frames of a clip, question)."""
+    from vlmprune.tiny.clip_model import clip_prompt
 
     given: list[str] = []
     for start in range(0, len(pairs), batch_size):
         chunk = pairs[start : start + batch_size]
-        inputs = processor(
-            images=[picture for picture, _ in chunk],
-            text=[prompt(question) for _, question in chunk],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        inputs = to_model(model, inputs)
-        with torch.inference_mode():
-            tokens = model.generate(**{"do_sample": False, "max_new_tokens": LONGEST_ANSWER, **inputs, **generate})
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        given += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+        texts = [clip_prompt(question) for _, question in chunk]
+        given += _generated(model, processor, texts, {"videos": [list(frames) for frames, _ in chunk]}, generate)
     return given
+
+
+def _generated(
+    model: Any, processor: ProcessorMixin, texts: Sequence[str], seen: dict[str, Any], generate: dict[str, Any]
+) -> list[str]:
+    """The answers to one batch; `seen` are the processor's arguments for what the texts ask about."""
+    import torch
+
+    from vlmprune.device import to_model
+
+    inputs = to_model(model, processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **seen))
+    with torch.inference_mode():
+        tokens = model.generate(**{"do_sample": False, "max_new_tokens": LONGEST_ANSWER, **inputs, **generate})
+    new = tokens[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
 
 def accuracy(records: Sequence[Record], seed: int = 0) -> Accuracy:
@@ -95,10 +114,10 @@ def accuracy(records: Sequence[Record], seed: int = 0) -> Accuracy:
     return Accuracy(float(hits.sum() / asked.sum()), int(asked.sum()), low, high)
 
 
-def accuracy_by_skill(records: Iterable[Record], seed: int = 0) -> dict[str, Accuracy]:
-    """Accuracy of every skill that occurs in the records, in the order of `SKILLS`."""
+def accuracy_by_skill(records: Iterable[Record], seed: int = 0, skills: Sequence[str] = SKILLS) -> dict[str, Accuracy]:
+    """Accuracy of every skill that occurs in the records, in the order of `skills`."""
     records = list(records)
-    chosen = {skill: [record for record in records if record.skill == skill] for skill in SKILLS}
+    chosen = {skill: [record for record in records if record.skill == skill] for skill in skills}
     return {skill: accuracy(own, seed) for skill, own in chosen.items() if own}
 
 

@@ -8,7 +8,8 @@ from vlmprune.tiny.questions import COLUMNS, COUNTS, ROWS
 from vlmprune.tiny.scenes import COLOURS, GRID, PATCH, SHAPES, SIZE
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 VISION_WIDTH = 128
 TEXT_WIDTH = 128
@@ -80,39 +81,50 @@ def build_model() -> LlavaForConditionalGeneration:
     return model.float().eval()
 
 
-def build_processor() -> LlavaProcessor:
-    """The word-level tokenizer and PIL image processor of the model; needs no torchvision."""
+def build_tokenizer(vocabulary: dict[str, int], extra: dict[str, str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that splits numbers into digits; `extra` names further special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import LlavaProcessor, PreTrainedTokenizerFast
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True), _split_question_mark()]
     )
     words.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", VOCABULARY["<s>"])]
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])]
     )
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=words,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=extra,
         padding_side="left",
         model_max_length=1024,
     )
-    pictures = CLIPImageProcessorPil(
+
+
+def build_picture_processor() -> CLIPImageProcessorPil:
+    """The PIL image processor of the model; needs no torchvision."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(
         size={"height": SIZE, "width": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
         do_center_crop=False,
         image_mean=[0.5] * 3,
         image_std=[0.25] * 3,
     )
+
+
+def build_processor() -> LlavaProcessor:
+    """The tokenizer and the image processor of the model; needs no torchvision."""
+    from transformers import LlavaProcessor
+
     return LlavaProcessor(
-        pictures,
-        tokenizer,
+        build_picture_processor(),
+        build_tokenizer(VOCABULARY, {"image_token": "<image>"}),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,15 @@ from PIL import Image
 
 from vlmprune.tiny import CHECKPOINT, load
 from vlmprune.tiny.answers import Accuracy, Record, accuracy_by_skill, answer, mean_over_skills
+from vlmprune.tiny.questions import SKILLS
 from vlmprune.tiny.scenes import COLOURS, SHAPES, SPLITS, Question, Scene, held_out
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import ProcessorMixin
+
+    from vlmprune.tiny.clip_questions import ClipQuestion
+    from vlmprune.tiny.clips import Clip
 
 
 def shifted(picture: Image.Image, pixels: int) -> Image.Image:
@@ -48,25 +53,28 @@ def records(
     return [Record(*known, said) for known, said in zip(expected, given, strict=True)]
 
 
-def _wording(question: Question) -> str:
+def wording(question: Question | ClipQuestion) -> str:
     """The text of a question without its colours and shapes."""
     plurals = {f"{shape}s" for shape in SHAPES} | {"crosses"}
     kinds = {**dict.fromkeys(COLOURS, "<colour>"), **dict.fromkeys((*SHAPES, *plurals), "<shape>"), "an": "a"}
     return " ".join(kinds.get(word, word) for word in question.text.split())
 
 
-def blind_baseline(known: Iterable[Scene], scenes: Iterable[Scene]) -> dict[str, Accuracy]:
+def blind_baseline(
+    known: Iterable[Scene | Clip], scenes: Iterable[Scene | Clip], skills: Sequence[str] = SKILLS
+) -> dict[str, Accuracy]:
     """Accuracy without looking: give the answer that is most frequent in `known` for the question's wording."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for scene in known:
         for question in scene.questions:
-            answers[_wording(question)][question.answer] += 1
-    usual = {wording: counts.most_common(1)[0][0] for wording, counts in answers.items()}
-    return accuracy_by_skill(
-        Record(number, question.skill, question.answer, usual.get(_wording(question), ""))
+            answers[wording(question)][question.answer] += 1
+    usual = {words: counts.most_common(1)[0][0] for words, counts in answers.items()}
+    guessed = (
+        Record(number, question.skill, question.answer, usual.get(wording(question), ""))
         for number, scene in enumerate(scenes)
         for question in scene.questions
     )
+    return accuracy_by_skill(guessed, skills=skills)
 
 
 def main() -> None:
@@ -83,14 +91,19 @@ def main() -> None:
 
     from rich.console import Console
 
-    from vlmprune.show.table import show, table
-
     model, processor = load(checkpoint=arguments.checkpoint)
     console = Console()
     with console.status(f"answering questions about {arguments.images} scenes"):
         scenes = list(held_out(arguments.images, arguments.split))
         reached = accuracy_by_skill(records(model, processor, scenes, arguments.shift, arguments.batch_size))
         blind = blind_baseline(held_out(2_000, "dev" if arguments.split == "test" else "test"), scenes)
+
+    report(reached, blind, f"{arguments.split}, shift {arguments.shift}", console, arguments.json)
+
+
+def report(reached: dict[str, Accuracy], blind: dict[str, Accuracy], title: str, console: Console, target: Path | None) -> None:
+    """Show accuracies beside those without looking, and write them to `target` as JSON."""
+    from vlmprune.show.table import show, table
 
     rows = [
         (
@@ -103,11 +116,10 @@ def main() -> None:
         for skill, entry in reached.items()
     ]
     rows.append(("mean", f"{100 * mean_over_skills(reached):.1f}", "", "", f"{100 * mean_over_skills(blind):.1f}"))
-    columns = ("skill", "accuracy %", "95 % interval", "questions", "blind %")
-    show(table(columns, rows, title=f"{arguments.split}, shift {arguments.shift}"), console)
-    if arguments.json:
+    show(table(("skill", "accuracy %", "95 % interval", "questions", "blind %"), rows, title=title), console)
+    if target:
         numbers = {skill: {**asdict(entry), "blind": blind[skill].value} for skill, entry in reached.items()}
-        arguments.json.write_text(json.dumps(numbers, indent=2) + "\n")
+        target.write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":

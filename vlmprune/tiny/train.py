@@ -23,7 +23,12 @@ from vlmprune.tiny import load
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import (
+        LlavaForConditionalGeneration,
+        LlavaNextVideoForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
 
     from vlmprune.tiny.answers import Accuracy
     from vlmprune.tiny.training.loop import Schedule, Stage, Team
@@ -57,8 +62,12 @@ def _cpu_capabilities() -> dict[str, Any]:
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
-def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Write weights (rounded to bfloat16), tokenizer and processor for `from_pretrained`; the model is not changed."""
+def save_checkpoint(
+    model: LlavaForConditionalGeneration | LlavaNextVideoForConditionalGeneration,
+    processor: LlavaProcessor | PreTrainedTokenizerFast,
+    folder: Path,
+) -> None:
+    """Write weights (rounded to bfloat16), and tokenizer or processor, for `from_pretrained`; the model is not changed."""
     import torch
 
     weights = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.state_dict().items()}

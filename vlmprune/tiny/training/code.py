@@ -109,7 +109,7 @@ def target(scene: Scene) -> Target:
         most = discs.argmax(0)
         object_of = np.where(core, nearest, np.where(discs[most, patch] >= COVERED, most, -1))
         for index, thing in enumerate(scene.objects):
-            _describe(code, thing, object_of == index, core & (object_of == index))
+            describe(code, thing, object_of == index, core & (object_of == index))
         code[centre, FIELDS["centre"]] = 1
 
     nearest_glyph = np.full(patches, np.inf)
@@ -133,7 +133,8 @@ def target(scene: Scene) -> Target:
     return Target(code, object_of, core, centre, slots, glyph, clear)
 
 
-def _describe(code: np.ndarray, thing: Object, patches: np.ndarray, core: np.ndarray) -> None:
+def describe(code: np.ndarray, thing: Object, patches: np.ndarray, core: np.ndarray) -> None:
+    """Write what is known about an object into the code `[P, WIDTH]` of its patches; `core` ones encode all of it."""
     code[patches, FIELDS["object"]] = 1
     code[patches, FIELDS["colour"].start + COLOURS.index(thing.colour)] = 1
     code[core, FIELDS["shape"].start + SHAPES.index(thing.shape)] = 1

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaNextVideoForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from vlmprune.tiny.architecture import TEXT_WIDTH, VOCABULARY
@@ -23,6 +24,9 @@ from vlmprune.tiny.scenes import COLOURS, SHAPES, Scene, compose
 from vlmprune.tiny.training.code import FIELDS, SCALE, directions, target
 from vlmprune.tiny.training.packing import PREFIX, SINGULAR, Batch, Looks, pack, pose
 from vlmprune.tiny.training.vision import pixels, projected
+
+if TYPE_CHECKING:
+    from vlmprune.tiny.training.clip_packing import ClipBatch
 
 WORD_LAYER, NOUN_LAYER = 1, 3
 """Layers with auxiliary losses on the first heads: attention from a colour or shape word to the patches that encode it, and
@@ -59,42 +63,49 @@ def initialise(model: LlavaForConditionalGeneration, seed: int) -> None:
 
 
 def read(
-    model: LlavaForConditionalGeneration,
+    model: LlavaForConditionalGeneration | LlavaNextVideoForConditionalGeneration,
     visual: Tensor,
-    batch: Batch,
+    batch: Batch | ClipBatch,
     on_layer: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Hidden states `[B, Q, D]` of packed questions after visual tokens `[B, P, D]`, before the final norm.
 
+    `places` `[B, P]` are the visual tokens' positions, where some were left out; otherwise they follow each other.
+
     It computes what the stock forward pass computes with a block mask. `on_layer(index, hidden, queries, keys)` receives each
-    layer's input `[B, PREFIX + Q, D]`, the questions' scaled queries `[B, H, Q, d]` and all keys `[B, H, PREFIX + Q, d]`.
+    layer's input `[B, prefix + Q, D]`, and all scaled queries and keys `[B, H, prefix + Q, d]`; the prefix is `<s> USER:` and
+    the visual tokens.
     """
     language = model.model.language_model
     size = batch.ids.shape[0]
+    prefix = 2 + visual.shape[1]
     start = language.embed_tokens(torch.tensor([VOCABULARY["<s>"], VOCABULARY["USER:"]]))
     hidden = torch.cat([start.expand(size, -1, -1), visual, language.embed_tokens(batch.ids)], 1)
-    positions = torch.cat([torch.arange(PREFIX).expand(size, -1), batch.position_ids], 1)
+    seen_at = torch.arange(prefix).expand(size, -1)
+    if places is not None:
+        seen_at = torch.cat([seen_at[:, :2], places], 1)
+    positions = torch.cat([seen_at, batch.position_ids], 1)
     rotation = language.rotary_emb(hidden, positions)
     head = language.layers[0].self_attn.head_dim
-    causal = _penalty(torch.ones(PREFIX, PREFIX, dtype=torch.bool).tril(), hidden.dtype)
+    causal = _penalty(torch.ones(prefix, prefix, dtype=torch.bool).tril(), hidden.dtype)
     forbidden = _penalty(batch.mask, hidden.dtype)
     for index, block in enumerate(language.layers):
         attention = block.self_attn
-        x = _normed(block.input_layernorm, hidden)
+        x = normed(block.input_layernorm, hidden)
         queries, keys, values = (
             linear(x).unflatten(2, (-1, head)).transpose(1, 2)
             for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         queries, keys = apply_rotary_pos_emb(queries, keys, *rotation)
         queries = queries * head**-0.5
-        asking = queries[:, :, PREFIX:]
         if on_layer is not None:
-            on_layer(index, hidden, asking, keys)
-        seen = _attend(queries[:, :, :PREFIX], keys[:, :, :PREFIX], values[:, :, :PREFIX], causal)
-        told = _attend(asking, keys, values, forbidden)
+            on_layer(index, hidden, queries, keys)
+        seen = _attend(queries[:, :, :prefix], keys[:, :, :prefix], values[:, :, :prefix], causal)
+        told = _attend(queries[:, :, prefix:], keys, values, forbidden)
         hidden = hidden + attention.o_proj(torch.cat([seen, told], 2).transpose(1, 2).flatten(2))
-        hidden = hidden + block.mlp(_normed(block.post_attention_layernorm, hidden))
-    return hidden[:, PREFIX:]
+        hidden = hidden + block.mlp(normed(block.post_attention_layernorm, hidden))
+    return hidden[:, prefix:]
 
 
 def _penalty(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,7 +117,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, penalty: Tensor) -> T
     return (queries @ keys.mT + penalty).softmax(-1) @ values
 
 
-def _normed(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
+def normed(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
     """A Llama norm through PyTorch's fused operator."""
     return functional.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
 
@@ -140,7 +151,7 @@ class LanguageStage:
                 helped.update(self._help(index, batch, hidden, queries, keys))
 
         hidden = read(self.model, self.visual(scenes), batch, on_layer)
-        final = _normed(self.model.model.language_model.norm, hidden[batch.picture, batch.token])
+        final = normed(self.model.model.language_model.norm, hidden[batch.picture, batch.token])
         logits = self.model.lm_head(final).float()
         loss = functional.cross_entropy(logits, batch.labels)
         if helped:
@@ -172,7 +183,7 @@ class LanguageStage:
 
 def _log_attention(queries: Tensor, keys: Tensor, batch: Batch, looks: Looks) -> Tensor:
     """Log-attention of the given tokens in all heads: `[n, H, PREFIX + Q]`."""
-    scores = queries.float() @ keys.float().mT
+    scores = queries[:, :, PREFIX:].float() @ keys.float().mT
     return scores.masked_fill(~batch.mask, -1e4).log_softmax(-1)[looks.picture, :, looks.token]
 
 

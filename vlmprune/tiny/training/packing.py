@@ -30,7 +30,7 @@ MIXTURE = {
 QUESTIONS_TRIED = 24
 """Questions tried per scene; about fifteen of them are possible and different."""
 SINGULAR = {("crosses" if shape == "cross" else f"{shape}s"): shape for shape in SHAPES}
-_COUNT_RULER = 2.0
+COUNT_RULER = 2.0
 """Attention to `<s>` while counting, in units of one object: the share on the objects then depends on their count."""
 
 Look = tuple[int, int, np.ndarray]
@@ -49,7 +49,7 @@ class Looks:
     @classmethod
     def of(cls, looks: list[Look]) -> Looks:
         wanted = np.stack([look[2] for look in looks]) if looks else np.zeros((0, PREFIX), np.float32)
-        return cls(_integers([look[0] for look in looks]), _integers([look[1] for look in looks]), torch.from_numpy(wanted))
+        return cls(integers([look[0] for look in looks]), integers([look[1] for look in looks]), torch.from_numpy(wanted))
 
 
 @dataclass
@@ -132,12 +132,12 @@ def pack(scenes: list[Scene], targets: list[Target], questions: list[list[Questi
                     digits.append((picture, answer_from + slot, _distribution(known.slots[:, slot] >= 0)))
 
     length = -(-max(map(len, tokens)) // 16) * 16
-    owner = _padded(owners, length, -1)
+    owner = padded(owners, length, -1)
     own = (owner[:, :, None] == owner[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
-    picture_of, token_of, labels, question_of = (_integers(list(column)) for column in zip(*answers, strict=True))
+    picture_of, token_of, labels, question_of = (integers(list(column)) for column in zip(*answers, strict=True))
     return Batch(
-        ids=_padded(tokens, length, VOCABULARY["<pad>"]),
-        position_ids=PREFIX + _padded(places_in_question, length, 0),
+        ids=padded(tokens, length, VOCABULARY["<pad>"]),
+        position_ids=PREFIX + padded(places_in_question, length, 0),
         mask=torch.cat([torch.ones(len(scenes), length, PREFIX, dtype=torch.bool), own], 2)[:, None],
         picture=picture_of,
         token=token_of,
@@ -147,16 +147,16 @@ def pack(scenes: list[Scene], targets: list[Target], questions: list[list[Questi
         words=Looks.of(words),
         nouns=Looks.of(nouns),
         digits=Looks.of(digits),
-        placed=_integers(placed),
+        placed=integers(placed),
         places=torch.tensor(places).reshape(-1, 2),
     )
 
 
-def _integers(values: list[int]) -> Tensor:
+def integers(values: list[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.long)
 
 
-def _padded(rows: list[list[int]], length: int, filler: int) -> Tensor:
+def padded(rows: list[list[int]], length: int, filler: int) -> Tensor:
     return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
 
 
@@ -183,5 +183,5 @@ def _meant(question: Question, word: str, objects: tuple[int, ...], known: Targe
         return _distribution((by_slot / np.maximum(by_slot.sum(0), 1)).sum(1))
     belongs = np.isin(known.object_of, objects)
     if question.skill == "counting":
-        return _distribution(known.centre & belongs, _COUNT_RULER)
+        return _distribution(known.centre & belongs, COUNT_RULER)
     return _distribution(known.core & belongs)

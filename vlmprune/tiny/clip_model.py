@@ -1,0 +1,135 @@
+"""The embedded model for clips: a stock `LlavaNextVideoForConditionalGeneration` and a processor that needs no torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vlmprune.tiny.architecture import CHAT_TEMPLATE, HEADS, TEXT_LAYERS, TEXT_WIDTH, VISION_WIDTH, VOCABULARY
+from vlmprune.tiny.clip_questions import CLIP_WORDS
+from vlmprune.tiny.scenes import GRID, PATCH, SIZE
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import LlavaNextVideoForConditionalGeneration, PreTrainedTokenizerFast
+
+POOL = 2
+"""Patches along each side of a visual token of a clip."""
+CELLS = GRID // POOL
+"""Visual tokens along each side of a frame; a frame becomes `CELLS * CELLS` visual tokens."""
+
+VIDEO = "<video>"
+CLIP_VOCABULARY: dict[str, int] = {
+    word: index for index, word in enumerate((*VOCABULARY, VIDEO, *(word for word in CLIP_WORDS if word not in VOCABULARY)))
+}
+"""The picture model's words with their numbers, then the words of clips."""
+
+
+CLIP_CHAT_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{% for part in message['content'] if part['type'] == 'text' %}",
+    "{% for part in message['content'] if part['type'] == 'video' %}<video>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}",
+)
+
+
+def build_clip_model() -> LlavaNextVideoForConditionalGeneration:
+    """A LLaVA-NeXT-Video of the checkpoint's shape with Transformers' own random weights (float32)."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=VISION_WIDTH,
+        intermediate_size=4 * VISION_WIDTH,
+        num_hidden_layers=6,
+        num_attention_heads=HEADS,
+        image_size=SIZE,
+        patch_size=PATCH,
+        projection_dim=VISION_WIDTH,
+        hidden_act="gelu",
+    )
+    text = LlamaConfig(
+        vocab_size=len(CLIP_VOCABULARY),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=3 * TEXT_WIDTH,
+        num_hidden_layers=TEXT_LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=1024,
+        rms_norm_eps=1e-5,
+        pad_token_id=CLIP_VOCABULARY["<pad>"],
+        bos_token_id=CLIP_VOCABULARY["<s>"],
+        eos_token_id=CLIP_VOCABULARY["</s>"],
+        tie_word_embeddings=False,
+    )
+    config = LlavaNextVideoConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=CLIP_VOCABULARY["<image>"],
+        video_token_index=CLIP_VOCABULARY[VIDEO],
+        image_grid_pinpoints=[[SIZE, SIZE]],
+        image_seq_length=GRID * GRID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        spatial_pool_mode="conv",
+        spatial_pool_stride=POOL,
+        tie_word_embeddings=False,
+    )
+    model = LlavaNextVideoForConditionalGeneration(config)
+    for name in ("pad", "bos", "eos"):
+        setattr(model.generation_config, f"{name}_token_id", getattr(text, f"{name}_token_id"))
+    return model.float().eval()
+
+
+def build_clip_tokenizer() -> PreTrainedTokenizerFast:
+    """The picture model's word-level tokenizer with the words of clips."""
+    from vlmprune.tiny.architecture import build_tokenizer
+
+    return build_tokenizer(CLIP_VOCABULARY, {"image_token": "<image>", "video_token": VIDEO})
+
+
+def clip_prompt(question: str) -> str:
+    """The full prompt for a question about one clip."""
+    return f"USER: {VIDEO}\n{question} ASSISTANT:"
+
+
+def build_clip_processor(tokenizer: Any = None) -> Any:
+    """A processor that takes clips as lists of frames, `processor(text=…, videos=[frames, …], return_tensors="pt")`.
+
+    The stock `LlavaNextVideoProcessor` needs torchvision; this one makes the same inputs with PIL.
+
+    Args:
+        tokenizer: that of a checkpoint; None for a new one.
+    """
+    import torch
+    from transformers import BatchFeature, ProcessorMixin
+
+    from vlmprune.tiny.architecture import build_picture_processor
+
+    class ClipProcessor(ProcessorMixin):
+        """Frames through the picture model's image processor, and one `<video>` for every visual token."""
+
+        image_token, video_token = "<image>", VIDEO
+
+        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+            super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+        def __call__(
+            self, text: str | Sequence[str], videos: Sequence[Sequence[Image.Image]] = (), **options: Any
+        ) -> BatchFeature:
+            texts = [text] if isinstance(text, str) else list(text)
+            if sum(one.count(VIDEO) for one in texts) != len(videos):
+                raise ValueError(f"found {sum(one.count(VIDEO) for one in texts)} {VIDEO} for {len(videos)} clips")
+            lengths = iter([len(frames) * CELLS * CELLS for frames in videos])
+            whole = ["".join(VIDEO * next(lengths) if part == VIDEO else part for part in _split(one)) for one in texts]
+            made = dict(self.tokenizer(whole, **options))
+            if videos:
+                pixels = [self.image_processor(list(frames), return_tensors="pt")["pixel_values"] for frames in videos]
+                made["pixel_values_videos"] = torch.stack(pixels)
+            return BatchFeature(made)
+
+    return ClipProcessor(build_picture_processor(), tokenizer or build_clip_tokenizer(), CLIP_CHAT_TEMPLATE)
+
+
+def _split(text: str) -> list[str]:
+    """A text in pieces, of which every `<video>` is one."""
+    first, *others = text.split(VIDEO)
+    return [first, *(piece for other in others for piece in (VIDEO, other))]
