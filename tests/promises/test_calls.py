@@ -127,7 +127,7 @@ def offloaded(config):
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (lambda config: StaticCache(config, 64), "found a StaticLayer"),
+        (lambda config: StaticCache(config, 16), "has places for 16 tokens"),
         (quantized, "found a cache of QuantoQuantizedLayer layers"),
         (offloaded, "found an offloaded cache"),
     ],

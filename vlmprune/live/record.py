@@ -231,6 +231,8 @@ class Prefill(Renamed):
         entering: tokens that entered the layer, padding included where it was computed.
         stored: keys that these attend to: entries in the layer's KV cache, before any of them leaves its window.
         resident: entries after the prompt; fewer where a cache stage forgot some.
+        places, places_unpruned: in a static cache, entries that each layer has places for, and that it would have places for
+            without the recipe; empty for another cache.
         held: what the layers stored at several times, each as `resident`: a cache stage holds old and new entries for a moment.
 
     Redistribution and times:
@@ -260,6 +262,8 @@ class Prefill(Renamed):
     entering: list[int] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    places_unpruned: list[int] = field(default_factory=list)
     held: list[list[int]] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
     prefill: Clock = field(default_factory=Clock)

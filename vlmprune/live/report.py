@@ -97,6 +97,7 @@ class Report:
         kv_bytes, kv_bytes_unpruned: what the KV cache holds after the prompt.
         kv_bytes_peak: the most it held; more than `kv_bytes` where a stage shortens it, because old and new entries exist side
             by side for a moment.
+        static_bytes, static_bytes_unpruned: what the tensors of a static cache take; 0 for another cache.
         prefill_ms: time in the language model, in milliseconds.
         selection_ms: the part of it that choosing and dropping tokens took.
         tower_flops, tower_flops_unpruned: floating point operations of the vision tower and the projector.
@@ -126,6 +127,8 @@ class Report:
     neutral: tuple[str, ...] = ()
     tower_flops: int = 0
     tower_flops_unpruned: int = 0
+    static_bytes: int = 0
+    static_bytes_unpruned: int = 0
 
     @staticmethod
     def of(record: Prefill, recipe: str) -> Report:
@@ -174,6 +177,8 @@ class Report:
             neutral=record.neutral,
             tower_flops=in_tower,
             tower_flops_unpruned=in_tower_unpruned,
+            static_bytes=batch * shape.kv_bytes(record.places, record.itemsize) if record.places else 0,
+            static_bytes_unpruned=batch * shape.kv_bytes(record.places_unpruned, record.itemsize) if record.places else 0,
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -201,6 +206,10 @@ class Report:
             *(both if self.tower_flops_unpruned else []),
             ("prefill FLOPs", units.share(self.flops, self.flops_unpruned, units.operations)),
             ("KV cache", units.share(self.kv_bytes, self.kv_bytes_unpruned, units.size) + peak),
+            *(
+                [("static cache", units.share(self.static_bytes, self.static_bytes_unpruned, units.size))]
+                * bool(self.static_bytes)
+            ),
             (
                 "prefill time",
                 f"{units.duration(self.prefill_ms)}, including {units.duration(self.selection_ms)} for choosing and dropping "
