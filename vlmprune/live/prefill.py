@@ -111,7 +111,7 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
     brings = pictures is not None or videos is not None
     merged = find_merged(plan.contexts.settings.image_positions, kwargs, call.past, brings)
     pictures = pictures if merged is None or not merged.counts else merged.counts
-    plan.links.check(whole=brings)
+    plan.links.check(whole=pictures is not None or videos is not None)
     if pictures is None and videos is None:
         _refuse_paged(plan, kwargs)
         refuse_merged(kwargs, plan.language_model)
@@ -159,7 +159,9 @@ def _refuse_paged(plan: Plan, kwargs: Mapping[str, Any]) -> None:
         UsageError: the ids hold an image token.
     """
     ids = kwargs.get("input_ids")
-    if kwargs.get("cache") is None or ids is None or not on_host((ids == plan.family.image_token(plan.config)).any()):
+    if kwargs.get("cache") is None or ids is None:
+        return
+    if not on_host(torch.isin(ids, ids.new_tensor(plan.family.placeholders(plan.config))).any()):
         return
     raise UsageError(
         f'continuous batching (generate_batch, cache_implementation="paged") hands {type(plan.model).__name__} token ids only, '
