@@ -85,7 +85,7 @@ def _question(
     folder: Path, number: int, entry: Mapping[str, Any], where: str, needs: Collection[str], scorer: str | None
 ) -> Question:
     filmed = _texts(entry, "video", where)
-    names = _texts(entry, "image", where, needed="image" in needs and not filmed)
+    names = _texts(entry, "image", where, needed="image" in needs)
     text = _text(entry, "question", where)
     answers = _texts(entry, "answer", where, needed=True) if "answer" in needs else ()
     choices = _texts(entry, "choices", where) if "choices" in entry else ()

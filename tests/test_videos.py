@@ -270,13 +270,15 @@ def test_questions_with_videos(made, tmp_path):
 
     def opened(**more):
         (tmp_path / "questions.jsonl").write_text(json.dumps({**entry, **more}) + "\n")
-        return open_questions(str(tmp_path), needs=("answer", "image"))
+        return open_questions(str(tmp_path))
 
     questions = opened()
     assert questions[0].videos == (VideoFile(made["file"], 4),)
     assert [numbers(video) for video in questions[0].clips()] == [[0, 6, 12, 18]]
     assert questions.fingerprint == opened().fingerprint != opened(frames=5).fingerprint
     assert questions[0].unit == str(made["file"])
+    with pytest.raises(vp.UsageError, match="needs a text as 'image'"):  # of horizon and tune
+        open_questions(str(tmp_path), needs=("answer", "image"))
     for frames in (0, "8", True, 1.5):
         with pytest.raises(vp.UsageError, match="needs a whole number from 1 as 'frames'"):
             opened(frames=frames)

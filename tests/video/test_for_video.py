@@ -64,8 +64,8 @@ def looped(name, see, image, keep):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_batch_of_videos(family, name):
-    """Several videos of different lengths, two in one row: exact counts, the sets of the paper's loops, the same sets alone; and
-    the un-pruned model with the same tokens masked, where nothing is merged."""
+    """Several videos of different lengths, two in one row: exact counts, the sets of the paper's loops, the same sets alone;
+    and the un-pruned model with the same tokens masked, where nothing is merged."""
     model, inputs = shared(family), make_inputs(family, SAMPLES)
     method, views = recording(METHODS[name])
     with vp.wrap(model, method) as run:

@@ -125,6 +125,7 @@ class Contexts:
         self._number = next(_numbers)  # never given twice, so that a later handle inherits nothing
         self._handed_on: finalize[..., Contexts] | None = None
         self._records: WeakKeyDictionary[threading.Thread, Any] = WeakKeyDictionary()
+        self._switches = 0  # how often somebody switched it off; a block counts while it is open
         self._all[self._number] = self
 
     @property
@@ -132,9 +133,15 @@ class Contexts:
         """The calling context's settings."""
         return _settings().get(self._number, DEFAULT)
 
+    @property
+    def always_on(self) -> bool:
+        """No caller has switched the handle off, so that nobody needs to be asked."""
+        return self._switches == 0
+
     def switch(self, enabled: bool) -> None:
         """Switch the calling context on or off, and the threads that it starts from now on; inside a block that sets it itself,
         until that block ends."""
+        self._switches += not enabled
         for block in reversed(self.settings.blocks):
             if block.enabled is not None:
                 block.enabled = enabled
@@ -161,9 +168,12 @@ class Contexts:
         opened = OverrideBlock(next(_numbers), threading.current_thread(), owner, enabled, budget, image_positions)
         self._change(blocks=(*self.settings.blocks, opened))
         _inheriting.begin()
+        off = enabled is False
+        self._switches += off
         try:
             yield
         finally:
+            self._switches -= off
             _inheriting.end()
             self._change(blocks=tuple(block for block in self.settings.blocks if block is not opened))
 

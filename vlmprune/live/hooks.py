@@ -17,23 +17,17 @@ from weakref import ReferenceType, WeakMethod, ref
 import torch
 from torch import Tensor, nn
 
-from vlmprune.device import on_host
 from vlmprune.errors import UsageError
+from vlmprune.live import static_step
 from vlmprune.live.attention import CALL_ARGUMENT
-from vlmprune.live.cache import PrunedLayer, conversation_layer
 from vlmprune.live.call import Call
 from vlmprune.live.owner import Encoded, Owner
 from vlmprune.live.owners import Owners
 from vlmprune.live.prefill import begin, enter_prompt, goes_on, leave_prompt
-from vlmprune.live.prompt import by_name, strange_embeddings
+from vlmprune.live.prompt import FED_AGAIN, begins_again, by_name, strange_embeddings
+from vlmprune.live.static_cache import check_room
+from vlmprune.live.static_step import IMAGES, check_marked, is_step
 from vlmprune.live.tower import TowerPass
-
-IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-"""Arguments of a call that brings images."""
-FED_AGAIN = (
-    "transformers' assisted decoding feeds the whole prompt once more where past_key_values holds its beginning already, so "
-    "that the model would see it twice: leave prompt_lookup_num_tokens and assistant_model out, or start with an empty cache."
-)
 
 
 class _PerThread(threading.local):
@@ -78,13 +72,15 @@ class Hooks:
 
     def enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the whole model begins."""
+        if is_step(args, kwargs):
+            return None
         # With images encoded beforehand, this is generate(), and it asks for the logits of the last prompt token and of
         # everything after it; in a plain call the number means nothing of the kind.
         given = kwargs.get("logits_to_keep", 0)
         wanted = given if isinstance(given, int) else 0
         if kwargs.get("mm_encoder_outputs") and not _takes_logits(type(module).forward):
             self._refuse_candidates(module)
-        if _begins_again(kwargs) and _innermost(type(module), only=module, function="_assisted_decoding") is not None:
+        if begins_again(kwargs) and _innermost(type(module), only=module, function="_assisted_decoding") is not None:
             raise UsageError(FED_AGAIN)
         call = Call(tail=max(wanted - 1, 0) if kwargs.get("mm_encoder_outputs") else 0, logits_wanted=wanted)
         if kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
@@ -113,11 +109,13 @@ class Hooks:
 
     def enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call enters the base model: whose plan it follows is decided."""
+        if self._is_step(args, kwargs):
+            return None
         if args:
             kwargs = by_name(module, args, kwargs)
         call: Call = kwargs.get(CALL_ARGUMENT) or Call()
         cache, me = kwargs.get("past_key_values"), threading.get_ident()
-        call.past = cache.get_seq_length() if cache is not None else 0
+        call.past = int(cache.get_seq_length()) if cache is not None else 0
         self.on_the_way.pop(me, None)
         if call.past:
             owner = getattr(cache, "vlmprune", None)
@@ -135,6 +133,23 @@ class Hooks:
         if not call.past or not self._only_goes_on(call, cache, kwargs):
             begin(call, kwargs)
         return (), {**kwargs, CALL_ARGUMENT: call}
+
+    def _is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it is a decoding step in a static cache, which goes on by what is on the cache, if it may.
+
+        Raises:
+            UsageError: the conversation began under another recipe, or the cache is full.
+        """
+        if not is_step(args, kwargs):
+            return False
+        cache = kwargs["past_key_values"]
+        check_room(cache.layers, 1)
+        owner = self.owners.of_conversation(cache)
+        if owner is not None and owner.plan is not None:
+            redistribution = owner.plan.redistribution
+            if owner.plan.contexts.settings.enabled:
+                check_marked(cache, redistribution.edited_by, redistribution.check_goes_on)
+        return True
 
     def _only_goes_on(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> bool:
         """Whether this is a decoding step, where nothing begins. The caller's settings matter only if layers are edited."""
@@ -190,6 +205,8 @@ class Hooks:
                 return args, {**kwargs, "attention_mask": None}
             call.idle = call.edits.ready and not plan.pruning.at
             return None if call.idle else goes_on(plan, call, args, kwargs)
+        if self._is_step(args, kwargs):
+            return None
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
         if _innermost(type(self.base), only=self.base, function="forward") is not None:
@@ -203,7 +220,7 @@ class Hooks:
     def _enter_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The language model was called directly, not by the model around it."""
         cache = kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
+        past = int(cache.get_seq_length()) if cache is not None else 0
         owner = self.owners.of_conversation(cache) if past else self.owners.in_force()
         if owner is None:
             return None
@@ -308,10 +325,19 @@ def enter_block(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: di
     return tower.plan.tower.enter_block(index, module, tower, args, kwargs) if isinstance(tower, TowerPass) else None
 
 
-def enter_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def enter_layer(
+    index: int,
+    stored_at: int | None,
+    rotary: Callable[..., Any],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """What a decoder layer is given. It runs in every layer for every token: nothing is between it and torch."""
     call: Call | None = kwargs.get(CALL_ARGUMENT)
-    if call is None or call.plan is None or (call.idle and (call.edits.ready or index not in call.plan.edited)):
+    if call is None:
+        return static_step.enter_layer(index, stored_at, rotary, args, kwargs)
+    if call.plan is None or (call.idle and (call.edits.ready or index not in call.plan.edited)):
         return None
     return call.plan.enter_layer(index, module, call, args, kwargs)
 
@@ -347,15 +373,6 @@ def _generation(model: nn.Module) -> Any:
             return there.get("generation_config")
         frame = frame.f_back
     return None
-
-
-def _begins_again(kwargs: dict[str, Any]) -> bool:
-    """Whether a call of several tokens goes on with a pruned conversation, and counts its tokens from 0."""
-    ids, positions, past = kwargs.get("input_ids"), kwargs.get("position_ids"), kwargs.get("past_key_values")
-    if past is None or ids is None or ids.shape[1] == 1 or positions is None:
-        return False
-    pruned = isinstance(conversation_layer(past), PrunedLayer) and past.get_seq_length() > 0
-    return pruned and int(on_host(positions.flatten()[0])) == 0
 
 
 @cache

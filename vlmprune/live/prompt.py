@@ -26,13 +26,19 @@ from transformers.masking_utils import find_packed_sequence_indices
 from vlmprune.adapters.family import has_mrope
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import PrunedLayer, conversation_layer
+from vlmprune.live.cache import conversation_layer
+from vlmprune.live.cache_layer import Pruned
 from vlmprune.live.call import Call, Prompt
 from vlmprune.live.feature_index import hash_rows
 from vlmprune.live.kinds import Kinds
 from vlmprune.live.layout import Bools, Layout, Tokens
 from vlmprune.live.masks import not_masked, shown
 from vlmprune.view import WEIGHTS
+
+FED_AGAIN = (
+    "transformers' assisted decoding feeds the whole prompt once more where past_key_values holds its beginning already, so "
+    "that the model would see it twice: leave prompt_lookup_num_tokens and assistant_model out, or start with an empty cache."
+)
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,18 +71,27 @@ def check_mask_goes_on(call: Call, cache: Cache | None, rows: int | None) -> Non
         UsageError: there is no mask, and something is hidden; or the cache is of another batch.
     """
     last = conversation_layer(cache) if call.past else None
-    if isinstance(last, PrunedLayer) and last.recorded is not None and rows not in (None, len(last.recorded.slots)):
+    if isinstance(last, Pruned) and last.recorded is not None and rows not in (None, len(last.recorded.slots)):
         raise UsageError(
             f"the cache holds the conversations of {len(last.recorded.slots)} row(s), and this call has {rows}: copy the cache "
             "and call its batch_repeat_interleave(n); for beams or several sequences of questions on a prefix, "
             "prefix.ask(…, copies=n)."
         )
-    masked = isinstance(last, PrunedLayer) and last.recorded is not None and not last.recorded.unpadded
+    masked = isinstance(last, Pruned) and last.recorded is not None and not last.recorded.unpadded
     if masked and call.mask is None and not call.custom:
         raise UsageError(
             "the attention mask of earlier turns hid tokens, which were dropped at the first stage, and this call has none: "
             "pass attention_mask, [batch, tokens of the whole conversation]."
         )
+
+
+def begins_again(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of several tokens goes on with a pruned conversation, and counts its tokens from 0."""
+    ids, positions, past = kwargs.get("input_ids"), kwargs.get("position_ids"), kwargs.get("past_key_values")
+    if past is None or ids is None or ids.shape[1] == 1 or positions is None:
+        return False
+    pruned = isinstance(conversation_layer(past), Pruned) and past.get_seq_length() > 0
+    return pruned and int(on_host(positions.flatten()[0])) == 0
 
 
 def full_mask(kwargs: Mapping[str, Any]) -> Any:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from vlmprune.adapters.family import Family
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layers
+from vlmprune.live.cache import keep_only, pruned_layers
+from vlmprune.live.cache_layer import Pruned
 from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.choosing import BoundStage, Model, choose, left_by_tower, make_tools, merged
 from vlmprune.live.explain import how_it_chooses
@@ -128,7 +129,7 @@ class Pruning:
         first, visible = None, True
         for index in self._storing:
             layer = layers[index]
-            if not isinstance(layer, PrunedLayer) or layer.recorded is None:
+            if not isinstance(layer, Pruned) or layer.recorded is None:
                 visible = False
                 continue
             first = layer if first is None else first
@@ -156,7 +157,7 @@ class Pruning:
         if section.rows is None:
             cache_, where = kwargs.get("past_key_values"), self.stack.kinds.stored_at[index]
             layer = cache_.layers[where] if cache_ is not None and where is not None and where < len(cache_.layers) else None
-            if not isinstance(layer, PrunedLayer):
+            if not isinstance(layer, Pruned):
                 return None
             entries, window = layer.recorded, self.stack.kinds.of[index].window
             every = entries is not None and entries.dense and entries.shift is None and not call.custom
@@ -254,7 +255,7 @@ class Pruning:
         """`[batch]` by how much positions became smaller in earlier turns, in the section that begins with a layer."""
         storing = self.stack.storing[index].values()
         layers = [] if cache_ is None else [cache_.layers[where] for (where, *_) in storing]
-        recorded = next((layer.recorded for layer in layers if isinstance(layer, PrunedLayer)), None)
+        recorded = next((layer.recorded for layer in layers if isinstance(layer, Pruned)), None)
         return None if recorded is None else recorded.shift
 
     # -- after prefill -------------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ class Pruning:
         starts = [layer for layer in self.at if bound.stage.layer <= layer <= end]
         for start, stop in pairwise(starts):
             for kind, indices in self.stack.kinds.storing(range(start, stop)).items():
-                layers = pruned_layers(cache_, indices, self.at, complete)
+                layers = pruned_layers(cache_, indices, self.at, complete, kind.window)
                 keep_only(layers, last.alive, call.past, counts if kind.window is None else None)
                 shorter = {index: layer.stored for index, layer in zip(indices, layers, strict=True)}
                 record.held.append([count + shorter.get(index, 0) for index, count in enumerate(record.resident)])
@@ -336,7 +337,7 @@ def timed(call: Call, device: torch.device, what: str, record: bool = True) -> I
         call.record.selection.append(clock)
 
 
-def _all_seen(given: Tensor, layer: PrunedLayer) -> Tensor:
+def _all_seen(given: Tensor, layer: Pruned) -> Tensor:
     """`[batch]` bool: a decoding step's 2-D mask hides nothing of what a layer stores, nor the step's own token."""
     entries, mask = layer.entries, given != 0
     slots = entries.slots.to(mask.device).clamp(max=mask.shape[1] - 1)
