@@ -136,6 +136,10 @@ class Family:
     reads: frozenset[str] | None = None
     as_built: Callable[[Family, nn.Module], Family] = lambda family, base: family
 
+    def placeholders(self, config: Any) -> tuple[int, ...]:
+        """Ids of all placeholders: of pictures, and of videos."""
+        return (self.image_token(config), *(() if self.videos is None else (self.videos.token(config),)))
+
     def cells(self, inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
         """Per picture, rows of its crops; per crop, `[rows, columns]` the index of the token that each cell became, −1 if the
         cell is padding."""

@@ -318,7 +318,7 @@ def holds_words_only(cache: Cache | None, index: int, begins: bool) -> bool:
     if cache is None or cache.layer_class_to_replicate is DynamicLayer:
         return False
     layer = cache.layers[index] if index < len(cache.layers) else None
-    if isinstance(layer, Marked) or type(layer) is DynamicLayer or (type(layer) is StaticLayer and not cache.offloading):
+    if isinstance(layer, Marked) or type(layer) in (DynamicLayer, StaticLayer):
         return False
     if begins:
         cache.vlmprune_words_only = True  # type: ignore[attr-defined]
@@ -361,10 +361,10 @@ FOLLOWED = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingW
 
 
 def _check_layer(cache: Cache, layer: object, what: str) -> None:
-    offloaded = cache.offloading and isinstance(layer, StaticLayer)
-    kept = isinstance(layer, Marked) or type(layer) in FOLLOWED or (isinstance(layer, QUANTISED) and what == PRUNING)
-    if offloaded or not kept:
-        raise _other_cache(what, "an offloaded static cache" if offloaded else f"a {type(layer).__name__}")
+    if cache.offloading and isinstance(layer, StaticLayer):
+        raise _other_cache(what, "an offloaded static cache")
+    if not (isinstance(layer, Marked) or type(layer) in FOLLOWED or (isinstance(layer, QUANTISED) and what == PRUNING)):
+        raise _other_cache(what, f"a {type(layer).__name__}")
 
 
 def _other_cache(what: str, found: str) -> UsageError:

@@ -17,25 +17,17 @@ from weakref import ReferenceType, WeakMethod, ref
 import torch
 from torch import Tensor, nn
 
-from vlmprune.device import on_host
 from vlmprune.errors import UsageError
 from vlmprune.live import static_step
 from vlmprune.live.attention import CALL_ARGUMENT
-from vlmprune.live.cache import conversation_layer
-from vlmprune.live.cache_layer import Pruned
 from vlmprune.live.call import Call
 from vlmprune.live.owner import Encoded, Owner
 from vlmprune.live.owners import Owners
 from vlmprune.live.prefill import begin, enter_prompt, goes_on, leave_prompt
-from vlmprune.live.prompt import by_name, strange_embeddings
+from vlmprune.live.prompt import FED_AGAIN, begins_again, by_name, strange_embeddings
 from vlmprune.live.static_cache import check_room
 from vlmprune.live.static_step import IMAGES, check_marked, is_step
 from vlmprune.live.tower import TowerPass
-
-FED_AGAIN = (
-    "transformers' assisted decoding feeds the whole prompt once more where past_key_values holds its beginning already, so "
-    "that the model would see it twice: leave prompt_lookup_num_tokens and assistant_model out, or start with an empty cache."
-)
 
 
 class _PerThread(threading.local):
@@ -88,7 +80,7 @@ class Hooks:
         wanted = given if isinstance(given, int) else 0
         if kwargs.get("mm_encoder_outputs") and not _takes_logits(type(module).forward):
             self._refuse_candidates(module)
-        if _begins_again(kwargs) and _innermost(type(module), only=module, function="_assisted_decoding") is not None:
+        if begins_again(kwargs) and _innermost(type(module), only=module, function="_assisted_decoding") is not None:
             raise UsageError(FED_AGAIN)
         call = Call(tail=max(wanted - 1, 0) if kwargs.get("mm_encoder_outputs") else 0, logits_wanted=wanted)
         if kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
@@ -381,15 +373,6 @@ def _generation(model: nn.Module) -> Any:
             return there.get("generation_config")
         frame = frame.f_back
     return None
-
-
-def _begins_again(kwargs: dict[str, Any]) -> bool:
-    """Whether a call of several tokens goes on with a pruned conversation, and counts its tokens from 0."""
-    ids, positions, past = kwargs.get("input_ids"), kwargs.get("position_ids"), kwargs.get("past_key_values")
-    if past is None or ids is None or ids.shape[1] == 1 or positions is None:
-        return False
-    pruned = isinstance(conversation_layer(past), Pruned) and past.get_seq_length() > 0
-    return pruned and int(on_host(positions.flatten()[0])) == 0
 
 
 @cache

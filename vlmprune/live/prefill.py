@@ -122,7 +122,7 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
     brings = pictures is not None or videos is not None
     merged = find_merged(plan.contexts.settings.image_positions, kwargs, call.past, brings)
     pictures = pictures if merged is None or not merged.counts else merged.counts
-    plan.links.check(whole=brings)
+    plan.links.check(whole=pictures is not None or videos is not None)
     if pictures is None and videos is None:
         _refuse_paged(plan, kwargs)
         refuse_merged(kwargs, plan.language_model)
@@ -162,6 +162,24 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
         call.prompt.chosen, call.prompt.replayed = known.chosen, bool(known.chosen)
 
 
+def _refuse_paged(plan: Plan, kwargs: Mapping[str, Any]) -> None:
+    """Refuse prompts of transformers' continuous batching that have places for pictures: it hands the model ids and its own
+    cache, and no pictures. The steps that follow such a prompt have none of these ids.
+
+    Raises:
+        UsageError: the ids hold an image token.
+    """
+    ids = kwargs.get("input_ids")
+    if kwargs.get("cache") is None or ids is None:
+        return
+    if not on_host(torch.isin(ids, ids.new_tensor(plan.family.placeholders(plan.config))).any()):
+        return
+    raise UsageError(
+        f'continuous batching (generate_batch, cache_implementation="paged") hands {type(plan.model).__name__} token ids only, '
+        "and no pictures, so that neither the model nor a recipe would see them: call model.generate for prompts with pictures."
+    )
+
+
 def check_cache(cache: Any, tokens: int, what: str, config: Any) -> None:
     """Refuse a cache that cannot follow what a prompt of so many tokens needs, before anything runs.
 
@@ -172,22 +190,6 @@ def check_cache(cache: Any, tokens: int, what: str, config: Any) -> None:
     if first_static(cache) is not None:
         check_implementation(config._attn_implementation, what)
         check_room(cache.layers, tokens)
-
-
-def _refuse_paged(plan: Plan, kwargs: Mapping[str, Any]) -> None:
-    """Refuse prompts of transformers' continuous batching that have places for pictures: it hands the model ids and its own
-    cache, and no pictures. The steps that follow such a prompt have none of these ids.
-
-    Raises:
-        UsageError: the ids hold an image token.
-    """
-    ids = kwargs.get("input_ids")
-    if kwargs.get("cache") is None or ids is None or not on_host((ids == plan.family.image_token(plan.config)).any()):
-        return
-    raise UsageError(
-        f'continuous batching (generate_batch, cache_implementation="paged") hands {type(plan.model).__name__} token ids only, '
-        "and no pictures, so that neither the model nor a recipe would see them: call model.generate for prompts with pictures."
-    )
 
 
 def _refuse_unencoded(plan: Plan, call: Call, cache: Any) -> None:

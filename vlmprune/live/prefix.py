@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -133,13 +134,13 @@ class Prefix:
             )
         mask = mask != 0
         known, real = on_host(ids), on_host(mask)
-        image, config = self._plan.family.image_token(self._plan.config), self._plan.language_model.config
+        images, config = self._plan.family.placeholders(self._plan.config), self._plan.language_model.config
         begin, first = getattr(config, "bos_token_id", None), self.input_ids[0, int(on_host(self._mask[0]).argmax())]
         for number, (row, there) in enumerate(zip(known, real, strict=True)):
             words = row[there]
             if not len(words):
                 raise UsageError(f"question {number} is empty: its mask hides all of it.")
-            if (words == image).any():
+            if np.isin(words, images).any():
                 raise UsageError(
                     f"question {number} holds an image token: the pictures of all questions belong into run.encode(…); encode "
                     "another prefix for another picture."

@@ -35,6 +35,11 @@ from vlmprune.live.layout import Bools, Layout, Tokens
 from vlmprune.live.masks import not_masked, shown
 from vlmprune.view import WEIGHTS
 
+FED_AGAIN = (
+    "transformers' assisted decoding feeds the whole prompt once more where past_key_values holds its beginning already, so "
+    "that the model would see it twice: leave prompt_lookup_num_tokens and assistant_model out, or start with an empty cache."
+)
+
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of a call of `module` by their names, also those that were given by position."""
@@ -78,6 +83,15 @@ def check_mask_goes_on(call: Call, cache: Cache | None, rows: int | None) -> Non
             "the attention mask of earlier turns hid tokens, which were dropped at the first stage, and this call has none: "
             "pass attention_mask, [batch, tokens of the whole conversation]."
         )
+
+
+def begins_again(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of several tokens goes on with a pruned conversation, and counts its tokens from 0."""
+    ids, positions, past = kwargs.get("input_ids"), kwargs.get("position_ids"), kwargs.get("past_key_values")
+    if past is None or ids is None or ids.shape[1] == 1 or positions is None:
+        return False
+    pruned = isinstance(conversation_layer(past), Pruned) and past.get_seq_length() > 0
+    return pruned and int(on_host(positions.flatten()[0])) == 0
 
 
 def full_mask(kwargs: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
 from vlmprune.errors import UsageError
 
-QUANTISED = next(base for base in reversed(QuantizedLayer.__mro__) if hasattr(base, "_quantize"))
+QUANTISED: Any = next(base for base in reversed(QuantizedLayer.__mro__) if hasattr(base, "_quantize"))
 """What all of them are; transformers 5.22 put a class above `QuantizedLayer`, for one that stores eight bits."""
 
 
@@ -25,8 +25,8 @@ def taken_over(base: type, layer: DynamicLayer) -> Any:
     return made
 
 
-def stored_in(layer: DynamicLayer) -> int:
-    """Entries per row of any growing layer."""
+def stored_in(layer: Any) -> int:
+    """Entries per row of any growing layer; for one of a fixed length, all its places."""
     if isinstance(layer, QUANTISED):
         return int(layer.cumulative_length)
     return 0 if layer.keys is None or layer.keys.numel() == 0 else int(layer.keys.shape[-2])

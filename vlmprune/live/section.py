@@ -223,8 +223,8 @@ def every_row(call: Call, hidden: Tensor) -> Reduction:
 def complete_entries(call: Call, layer: DynamicLayer | StaticLayer, unpadded: bool | None = None) -> Entries:
     """The entries of a layer that dropped nothing so far; the same for all such layers."""
     length = int(layer.get_seq_length())
+    stored = min(stored_in(layer), length)
     assert layer.keys is not None
-    stored = min(layer.keys.shape[2], length) if isinstance(layer, StaticLayer) else stored_in(layer)
     if call.complete is None or (call.complete.tokens, call.complete.slots.shape[1]) != (length, stored):
         batch = call.batch or layer.keys.shape[0]
         call.complete = Entries.complete(batch, length, layer.device, call.mask, unpadded).last(stored)
