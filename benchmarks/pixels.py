@@ -184,8 +184,8 @@ def _said(model: str, one: Mapping[str, Any]) -> str:
     over, kept = one["over_best"], one["kept"] / one["tokens"]
     goal = f" (wanted: {TARGET:g})" if one["picture"] == "document" else ""
     return (
-        f"{model}, {one['picture']}: {one['tokens']} tokens, {one['patches']} patches; the tower is {one['tower_share']:.0%} of "
-        f"all FLOPs; un-pruned prefill {one['unpruned_ms']['median']:.0f} ms. PixelPrune keeps {kept:.0%}, and is "
+        f"{model}, {one['picture']}: {one['tokens']} tokens, {one['patches']} patches; the tower is {one['tower_share']:.0%} "
+        f"of all FLOPs; un-pruned prefill {one['unpruned_ms']['median']:.0f} ms. PixelPrune keeps {kept:.0%}, and is "
         f"{over['median']:.2f} ({over['low']:.2f}–{over['high']:.2f}) times as fast as {one['best_behind']}, the fastest "
         f"behind the tower at equal kept tokens{goal}; by FLOPs {one['over_best_bound']:.2f}."
     )
