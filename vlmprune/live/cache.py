@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
