@@ -268,9 +268,9 @@ class TowerPlan:
         """
         assert self._family.videos is not None
         if tower.shortened:
-            name = "the recipe" if tower.pruner is None else tower.pruner.name
+            name = tower.plan.recipe if tower.pruner is None else tower.pruner.name
             raise UsageError(
-                f"{name} drops patches between blocks of the vision tower, but squares of a video's patches become one token "
+                f"{name} drops patches in the vision tower, but squares of a video's patches become one token "
                 "behind it, which needs all of them: choose a method that prunes in the language model, or pass the frames as "
                 "pictures."
             )
