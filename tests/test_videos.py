@@ -252,6 +252,9 @@ def test_prompts_with_videos(made, model):
     for row, (text, video) in enumerate(zip(texts, shown, strict=True)):
         alone = make_batch(processor, [[]], [text], [[video]])
         assert together["input_ids"][row, together["attention_mask"][row] == 1].tolist() == alone["input_ids"][0].tolist()
+    if model == "llava_onevision":
+        with pytest.raises(vp.UsageError, match="need the same number of frames, found 6, 4; ask one at a time"):
+            make_batch(processor, [[], []], texts, [[shown[0]], [open_video(made["frames"], frames=4)]])
     with pytest.raises(vp.UsageError, match=r"video tokens do not match the video: 2 .* for one video; write one"):
         prompt_text(processor, f"{processor.video_token}{processor.video_token} what ?", 0, 1)
     whole = f"{processor.video_token} what ?"
@@ -360,7 +363,7 @@ def test_a_picture_and_a_video(made):
 MISTAKES = {
     "nothing": ([], "nothing is shown: give --image with a picture, or --video"),
     "frames of a picture": (["--image", "picture", "--frames", "4"], "--frames and --fps choose frames of a video"),
-    "no videos": (["--video", "frames", "--model", "llava"], "llava takes no videos here: show it pictures (--image)"),
+    "no videos": (["--video", "frames", "--model", "llava"], "llava takes no videos here: show it pictures, or choose"),
     "sinks": (["--video", "frames", "--sinks"], "the view of sinks is of a picture"),
     "two figures": (["--image", "picture", "--sinks", "--kept"], "found --sinks and --kept, which are two figures"),
     "nothing to draw": (["--video", "frames", "--recipe", "var:sink_dims=cosine"], "drops no visual tokens, so that there is"),
