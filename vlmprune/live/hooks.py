@@ -25,8 +25,7 @@ from vlmprune.live.owner import Encoded, Owner
 from vlmprune.live.owners import Owners
 from vlmprune.live.prefill import begin, enter_prompt, goes_on, leave_prompt
 from vlmprune.live.prompt import by_name, strange_embeddings
-from vlmprune.live.static_cache import check_room
-from vlmprune.live.static_step import IMAGES, check_marked, is_step
+from vlmprune.live.static_step import IMAGES, is_step
 from vlmprune.live.tower import TowerPass
 
 
@@ -133,21 +132,11 @@ class Hooks:
         return (), {**kwargs, CALL_ARGUMENT: call}
 
     def _is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether it is a decoding step in a static cache, which goes on by what is on the cache, if it may.
-
-        Raises:
-            UsageError: the conversation began under another recipe, or the cache is full.
-        """
-        if not is_step(args, kwargs):
-            return False
-        cache = kwargs["past_key_values"]
-        check_room(cache.layers, 1)
-        owner = self.owners.of_conversation(cache)
-        if owner is not None and owner.plan is not None:
-            redistribution = owner.plan.redistribution
-            if owner.plan.contexts.settings.enabled:
-                check_marked(cache, redistribution.edited_by, redistribution.check_goes_on)
-        return True
+        """Whether it is a decoding step in a static cache, which goes on by what is on the cache, if it may."""
+        if is_step(args, kwargs):
+            self.owners.check_step(kwargs["past_key_values"])
+            return True
+        return False
 
     def _only_goes_on(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> bool:
         """Whether this is a decoding step, where nothing begins. The caller's settings matter only if layers are edited."""
