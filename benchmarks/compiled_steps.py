@@ -152,7 +152,6 @@ def result(numbers: dict[str, Any]) -> Result:
     ]
     said = (
         f"Prompt of {VISUAL + WORDS} tokens, {VISUAL} of them visual, in a static cache of {ROOM}; fp32, SDPA, inductor. "
-        "Graphs are those of two conversations, each step one whole graph; tokens are compared with those of steps that are not "
-        "compiled."
+        "Graphs are those of two conversations, each step one whole graph; tokens are compared with those of un-compiled steps."
     )
     return Result(numbers, [table(COLUMNS, cells), said])

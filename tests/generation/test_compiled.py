@@ -135,6 +135,21 @@ def test_switched_off_for_a_caller():
     torch.testing.assert_close(answers[compiled], answers[model], atol=5e-5, rtol=0)
 
 
+def test_a_compiled_part_is_refused_in_true_words():
+    """Its compiled forward would call the layers of the model past the look that `wrap` takes at them."""
+    for part in (lambda model: model.model.language_model, lambda model: model.model.language_model.layers[1]):
+        model = build("llava")
+        part(model).forward = torch.compile(part(model).forward, backend="eager")
+        with pytest.raises(vp.UsageError, match=r"forward was replaced by torch.compile.*wrap the model first"):
+            vp.wrap(model, "random:layer=1,tokens=4")
+    model = build("llava")
+    inputs = make_inputs("llava", model, SAMPLES)
+    with vp.wrap(model, "random:layer=1,tokens=4"):
+        pruned = model(**inputs).logits
+        model.model.language_model.forward = torch.compile(model.model.language_model.forward, backend="eager")
+        torch.testing.assert_close(model(**inputs).logits, pruned, atol=5e-5, rtol=0)
+
+
 def test_inductor():
     model = build("llava")
     inputs = make_inputs("llava", model, SAMPLES)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vlmprune.errors import UsageError
 from vlmprune.live import static_step
 from vlmprune.live.attention import CALL_ARGUMENT
+from vlmprune.live.cache import tokens_in
 from vlmprune.live.call import Call
 from vlmprune.live.owner import Encoded, Owner
 from vlmprune.live.owners import Owners
@@ -112,7 +113,7 @@ class Hooks:
             kwargs = by_name(module, args, kwargs)
         call: Call = kwargs.get(CALL_ARGUMENT) or Call()
         cache, me = kwargs.get("past_key_values"), threading.get_ident()
-        call.past = int(cache.get_seq_length()) if cache is not None else 0
+        call.past = tokens_in(cache)
         self.on_the_way.pop(me, None)
         if call.past:
             owner = getattr(cache, "vlmprune", None)
@@ -207,7 +208,7 @@ class Hooks:
     def _enter_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The language model was called directly, not by the model around it."""
         cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        past = tokens_in(cache)
         owner = self.owners.of_conversation(cache) if past else self.owners.in_force()
         if owner is None:
             return None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
+from vlmprune.device import on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.cache_layer import REMOVED, UNWRAPPED, Marked, Pruned
 from vlmprune.live.entries import Entries
@@ -67,7 +68,7 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
     @property
     def length(self) -> int:
         """Tokens of the conversation. Waits for the device."""
-        return int(self.cumulative_length) if self.is_initialized else 0
+        return int(on_host(self.cumulative_length)) if self.is_initialized else 0
 
     @property
     def stored(self) -> int:
