@@ -69,9 +69,11 @@ def test_steps_by_hand_and_a_turn_with_a_picture():
             logits.append(model(input_ids=WORD, past_key_values=cache).logits[:, -1])
             answers.append(torch.stack(logits))
             assert int(cache.get_seq_length()) == 2 * length + 3
+    torch.testing.assert_close(*answers, atol=5e-5, rtol=0)
+    with vp.wrap(model, "random:layer=0,tokens=4"):
+        cache = model(**inputs, past_key_values=StaticCache(model.config, 64)).past_key_values
         with pytest.raises(vp.UsageError, match="attention_mask has 26 columns, this static cache has places for 64"):
             model(input_ids=WORD, attention_mask=torch.ones(1, 1, 1, 26).bool(), past_key_values=cache)
-    torch.testing.assert_close(*answers, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])

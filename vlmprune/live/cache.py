@@ -21,6 +21,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from vlmprune.device import on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.cache_layer import REMOVED, UNWRAPPED, Marked, Pruned
 from vlmprune.live.entries import Entries
@@ -190,6 +191,12 @@ def conversation_layer(cache: Cache | None) -> Any:
     """The cache's last layer with entries, which is pruned if any layer is; None if there is none."""
     layers = getattr(cache, "layers", ())
     return next((layer for layer in reversed(layers) if isinstance(layer, DynamicLayer | StaticLayer)), None)
+
+
+def tokens_in(cache: Cache | None) -> int:
+    """Tokens of the conversation in a cache. One that is of a fixed length, and in use, makes the host wait for the device."""
+    length: Any = 0 if cache is None else cache.get_seq_length()
+    return int(on_host(length)) if isinstance(length, Tensor) else length
 
 
 def hand_over(cache: Cache | None, owner: Owner) -> None:

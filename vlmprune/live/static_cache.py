@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
+from vlmprune.device import on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.cache_layer import REMOVED, UNWRAPPED, Marked, Pruned
 from vlmprune.live.entries import Entries
@@ -67,7 +68,7 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
     @property
     def length(self) -> int:
         """Tokens of the conversation. Waits for the device."""
-        return int(self.cumulative_length) if self.is_initialized else 0
+        return int(on_host(self.cumulative_length)) if self.is_initialized else 0
 
     @property
     def stored(self) -> int:
@@ -90,6 +91,7 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
     def record(self, entries: Entries) -> None:
         """The call that runs, of a prompt or a later turn, will store the last of `entries`."""
         self._before = self.filled if self.stored else ()
+        self.masked = False  # on the layer itself, as steps leave it: a compiled graph looks whether it is there
         super().record(entries)
         if not self._before and (needed := self.needed(entries)) > (self.room if self.is_initialized else 0):
             self.room, self.is_initialized = needed, False
@@ -320,10 +322,12 @@ def places_of(cache: Any) -> tuple[list[int], list[int]]:
     """Per layer, the places of a static cache, and those that it would have if nothing was dropped; empty for another cache."""
     if first_static(cache) is None:
         return [], []
-    layers = [layer if isinstance(layer, StaticLayer) and layer.keys is not None else None for layer in cache.layers]
-    return [0 if layer is None else layer.keys.shape[2] for layer in layers], [
-        0 if layer is None else layer.max_cache_len for layer in layers
-    ]
+    places, limits = [], []
+    for layer in cache.layers:
+        keys = layer.keys if isinstance(layer, StaticLayer) else None
+        places.append(0 if keys is None else keys.shape[2])
+        limits.append(0 if keys is None else layer.max_cache_len)
+    return places, limits
 
 
 def is_filled(cache: Any) -> bool:
@@ -354,6 +358,13 @@ def check_room(layers: Iterable[Any], coming: int) -> None:
                     "included."
                 )
             return
+
+
+def without_empty_places(layer: Marked, stored: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of a prompt or a turn, where a static layer that dropped nothing returns its empty places, too."""
+    if not isinstance(layer, StaticMarkedLayer) or key.shape[2] <= stored:
+        return key, value
+    return key[:, :, :stored], value[:, :, :stored]
 
 
 def adopted(layer: StaticLayer, kind: type[StaticMarkedLayer]) -> Any:

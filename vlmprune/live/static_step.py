@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from vlmprune.live.masks import not_masked
 from vlmprune.live.static_cache import StaticMarkedLayer, StaticPrunedLayer, is_filled
 from vlmprune.live.text_only import scaled
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, Redistributor, ScoreEditor
+
+if TYPE_CHECKING:
+    from vlmprune.live.redistribution import Redistribution
 
 IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 """Arguments of a call that brings images."""
@@ -169,19 +172,15 @@ def prepare_steps(method: Redistributor, layer: Marked) -> None:
         _table(method, marks, layer.keys.shape[2], torch.promote_types(layer.keys.dtype, torch.float32))
 
 
-def check_marked(cache: Any, names: dict[int, str], refuse: Callable[[Any, str], None]) -> None:
-    """Before a step that is not compiled: every edited layer has marks of its method, unless the conversation is words only.
+def check_marked(cache: Any, redistribution: Redistribution) -> None:
+    """Before a step that is not compiled: every edited layer has marks of its method.
 
-    Args:
-        cache: the conversation's.
-        names: the method of each edited layer, as a recipe string.
-        refuse: raises if marks are not of a method.
+    Raises:
+        UsageError: the conversation began without it, or with another one.
     """
-    if getattr(cache, "vlmprune_words_only", False):
-        return
-    for index, name in names.items():
+    for index, name in redistribution.edited_by.items():
         if index < len(cache.layers):
-            refuse(getattr(cache.layers[index], "marks", None), name)
+            redistribution.check_goes_on(getattr(cache.layers[index], "marks", None), name)
 
 
 def check_implementation(implementation: str, what: str) -> None:
