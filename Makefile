@@ -15,7 +15,7 @@ MATRIX := tests/families/test_matrix.py -k test_cell
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test coverage test-oldest test-lmms test-open_clip lint test-families
+.PHONY: demo test coverage test-oldest test-lmms test-open_clip lint test-families test-video
 demo: $(STAMP)
 	$(BIN)/vlmprune demo
 
@@ -44,6 +44,11 @@ test-families: $(STAMP) $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 VLMPRUNE_FAMILIES=all VLMPRUNE_MATRIX=docs/results/families.json $(BIN)/python $(PYTEST) tests/families --ignore tests/families/test_page.py
 	OMP_NUM_THREADS=1 VLMPRUNE_FAMILIES=oldest VLMPRUNE_MATRIX=docs/results/families-oldest.json \
 		$(OLDEST)/bin/python $(PYTEST) -p no:cacheprovider $(MATRIX)
+	$(BIN)/python tests/families/matrix.py
+
+# All cells of the video matrix, and every method on every video, of which `make test` runs a part; writes docs/families.md, too.
+test-video: $(STAMP)
+	OMP_NUM_THREADS=1 VLMPRUNE_VIDEO=all VLMPRUNE_VIDEO_MATRIX=docs/results/families-video.json $(BIN)/python $(PYTEST) tests/video
 	$(BIN)/python tests/families/matrix.py
 
 lint: $(STAMP)

@@ -71,7 +71,7 @@ WRONG = [
     ("here", "image_positions must be [batch, token]"),
     ([[0, 1], [1]], "image_positions must be [batch, token]"),
     ([0, 1, 1], "image_positions must be [batch, token]"),
-    (torch.rand(3, 4), "image_positions must be [batch, token]"),
+    (torch.ones(3, 4), "image_positions must be [batch, token]"),
     ([[0, 2, 2]], "numbers the pictures of row 0 as [2]: number them 1, 2"),
     ([[0, 1, 1, 2, 1]], "numbers the pictures of row 0 as [1, 2]"),
     ([[0, -1, -1]], "numbers the pictures of row 0 as [-1]"),

@@ -120,7 +120,7 @@ def quantized(config):
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (lambda config: StaticCache(config, 64), "found a StaticLayer"),
+        (lambda config: StaticCache(config, 16), "has places for 16 tokens"),
         (quantized, "found a cache of QuantoQuantizedLayer layers"),
     ],
 )

@@ -20,7 +20,7 @@ WHOLE = os.environ.get("VLMPRUNE_VIDEO") == "all"
 OF_VIDEOS = [
     (
         "drops patches between blocks of the vision tower, but squares of a video's patches become one token",
-        lambda pair: pair.family == "llava_next_video" and pair.method in ("flowcut", "mustdrop"),
+        lambda pair: pair.family == "llava_next_video" and pair.method in ("evit", "flowcut", "mustdrop"),
     ),
     *REFUSED,
 ]

@@ -32,7 +32,7 @@ from vlmprune.live.pruning import timed
 from vlmprune.live.quantised import QUANTISED
 from vlmprune.live.record import Clock, Prefill
 from vlmprune.live.section import window_in_slots
-from vlmprune.live.static_cache import check_room, first_static
+from vlmprune.live.static_cache import check_room, first_static, places_of
 from vlmprune.live.static_step import check_implementation
 from vlmprune.live.tower import look_up_tower
 from vlmprune.live.videos import check_budgets, sizes_of, video_placeholder, videos_of, with_frames
@@ -95,7 +95,7 @@ def begin(call: Call, kwargs: dict[str, Any]) -> None:
 def _check_turn(kwargs: dict[str, Any]) -> None:
     """Refuse a later turn for which a static cache has no place."""
     cache, tokens = kwargs.get("past_key_values"), identity_of(kwargs)
-    if tokens is not None and first_static(cache) is not None:
+    if tokens is not None and cache is not None and first_static(cache) is not None:
         check_room(cache.layers, tokens.shape[1])
 
 
@@ -333,6 +333,7 @@ def _begin_record(plan: Plan, call: Call, embeddings: Tensor) -> Prefill:
     )
     record.prefill = Clock(device=embeddings.device).begin()
     record.tower, plan.tower.now.clocks = list(plan.tower.now.clocks), ()
+    record.tower_work, plan.tower.now.work = plan.tower.now.work, None
     return record
 
 
@@ -352,6 +353,7 @@ def leave_prompt(plan: Plan, call: Call, record: Prefill, output: Any) -> Any:
     record.resident = plan.shape.entries(record.stored)
     record.held.append(list(record.resident))
     plan.pruning.shorten_cache(call, output.get("past_key_values"))  # made by the model itself in a plain call
+    record.places, record.places_unpruned = places_of(output.get("past_key_values"))
     record.prefill.end_now()
     hand_over(output.get("past_key_values"), call.owner)
     if call.labels and last.rows is not None and last.alive is not None:

@@ -36,7 +36,7 @@ from vlmprune.live.marking import mark_prompt, mark_words_only
 from vlmprune.live.marks import Marks
 from vlmprune.live.record import Edit
 from vlmprune.live.static_cache import StaticMarkedLayer
-from vlmprune.live.static_step import prepare
+from vlmprune.live.static_step import prepare_steps
 from vlmprune.live.text_only import TextOnly, scaled
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, ModelFacts, Redistributor, ScoreEditor
 from vlmprune.recipe import Recipe
@@ -161,10 +161,7 @@ class Redistribution:
     def leave(self, call: Call) -> None:
         """A prompt is over. What recomputed layers need stays as long as the call."""
         for given in call.edits.inputs.values():
-            layer, marks, method = given.layer, given.layer.marks, self.by_layer[given.index]
-            if isinstance(layer, StaticMarkedLayer) and marks is not None and not marks.idle and layer.keys is not None:
-                if not isinstance(method, HeadScaler):
-                    prepare(method, marks, layer.keys.shape[2], torch.promote_types(layer.keys.dtype, torch.float32))
+            prepare_steps(self.by_layer[given.index], given.layer)
         if not call.recomputes:
             call.edits.inputs.clear()
         if call.edits.text_only is not None:

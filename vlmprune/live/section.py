@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from vlmprune.device import on_host
 from vlmprune.errors import UsageError
@@ -23,8 +24,6 @@ from vlmprune.live.quantised import stored_in
 from vlmprune.live.rows import Reduction
 
 if TYPE_CHECKING:
-    from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
-
     from vlmprune.live.call import Call
 
 Rotary = tuple[Tensor, Tensor]

@@ -46,7 +46,7 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
 
     Attributes:
         room: entries that it has places for.
-        slots, seen: `[batch, place]` slot of the entry that is, or will be, in each place; and whether it is one that tokens see.
+        slots, seen: `[batch, place]` slot of the entry that is, or will be, in each place; and whether tokens may see it.
         gone: how many tokens of the conversation have no entry; a number on the device.
         masked: the running step has its mask from `step_mask`. Otherwise somebody runs the layer who does not know its entries.
     """
@@ -146,8 +146,8 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
             return (seen & (slots <= length))[:, None, None]
         if given.shape[3] != self.max_cache_len:
             raise UsageError(
-                f"attention_mask has {given.shape[3]} columns, this static cache has places for {self.max_cache_len} tokens: give "
-                "one column for each place, or [batch, tokens so far]."
+                f"attention_mask has {given.shape[3]} columns, this static cache has places for {self.max_cache_len} tokens: "
+                "give one column for each place, or [batch, tokens so far]."
             )
         return gathered(given, slots, seen)
 
@@ -167,8 +167,8 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
         self.slots, self.seen, self.gone, _ = self.recorded.placed(self.room, self.max_cache_len)
 
     def _places(self, length: Tensor) -> tuple[Tensor, Tensor]:
-        """`[batch, place]` the slot of each place's entry after a step that follows `length` tokens, and whether there is one that
-        it sees."""
+        """`[batch, place]` the slot of each place's entry after a step that follows `length` tokens, and whether there is one
+        that it sees."""
         return self.slots, self.seen
 
     def _count(self, tokens: int) -> None:
@@ -213,8 +213,8 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
 class StaticWindowLayer(StaticPrunedLayer, StaticSlidingWindowLayer):
     """The same for a layer that sees a window.
 
-    Its tensors are a ring: entry number n is in place n modulo `room`, and the youngest entry takes the oldest one's place. They
-    are as long as the window at most, so that all of the window is always there.
+    Its tensors are a ring: entry number n is in place n modulo `room`, and the youngest entry takes the oldest one's place.
+    They are as long as the window at most, so that all of the window is always there.
 
     Attributes:
         window: slots that a token sees, its own among them.
@@ -316,6 +316,16 @@ def first_static(cache: Any) -> StaticLayer | None:
     return None
 
 
+def places_of(cache: Any) -> tuple[list[int], list[int]]:
+    """Per layer, the places of a static cache, and those that it would have if nothing was dropped; empty for another cache."""
+    if first_static(cache) is None:
+        return [], []
+    layers = [layer if isinstance(layer, StaticLayer) and layer.keys is not None else None for layer in cache.layers]
+    return [0 if layer is None else layer.keys.shape[2] for layer in layers], [
+        0 if layer is None else layer.max_cache_len for layer in layers
+    ]
+
+
 def is_filled(cache: Any) -> bool:
     """Whether it is a static cache, and in use."""
     layer = first_static(cache)
@@ -346,8 +356,8 @@ def check_room(layers: Iterable[Any], coming: int) -> None:
             return
 
 
-def adopted(layer: StaticLayer, kind: type[Any]) -> Any:
+def adopted(layer: StaticLayer, kind: type[StaticMarkedLayer]) -> Any:
     """A layer of ours of a kind in the place of an ordinary one, with its tensors."""
-    made = kind.__new__(kind)
+    made: Any = object.__new__(kind)
     vars(made).update(vars(layer))
     return made
