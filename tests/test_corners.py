@@ -22,7 +22,7 @@ from oracles import (
     masked_forward,
 )
 from tiny_models import FIRST_WORD, VOCAB, build, make_inputs, shared
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticCache
 
 import vlmprune as vp
 from vlmprune.adapters.llava import LLAVA
