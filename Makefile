@@ -34,9 +34,10 @@ test-oldest: $(OLDEST)/.installed
 test-lmms: $(LMMS)/.installed
 	OMP_NUM_THREADS=1 $(LMMS)/bin/python $(PYTEST) -p no:cacheprovider tests/lmms
 
-# Image towers of open_clip, with random weights.
+# Image towers of open_clip, with random weights; and what needs torchvision.
 test-open_clip: $(OPEN_CLIP)/.installed
-	OMP_NUM_THREADS=1 $(OPEN_CLIP)/bin/python $(PYTEST) -p no:cacheprovider tests/image_towers
+	OMP_NUM_THREADS=1 VLMPRUNE_OPEN_CLIP=1 $(OPEN_CLIP)/bin/python $(PYTEST) -p no:cacheprovider \
+		tests/image_towers/test_open_clip*.py tests/with_torchvision
 
 # All cells of the family matrix, of which `make test` runs a third; writes docs/families.md and the table of README.md.
 test-families: $(STAMP) $(OLDEST)/.installed

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from vlmprune.adapters.family import Family, Tower
+from vlmprune.adapters.family import Family, Patches, Tower
 from vlmprune.view import TowerFacts
 
 
@@ -93,6 +93,20 @@ def features_refused(config: Any) -> str | None:
     return None
 
 
+def _patches_refused(base: nn.Module) -> str | None:
+    """Why the visual tokens are not one for each patch of CLIP's or SigLIP's tower, or None."""
+    config: Any = base.config
+    if not hasattr(getattr(base.vision_tower, "embeddings", None), "patch_embedding"):
+        return f"its vision tower ({config.vision_config.model_type}) is not built like CLIP's or SigLIP's"
+    first = config.vision_feature_select_strategy == "default"
+    if _before_patches(cast(nn.Module, base.vision_tower)) != first:
+        what = "keeps a token that is no patch" if not first else "leaves out the first patch"
+        return f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} {what}"
+    if not isinstance(config.vision_feature_layer, int):
+        return f"its features come from several tower layers ({config.vision_feature_layer})"
+    return None if feature_block(config) >= 0 else "its features are the tower's embeddings, before any block"
+
+
 CLIP = Tower(
     blocks="vision_tower.encoder.layers",
     attention="self_attn",
@@ -100,6 +114,11 @@ CLIP = Tower(
     feature_block=feature_block,
     full_attention_blocks=lambda config: range(config.vision_config.num_hidden_layers),
     refusal=_refusal,
+    patches=Patches(
+        embedding="vision_tower.embeddings.patch_embedding",
+        before=lambda base: _before_patches(cast(nn.Module, base.vision_tower)),
+        refusal=_patches_refused,
+    ),
 )
 
 

@@ -14,7 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlmprune.adapters.family import Family, Injected, Tower
+import torch
+from torch import Tensor
+
+from vlmprune.adapters.family import Family, Injected, Patches, Tower
 from vlmprune.adapters.videos import Clip, Videos, by_grid_or_position, packed_grids, packed_tokens, written_apart
 from vlmprune.view import TowerFacts
 
@@ -31,13 +34,26 @@ def _image_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]
     return [(height // merge, width // merge) for _, height, width in inputs["image_grid_thw"].tolist()]
 
 
-def _tower(full_attention_blocks: Callable[[Any], Sequence[int]]) -> Tower:
+def _by_window(config: Any, rows: int, columns: int) -> Tensor:
+    """Qwen2.5-VL's tokens, window by window; row by row within each."""
+    vision = config.vision_config
+    side = vision.window_size // vision.spatial_merge_size // vision.patch_size
+    row, column = torch.arange(rows)[:, None], torch.arange(columns)
+    window = (row // side) * columns + column // side  # rising in the order of windows
+    return window.flatten().argsort(stable=True)
+
+
+PATCHES = Patches(embedding="visual.patch_embed.proj", grid="grid_thw")
+
+
+def _tower(full_attention_blocks: Callable[[Any], Sequence[int]], patches: Patches = PATCHES) -> Tower:
     return Tower(
         blocks="visual.blocks",
         attention="attn",
         projector="visual.merger",
         feature_block=lambda config: config.vision_config.depth - 1,
         full_attention_blocks=full_attention_blocks,
+        patches=patches,
     )
 
 
@@ -79,7 +95,7 @@ QWEN2_5_VL = Family(
     tokens_per_image=_tokens_per_image,
     image_grid=_image_grid,
     facts=TowerFacts(patches_per_token=4, windows=True),
-    tower=_tower(lambda config: config.vision_config.fullatt_block_indexes),
+    tower=_tower(lambda config: config.vision_config.fullatt_block_indexes, replace(PATCHES, order=_by_window)),
     videos=replace(_RUN, times=_times),
 )
 
@@ -89,7 +105,7 @@ QWEN3_VL = Family(
     tokens_per_image=_tokens_per_image,
     image_grid=_image_grid,
     facts=TowerFacts(patches_per_token=4, whole=True),
-    tower=_tower(lambda config: range(config.vision_config.depth)),
+    tower=_tower(lambda config: range(config.vision_config.depth), replace(PATCHES, early="visual.deepstack_merger_list")),
     injected=Injected("visual_pos_masks", "deepstack_visual_embeds"),
     videos=_APART,
 )

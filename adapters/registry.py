@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+from vlmprune.adapters import clip_towers, open_clip
 from vlmprune.adapters.cohere import AYA_VISION, COHERE2_VISION
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.gemma import GEMMA3, GEMMA4, PALIGEMMA
 from vlmprune.adapters.glm4v import GLM4V, GLM4V_MOE, GLM46V
 from vlmprune.adapters.idefics3 import IDEFICS3, SMOLVLM
+from vlmprune.adapters.image_tower import ImageTower
 from vlmprune.adapters.internvl import INTERNVL
 from vlmprune.adapters.lfm2_vl import LFM2_VL
 from vlmprune.adapters.llava import LLAVA
@@ -28,6 +32,15 @@ SUPPORTED = (
     *(JANUS, DEEPSEEK_VL, DEEPSEEK_VL_HYBRID, FAST_VLM, PERCEPTION_LM, OVIS2),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in SUPPORTED}
+
+
+def image_tower_of(model: nn.Module) -> ImageTower | None:
+    """The image tower of a model that has no language model (open_clip, timm, CLIP, SigLIP); None for other models.
+
+    Raises:
+        UsageError: it has one in which nothing can be dropped; says why.
+    """
+    return open_clip.tower_in(model) or clip_towers.tower_in(model)
 
 
 def family_of(config: Any) -> Family:

@@ -75,7 +75,7 @@ def weights_fingerprint(model: Any) -> str:
     Weights that accelerate has moved away (to the CPU or to disk) are read from where they are.
     """
     digest = blake2b(digest_size=6)
-    config = model.config.to_dict()
+    config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}  # open_clip's have none
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())

@@ -83,8 +83,8 @@ def look(model: Any, inputs: Mapping[str, Any], recipe: str) -> SinkView:
         layers=tuple(record.layer for record in edits),
         sinks=torch.stack([torch.nn.functional.pad(group == VISUAL_SINK, (0, most - len(group))) for group in visual]),
         text_sinks=tuple(int((group == TEXT_SINK).sum()) for group in groups),
-        before=torch.stack([picture(record.masses) for record in edits]),  # type: ignore[arg-type]
-        after=torch.stack([picture(record.masses * record.factors) for record in edits]),  # type: ignore[operator]
+        before=torch.stack([picture(record.masses) for record in edits]),
+        after=torch.stack([picture(record.masses * record.factors) for record in edits]),
     )
 
 

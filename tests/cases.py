@@ -167,6 +167,17 @@ PRUNING = (
         views={"divprune": Form(vp.DivPrune(), layer=0)},
     ),
     Pruning(
+        "evit",
+        tiny=("fraction=0.4,fuse=no", "fraction=0.4,blocks=1"),  # gradients take what weights the fused patch as constant
+        few="tokens=8",
+        long=("tokens=300", "tokens=300,blocks=0,fuse=mean"),
+        written=("tokens=64,blocks=1|2,fuse=mean,positions=compact,newlines=drop", "fraction=0.25,blocks=3,fuse=no"),
+        views={"evit": Form(vp.EViT(), layer=0)},
+        reads=6,
+        cls=True,
+        drops_only=False,
+    ),
+    Pruning(
         "evs",
         tiny=("layer=0,fraction=0.4",),
         few="tokens=4",
@@ -256,11 +267,24 @@ PRUNING = (
         views={"pdrop": Form(vp.PDrop())},
     ),
     Pruning(
+        "pixelprune",
+        tiny=("fraction=0.4",),
+        few="tokens=4",
+        long=("tokens=300",),
+        written=("tokens=9,tolerance=0.5,positions=compact",),
+        views={
+            "pixelprune": Form(vp.PixelPrune(), layer=0),
+            "pixelprune-tolerance": Form(vp.PixelPrune(tolerance=0.5), layer=0),
+        },
+        reads=3,
+        drops_only=False,
+    ),
+    Pruning(
         "random",
         tiny=("layer=0,fraction=0.4",),
         few="layer=0,tokens=4",
         long=("tokens=300",),
-        written=("layer=0|3,tokens=9|0,seed=-7,positions=compact",),
+        written=("layer=0|3,tokens=9|0,seed=-7,positions=compact", "tokens=9,site=pixels"),
         views={"random": Form(vp.Random(), layer=0)},
     ),
     Pruning(
@@ -287,7 +311,7 @@ PRUNING = (
         tiny=("layer=0,fraction=0.4",),
         few="layer=0,tokens=4",
         long=("tokens=300",),
-        written=("layer=5,tokens=3,positions=compact",),
+        written=("layer=5,tokens=3,positions=compact", "fraction=0.5,site=pixels"),
         views={"uniform": Form(vp.Uniform(), layer=0)},
     ),
     Pruning(

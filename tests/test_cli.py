@@ -181,7 +181,7 @@ def test_mistakes(monkeypatch, capsys, tmp_path, picture, arguments, sentence):
         (
             ("run", "--model", "tiny", "--image", "a.png", "--prompt", "x", "--recipe", "fastvv:layer=2"),
             2,
-            "did you mean 'fastv'?",
+            "did you mean 'fastv' or 'fastvid'?",
         ),
         (("run", "--model", "tiny", "--image", "a.png", "--prompt", "x"), 2, "there is no picture at a.png"),
         (("methods", "divprun"), 2, "did you mean 'divprune'"),

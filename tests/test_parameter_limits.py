@@ -19,7 +19,7 @@ import vlmprune as vp
 from vlmprune.methods.parameters import Choices, Range, choice, limits_of, number
 
 METHODS: dict[str, Any] = {**vp.METHODS, **vp.REDISTRIBUTORS}
-WRITTEN = {"schedule", "layer", "preset", "layers", "sink_dims", "relevance"}
+WRITTEN = {"schedule", "layer", "preset", "layers", "sink_dims", "blocks", "relevance"}
 """Parameters that are no plain numbers or words: schedules, layers as "1|18:", functions."""
 PAIRS = {"global_threshold": "individual_threshold", "individual_threshold": "global_threshold"}
 

@@ -1,7 +1,9 @@
 """Where tokens are dropped and how many are kept, as data. All rounding happens here.
 
-A *stage* is one place where a recipe prunes, at one of three sites:
+A *stage* is one place where a recipe prunes, at one of four sites:
 
+    pixels   before the first block of the vision tower, by the pixels of patches; layer is 0. Budgets count visual tokens of a
+             picture (Qwen-VL: squares of 2 × 2 patches), or of a crop (LLaVA-NeXT).
     vision   inside the vision tower, between blocks that the method decides; layer is 0. Budgets count per crop (LLaVA-NeXT).
     llm      at the input of decoder layer `layer`, which is the first layer without the dropped tokens. Layer 0 means "before
              the language model".
@@ -23,9 +25,11 @@ import numpy as np
 
 from vlmprune.errors import UsageError, shown, unknown
 
-Site = Literal["vision", "llm", "cache"]
-SITES: tuple[Site, ...] = ("vision", "llm", "cache")
+Site = Literal["pixels", "vision", "llm", "cache"]
+SITES: tuple[Site, ...] = ("pixels", "vision", "llm", "cache")
 """In the order in which a forward pass reaches them."""
+IN_TOWER: tuple[Site, ...] = ("pixels", "vision")
+"""Sites where patches are dropped before the language model sees any."""
 
 
 def plain(value: Any) -> Any:
@@ -79,9 +83,10 @@ class Stage:
     """One place where a recipe prunes.
 
     Args:
-        layer: number of the first decoder layer without the dropped tokens, from 0; always 0 for site "vision".
+        layer: number of the first decoder layer without the dropped tokens, from 0; always 0 for the sites "pixels" and
+            "vision".
         budget: how many tokens are kept.
-        site: "vision", "llm" or "cache".
+        site: "pixels", "vision", "llm" or "cache".
 
     Raises:
         UsageError: a wrong type or site, or a budget of 0 before the language model.
@@ -99,9 +104,12 @@ class Stage:
     @property
     def place(self) -> str:
         """Where it prunes, in words."""
-        return {"vision": "the vision tower", "llm": f"layer {self.layer}", "cache": f"the cache from layer {self.layer} on"}[
-            self.site
-        ]
+        return {
+            "pixels": "the vision tower's input",
+            "vision": "the vision tower",
+            "llm": f"layer {self.layer}",
+            "cache": f"the cache from layer {self.layer} on",
+        }[self.site]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer", plain(self.layer))
@@ -115,6 +123,10 @@ class Stage:
             raise UsageError(
                 "nothing would be kept before the language model, found a budget of 0 at layer 0: keep at least tokens=1, or "
                 "drop everything at a later layer (layer >= 1)."
+            )
+        if self.site == "pixels" and self.layer:
+            raise UsageError(
+                f'a stage at site="pixels" is before the vision tower and has no layer, found layer={self.layer}: leave it out.'
             )
         if self.site == "vision" and self.layer:
             raise UsageError(
@@ -168,16 +180,17 @@ def check_shrinks(before: Stage, after: Stage, crops: bool = False) -> None:
     """Refuse a later stage that keeps more than an earlier one.
 
     Only budgets of one unit are compared: which of `tokens` and `fraction` is smaller depends on the image; at run time the
-    smaller one holds. A stage of the cache keeps what the stage before it kept, and is not compared.
+    smaller one holds. A stage of the cache keeps what the stage before it kept, and is not compared; nor is one inside the tower
+    with one before it, because a method may only merge there.
 
     Args:
         before, after: two successive stages.
-        crops: whether images may have crops. Then a budget inside the tower, which counts per crop, is not compared.
+        crops: whether images may have crops. Then a budget in or before the tower, which counts per crop, is not compared.
 
     Raises:
         UsageError: the later stage keeps more.
     """
-    if after.site == "cache" or (crops and before.site == "vision"):
+    if after.site == "cache" or (before.site, after.site) == IN_TOWER or (crops and before.site in IN_TOWER):
         return
     for unit in ("tokens", "fraction"):
         first, second = getattr(before.budget, unit), getattr(after.budget, unit)

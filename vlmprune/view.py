@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vlmprune.errors import Renamed
 
-Taken = Literal["host", "prompt", "stage", "layer before", "layer ahead", "tower block", "tower end", "tower method"]
+Taken = Literal["pixels", "host", "prompt", "stage", "layer before", "layer ahead", "tower block", "tower end", "tower method"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Probe:
         shape: its axes; empty if it is no tensor.
         meaning: what it holds.
         taken: where.
+            "pixels": what enters the vision tower; for stages at site "pixels" only.
             "host": known before anything is computed.
             "prompt": what enters the language model.
             "stage": what enters the decoder layer of the stage.
@@ -165,6 +166,14 @@ PROBES: dict[str, Probe] = {
         ),
         Probe("tower_features", "[image, visual, dim]", "what enters the projector", "tower end"),
         Probe("cell", "[image, visual]", "cell of each token in its crop of `side` × `side`, row by row", "tower end"),
+        Probe(
+            "pixels",
+            "[image, visual, value]",
+            "pixels of each token's patches, as the processor normalised them",
+            "pixels",
+            "",
+            "pixels",
+        ),
         Probe("project", "", "the model's projector, from `tower_features` to `features`", "host"),
         Probe("rotary", "[image, visual, 2, dim]", "cosines and sines of the tokens' rotary positions", "stage"),
         Probe("text_rotary", "[image, text, 2, dim]", "the same of the text; 0 where padded", "stage"),
@@ -199,6 +208,8 @@ AHEAD = _names("layer ahead")
 WEIGHTS = LAST_ROW | TEXT_ROWS | AHEAD
 """Probes that are attention weights of the language model."""
 
+AT_PIXELS = _names("pixels") | {"cell", "identity"}
+"""Probes that a stage at site "pixels" can look at. `identity` is then equal for equal pictures, whatever is asked."""
 FROM_TOWER = frozenset(name for name, probe in PROBES.items() if probe.in_tower)
 """Probes that are taken in the vision tower, of towers that have a CLS token."""
 
@@ -229,6 +240,7 @@ class TowerFacts(Renamed):
         windows: the attention of some blocks of the tower is limited to windows of the picture (Qwen2.5-VL).
         whole: the tower needs every patch up to its end: it takes features from several blocks, or merges squares of patches.
         width: numbers of a patch in the tower, or 0 if unknown.
+        blocks: blocks of the tower up to the one whose output feeds the projector, or 0 if unknown.
         refusal: why there is no usable CLS token.
     """
 
@@ -238,6 +250,7 @@ class TowerFacts(Renamed):
     windows: bool = False
     whole: bool = False
     width: int = 0
+    blocks: int = 0
     refusal: str = "its vision tower has no CLS token"
 
     _former: ClassVar[Mapping[str, str]] = {"unit": "patches_per_token"}
@@ -253,6 +266,7 @@ class View:
         position: `[image, visual]` index of each remaining token in its picture, 0 … original − 1, rising.
         entered: tokens of the picture that entered the language model: fewer than `original` if the tower dropped some.
         side: rows, and columns, of a crop where `cell` is available.
+        grid: rows and columns of the picture's tokens, row by row, at site "pixels"; None at other sites.
         frames: frames of each video; 1 of a picture, and where each frame is decided by itself (`Pruner.per`). Where a model
             makes one token of several frames that follow each other (Qwen-VL), these count as one.
         over_picture: `[image, visual]` what `Pruner.over_picture` returned for the whole pictures, where each `image` here is
@@ -265,6 +279,7 @@ class View:
     probes: dict[str, Any] = field(repr=False)
     entered: int = 0
     side: int = 0
+    grid: tuple[int, int] | None = None
     over_picture: Tensor | None = None
     frames: int = 1
 

@@ -39,13 +39,19 @@ def flow_score(
     key, value = key.to(wide(key)), value.to(wide(value))
     crops, kv_heads, _, dim = key.shape
     grouped = query.to(wide(query)).reshape(crops, kv_heads, -1, dim)
-    relation = (grouped @ key.transpose(-1, -2)).flatten(1, 2) * scaling  # [crop, head, token]
-    semantic = (anchor.to(wide(anchor))[:, :, None] @ value.transpose(-1, -2))[:, :, 0] * semantic_scaling
+    relation = _products(grouped, key).flatten(1, 2) * scaling  # [crop, head, token]
+    semantic = _products(anchor.to(wide(anchor))[:, :, None], value)[:, :, 0] * semantic_scaling
     if valid is not None:
         lowest = torch.finfo(relation.dtype).min
         relation = relation.masked_fill(~valid[:, None], lowest)
         semantic = semantic.masked_fill(~valid[:, None], lowest)
     return relation.softmax(-1).mean(1), semantic.softmax(-1).mean(1), value.mean(1).abs().sum(-1)
+
+
+def _products(rows: Tensor, x: Tensor) -> Tensor:
+    """`[crop, head, row, token]` products of `rows` `[crop, head, row, dim]` with all of `x` `[crop, head, token, dim]`. Of a
+    single row they are summed in place: a matrix product would first copy `x`, whose heads lie side by side in a tower."""
+    return (rows * x).sum(dim=-1)[:, :, None] if rows.shape[2] == 1 else rows @ x.transpose(-1, -2)
 
 
 def share(x: Tensor) -> Tensor:

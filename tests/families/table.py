@@ -225,7 +225,7 @@ def _packed_video(apart: bool, timed: bool = False) -> Any:
             ids = [token for f in range(frames) for token in (FIRST_WORD + f, START, *[VIDEO] * (rows * columns), END)]
         values = _pixels(random, frames * grid[1] * grid[2], 3 * TIME * PATCH**2)
         tensors = {"pixel_values_videos": values, "video_grid_thw": torch.tensor([grid])}
-        return Picture(ids, {**tensors, "second_per_grid_ts": torch.tensor([1.5 + number % 2])} if timed else tensors)
+        return Picture(ids, {**tensors, "second_per_grid_ts": torch.tensor([0.5 + number % 2 / 4])} if timed else tensors)
 
     return make
 

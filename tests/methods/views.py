@@ -42,12 +42,11 @@ def random_view(
     Args:
         text: words behind each picture; the shorter ones are padded on the left, as in a live call.
         gone: tokens of each picture that were dropped before, `in_tower` of them inside the vision tower.
-        frames: of each video, of equal size; 1 for pictures.
+        frames: of each video; 1 for pictures.
     """
     draw = torch.Generator().manual_seed(seed)
     original, side, dim, width = visual + gone, math.ceil((visual + gone) ** 0.5), 8, 16
     longest, text = max(text[:images]), list(text[:images])
-    assert original % frames == 0
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw)
@@ -109,19 +108,35 @@ def random_view(
         "text_rotary": words(turns(original + 3 + torch.arange(longest).expand(images, -1).float()).flatten(-2)).unflatten(
             -1, (2, dim)
         ),
-        "frame": position // (original // frames),
-        "times": torch.arange(frames).expand(images, -1) / 2 if frames > 1 else torch.full((images, 1), torch.nan),
+        "frame": position * frames // original,
+        "times": 0.5 * torch.arange(frames).expand(images, -1),
         "identity": tuple(range(7 + 100 * seed, 7 + 100 * seed + images)),
+        "pixels": blurred(draw, images, visual),
     }
     assert set(probes) == set(OURS), set(probes) ^ set(OURS)
-    return View(layer, original, position, probes, entered=original - in_tower, side=side, frames=frames)
+    return View(layer, original, position, probes, entered=original - in_tower, side=side, grid=_grid(visual), frames=frames)
+
+
+def _grid(visual: int) -> tuple[int, int]:
+    rows = max(side for side in range(1, math.isqrt(visual) + 1) if visual % side == 0)
+    return rows, visual // rows
+
+
+def blurred(draw: torch.Generator, images: int, visual: int) -> Tensor:
+    """`[image, visual, 12]` pixels of which half repeat those of a neighbour."""
+    rows, columns = _grid(visual)
+    pixels = torch.randint(0, 3, (images, rows, columns, 1), generator=draw).float() / 2 + torch.zeros(12)
+    across = torch.rand(images, rows, columns, 1, generator=draw) < 0.5
+    for column in range(1, columns):
+        pixels[:, :, column] = torch.where(across[:, :, column], pixels[:, :, column - 1], pixels[:, :, column])
+    return pixels.flatten(1, 2)
 
 
 def replaced(see: View, layer: int | None = None, side: int | None = None, **probes: Any) -> View:
     """The same view with some things changed."""
     side = see.side if side is None else side
     layer = see.layer if layer is None else layer
-    return View(layer, see.original, see.position, {**see.probes, **probes}, see.entered, side, frames=see.frames)
+    return View(layer, see.original, see.position, {**see.probes, **probes}, see.entered, side, see.grid, frames=see.frames)
 
 
 def in_dtype(see: View, dtype: torch.dtype) -> View:
@@ -159,7 +174,9 @@ def alone(see: View, image: int) -> View:
                 own[name] = own[name][:, :, words]
             elif "text" in name:
                 own[name] = own[name][:, words]
-    return View(see.layer, see.original, see.position[image : image + 1], own, see.entered, see.side, frames=see.frames)
+    return View(
+        see.layer, see.original, see.position[image : image + 1], own, see.entered, see.side, see.grid, frames=see.frames
+    )
 
 
 @dataclass(frozen=True)
@@ -191,7 +208,7 @@ class Case:
 
     def declared(self, see: View) -> View:
         probes = {need: see.probes[need] for need in self.needs}
-        return View(self.layer, see.original, see.position, probes, see.entered, see.side, frames=see.frames)
+        return View(self.layer, see.original, see.position, probes, see.entered, see.side, see.grid, frames=see.frames)
 
 
 CASES = {name: Case(form.method, form.layer, form.idle) for row in PRUNING for name, form in row.views.items()}

@@ -104,16 +104,18 @@ def effect_of(model, inputs: dict, run, entered: torch.Tensor | None = None, sta
         if image.features is not None:
             columns = visual_columns(model, inputs, image.sample // rows, image.ordinal)[image.index]
             merged.setdefault(image.layer, []).append((image.sample, columns, image.features))
-    if any(image.site == "vision" for image in last.kept):
+    if any(image.site in ("pixels", "vision") for image in last.kept):
         places = image_columns(model, ids)
-        tower = [(row, columns.nonzero()[:, 0], entered[row, columns].nan_to_num()) for row, columns in enumerate(places)]
+        tower = [
+            (row, columns.nonzero()[:, 0], entered[row, columns].nan_to_num(posinf=0)) for row, columns in enumerate(places)
+        ]
         merged[0] = [entry for entry in tower if len(entry[1])] + merged.get(0, [])
     layers = {True: set(), False: set()}  # by whether positions are renumbered
     for image in (image for image in last.kept if image.site != "cache"):
         named = [method for method in run.recipe.methods if method.name == image.method.split()[0]]
         mine = [method for method in named if image.layer in {stage.layer for stage in method.stages}]
         # Stages that a method adds for a model are not in its schedule, but follow one in the tower
-        mine = mine or [method for method in named if method.stages[0].site == "vision"] or named
+        mine = mine or [method for method in named if method.stages[0].site in ("pixels", "vision")] or named
         (positions,) = {method.positions for method in mine}
         layers[positions == "compact"].add(image.layer)
     assert not layers[True] & layers[False], "stages of both kinds at one layer cannot be told apart"

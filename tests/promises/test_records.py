@@ -78,6 +78,10 @@ def test_budgets_are_exact_for_every_picture(family, recipe):
     if recipe == THRESHOLDS:
         assert all(0 < now < before for now, before in zip(kept["llm", 4], originals, strict=True))
         return
+    if recipe.startswith("evit") and family == "llava":
+        assert left == [int(0.4 * n + 0.5) for n in originals]
+        assert not kept
+        return
     if recipe.startswith("flowcut:fraction"):
         share = 0.2 if "newlines" in recipe else 0.3
         if family in QWENS:  # twice as many reach the language model
@@ -97,8 +101,12 @@ def test_budgets_are_exact_for_every_picture(family, recipe):
     (unit,) = {"fraction", "tokens"} & arguments.keys()
     shares = [float(share) for share in arguments[unit].split("|")]
     layers = [int(layer) for layer in arguments.get("layer", "0").split("|")]
+    site = "pixels" if recipe.startswith("pixelprune") else "llm"
+    if site == "pixels" and family == "llava_next":  # of every crop, padding included
+        assert all(0.3 * n < now < 0.5 * n for now, n in zip(kept["pixels", 0], originals, strict=True))
+        return
     assert kept == {
-        ("llm", layer): [
+        (site, layer): [
             min(int(share * n + 0.5) if unit == "fraction" else int(share), most)
             for n, most in zip(originals, left, strict=True)
         ]
@@ -151,6 +159,7 @@ def test_reported_bytes_are_the_caches(family, recipe):
 
 NAMES = {
     "cdpruner": "cdpruner (embedding)",
+    "llava_next evit": "evit (per crop)",
     "flowcut:layer": "flowcut (decoder only)",
     "llava flowcut:fraction": "flowcut",
     "llava_next flowcut:fraction": "flowcut (per crop)",
@@ -177,13 +186,17 @@ def test_report_names_variant_site_and_separators(family, recipe):
         places = [("vision", 0), *places, ("cache", 1)]
     elif recipe == THRESHOLDS:
         places = [*places, ("cache", 2)]
+    elif recipe.startswith("pixelprune"):
+        places = [("pixels", 0)]
+    elif recipe.startswith("evit"):
+        places = [("vision", 0), ("llm", 0)][: 1 if family == "llava" else 2]
     elif recipe.startswith("flowcut:fraction"):
         places = [("llm", 0) if "unit" in name else ("vision", 0), ("llm", 2)][: 1 if family == "llava" else 2]
     assert [(stage.site, stage.layer) for stage in it.report.stages] == places
 
     text = str(it.report)
     words_for = {"vision": "inside the vision tower", "llm": "before layer {}", "cache": "in the KV cache from layer {} on"}
-    words_for["llm", 0] = "before the language model"
+    words_for |= {("llm", 0): "before the language model", "pixels": "before the vision tower"}
     for site, layer in places:
         assert f"kept {words_for.get((site, layer), words_for[site]).format(layer)} ({name})" in text
     if family == "llava_next":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +13,7 @@ from vlmprune.cli import options, terminal
 from vlmprune.cli.data import Data
 from vlmprune.cli.results import check_intervals, prepare, publish
 from vlmprune.errors import UsageError, unknown
+from vlmprune.evals.zero_shot_data import is_picture_set
 from vlmprune.loading.environment import quiet
 
 SHAPES = "llava-1.5-7b, llava-next-7b or qwen2.5-vl-7b"
@@ -36,6 +38,7 @@ def evaluate(
     skip_bad: options.SkipBad = False,
     batch: options.BatchSize = None,
     max_new_tokens: options.Longest = None,
+    template: options.Templates = None,
     device: options.Device = "cpu",
     device_map: options.DeviceMap = None,
     out: Annotated[
@@ -51,9 +54,16 @@ def evaluate(
 ) -> None:
     """Measure the accuracy of recipes beside the un-pruned model, by skill or group of questions.
 
-    On the embedded model, or on --model with your questions (--data).
+    On the embedded model, or on --model with your questions (--data). With --data a folder of pictures by class or with
+    captions, and --model one of open_clip (open_clip:NAME/PRETRAINED), CLIP or SigLIP: zero-shot accuracy, or recall, and
+    pictures per second.
     """
     _check(recipe)
+    if model.startswith(names.OPEN_CLIP) or template or is_picture_set(data):
+        about_questions: dict[str, Any] = {"--split": split, "--scorer": scorer, "--column": column, "--skip-bad": skip_bad}
+        about_questions |= {"--max-new-tokens": max_new_tokens, "--device-map": device_map}
+        _zero_shot(model, data, recipe, images, template or (), batch, device, out, as_json, about_questions)
+        return
     asked = Data(data, images, split, scorer, column or (), skip_bad, max_new_tokens)
     asked.check(model)
     from vlmprune.cli.evaluating import measure
@@ -70,6 +80,36 @@ def evaluate(
         from vlmprune.evals import accuracy
 
         publish(accuracy.result(numbers), "accuracy", out, as_json)
+
+
+def _zero_shot(
+    model: str,
+    data: str | None,
+    recipes: list[str] | None,
+    count: int | None,
+    templates: Sequence[str],
+    batch: int | None,
+    device: str,
+    out: Path | None,
+    as_json: bool,
+    about_questions: Mapping[str, Any],
+) -> None:
+    """Classify pictures, or retrieve them and their captions."""
+    if not is_picture_set(data):
+        raise UsageError(
+            "an image tower answers no questions: give --data a folder with a folder of pictures for each class, or with "
+            f"captions.jsonl, found {'none' if data is None else repr(data)}."
+        )
+    from vlmprune.cli.zero_shot import check_options, evaluate
+
+    check_options(about_questions, templates)
+    check_intervals()
+    prepare(out)
+    quiet()
+    numbers = evaluate(model, str(data), recipes, count, templates, batch, device, out)
+    from vlmprune.evals import zero_shot_report
+
+    publish(zero_shot_report.result(numbers), "zero_shot", out, as_json)
 
 
 def bench(

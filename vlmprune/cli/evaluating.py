@@ -56,7 +56,8 @@ def measure(
     chosen, notes = _recipes(recipes or accuracy.DEFAULT)
     scenes = data.name is None
     questions = data.open()
-    processor, read_weights = open_model(model, shard.device(device), device_map)
+    kinds = ("video",) if any(question.videos for question in questions) else ("picture",)
+    processor, read_weights = open_model(model, shard.device(device), device_map, shown=kinds)
     size = batch or (accuracy.SCENES_AT_ONCE if scenes else BATCH_SIZE)
     asking = Asking(processor, questions, size, encode_once=scenes or (data.name == CLIPS and model == "tiny-clips"))
     loaded = read_weights()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from vlmprune.live.cache import MarkedLayer
+from vlmprune.live.cache_layer import Marked
 from vlmprune.live.edits import Edits
 from vlmprune.live.entries import Entries
 from vlmprune.live.injected import Injections
@@ -168,7 +168,7 @@ class Call:
     complete: Entries | None = None
     edits: Edits = field(default_factory=Edits)
     again: Any = None
-    uncached: dict[int, MarkedLayer] = field(default_factory=dict)
+    uncached: dict[int, Marked] = field(default_factory=dict)
     resumed: bool = False
 
     def keeps_masks(self, kind: Kind) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from inspect import signature
@@ -173,7 +173,7 @@ def choose(
                 see = replace(see, over_picture=_of_parts(over_image(), members))
             chosen = method.select(see, keep)
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
-        _check_choice(bound, choice, members, keep, hidden)
+        check_choice(method, choice, len(group), len(first), keep, hidden.shape[-1])
         if explains:
             reasons |= zip(group, judged(method, see, choice, [part.index for part in members]), strict=True)
         for number, part in enumerate(members):
@@ -188,17 +188,33 @@ def choose(
     return StageResult(remaining, features, any(x is not None for x in features), judged=why)
 
 
-def left_by_tower(prompt: Prompt, hidden: Tensor) -> StageResult:
-    """What the vision tower left of every image: the rest are rows of NaN in `hidden` `[batch, token, dim]`."""
+def left_by_tower(call: Call, prompt: Prompt, hidden: Tensor, first: bool, last: bool) -> StageResult:
+    """What a stage before or inside the vision tower left of every image: rows of NaN in `hidden` `[batch, token, dim]` were
+    dropped.
+
+    Args:
+        first, last: of the stages there. If there are two, rows that end in infinity entered the tower, and were dropped inside
+            it (`TowerSequence.restore`).
+    """
     images, real = prompt.layout.images, prompt.tokens.real
-    there = on_host(~torch.cat([hidden[image.sample, image.places_on_device.to(hidden.device), 0] for image in images]).isnan())
-    seen = np.concatenate([real[image.sample, image.places] for image in images])
-    ends = np.cumsum(list(map(len, images)))[:-1]
-    remaining = tuple(
-        on_device(mine.nonzero()[0], image.places_on_device.device)
-        for mine, image in zip(np.split(there & seen, ends), images, strict=True)
-    )
-    return StageResult(remaining, (None,) * len(remaining), emptied=not there.all())
+    places = [image.places_on_device for image in images]
+    if not first:
+        places = [rows_now(call, number, index) for number, index in enumerate(call.section.remaining)]
+
+    def column(number: int) -> Tensor:
+        rows = zip(images, places, strict=True)
+        return torch.cat([hidden[image.sample, mine.to(hidden.device), number] for image, mine in rows])
+
+    there = on_host(~(column(0).isnan() if last else column(0).isnan() & ~column(-1).isinf()))
+    ends = np.cumsum(list(map(len, places)))[:-1]
+    if first:
+        seen = np.concatenate([real[image.sample, image.places] for image in images])
+        numbers = [mine.nonzero()[0] for mine in np.split(there & seen, ends)]
+        left = [on_device(mine, image.places_on_device.device) for mine, image in zip(numbers, images, strict=True)]
+    else:
+        pairs = zip(call.section.remaining, np.split(there, ends), strict=True)
+        left = [index[on_device(mine.nonzero()[0], index.device)] for index, mine in pairs]
+    return StageResult(tuple(left), (None,) * len(left), emptied=not there.all())
 
 
 def merged(call: Call, prompt: Prompt, chosen: StageResult, hidden: Tensor) -> Tensor:
@@ -224,7 +240,9 @@ def _parts(bound: BoundStage, call: Call, prompt: Prompt, image: int, keep: int)
     there = np.arange(original) if len(index) == original else on_host(index)
     left = [on_device(there[crop[there] == number], index.device) for number in numbers]
     shares = share(keep, sizes.tolist(), list(map(len, left)))
-    return [Part(image, here, size, entered, kept) for here, size, kept in zip(left, sizes.tolist(), shares, strict=True)]
+    frame = range(frames) if frames == len(numbers) else [None] * len(numbers)  # a frame is a crop of its video
+    parts = zip(left, sizes.tolist(), shares, frame, strict=True)
+    return [Part(image, here, size, entered, kept, frame=one) for here, size, kept, one in parts]
 
 
 def _frames(call: Call, prompt: Prompt, image: int, budget: Budget) -> list[Part]:
@@ -274,15 +292,20 @@ def _joined(
     return index, features[order.to(features.device)]
 
 
-def _check_choice(bound: BoundStage, choice: Choice, group: Sequence[Part], keep: int, hidden: Tensor) -> None:
+def check_choice(method: Pruner, choice: Choice, images: int, visual: int, keep: int, dim: int | None) -> None:
     """Refuse what a method chose, if it is not what it was asked for. It does not wait for a GPU: there, wrong indices fail as
     an assertion on the device.
+
+    Args:
+        images, visual: pictures that were shown, and tokens of each.
+        keep: tokens to keep of each; the most of them, if the method is `adaptive`.
+        dim: width of hidden states; None where nothing can be merged.
 
     Raises:
         UsageError: the wrong kind of index, another number, indices that are out of range or do not rise, features that do not
             fit.
     """
-    name, visual, images = f"{bound.method.name}.select", len(group[0].index), len(group)
+    name = f"{method.name}.select"
     apart = choice.index.ndim > 0 if isinstance(choice.index, Tensor) else isinstance(choice.index, list | tuple)
     rows: Any = choice.index if apart else [choice.index]
     for row in rows:
@@ -290,8 +313,8 @@ def _check_choice(bound: BoundStage, choice: Choice, group: Sequence[Part], keep
             found = f"{row.dtype} of shape {list(row.shape)}" if isinstance(row, Tensor) else shown(row)
             raise UsageError(f"{name} must return whole numbers [image, keep], found {found} for a picture.")
     counts = [len(row) for row in rows]
-    if len(counts) != images or max(counts) > keep or (min(counts) < keep and not bound.adaptive):
-        at_most = "at most " if bound.adaptive else ""
+    if len(counts) != images or max(counts) > keep or (min(counts) < keep and not method.adaptive):
+        at_most = "at most " if method.adaptive else ""
         raise UsageError(f"{name} chose {counts} tokens of {images} pictures, expected {at_most}{keep} of each.")
     for row in rows:
         if row.device.type == "meta" or not len(row):
@@ -302,8 +325,9 @@ def _check_choice(bound: BoundStage, choice: Choice, group: Sequence[Part], keep
             torch._assert_async(good, bad)
         elif not good:
             raise UsageError(f"{bad}, found {row.tolist()}.")
-    if choice.features is not None and list(choice.features.shape) != [images, keep, hidden.shape[-1]]:
-        wanted = [images, keep, hidden.shape[-1]]
+    if choice.features is not None and dim is None:
+        raise UsageError(f"{name} returned features, and nothing can be merged before the vision tower: return indices alone.")
+    if choice.features is not None and list(choice.features.shape) != (wanted := [images, keep, dim]):
         raise UsageError(
             f"{name} must return features [image, keep, dim] of shape {wanted}, found {list(choice.features.shape)}."
         )

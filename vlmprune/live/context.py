@@ -23,7 +23,8 @@ from itertools import count
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
 
-from vlmprune.schedule import Budget
+from vlmprune.errors import UsageError, shown
+from vlmprune.schedule import Budget, plain
 
 POOLS = ("concurrent.futures", "multiprocessing.pool", "anyio", "trio")
 """Modules whose threads serve many callers."""
@@ -84,6 +85,17 @@ _started_with: WeakKeyDictionary[threading.Thread, Mapping[int, Settings]] = Wea
 _numbers = count()
 
 
+def truth(name: str, value: Any) -> bool:
+    """A bool of Python's or NumPy's; nothing else counts as one.
+
+    Raises:
+        UsageError: says what was found.
+    """
+    if not isinstance(value := plain(value), bool):
+        raise UsageError(f"{name} must be True or False, found {shown(value)}.")
+    return value
+
+
 def now() -> int:
     """A number that rises: whether a block was opened before or after something else happened."""
     return next(_numbers)
@@ -104,6 +116,7 @@ class Contexts:
         self._number = next(_numbers)  # never given twice, so that a later handle inherits nothing
         self._handed_on: finalize[..., Contexts] | None = None
         self._records: WeakKeyDictionary[threading.Thread, Any] = WeakKeyDictionary()
+        self._switches = 0  # how often somebody switched it off; a block counts while it is open
         self._all[self._number] = self
 
     @property
@@ -111,9 +124,15 @@ class Contexts:
         """The calling context's settings."""
         return _settings().get(self._number, DEFAULT)
 
+    @property
+    def always_on(self) -> bool:
+        """No caller has switched the handle off, so that nobody needs to be asked."""
+        return self._switches == 0
+
     def switch(self, enabled: bool) -> None:
         """Switch the calling context on or off, and the threads that it starts from now on; inside a block that sets it itself,
         until that block ends."""
+        self._switches += not enabled
         for block in reversed(self.settings.blocks):
             if block.enabled is not None:
                 block.enabled = enabled
@@ -138,9 +157,12 @@ class Contexts:
         opened = OverrideBlock(next(_numbers), threading.current_thread(), owner, enabled, budget)
         self._change(blocks=(*self.settings.blocks, opened))
         _inheriting.begin()
+        off = enabled is False
+        self._switches += off
         try:
             yield
         finally:
+            self._switches -= off
             _inheriting.end()
             self._change(blocks=tuple(block for block in self.settings.blocks if block is not opened))
 

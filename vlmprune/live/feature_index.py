@@ -142,7 +142,7 @@ def hash_rows(features: Tensor) -> Tensor:
     """`[row]` int64 hashes of the rows of `features` `[row, dim]`: a random sum over the bits of their leading numbers."""
     bits = features[:, :HASHED].detach().contiguous()
     bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]).long()
-    return (bits * _multipliers(bits.shape[1], bits.device)).sum(dim=1)  # overflow wraps around, which is as good
+    return (bits * multipliers(bits.shape[1], bits.device)).sum(dim=1)  # overflow wraps around, which is as good
 
 
 def _rows(value: Tensor, rows: Tensor, there: Tensor) -> Tensor:
@@ -159,6 +159,7 @@ def _repetition(hashes: Tensor) -> Tensor:
 
 
 @cache
-def _multipliers(count: int, device: torch.device) -> Tensor:
+def multipliers(count: int, device: torch.device) -> Tensor:
+    """`[count]` odd random numbers, int64, the same in every process."""
     generator = torch.Generator().manual_seed(0)
     return (torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1).to(device, non_blocking=True)

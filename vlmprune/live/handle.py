@@ -5,31 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 from weakref import ReferenceType, ref
 
 from torch import nn
 
-from vlmprune.errors import UsageError, shown
+from vlmprune.adapters.registry import image_tower_of
+from vlmprune.errors import UsageError
 from vlmprune.live.attachment import Attachment, attachment_of, check_unshared
-from vlmprune.live.context import Contexts
+from vlmprune.live.context import Contexts, truth
 from vlmprune.live.explain import Explanation, explain, not_asked
+from vlmprune.live.image_tower_run import TowerRun, wrapped_tower_in
 from vlmprune.live.owner import Owner
 from vlmprune.live.plan import Plan
 from vlmprune.live.record import Prefill
 from vlmprune.live.report import Report, no_prefill
-from vlmprune.live.shells import model_inside
+from vlmprune.live.shells import model_inside, without_shells
 from vlmprune.methods import Pruner, Redistributor
 from vlmprune.recipe import Recipe
-from vlmprune.schedule import Budget, plain
+from vlmprune.schedule import Budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
+@overload
+def wrap(
+    model: PreTrainedModel, *methods: Recipe | Pruner | Redistributor | str, explain: bool = False, family: str | None = None
+) -> Run: ...
+@overload
 def wrap(
     model: nn.Module, *methods: Recipe | Pruner | Redistributor | str, explain: bool = False, family: str | None = None
-) -> Run:
-    """Apply a recipe to a loaded Hugging Face vision-language model: prune visual tokens, and redistribute attention.
+) -> Run | TowerRun: ...
+def wrap(
+    model: nn.Module, *methods: Recipe | Pruner | Redistributor | str, explain: bool = False, family: str | None = None
+) -> Run | TowerRun:
+    """Apply a recipe to a loaded model: prune visual tokens, and redistribute attention.
 
-    The model is changed in place, by hooks, and can be restored.
+    The model is changed in place, by hooks, and can be restored. It is a Hugging Face vision-language model, or an image tower
+    without a language model: a model of open_clip, CLIP, SigLIP, or a ViT of timm (docs/image_towers.md).
 
     Args:
         model: a model of a supported family, of any weights, dtype and device. It keeps its class and its API. It may be inside
@@ -42,36 +56,34 @@ def wrap(
             a model of an unknown type is treated. By default, the model's own type decides.
 
     Returns:
-        The handle. Its `remove()`, or leaving a `with` block, restores the model bit for bit. Wrapping a model again replaces
-        the recipe, also while other threads generate: a conversation goes on under the recipe it began with, and a new one
-        follows the new recipe.
+        The handle, for an image tower a `TowerRun`. Its `remove()`, or leaving a `with` block, restores the model bit for bit.
+        Wrapping a model again replaces the recipe, also while other threads generate: a conversation goes on under the recipe
+        it began with, and a new one follows the new recipe.
 
     Raises:
         UsageError: no model, an unsupported model, a family that does not fit, an unknown method, a layer that the model does
             not have, methods that exclude each other, or an `explain` that is no bool. All of this is checked here, before the
             first token.
     """
-    return Run(model, Recipe.of(*methods), explain, family)
+    recipe, inside = Recipe.of(*methods), without_shells(model)
+    if (tower := image_tower_of(inside)) is None:
+        return Run(model, recipe, explain, family)
+    if truth("explain", explain) or family is not None:
+        option = "explain=True" if explain else f"family={family!r}"
+        raise UsageError(f"{option} is of vision-language models, and {tower.name} has no language model: leave it out.")
+    return TowerRun(inside, tower, recipe)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Restore a model, whoever holds its handle, and return it. A model that is not wrapped stays as it is."""
-    inside = model_inside(model)
+    if (tower := wrapped_tower_in(without_shells(model))) is not None:
+        tower.remove()
+        return model
+    inside = without_shells(model) if image_tower_of(without_shells(model)) else model_inside(model)
     found = attachment_of(getattr(inside, "base_model", inside))
     if found is not None:
         found.clear()
     return model
-
-
-def _truth(name: str, value: Any) -> bool:
-    """A bool of Python's or NumPy's; nothing else counts as one.
-
-    Raises:
-        UsageError: says what was found.
-    """
-    if not isinstance(value := plain(value), bool):
-        raise UsageError(f"{name} must be True or False, found {shown(value)}.")
-    return value
 
 
 class Run:
@@ -87,12 +99,15 @@ class Run:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, explain: bool = False, family: str | None = None) -> None:
-        self.model, self.recipe, self._explains = model_inside(model), recipe, _truth("explain", explain)
+        self.model, self.recipe, self._explains = model_inside(model), recipe, truth("explain", explain)
         self._contexts = Contexts()
         plan = Plan(self.model, recipe, self._contexts, family)  # refuses what cannot work
         self.found = plan.found
         plan.pruning.explains = self._explains
-        check_unshared(plan)  # from here on the model changes
+        check_unshared(plan)
+        if wrapped_tower_in(plan.base) is not None:
+            raise UsageError("the vision tower of this model is wrapped by itself already: call vlmprune.unwrap on it first.")
+        # from here on the model changes
         self._plan: Plan | None = plan
         self._attachment: Attachment = attachment_of(plan.base, make=True)  # type: ignore[assignment]
         self._owner: ReferenceType[Owner] = ref(self._attachment.follow(plan))
@@ -135,7 +150,7 @@ class Run:
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._contexts.switch(_truth("enabled", value))
+        self._contexts.switch(truth("enabled", value))
 
     @contextmanager
     def override(
@@ -154,7 +169,7 @@ class Run:
             UsageError: the recipe has several stages, and one number cannot be meant for all; the budget is out of range;
                 `enabled` is neither True nor False; or the handle was removed.
         """
-        enabled = None if enabled is None else _truth("enabled", enabled)
+        enabled = None if enabled is None else truth("enabled", enabled)
         plan = self._plan
         if plan is None or self._attachment.current is None:
             raise UsageError(

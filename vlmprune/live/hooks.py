@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import UsageError
+from vlmprune.live import static_step
 from vlmprune.live.attention import CALL_ARGUMENT
 from vlmprune.live.call import Call
 from vlmprune.live.owner import Encoded, Owner
 from vlmprune.live.owners import Owners
 from vlmprune.live.prefill import begin, enter_prompt, goes_on, leave_prompt
 from vlmprune.live.prompt import by_name, strange_embeddings
+from vlmprune.live.static_cache import check_room
+from vlmprune.live.static_step import IMAGES, check_marked, is_step
 from vlmprune.live.tower import TowerPass
-
-IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-"""Arguments of a call that brings images."""
 
 
 class _PerThread(threading.local):
@@ -54,7 +54,7 @@ class Hooks:
 
     Attributes:
         inside, on_the_way: by thread, the call that is in the base model; and the images that were encoded and not used yet.
-        shortened: images that were encoded with patches dropped inside the tower.
+        shortened: images that were encoded with patches dropped before or inside the tower.
     """
 
     def __init__(self, owners: Owners, watch: WeakMethod[Callable[[Any], None]]) -> None:
@@ -72,6 +72,8 @@ class Hooks:
 
     def enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the whole model begins."""
+        if is_step(args, kwargs):
+            return None
         # With images encoded beforehand, this is generate(), and it asks for the logits of the last prompt token and of
         # everything after it; in a plain call the number means nothing of the kind.
         given = kwargs.get("logits_to_keep", 0)
@@ -105,11 +107,13 @@ class Hooks:
 
     def enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call enters the base model: whose plan it follows is decided."""
+        if self._is_step(args, kwargs):
+            return None
         if args:
             kwargs = by_name(module, args, kwargs)
         call: Call = kwargs.get(CALL_ARGUMENT) or Call()
         cache, me = kwargs.get("past_key_values"), threading.get_ident()
-        call.past = cache.get_seq_length() if cache is not None else 0
+        call.past = int(cache.get_seq_length()) if cache is not None else 0
         self.on_the_way.pop(me, None)
         if call.past:
             owner = getattr(cache, "vlmprune", None)
@@ -127,6 +131,23 @@ class Hooks:
         if not call.past or not self._only_goes_on(call, cache, kwargs):
             begin(call, kwargs)
         return (), {**kwargs, CALL_ARGUMENT: call}
+
+    def _is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it is a decoding step in a static cache, which goes on by what is on the cache, if it may.
+
+        Raises:
+            UsageError: the conversation began under another recipe, or the cache is full.
+        """
+        if not is_step(args, kwargs):
+            return False
+        cache = kwargs["past_key_values"]
+        check_room(cache.layers, 1)
+        owner = self.owners.of_conversation(cache)
+        if owner is not None and owner.plan is not None:
+            redistribution = owner.plan.redistribution
+            if owner.plan.contexts.settings.enabled:
+                check_marked(cache, redistribution.edited_by, redistribution.check_goes_on)
+        return True
 
     def _only_goes_on(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> bool:
         """Whether this is a decoding step, where nothing begins. The caller's settings matter only if layers are edited."""
@@ -182,6 +203,8 @@ class Hooks:
                 return args, {**kwargs, "attention_mask": None}
             call.idle = call.edits.ready and not plan.pruning.at
             return None if call.idle else goes_on(plan, call, args, kwargs)
+        if self._is_step(args, kwargs):
+            return None
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
         if _innermost(type(self.base), only=self.base, function="forward") is not None:
@@ -195,7 +218,7 @@ class Hooks:
     def _enter_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The language model was called directly, not by the model around it."""
         cache = kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
+        past = int(cache.get_seq_length()) if cache is not None else 0
         owner = self.owners.of_conversation(cache) if past else self.owners.in_force()
         if owner is None:
             return None
@@ -227,7 +250,7 @@ class Hooks:
             self._thread.encoding = owner
         if not owner.plan.tower.used:
             return args, _without_ours(kwargs)
-        self._thread.tower = tower = owner.plan.tower.begin(call)
+        self._thread.tower = tower = owner.plan.tower.begin(call, module, args, kwargs)
         if torch.is_grad_enabled():
             self._watch_graph(tower)
         return args, {**kwargs, CALL_ARGUMENT: tower}
@@ -240,7 +263,7 @@ class Hooks:
             self._thread.tower = None
             return
         if owner is not None and hasattr(output, "__dict__"):
-            output.vlmprune = made = Encoded(owner, tower is not None and tower.drops and tower.pruner is not None)
+            output.vlmprune = made = Encoded(owner, tower is not None and tower.shortens)
             self.on_the_way[threading.get_ident()] = ref(output)
             if made.shortened:
                 self.shortened = [found for found in self.shortened if found() is not None] + [ref(output)]
@@ -261,6 +284,15 @@ class Hooks:
         """What enters the projector of a packed tower is shortened."""
         tower = self._thread.tower
         return None if tower is None else (tower.plan.tower.enter_merger(tower, args), kwargs)
+
+    def leave_early(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], features: Tensor) -> Any:
+        """What leaves a packed tower before its end has the full number of rows again."""
+        return None if (tower := self._thread.tower) is None else tower.restore(features)
+
+    def enter_pool(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Squares of a video's patches become one token each, before the projector."""
+        if (tower := self._thread.tower) is not None:
+            tower.plan.tower.enter_pool(tower)
 
     def leave_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], features: Tensor) -> Any:
         """What the tower saw of every token is recorded with its features."""
@@ -291,10 +323,19 @@ def enter_block(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: di
     return tower.plan.tower.enter_block(index, module, tower, args, kwargs) if isinstance(tower, TowerPass) else None
 
 
-def enter_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def enter_layer(
+    index: int,
+    stored_at: int | None,
+    rotary: Callable[..., Any],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """What a decoder layer is given. It runs in every layer for every token: nothing is between it and torch."""
     call: Call | None = kwargs.get(CALL_ARGUMENT)
-    if call is None or call.plan is None or (call.idle and (call.edits.ready or index not in call.plan.edited)):
+    if call is None:
+        return static_step.enter_layer(index, stored_at, rotary, args, kwargs)
+    if call.plan is None or (call.idle and (call.edits.ready or index not in call.plan.edited)):
         return None
     return call.plan.enter_layer(index, module, call, args, kwargs)
 

@@ -152,6 +152,11 @@ class Image:
         """Frames of a video; 0 of a picture."""
         return len(self.times)
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """`frame` and `times` as a record keeps them."""
+        return {"frame": None if self.frame is None else torch.from_numpy(self.frame.copy()), "times": self.times}
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:

@@ -39,6 +39,7 @@ from vlmprune.live.refusals import check_edits, check_stages, check_tower
 from vlmprune.live.rows import Reduction
 from vlmprune.live.sizes import shape_of
 from vlmprune.live.tower_plan import TowerPlan, is_recomputed
+from vlmprune.methods import Pruner
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import Budget
 from vlmprune.view import BEFORE_THE_STAGE, TowerFacts
@@ -83,13 +84,14 @@ class Plan:
         self.config, self.shape = self.base.config, shape_of(decoder)
         facts = _facts(self.family, self.base)
         self.kinds = decoder.kinds
+        recipe = _bound(recipe, facts, self.base)
         self.redistribution = Redistribution(recipe.redistributors, decoder, facts)
         self.pruning = Pruning(recipe, self.family, facts, self.base, self.language_model, self.kinds)
         self.needs = self.redistribution.needs | self.pruning.needs
         self.tower = TowerPlan(self, self.family, self.base, self.language_model, facts, self.pruning, self.needs, contexts)
         check_stages(recipe, decoder, self.pruning.stages)
         check_edits(decoder, self.redistribution)
-        if self.tower.used:
+        if self.tower.looks:
             check_tower(recipe, decoder, facts, self.tower.stage, self.tower.last_block)
         self.edited = frozenset(self.redistribution.by_layer)
         self.observers: dict[nn.Module, list[Callable[..., None]]] = {}
@@ -180,5 +182,15 @@ def _see_attention(
 
 def _facts(family: Any, base: nn.Module) -> TowerFacts:
     """Facts about this model that methods may use: its checkpoint may lack what its family usually has."""
-    refusal = None if family.tower is None else family.tower.refusal(base)
-    return family.facts if refusal is None else replace(family.facts, cls=False, refusal=refusal)
+    facts: TowerFacts = family.facts
+    if family.tower is None:
+        return facts
+    if (refusal := family.tower.refusal(base)) is not None:
+        return replace(facts, cls=False, refusal=refusal)
+    return replace(facts, blocks=family.tower.feature_block(base.config) + 1)
+
+
+def _bound(recipe: Recipe, facts: TowerFacts, base: Any) -> Recipe:
+    """The recipe with what its pruning methods name, loaded for this model."""
+    name, device = str(getattr(base.config, "_name_or_path", "") or ""), next(base.parameters()).device
+    return Recipe(tuple(one.bind(facts, name, device) if isinstance(one, Pruner) else one for one in recipe.methods))

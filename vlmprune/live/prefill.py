@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vlmprune.device import on_host
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import PrunedLayer, check_growing, conversation_layer, hand_over
+from vlmprune.live.cache import PRUNING, check_growing, conversation_layer, hand_over
+from vlmprune.live.cache_layer import Pruned
 from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.injected import take_over
 from vlmprune.live.owner import Encoded, Owner, encoded_of, features_of
@@ -29,6 +30,8 @@ from vlmprune.live.prompt import (
 from vlmprune.live.pruning import timed
 from vlmprune.live.record import Clock, Prefill
 from vlmprune.live.section import window_in_slots
+from vlmprune.live.static_cache import check_room, first_static
+from vlmprune.live.static_step import check_implementation
 from vlmprune.live.tower import look_up_tower
 from vlmprune.live.videos import check_budgets, sizes_of, video_placeholder, videos_of, with_frames
 from vlmprune.schedule import Budget
@@ -73,6 +76,7 @@ def begin(call: Call, kwargs: dict[str, Any]) -> None:
     read_mask(call, kwargs)
     if call.past:
         check_mask_goes_on(call, kwargs.get("past_key_values"))
+        _check_turn(kwargs)
     else:
         _begin_conversation(plan, call, call.owner, kwargs)
     if not call.enabled:
@@ -83,6 +87,13 @@ def begin(call: Call, kwargs: dict[str, Any]) -> None:
         if plan.may_change(_sizes(plan, call.images), call.budget):
             raise
         read_mask(call, kwargs)
+
+
+def _check_turn(kwargs: dict[str, Any]) -> None:
+    """Refuse a later turn for which a static cache has no place."""
+    cache, tokens = kwargs.get("past_key_values"), identity_of(kwargs)
+    if tokens is not None and first_static(cache) is not None:
+        check_room(cache.layers, tokens.shape[1])
 
 
 def _begin_conversation(plan: Plan, call: Call, owner: Owner, kwargs: dict[str, Any]) -> None:
@@ -114,7 +125,7 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
         return  # the model itself refuses this
     cache, edits = kwargs.get("past_key_values"), plan.redistribution.names
     if edits or plan.pruning.may_drop(_sizes(plan, call.images), call.budget):
-        check_growing(cache, "attention redistribution" if edits else "pruning inside the language model")
+        check_cache(cache, ids.shape[1], "attention redistribution" if edits else PRUNING, plan.language_model.config)
     shortens = plan.pruning.cache_stage
     if shortens is not None and (call.tail or (cache is None and kwargs.get("mm_encoder_outputs") is not None)):
         raise UsageError(
@@ -135,6 +146,18 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
     call.prompt = prompt
     if known is not None:
         call.prompt.chosen, call.prompt.replayed = known.chosen, bool(known.chosen)
+
+
+def check_cache(cache: Any, tokens: int, what: str, config: Any) -> None:
+    """Refuse a cache that cannot follow what a prompt of so many tokens needs, before anything runs.
+
+    Raises:
+        UsageError: its kind, its length, or the attention implementation it is used with.
+    """
+    check_growing(cache, what)
+    if first_static(cache) is not None:
+        check_implementation(config._attn_implementation, what)
+        check_room(cache.layers, tokens)
 
 
 def _refuse_unencoded(plan: Plan, call: Call, cache: Any) -> None:
@@ -231,7 +254,7 @@ def goes_on(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any
     if embeddings is None or embeddings.shape[1] == 1:
         return None
     call.given_masks = _finished(kwargs.get("attention_mask"))
-    pruned = kwargs.get(ROWS_WANTED) and isinstance(conversation_layer(kwargs.get("past_key_values")), PrunedLayer)
+    pruned = kwargs.get(ROWS_WANTED) and isinstance(conversation_layer(kwargs.get("past_key_values")), Pruned)
     return (args, {**kwargs, ROWS_WANTED: 0}) if pruned else None
 
 

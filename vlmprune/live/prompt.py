@@ -26,7 +26,8 @@ from transformers.masking_utils import find_packed_sequence_indices
 from vlmprune.adapters.family import has_mrope
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import PrunedLayer, conversation_layer
+from vlmprune.live.cache import conversation_layer
+from vlmprune.live.cache_layer import Pruned
 from vlmprune.live.call import Call, Prompt
 from vlmprune.live.feature_index import hash_rows
 from vlmprune.live.kinds import Kinds
@@ -38,6 +39,11 @@ from vlmprune.view import WEIGHTS
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of a call of `module` by their names, also those that were given by position."""
     return {**dict(zip(_names(type(module).forward), args, strict=False)), **kwargs} if args else dict(kwargs)
+
+
+def first_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument of a call of `module`."""
+    return args[0] if args else kwargs[_names(type(module).forward)[0]]
 
 
 @cache
@@ -60,7 +66,7 @@ def check_mask_goes_on(call: Call, cache: Cache | None) -> None:
         UsageError: there is no mask, and something is hidden.
     """
     last = conversation_layer(cache) if call.past else None
-    masked = isinstance(last, PrunedLayer) and last.recorded is not None and not last.recorded.unpadded
+    masked = isinstance(last, Pruned) and last.recorded is not None and not last.recorded.unpadded
     if masked and call.mask is None and not call.custom:
         raise UsageError(
             "the attention mask of earlier turns hid tokens, which were dropped at the first stage, and this call has none: "

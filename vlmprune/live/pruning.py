@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from vlmprune.adapters.family import Family
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layers
+from vlmprune.live.cache import keep_only, pruned_layers
+from vlmprune.live.cache_layer import Pruned
 from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.choosing import BoundStage, Model, choose, left_by_tower, make_tools, merged
 from vlmprune.live.explain import how_it_chooses
@@ -28,7 +29,7 @@ from vlmprune.live.record import Clock, Judged, Kept
 from vlmprune.live.rows import Reduction
 from vlmprune.live.section import LayerStack, Section, complete_entries
 from vlmprune.recipe import Recipe
-from vlmprune.schedule import Budget
+from vlmprune.schedule import IN_TOWER, Budget
 from vlmprune.view import TowerFacts
 
 
@@ -54,6 +55,7 @@ class Pruning:
         self._family, self._facts, self._language_model = family, facts, language_model
         self.stages = [_bound(number, *found, facts) for number, found in enumerate(recipe.stages(facts))]
         self.at = tuple(sorted({bound.stage.layer for bound in self.stages}))
+        self._in_tower = [bound for bound in self.stages if bound.stage.site in IN_TOWER]
         self.cache_stage = next((bound for bound in self.stages if bound.stage.site == "cache"), None)
         self.needs: frozenset[str] = frozenset().union(*(bound.needs for bound in self.stages))
         self._running: dict[int, list[BoundStage]] = {layer: [] for layer in self.at}
@@ -85,7 +87,7 @@ class Pruning:
                 continue
             if bound.adaptive or (self._family.newline is not None and not bound.method.keeps_newlines):
                 return True
-            if images is None or bound.stage.site == "vision" or bound.per_frame:  # which counts crops, or frames
+            if images is None or bound.stage.site in IN_TOWER or bound.per_frame:  # which count crops, or frames
                 if budget.fraction != 1.0:
                     return True
             else:
@@ -127,7 +129,7 @@ class Pruning:
         first, visible = None, True
         for index in self._storing:
             layer = layers[index]
-            if not isinstance(layer, PrunedLayer) or layer.recorded is None:
+            if not isinstance(layer, Pruned) or layer.recorded is None:
                 visible = False
                 continue
             first = layer if first is None else first
@@ -155,7 +157,7 @@ class Pruning:
         if section.rows is None:
             cache_, where = kwargs.get("past_key_values"), self.stack.kinds.stored_at[index]
             layer = cache_.layers[where] if cache_ is not None and where is not None and where < len(cache_.layers) else None
-            if not isinstance(layer, PrunedLayer):
+            if not isinstance(layer, Pruned):
                 return None
             entries, window = layer.recorded, self.stack.kinds.of[index].window
             every = entries is not None and entries.dense and entries.shift is None and not call.custom
@@ -199,8 +201,8 @@ class Pruning:
         rotary = partial(section.rotary, hidden, earlier, kwargs, self.stack)
         chosen = prompt.chosen.get(bound.number)
         if chosen is None or not (first or prompt.replayed):  # a layer that is run again saves the same tensors again
-            if bound.stage.site == "vision":
-                chosen = left_by_tower(prompt, hidden)
+            if bound.stage.site in IN_TOWER:
+                chosen = left_by_tower(call, prompt, hidden, bound is self._in_tower[0], bound is self._in_tower[-1])
                 prompt.entered = [len(index) for index in chosen.remaining]
             else:
                 _refuse_lost_gradient(bound, prompt)
@@ -253,7 +255,7 @@ class Pruning:
         """`[batch]` by how much positions became smaller in earlier turns, in the section that begins with a layer."""
         storing = self.stack.storing[index].values()
         layers = [] if cache_ is None else [cache_.layers[where] for (where, *_) in storing]
-        recorded = next((layer.recorded for layer in layers if isinstance(layer, PrunedLayer)), None)
+        recorded = next((layer.recorded for layer in layers if isinstance(layer, Pruned)), None)
         return None if recorded is None else recorded.shift
 
     # -- after prefill -------------------------------------------------------------------------------------------------
@@ -271,7 +273,7 @@ class Pruning:
         starts = [layer for layer in self.at if bound.stage.layer <= layer <= end]
         for start, stop in pairwise(starts):
             for kind, indices in self.stack.kinds.storing(range(start, stop)).items():
-                layers = pruned_layers(cache_, indices, self.at, complete)
+                layers = pruned_layers(cache_, indices, self.at, complete, kind.window)
                 keep_only(layers, last.alive, call.past, counts if kind.window is None else None)
                 shorter = {index: layer.stored for index, layer in zip(indices, layers, strict=True)}
                 record.held.append([count + shorter.get(index, 0) for index, count in enumerate(record.resident)])
@@ -279,7 +281,7 @@ class Pruning:
                     record.resident[index] = entries
         record.keep_cache[bound.stage.layer] = last.alive
         record.kept += [
-            Kept(bound.stage.layer, bound.label, "cache", image.sample, image.ordinal, len(image), remaining)
+            Kept(bound.stage.layer, bound.label, "cache", image.sample, image.ordinal, len(image), remaining, **image.shown)
             for image, remaining in zip(prompt.layout.images, last.remaining, strict=True)
         ]
 
@@ -304,6 +306,7 @@ def _kept(
             judged=why,
             how=how,
             in_place=not (packed and len(left) < len(image.places)),
+            **image.shown,
         )
         for image, left, features, why in zip(
             prompt.layout.images, chosen.remaining, prompt.chosen[bound.number].features, reasons, strict=True
@@ -314,7 +317,7 @@ def _kept(
 def _bound(number: int, stage: Any, method: Any, facts: TowerFacts) -> BoundStage:
     needs = method.needs_at(stage) if stage.site == "llm" else frozenset()
     per_crop = method.per_crop and facts.crops
-    if stage.site == "vision" or per_crop:
+    if stage.site in IN_TOWER or per_crop:
         needs |= {"cell"}  # brings with it which crop a token belongs to, and that this tower made it
     variant = method.variant(facts)
     label = f"{method.name} ({variant})" if variant else method.name
@@ -334,7 +337,7 @@ def timed(call: Call, device: torch.device, what: str, record: bool = True) -> I
         call.record.selection.append(clock)
 
 
-def _all_seen(given: Tensor, layer: PrunedLayer) -> Tensor:
+def _all_seen(given: Tensor, layer: Pruned) -> Tensor:
     """`[batch]` bool: a decoding step's 2-D mask hides nothing of what a layer stores, nor the step's own token."""
     entries, mask = layer.entries, given != 0
     slots = entries.slots.to(mask.device).clamp(max=mask.shape[1] - 1)

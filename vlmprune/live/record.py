@@ -58,6 +58,8 @@ def place_of(site: Site, layer: int) -> str:
     """Where a stage prunes, in words."""
     if site == "llm":
         return f"before layer {layer}" if layer else "before the language model"
+    if site == "pixels":
+        return "before the vision tower"
     return "inside the vision tower" if site == "vision" else f"in the KV cache from layer {layer} on"
 
 
@@ -89,13 +91,13 @@ class Judged:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What one stage kept of one picture.
+    """What one stage kept of one picture, or of one video.
 
     Attributes:
         layer: first decoder layer that computes these tokens only.
         method: name of the method, with the variant that ran where there are several.
-        site: "vision" (inside the vision tower), "llm", or "cache" (decoding steps only).
-        sample, ordinal: row of the batch, and number of the picture in that row.
+        site: "pixels" (before the vision tower), "vision" (inside it), "llm", or "cache" (decoding steps only).
+        sample, ordinal: row of the batch, and number of the picture or video in that row; both are counted together.
         original: tokens of the picture before any pruning.
         index: `[kept]` indices of the kept tokens in their picture, rising.
         features: `[kept, dim]` hidden states that replaced those of the kept tokens (merging), or None.
@@ -103,6 +105,8 @@ class Kept:
         how: how the method decides, in words; empty likewise.
         in_place: False where `index` is no place in the picture: a vision tower without crops merges the patches that are left
             wherever they were, and their tokens are numbered from 0.
+        frame: `[original]` the frame that each token of a video shows, rising from 0; None of a picture.
+        times: seconds at which each frame of a video is shown, NaN where unknown; empty of a picture.
     """
 
     layer: int
@@ -116,6 +120,20 @@ class Kept:
     judged: tuple[Judged, ...] = ()
     how: str = ""
     in_place: bool = True
+    frame: Tensor | None = None
+    times: tuple[float, ...] = ()
+
+    @property
+    def frames(self) -> int:
+        """Frames of a video; 0 of a picture."""
+        return len(self.times)
+
+    @property
+    def by_frame(self) -> tuple[int, ...]:
+        """Tokens that stayed of each frame of a video; empty of a picture. Waits for the device."""
+        if self.frame is None:
+            return ()
+        return tuple(torch.bincount(self.frame[self.index.cpu()], minlength=self.frames).tolist())
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,8 @@ from vlmprune.errors import UsageError
 from vlmprune.kernels.grouped_attention import grouped_attention, scored_attention
 from vlmprune.live.apart import Apart
 from vlmprune.live.attention import CALL_ARGUMENT
-from vlmprune.live.cache import MarkedLayer, PrunedLayer, holds_words_only, marked_layer
+from vlmprune.live.cache import MarkedLayer, holds_words_only, marked_layer
+from vlmprune.live.cache_layer import Marked, Pruned
 from vlmprune.live.call import Call
 from vlmprune.live.decoder import Decoder
 from vlmprune.live.decoding_step import DecodingStep
@@ -34,6 +35,8 @@ from vlmprune.live.links import check_routes
 from vlmprune.live.marking import mark_prompt, mark_words_only
 from vlmprune.live.marks import Marks
 from vlmprune.live.record import Edit
+from vlmprune.live.static_cache import StaticMarkedLayer
+from vlmprune.live.static_step import prepare
 from vlmprune.live.text_only import TextOnly, scaled
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, ModelFacts, Redistributor, ScoreEditor
 from vlmprune.recipe import Recipe
@@ -90,6 +93,11 @@ class Redistribution:
         """The methods that change something."""
         return tuple(dict.fromkeys(method.name for method in self.by_layer.values()))
 
+    @property
+    def edited_by(self) -> dict[int, str]:
+        """The method of each edited layer, as a recipe string."""
+        return self._names
+
     # -- hooks -----------------------------------------------------------------------------------------------------------
 
     def enter_text(self, call: Call, embeddings: Tensor) -> None:
@@ -115,12 +123,12 @@ class Redistribution:
         plain = embeddings is not None and self._compared < 0 and _sees_all(call, embeddings, self._language_model.config)
         for index, name in self._names.items():
             layer = layers[index] if index < len(layers) else None
-            if not isinstance(layer, MarkedLayer) or (marks := layer.marks) is None or marks.by != name:
+            if not isinstance(layer, Marked) or (marks := layer.marks) is None or marks.by != name:
                 marked.clear()
                 return
             marked[index] = layer
             idle = idle and marks.idle
-            plain = plain and (not isinstance(layer, PrunedLayer) or layer.recorded is None or layer.recorded.dense)
+            plain = plain and (not isinstance(layer, Pruned) or layer.recorded is None or layer.recorded.dense)
         if not idle:
             for name, routes in self._routes.items():
                 check_routes(routes, name)
@@ -146,18 +154,23 @@ class Redistribution:
         if not call.past and call.prompt is None:
             layer.marks = mark_words_only(name, self.by_layer[index], call, hidden)
         if call.past:
-            self._check_goes_on(layer.marks, name)
+            self.check_goes_on(layer.marks, name)
         if call.edits.inputs.get(index) is None or not call.recomputes:  # otherwise the layer runs again, and all is found
             call.edits.inputs[index] = LayerInput(index, call, hidden.detach(), layer)
 
     def leave(self, call: Call) -> None:
         """A prompt is over. What recomputed layers need stays as long as the call."""
+        for given in call.edits.inputs.values():
+            layer, marks, method = given.layer, given.layer.marks, self.by_layer[given.index]
+            if isinstance(layer, StaticMarkedLayer) and marks is not None and not marks.idle and layer.keys is not None:
+                if not isinstance(method, HeadScaler):
+                    prepare(method, marks, layer.keys.shape[2], torch.promote_types(layer.keys.dtype, torch.float32))
         if not call.recomputes:
             call.edits.inputs.clear()
         if call.edits.text_only is not None:
             call.edits.text_only.close()
 
-    def _check_goes_on(self, marks: Marks | None, name: str) -> None:
+    def check_goes_on(self, marks: Marks | None, name: str) -> None:
         """Refuse to edit a conversation that began otherwise, or attention that is not led through `attend` any more."""
         if marks is None or marks.by != name:
             began = "without redistribution" if marks is None else f"under {marks.by}"
@@ -231,6 +244,8 @@ class Redistribution:
         """The same for a layer whose rows are edited: all of them, or some that take the places of the model's own."""
         method = self.by_layer[given.index]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if key.shape[2] > (there := given.call.past + query.shape[2]) and isinstance(given.layer, StaticMarkedLayer):
+            key, value = key[:, :, :there], value[:, :, :there]  # a static cache's empty places
         # Inside `torch.autocast`, rotated queries and keys are fp32, and values have the dtype of what the model returns.
         returned = value.dtype
         if not query.dtype == key.dtype == returned:

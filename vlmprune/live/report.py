@@ -17,13 +17,15 @@ from vlmprune.show import units
 
 @dataclass(frozen=True)
 class StageReport:
-    """What one stage kept: of each picture, how many of how many tokens."""
+    """What one stage kept: of each picture and video, how many of how many tokens; and how many of each frame of a video, of a
+    picture nothing."""
 
     layer: int
     method: str
     site: Site
     kept: tuple[int, ...]
     original: tuple[int, ...]
+    frames: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,14 @@ class Report:
             newlines=record.newlines,
             newline_policy="kept" if record.newlines_kept else "dropped",
             stages=tuple(
-                StageReport(layer, method, site, tuple(len(k.index) for k in kept), tuple(k.original for k in kept))
+                StageReport(
+                    layer,
+                    method,
+                    site,
+                    tuple(len(k.index) for k in kept),
+                    tuple(k.original for k in kept),
+                    tuple(k.by_frame for k in kept),
+                )
                 for (site, layer, method), kept in stages.items()
             ),
             entering=tuple(record.entering),
@@ -162,7 +171,7 @@ class Report:
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as lines, each a label and a text."""
-        kept = [(f"kept {place_of(s.site, s.layer)} ({s.method})", _each(s.kept, s.original)) for s in self.stages]
+        kept = [(f"kept {place_of(s.site, s.layer)} ({s.method})", _each(s)) for s in self.stages]
         higher = self.kv_bytes_peak > self.kv_bytes
         peak = f", {units.size(self.kv_bytes_peak)} before the cache was shortened" if higher else ""
         hidden = [("hidden by the mask", f"{self.hidden} visual tokens, which no stage may keep")] if self.hidden else []
@@ -219,11 +228,22 @@ def _over_rows(parts: list[tuple[Tensor | None, Tensor | None]]) -> float | None
     return total / count if count else None
 
 
-def _each(kept: tuple[int, ...], original: tuple[int, ...]) -> str:
-    pairs = list(zip(kept, original, strict=True))
-    if len(set(pairs)) == 1:
-        return f"{kept[0]} of {original[0]}" + (f" in each of {len(pairs)} pictures" if len(pairs) > 1 else "")
-    return ", ".join(f"{k} of {n}" for k, n in pairs[:8]) + (", …" if len(pairs) > 8 else "")
+def _each(stage: StageReport) -> str:
+    frames = stage.frames or ((),) * len(stage.kept)
+    texts = [f"{k} of {n}{_in_frames(of)}" for k, n, of in zip(stage.kept, stage.original, frames, strict=True)]
+    if len(set(texts)) == 1:
+        kind = "videos" if all(frames) else "pictures"
+        return texts[0] + (f" in each of {len(texts)} {kind}" if len(texts) > 1 else "")
+    return ", ".join(texts[:8]) + (", …" if len(texts) > 8 else "")
+
+
+def _in_frames(kept: tuple[int, ...]) -> str:
+    """How many tokens the frames of a video keep."""
+    if not kept:
+        return ""
+    least, most = min(kept), max(kept)
+    each = f"{least} in each" if least == most else f"{least} to {most} in each"
+    return f" ({len(kept)} frame{'s' if len(kept) > 1 else ''}: {each})"
 
 
 def no_prefill() -> UsageError:

@@ -26,7 +26,7 @@ def model_inside(given: Any) -> nn.Module:
         UsageError: it is something else (the sentence says what, and what to pass), a text-only model, or a shell whose calls
             hooks cannot follow.
     """
-    model = _without_shells(given)
+    model = without_shells(given)
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     if kind is None and (held := _held(model)):
@@ -50,7 +50,7 @@ def decoder_inside(given: Any) -> nn.Module:
     Raises:
         UsageError: it is no model (the sentence says what it is, and what to pass), or a shell whose calls hooks cannot follow.
     """
-    model: Any = _without_shells(given)
+    model: Any = without_shells(given)
     while not hasattr(model, "layers") and callable(getattr(model, "get_decoder", None)):
         if (inner := model.get_decoder()) is model or inner is None:
             break
@@ -58,7 +58,12 @@ def decoder_inside(given: Any) -> nn.Module:
     return model
 
 
-def _without_shells(given: Any) -> nn.Module:
+def without_shells(given: Any) -> nn.Module:
+    """What libraries have put their shells around; a model without shells is returned as it is.
+
+    Raises:
+        UsageError: it is no model (the sentence says what it is, and what to pass), or a shell whose calls hooks cannot follow.
+    """
     model = given
     while (inner := _inside(model)) is not None:
         model = inner

@@ -22,17 +22,15 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
-from vlmprune.device import on_device, on_host
+from vlmprune.device import on_host
 from vlmprune.errors import UsageError
 from vlmprune.kernels.attention_mass import attention_mass
 from vlmprune.live.call import Call
 from vlmprune.live.feature_index import FeatureIndex, Observed
-from vlmprune.live.masks import block_mask
-from vlmprune.live.rows import Reduction
+from vlmprune.live.tower_sequence import Form, TowerSequence
 from vlmprune.methods.base import Pruner
-from vlmprune.methods.tower import Block, TowerPruner, TowerState
+from vlmprune.methods.tower import Block, TowerPruner
 from vlmprune.schedule import Budget, Stage
 from vlmprune.view import PROBES, TowerFacts, known_probes
 
@@ -133,7 +131,7 @@ def look_up_tower(call: Call, index: FeatureIndex, embeddings: Tensor) -> None:
 # -- a pass ------------------------------------------------------------------------------------------------------------------
 
 
-class TowerPass:
+class TowerPass(TowerSequence):
     """One pass through a vision tower. It travels from block to block as a keyword argument.
 
     Args:
@@ -144,10 +142,12 @@ class TowerPass:
         pruner: the method that works inside the tower, or None.
         budget: what that method shall keep of each crop.
         drops: False if the method only watches.
+        form: of the sequence that runs through the blocks.
         in_call: the prompt follows in the same call.
+        chosen: what stays before the first block.
 
     Attributes:
-        packed: pictures follow each other in one sequence, without CLS tokens.
+        pooled: patches on a side of the squares that a video's patches are made into, beside those of every picture.
         over: the pass has left the projector. If a block runs later, gradient checkpointing recomputes it.
         before: per block, a copy of the pass as it was when the block was first entered, from which gradient checkpointing
             runs the block again.
@@ -164,25 +164,20 @@ class TowerPass:
         pruner: TowerPruner | None,
         budget: Budget | None,
         drops: bool,
+        form: Form,
         in_call: bool = False,
+        chosen: Sequence[Tensor | None] = (),
     ) -> None:
-        self.plan, self.facts, self.last, self.wanted = plan, facts, last, wanted
-        self.packed = not facts.cls
-        self.pruner, self.budget, self.drops, self.in_call = pruner, budget, drops, in_call
-        self.states: list[TowerState] = []
+        super().__init__(facts, form, budget, chosen)
+        self.plan, self.last, self.wanted = plan, last, wanted
+        self.pruner, self.drops, self.in_call = pruner, drops, in_call
+        self.marks = drops and bool(chosen)
         self.before: dict[int, TowerPass] = {}
         self.observed: Observed | None = None
         self.output: Any = None
-        self.shortened = self.over = False
+        self.over = False
+        self.pooled = 1
         self._watched = (-1, -1)  # block and picture that were watched last, in a packed tower
-
-    def begin(self, lengths: Sequence[int], crops: int, device: torch.device) -> None:
-        """Set the shape of what enters the first block: `crops` of `[1 + patch]` tokens; or, in a packed tower (Qwen-VL), one
-        picture after another, with `lengths` patches. A second call changes nothing."""
-        if self.states:
-            return
-        self.lengths, self.crops, self.device = list(lengths), crops, device
-        self.states = [self._state(length, self.budget) for length in lengths]
 
     @property
     def recomputes(self) -> bool:
@@ -193,14 +188,13 @@ class TowerPass:
         """The pass as it is now: later changes to it do not reach the copy, nor changes to the copy the pass."""
         copied = copy(self)
         copied.states = [replace(state, carried=dict(state.carried)) for state in self.states]
+        copied._given = {}
         return copied
 
-    def _state(self, patches: int, budget: Budget | None) -> TowerState:
-        crops = 1 if self.packed else self.crops
-        tokens = patches // self.facts.patches_per_token
-        target = (tokens if budget is None else budget.resolve(tokens)) * self.facts.patches_per_token
-        cells = torch.arange(patches, device=self.device).expand(crops, patches)
-        return TowerState(facts=self.facts, target=target, cells=cells, side=round(patches**0.5))
+    @property
+    def shortens(self) -> bool:
+        """Patches may be dropped before the first block, or between blocks."""
+        return self.drops or bool(self.chosen)
 
     # -- attention of a block --------------------------------------------------------------------------------------------
 
@@ -225,12 +219,6 @@ class TowerPass:
         self._watched = (index, picture)
         return picture
 
-    def _visible(self, state: TowerState) -> Tensor | None:
-        """`[crop, 1 + patch]` bool, False on padding; None if there is none."""
-        if state.valid is None or not self.facts.cls:
-            return None
-        return torch.nn.functional.pad(state.valid, (1, 0), value=True)
-
     # -- shortening ------------------------------------------------------------------------------------------------------
 
     def shorten_crops(self, index: int, hidden: Tensor) -> Tensor:
@@ -250,43 +238,9 @@ class TowerPass:
         pieces = []
         for state, patches in zip(self.states, hidden.split(lengths), strict=True):
             left = self.pruner.drop(index - 1, self.last, patches[None], state)
+            self.scattered |= left is not None
             pieces.append(patches if left is None else self._apply(state, *left)[0])
         return torch.cat(pieces) if self.shortened else hidden
-
-    def packed_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a block of a packed tower, for the patches that are left."""
-        if not self.shortened:
-            return kwargs
-        starts = np.cumsum([0, *self.lengths]).tolist()
-        rows = torch.cat([state.cells[0] + start for state, start in zip(self.states, starts, strict=False)])
-        kept = on_device(np.array([0, *(state.cells.shape[1] for state in self.states)]), rows.device).cumsum(0)
-        rotary = tuple(part[rows.to(part.device)] for part in kwargs["position_embeddings"])
-        return {**kwargs, "position_embeddings": rotary, "cu_seqlens": kept.to(kwargs["cu_seqlens"].dtype)}
-
-    def _apply(self, state: TowerState, stays: Tensor, patches: Tensor) -> Tensor:
-        if state.valid is not None:
-            stays = stays & state.valid
-        reduction = Reduction.keeping(stays)
-        self.shortened = True
-        state.valid = None if reduction.dense else reduction.valid
-        state.cells = state.cells.gather(1, reduction.rows)
-        crop = torch.arange(len(state.cells), device=state.cells.device)[:, None]
-        state.carried = {name: carried[crop, reduction.rows] for name, carried in state.carried.items()}
-        return reduction.gather(patches)
-
-    def mask(self, implementation: str, dtype: torch.dtype) -> Tensor | BlockMask | None:
-        """The attention mask of crops of different lengths, in the form the implementation expects; None without padding."""
-        if self.states[0].valid is None:
-            return None
-        visible = self._visible(self.states[0])
-        if visible is None or "flash" in implementation:
-            return visible
-        if implementation == "flex_attention":
-            return block_mask(visible.shape[1], visible, causal=False)
-        visible = visible[:, None, None]
-        if implementation == "eager":
-            return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
-        return visible
 
     # -- after the projector ---------------------------------------------------------------------------------------------
 
@@ -315,8 +269,10 @@ class TowerPass:
     def _places(self) -> dict[str, Tensor]:
         """Cell, number of the crop, and side of the crop of every row; packed towers have no crops."""
         if self.packed:
-            tokens = [state.cells.shape[1] // self.facts.patches_per_token for state in self.states]
-            return {"cell": torch.cat([torch.arange(count, device=self.device) for count in tokens])}
+            tokens = [self._tokens(number) for number in range(len(self.states))]
+            orders = [self._order(number) for number in range(len(self.states))]
+            raster = [mine if order is None else order[mine] for mine, order in zip(tokens, orders, strict=True)]
+            return {"cell": torch.cat(raster)}
         (state,) = self.states
         cells, side = state.cells, state.side
         if (unit := self._unit) > 1:
@@ -328,29 +284,14 @@ class TowerPass:
     @property
     def _unit(self) -> int:
         """Patches on a side of the square that becomes a token."""
-        return isqrt(self.facts.patches_per_token)
+        return isqrt(self.facts.patches_per_token) * self.pooled
 
     def _over_squares(self, x: Tensor) -> Tensor:
         """`[crop, token, …]` means of `[crop, patch, …]` over squares of the raster, where these become tokens."""
         if (unit := self._unit) == 1:
             return x
         side = isqrt(x.shape[1])
+        whole = side // unit * unit  # what is no whole square at the edges becomes no token
+        x = x.unflatten(1, (side, side))[:, :whole, :whole].flatten(1, 2)
         squares = x.unflatten(1, (side // unit, unit, side // unit, unit))  # [crop, row, in it, column, in it, …]
         return squares.mean(dim=(2, 4)).flatten(1, 2)
-
-    def restore(self, projected: Tensor) -> Tensor:
-        """Put the kept patches back in their places among all, NaN elsewhere."""
-        if not self.shortened:
-            return projected
-        if not self.packed:
-            (state,) = self.states
-            full = projected.new_full((len(projected), self.lengths[0] + 1, projected.shape[-1]), torch.nan)
-            target = state.cells if state.valid is None else torch.where(state.valid, state.cells, self.lengths[0])
-            return full.scatter(1, target[..., None].expand_as(projected), projected)[:, :-1]
-        merged, pieces = self.facts.patches_per_token, []
-        kept = [state.cells.shape[1] // merged for state in self.states]
-        for patches, tokens in zip(self.lengths, projected.split(kept), strict=True):
-            # The projector merges consecutive patches, wherever they were: its tokens take the first places of the picture.
-            missing = tokens.new_full((patches // merged - len(tokens), tokens.shape[-1]), torch.nan)
-            pieces.append(torch.cat((tokens, missing)))
-        return torch.cat(pieces)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from inspect import signature
+from math import isqrt
 from threading import local
 from typing import Any
 from weakref import ref
@@ -17,12 +19,17 @@ from vlmprune.device import on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.attention import CALL_ARGUMENT
 from vlmprune.live.call import Call
+from vlmprune.live.choosing import BoundStage
 from vlmprune.live.context import Contexts
 from vlmprune.live.feature_index import FeatureIndex
+from vlmprune.live.pixels import check_pixels, choose_tokens, patches_of_crops, patches_of_list
+from vlmprune.live.prompt import by_name, first_of
 from vlmprune.live.pruning import Pruning
 from vlmprune.live.record import Clock
 from vlmprune.live.tower import TowerPass, blocks_of_probes, stage_in_tower
+from vlmprune.live.tower_sequence import Form
 from vlmprune.methods.tower import TowerPruner
+from vlmprune.schedule import Budget
 from vlmprune.view import TowerFacts, taken_in_tower
 
 
@@ -45,6 +52,7 @@ class TowerPlan:
     Attributes:
         wanted: probes that are taken in the tower.
         stage: the stage inside the tower, or the one whose method only watches there; None if there is neither.
+        pixels: the stage before the tower, or None.
         used: the tower is looked at.
         memory: what the tower saw of each visual token.
         now: what the thread carries.
@@ -64,13 +72,34 @@ class TowerPlan:
         self._plan, self._family, self._base, self._language_model, self._facts = plan, family, base, language_model, facts
         self._pruning, self._contexts, self._config = pruning, contexts, base.config
         self.wanted, self.stage = taken_in_tower(needs), stage_in_tower(pruning.stages, needs)
+        self.pixels = next((bound for bound in pruning.stages if bound.stage.site == "pixels"), None)
         self.used = bool(self.wanted) or self.stage is not None
         self.memory, self.now = FeatureIndex(), PerThread()
+        if self.pixels is not None:
+            check_pixels(family, base, self.pixels)
+        self._patches = None if family.tower is None or self.pixels is None else family.tower.patches
+        packed = not facts.cls if self._patches is None else self._patches.grid is not None
+        self._form = Form(packed, 1 if self._patches is None else self._patches.before(base))
+
+    @property
+    def looks(self) -> bool:
+        """A method looks into the tower, beyond what any stage before it needs."""
+        return self.stage is not None or bool(self.wanted - ({"cell"} if self.pixels is not None else set()))
 
     @property
     def shortens(self) -> bool:
-        """Patches are dropped inside the tower."""
+        """Patches are dropped before the tower, or inside it."""
+        return self.pixels is not None or self._between
+
+    @property
+    def _between(self) -> bool:
+        """Patches are dropped between blocks."""
         return self.stage is not None and self.stage.stage.site == "vision"
+
+    @property
+    def _pool(self) -> str | None:
+        """What makes squares of a video's patches one token, from the base model."""
+        return None if self._family.videos is None else self._family.videos.pool
 
     # -- beforehand ------------------------------------------------------------------------------------------------------
 
@@ -86,14 +115,20 @@ class TowerPlan:
             yield "first block alone", first
             yield from (("block's attention", index) for index in self._watched())
         if self.shortens:
-            yield from (("block", index) for index in range(1, len(self._blocks())))
-            if not self._facts.cls:
+            yield from (("block", index) for index in range(len(self._blocks())))
+            if self._form.packed:
                 yield "merger", 0
+        if self._patches is not None and self._patches.early is not None:
+            yield from (("early", index) for index in range(len(self._base.get_submodule(self._patches.early))))
+        if self._pool is not None:
+            yield "pool", 0
 
     def hooked(self) -> Iterator[nn.Module]:
         """What carries hooks, or attention that is looked at: the tower's root, its projector and its blocks."""
         if self.used and (tower := self._family.tower) is not None:
-            yield from (self._base.get_submodule(name) for name in (tower.root, tower.projector))
+            early = () if self._patches is None or self._patches.early is None else (self._patches.early,)
+            pool = () if self._pool is None else (self._pool,)
+            yield from (self._base.get_submodule(name) for name in (tower.root, tower.projector, *early, *pool))
             yield from self._blocks()
 
     def observers(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
@@ -111,14 +146,19 @@ class TowerPlan:
         probes = blocks_of_probes(self.wanted, tower.feature_block(self._config), len(self._blocks()))
         if self.stage is not None:
             for index in tower.full_attention_blocks(self._config):
-                if index < self.last_block():
+                if index < self.last_block() and self._method_watches(index):
                     probes.setdefault(index, [])
         return dict(sorted(probes.items()))
+
+    def _method_watches(self, index: int) -> bool:
+        assert self.stage is not None
+        method = self.stage.method
+        return not isinstance(method, TowerPruner) or method.watches_block(index, self.last_block())
 
     def last_block(self) -> int:
         """The block before which the sequence has its final length: what feeds the projector, or in a packed tower its end."""
         assert self._family.tower is not None
-        return self._family.tower.feature_block(self._config) + (0 if self._facts.cls else 1)
+        return self._family.tower.feature_block(self._config) + (1 if self._form.packed else 0)
 
     def _blocks(self) -> Any:
         assert self._family.tower is not None
@@ -126,13 +166,17 @@ class TowerPlan:
 
     # -- hooks, in the order of a forward pass ---------------------------------------------------------------------------
 
-    def begin(self, call: Call | None) -> TowerPass:
+    def begin(self, call: Call | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TowerPass:
         """A pass through the tower begins: what travels through its blocks. `call` is None where images are encoded alone."""
         settings = self._contexts.settings
         enabled, budget = (settings.enabled, settings.budget) if call is None else (call.enabled, call.budget)
         bound = self.stage if enabled else None
-        inside = bound is not None and self.shortens
+        inside = bound is not None and self._between
         self.now.clocks = ()
+        form, chosen = self._form, list[Tensor | None]()
+        if enabled and self.pixels is not None:
+            kept, given = self._pruning.budget_of(self.pixels, budget), by_name(module, args, kwargs)
+            form, chosen = self._choose(self.pixels, kept, first_of(module, args, kwargs), given)
         return TowerPass(
             plan=self._plan,
             facts=self._facts,
@@ -141,16 +185,35 @@ class TowerPlan:
             pruner=bound.method if bound is not None and isinstance(bound.method, TowerPruner) else None,
             budget=self._pruning.budget_of(bound, budget) if bound is not None and inside else None,
             drops=inside,
+            form=form,
             in_call=call is not None,
+            chosen=chosen,
         )
+
+    def _choose(
+        self, bound: BoundStage, budget: Budget, pixels: Tensor, given: dict[str, Any]
+    ) -> tuple[Form, list[Tensor | None]]:
+        """What stays of every picture before the first block, from the arguments of the tower."""
+        patches = self._patches
+        assert patches is not None
+        with self._timed(pixels.device), torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            if patches.grid is None:
+                entering = patches_of_crops(pixels, self._base.get_submodule(patches.embedding))
+                return self._form, choose_tokens(bound, budget, self._facts, entering)
+            grids, unit = given[patches.grid].tolist(), self._facts.patches_per_token
+            chosen = choose_tokens(bound, budget, self._facts, patches_of_list(pixels, grids, unit, bound.method.name))
+        side, orders = isqrt(unit), list[Tensor]()
+        if (order := patches.order) is not None:
+            orders = [order(self._config, height // side, width // side) for _, height, width in grids]
+        return replace(self._form, orders=orders, lengths=[height * width for _, height, width in grids]), chosen
 
     def enter_first_block(self, tower: TowerPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What enters the first block whose attention sees whole pictures says how many patches each has."""
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if self._facts.cls:
-            tower.begin([hidden.shape[1] - 1], hidden.shape[0], hidden.device)
+        if not self._form.packed:
+            tower.begin([hidden.shape[1] - self._form.before], hidden.shape[0], hidden.device)
         else:
-            tower.begin(kwargs["cu_seqlens"].diff().tolist(), 1, hidden.device)
+            tower.begin(tower.form.lengths or kwargs["cu_seqlens"].diff().tolist(), 1, hidden.device)
 
     def watch_block(
         self, tower: TowerPass, index: int, probes: list[str], query: Tensor, key: Tensor, value: Tensor, scaling: float
@@ -164,23 +227,43 @@ class TowerPlan:
         self, index: int, module: nn.Module, tower: TowerPass, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Shorten what enters a block of the tower."""
-        if tower.pruner is None:
+        if not (tower.chosen if index == 0 else tower.shortens):
             return None
+        if index == 0:
+            self.enter_first_block(tower, args, kwargs)
         if module.training:
             tower = _as_it_was(tower, index, module)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         with self._timed(hidden.device):
-            if self._facts.cls:
-                hidden = tower.shorten_crops(index, hidden)
+            if index == 0:
+                hidden = tower.enter(hidden)
+            elif tower.drops:
+                hidden = tower.shorten_packed(index, hidden) if tower.packed else tower.shorten_crops(index, hidden)
+            if not tower.packed:
                 mask = tower.mask(self._config.vision_config._attn_implementation, hidden.dtype)
                 if len(args) > 1:  # transformers hands the mask over by position
                     return (hidden, mask, *args[2:]), kwargs
                 return (hidden,), {**kwargs, "attention_mask": mask}
-            hidden = tower.shorten_packed(index, hidden)
             return (hidden, *args[1:]), tower.packed_arguments(kwargs)
 
     def enter_merger(self, tower: TowerPass, args: tuple[Any, ...]) -> Any:
-        return args if tower.pruner is None else (tower.shorten_packed(len(self._blocks()), args[0]), *args[1:])
+        return (tower.shorten_packed(len(self._blocks()), args[0]), *args[1:]) if tower.drops else args
+
+    def enter_pool(self, tower: TowerPass) -> None:
+        """A video is in the tower, and squares of its patches become one token each.
+
+        Raises:
+            UsageError: patches were dropped, so that there are no squares.
+        """
+        assert self._family.videos is not None
+        if tower.shortened:
+            name = "the recipe" if tower.pruner is None else tower.pruner.name
+            raise UsageError(
+                f"{name} drops patches between blocks of the vision tower, but squares of a video's patches become one token "
+                "behind it, which needs all of them: choose a method that prunes in the language model, or pass the frames as "
+                "pictures."
+            )
+        tower.pooled = self._family.videos.pooled(self._config)
 
     def leave_projector(self, tower: TowerPass, args: tuple[Any, ...], features: Tensor) -> Tensor:
         with self._timed(features.device):
@@ -196,7 +279,7 @@ class TowerPlan:
             tower.observed = self.memory.add(
                 features.flatten(0, -2).to(among), tower.probes(features, args[0]), lives, differentiable=tower.in_call
             )
-        if tower.pruner is not None and tower.drops and on_host(features.isnan().any()):
+        if tower.shortens and on_host(features.isnan().any()):
             raise UsageError(
                 "the vision tower returned NaN for a picture; NaN marks dropped patches, so the two cannot be told apart: "
                 "check the pixel values, or load the tower in a dtype with more range (bfloat16, float32)."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -104,11 +104,12 @@ def with_frames(layout: Layout, family: Family, kwargs: Mapping[str, Any], confi
     return replace(layout, images=tuple(images))
 
 
-def check_budgets(stages: Iterable[BoundStage], layout: Layout) -> None:
-    """Refuse budgets per frame for pictures.
+def check_budgets(stages: Sequence[BoundStage], layout: Layout) -> None:
+    """Refuse budgets per frame for pictures, and methods that compare frames which are not alike.
 
     Raises:
-        UsageError: a stage counts frames, and a picture of the prompt has none.
+        UsageError: a stage counts frames, and a picture of the prompt has none; or its method compares frames, and those of a
+            video have different numbers of tokens.
     """
     name = next((bound.method.name for bound in stages if bound.per_frame), None)
     if name is not None and any(not image.frames for image in layout.images):
@@ -116,6 +117,14 @@ def check_budgets(stages: Iterable[BoundStage], layout: Layout) -> None:
             f'{name} has a budget for each frame (per="frame"), but this prompt has a picture, which has no frames: leave per '
             "out, or ask about the picture in a prompt without this recipe."
         )
+    name = next((bound.method.name for bound in stages if bound.method.compares_frames), None)
+    for image in layout.images if name is not None else ():
+        if image.frame is not None and not _alike(sizes := np.bincount(image.frame)):
+            raise UsageError(
+                f"{name} compares the frames of a video, token by token, but frames of this one have from {min(sizes)} to "
+                f"{max(sizes)} tokens: its processor has left some out. Choose another method, or keep them "
+                "(use_token_compression=False)."
+            )
 
 
 def _check_frames(frame: Numbers | None, given: int | None, visual: int, video: int, uneven: bool) -> None:
@@ -140,12 +149,16 @@ def _check_frames(frame: Numbers | None, given: int | None, visual: int, video: 
             f"the frames of video {video} do not match the prompt: the video has {given} frames, but its tokens stand in "
             f"{len(sizes)} groups; {wanted}"
         )
-    separator = sizes[-1] - sizes[0]  # the last frame has that of the video, too
-    if not uneven and (len(set(sizes[:-1].tolist())) > 1 or separator not in (0, 1)):
+    if not uneven and not _alike(sizes):
         raise UsageError(
             f"the frames of video {video} do not match the prompt: they have {', '.join(map(str, sizes[:8]))}"
             f"{', …' if len(sizes) > 8 else ''} tokens, and all frames of a video have the same number; {wanted}"
         )
+
+
+def _alike(sizes: Numbers) -> bool:
+    """Whether frames have the same number of tokens. The last one may have the separator of the video, too."""
+    return len(set(sizes[:-1].tolist())) <= 1 and sizes[-1] - sizes[0] in (0, 1)
 
 
 def _positions(kwargs: Mapping[str, Any], config: Any, sequence: int) -> Callable[[], Numbers | None]:

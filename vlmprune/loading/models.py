@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from vlmprune.errors import UsageError, unknown
 from vlmprune.loading.config import check_torchvision, read_config
 from vlmprune.loading.processor import TOKENIZER, load_processor
 from vlmprune.loading.source import Source, find
+from vlmprune.loading.videos import check_processor, check_shown
 from vlmprune.loading.weights import check_weights, load_weights
 
 if TYPE_CHECKING:
@@ -38,17 +39,22 @@ def load_model(name: str, device: str, device_map: str | None = None) -> tuple[A
 
 
 def open_model(
-    name: str, device: str, device_map: str | None = None, dtype: str | None = None
+    name: str,
+    device: str,
+    device_map: str | None = None,
+    dtype: str | None = None,
+    shown: Collection[str] = ("picture",),
 ) -> tuple[Any, Callable[[], Any]]:
     """The processor of a model, and a function that reads its weights: so that inputs can be checked before it is called.
 
     Args:
         name, device, device_map: as in `load_model`.
         dtype: name of the weights' dtype, for example "bfloat16". Default: as they are stored; float32 for the embedded model.
+        shown: what the model is to be shown: "picture", "video", or both.
 
     Raises:
-        UsageError: there is no such model, a file of it is missing or broken, its family is not supported, or this machine
-            does not have the device.
+        UsageError: there is no such model, a file of it is missing or broken, its family is not supported or does not take what
+            is shown, or this machine does not have the device.
     """
     check_device(device)
     check_device_map(device, device_map)
@@ -59,11 +65,15 @@ def open_model(
 
         load: Callable[..., tuple[Any, Any]] = tiny.load if name == "tiny" else tiny.load_for_clips
         model, processor = load(device, None if dtype is None else getattr(torch, dtype))
+        check_shown(model.config, shown)
         return processor, lambda: model
     source = find(name) if name not in EMBEDDED else _embedded(name)
     config = read_config(source)
+    check_shown(config, shown)
     check_weights(source)
     processor = load_processor(source, config)
+    if "video" in shown:
+        check_processor(processor)
     from transformers import AutoModelForImageTextToText
 
     wanted = dtype or ("float32" if name in EMBEDDED else None)  # as `tiny.load`

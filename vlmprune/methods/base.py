@@ -17,8 +17,8 @@ from torch import Tensor
 from vlmprune.errors import UsageError, shown, unknown
 from vlmprune.methods.checks import check_class, check_needs, check_numbers, check_renamed
 from vlmprune.methods.parameters import choice, number, settle
-from vlmprune.schedule import Budget, Schedule, Stage
-from vlmprune.view import FROM_TOWER, TowerFacts, View, known_probes
+from vlmprune.schedule import IN_TOWER, Budget, Schedule, Site, Stage
+from vlmprune.view import AT_PIXELS, FROM_TOWER, PROBES, TowerFacts, View, known_probes
 
 Positions = Literal["original", "compact"]
 Per = Literal["video", "frame"]
@@ -55,6 +55,7 @@ class Pruner:
         fraction: the share of the picture's original tokens that is kept, instead of `tokens`.
         schedule: several stages, instead of `layer`, `tokens` and `fraction`; see `vlmprune.stages`.
         preset: the name of a schedule its paper publishes, instead of these.
+        site: where the single stage is, if not where the method has it by default: "pixels" is before the vision tower.
         positions: "original" (kept tokens keep their rotary positions; gaps remain) or "compact" (everything after a dropped
             token moves up, as several papers' LLaVA code does; not with M-RoPE).
         cache_layer: first decoder layer from whose KV cache the entries of dropped tokens are removed after the prompt, so that
@@ -106,6 +107,7 @@ class Pruner:
     tokens: InitVar[int | None] = number(None, low=0, whole=True)  # checked by Budget
     fraction: InitVar[float | None] = number(None, low=0, high=1)
     preset: InitVar[str | None] = None
+    site: InitVar[Site | None] = choice(None, "pixels", "vision", "llm")
     positions: Positions = choice("original", "compact")
     cache_layer: int = number(-1, low=-1, whole=True)
     newlines: Literal["keep", "drop"] = choice("keep", "drop")
@@ -116,18 +118,25 @@ class Pruner:
         if isinstance(name := vars(cls).get("name"), str) and not cls.__module__.startswith("vlmprune."):
             DEFINED[name] = cls
 
-    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
+    def __post_init__(
+        self,
+        layer: int | None,
+        tokens: int | None,
+        fraction: float | None,
+        preset: str | None,
+        site: Site | None,
+    ) -> None:
         check_class(type(self), ("name", str, "'mine'"), ("default", Schedule, "vlmprune.at(layer=2, fraction=0.5)"))
         check_renamed(type(self), self._renamed)
         check_needs(self.name, getattr(self, "needs", None), known_probes())
-        single = any(value is not None for value in (layer, tokens, fraction))
+        single = any(value is not None for value in (layer, tokens, fraction, site))
         if (self.schedule is not None) + (preset is not None) + single > 1:
-            raise UsageError(f"{self.name}: give schedule=…, preset=…, or layer, tokens and fraction; only one of these.")
+            raise UsageError(f"{self.name}: give schedule=…, preset=…, or layer, tokens, fraction and site; only one of these.")
         if preset is not None and not (isinstance(preset, str) and preset in self.presets):
             raise unknown(f"preset of {self.name}", preset if isinstance(preset, str) else shown(preset), self.presets)
-        settle(self)
+        settle(self, site=site)
         if self.schedule is None:
-            schedule = self.presets[preset] if preset is not None else self._from_defaults(layer, tokens, fraction)
+            schedule = self.presets[preset] if preset is not None else self._from_defaults(layer, tokens, fraction, site)
             object.__setattr__(self, "schedule", schedule)
         if not isinstance(self.schedule, Schedule):
             raise UsageError(
@@ -137,6 +146,7 @@ class Pruner:
         for stage in self.stages:
             if stage.site == "cache" or (stage.site == "vision" and not self.in_tower):
                 raise UsageError(f"{self.name} cannot prune in {stage.place}: give it stages of the language model.")
+            self._check_site(stage)
         if self.per == "frame" and self.compares_frames:
             raise UsageError(
                 f"{self.name} compares the frames of a video, so that it cannot decide about each of them by itself: leave out "
@@ -154,6 +164,20 @@ class Pruner:
                 f"stage, found layer={earliest}."
             )
         self.validate()
+
+    def _check_site(self, stage: Stage) -> None:
+        """Refuse a method that looks at what is not there at the site of a stage."""
+        needs = self.needs_at(stage)
+        if stage.site == "pixels" and (missing := sorted(needs - AT_PIXELS)):
+            raise UsageError(
+                f"{self.name} cannot prune before the vision tower: it looks at {', '.join(missing)}, of which nothing is "
+                "computed there; at site='pixels' use pixelprune, uniform or random, or give this one a stage behind the tower."
+            )
+        if stage.site != "pixels" and any(name in PROBES and PROBES[name].taken == "pixels" for name in needs):
+            raise UsageError(
+                f"{self.name} cannot prune at {stage.place}: it looks at the pixels of patches, which are there before the "
+                "vision tower only; leave layer out, or give site=pixels."
+            )
 
     def validate(self) -> None:
         """Refuse parameters that do not go together; called when all of them are known and within their limits.
@@ -194,12 +218,26 @@ class Pruner:
         Raises:
             UsageError: the method does not work with such a model.
         """
-        if not facts.cls and any(self.needs_at(stage) & FROM_TOWER for stage in self.stages):
+        behind = [stage for stage in self.stages if stage.site != "pixels"]
+        if not facts.cls and any(self.needs_at(stage) & FROM_TOWER for stage in behind):
             raise UsageError(
                 f"{self.name} needs the attention of the vision tower's CLS token, but {facts.refusal}; choose a method "
                 "that does not need it."
             )
         return Schedule(self.stages)
+
+    def bind(self, facts: TowerFacts, name: str, device: Any) -> Pruner:
+        """The method for one model: what it names is loaded.
+
+        Args:
+            facts: traits of its vision tower.
+            name: where it was loaded from, a folder or hub id; empty if unknown.
+            device: where it is.
+
+        Raises:
+            UsageError: something cannot be loaded, or does not fit the model.
+        """
+        return self
 
     def variant(self, facts: TowerFacts) -> str:
         """Which form of the method runs on such a model, for the report; empty if there is only one."""
@@ -209,13 +247,16 @@ class Pruner:
         """The probes that the method looks at in one stage."""
         return self.needs
 
-    def _from_defaults(self, layer: int | None, tokens: int | None, fraction: float | None) -> Schedule:
-        if layer is None and tokens is None and fraction is None:
+    def _from_defaults(self, layer: int | None, tokens: int | None, fraction: float | None, site: Site | None) -> Schedule:
+        if layer is None and tokens is None and fraction is None and site is None:
             return self.default
         default = self.default.stages[0]
         given = tokens is not None or fraction is not None
         budget = Budget(tokens, fraction) if given else default.budget
-        return Schedule((Stage(default.layer, budget, default.site) if layer is None else Stage(layer, budget),))
+        if site is None:
+            return Schedule((Stage(default.layer, budget, default.site) if layer is None else Stage(layer, budget),))
+        its_place = 0 if site in IN_TOWER else default.layer
+        return Schedule((Stage(its_place if layer is None else layer, budget, site),))
 
     def over_picture(self, see: View) -> Tensor:
         """A number for every token that is scaled over the whole picture, for methods that `select` crop by crop.

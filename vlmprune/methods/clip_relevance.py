@@ -8,8 +8,8 @@ The paper's scripts pass the bare question. Here the caller gives it, or it is f
 CLIP reads 77 tokens; the first and the last mark a text's beginning and end. A longer question is split into pieces of 75
 tokens, each with marks of its own. The official code marks the whole question once and splits the result into pieces of 77. All
 pieces but the last then lack the end mark, where the embedding is read; CLIP reads the first piece at its beginning mark
-instead, which gives the same vector for every text. Up to 77 tokens both agree. Computed in the CLIP model's dtype up to its
-projections, then in fp32 (official: cosines in the dtype of the embeddings).
+instead, which gives the same vector for every text. Up to 77 tokens both agree. Cosines are fp32 (official: in the dtype of
+the embeddings). The CLIP model may be transformers' or open_clip's (`clip_models.py`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vlmprune.errors import UsageError
+from vlmprune.methods.clip_models import clip_model
 
 FIRST, ANSWER, LAST = "FIRSTQUESTION", "ANSWERTOIT", "LASTQUESTION"
 """The words of a conversation that a template is tried on."""
@@ -36,8 +36,10 @@ class ClipRelevance:
     """A relevance for `CDPruner`.
 
     Args:
-        clip: a loaded `CLIPModel`; its post-norm and both projections are used, its vision tower is not run again.
-        clip_tokenizer: its tokenizer. Questions are split into pieces of at most its `model_max_length` (77) tokens.
+        clip: a loaded `CLIPModel` of transformers, or a CLIP model of open_clip whose image tower is its own ViT: the one that
+            the VLM's tower was taken from. Its post-norm and both projections are used, its image tower is not run again.
+        clip_tokenizer: its tokenizer. Questions are split into pieces of at most its `model_max_length` tokens (open_clip: the
+            model's `context_length`; 77).
         tokenizer: the VLM's tokenizer, or its processor: whichever holds the chat template.
         question: the bare question of every prompt; or a function that makes it from the text after the prompt's last picture.
             If None, it is the user's last question in that text, found between the words that the chat template writes
@@ -75,8 +77,7 @@ class ClipRelevance:
     @torch.no_grad()
     def __call__(self, tower_features: Tensor, text_ids: Tensor, text_valid: Tensor) -> Tensor:
         """`[image, visual]`, from `tower_features` `[image, visual, dim]`, `text_ids` `[image, text]` and `text_valid`."""
-        patches = self.clip.visual_projection(self.clip.vision_model.post_layernorm(tower_features.to(self.clip.dtype)))
-        patches = normalize(patches.float(), dim=-1)
+        patches = clip_model(self.clip, self.clip_tokenizer).patches(tower_features)
         scores = [
             -(image @ self._embed(self.asked(ids[valid])).T).mean(dim=-1)
             for image, ids, valid in zip(patches, text_ids, text_valid, strict=True)
@@ -105,12 +106,9 @@ class ClipRelevance:
 
     def _embed(self, question: str) -> Tensor:
         """`[piece, dim]` unit embeddings of a question."""
-        inner = self.clip_tokenizer(question, add_special_tokens=False)["input_ids"]
-        room = self.clip_tokenizer.model_max_length - 2  # its first and last token
-        texts = [self.clip_tokenizer.decode(inner[i : i + room]) for i in range(0, max(len(inner), 1), room)]
-        batch = self.clip_tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
-        found = self.clip.get_text_features(**batch)
-        return normalize(getattr(found, "pooler_output", found).float(), dim=-1)
+        clip = clip_model(self.clip, self.clip_tokenizer)
+        inner, room = clip.ids(question), clip.longest - 2  # its first and last token
+        return clip.texts([clip.decode(inner[i : i + room]) for i in range(0, max(len(inner), 1), room)])
 
 
 class Template:

@@ -1,6 +1,7 @@
 """What methods share that compare the frames of a video. A picture is a video of one frame.
 
-All frames of a video have the same number of tokens; earlier stages may have dropped some of them.
+All frames of a video have the same number of tokens; earlier stages may have dropped some of them. A separator at the end of
+the video (LLaVA-OneVision) is no candidate, and in no view.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ def by_frame(see: View, x: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers of tokens `[image, visual, …]` as `[image, frame, cell, …]`, 0 where a token was dropped; and where one is left,
     `[image, frame, cell]` bool."""
     shape = (see.images, see.frames, see.original // see.frames)
-    if see.visual == see.original:
+    tokens = shape[1] * shape[2]
+    if see.visual == tokens:
         return x.reshape(*shape, *x.shape[2:]), torch.ones(shape, dtype=torch.bool, device=x.device)
     index = see.position.to(x.device)
-    there = torch.zeros(see.images, see.original, dtype=torch.bool, device=x.device).scatter(1, index, True)
+    there = torch.zeros(see.images, tokens, dtype=torch.bool, device=x.device).scatter(1, index, True)
     wide = index.view(*index.shape, *[1] * (x.ndim - 2)).expand(x.shape)
-    grid = x.new_zeros(see.images, see.original, *x.shape[2:]).scatter(1, wide, x)
+    grid = x.new_zeros(see.images, tokens, *x.shape[2:]).scatter(1, wide, x)
     return grid.view(*shape, *x.shape[2:]), there.view(shape)
 
 

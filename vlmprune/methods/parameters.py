@@ -87,8 +87,8 @@ def number(default: float | None, low: float = -inf, high: float = inf, whole: b
 
 
 def choice(default: Any, *others: Any) -> Any:
-    """A field for one of a few values."""
-    return field(default=default, metadata={ALLOWED: Choices((default, *others))})
+    """A field for one of a few values; a default of None allows None as well."""
+    return field(default=default, metadata={ALLOWED: Choices(one for one in (default, *others) if one is not None)})
 
 
 def limits_of(method: Any, parameter: str) -> Limits | None:

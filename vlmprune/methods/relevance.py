@@ -1,13 +1,28 @@
-"""Checks of a relevance function (`CDPruner(relevance=…)`): when the method is made, not at the first prompt."""
+"""Checks of a relevance (`CDPruner(relevance=…)`): when the method is made, not at the first prompt.
+
+A relevance is a function, an object like `ClipRelevance`, or the name of a model in a recipe:
+
+    open_clip:NAME/PRETRAINED    open_clip:ViT-L-14-336/openai, also open_clip:hf-hub:… and open_clip:local-dir:…
+    clip:NAME                    a folder or hub id with a `CLIPModel` of transformers
+
+A model that is named is loaded when a model is wrapped.
+"""
 
 from __future__ import annotations
 
+from functools import cache
 from inspect import signature
+from pkgutil import resolve_name
 from typing import Any
 
 from vlmprune.errors import UsageError, shown
+from vlmprune.methods.clip_models import check_clip, clip_model
 
 CALLED = "relevance(tower_features [image, visual, dim], text_ids [image, text], text_valid [image, text])"
+KINDS = ("open_clip", "clip")
+"""What the name of a model begins with."""
+_OPENER = "vlmprune.loading.relevances:open_relevance"
+"""Loads a relevance by its name. Looked up when one is named: the room that loads models stands above this one."""
 
 
 def check_relevance(method: str, relevance: Any) -> None:
@@ -15,21 +30,23 @@ def check_relevance(method: str, relevance: Any) -> None:
 
     Args:
         method: name of the method.
-        relevance: a function, or an object like `ClipRelevance`.
+        relevance: a function, an object like `ClipRelevance`, or the name of a model.
 
     Raises:
-        UsageError: it cannot be called with these arguments, or one of its parts is of the wrong kind.
+        UsageError: it cannot be called with these arguments, one of its parts is of the wrong kind, or it is no such name.
     """
-    if isinstance(relevance, type) or not callable(relevance):
+    if isinstance(relevance, str):
+        _check_name(method, relevance)
+        return
+    if isinstance(relevance, type) or (not callable(relevance) and not hasattr(relevance, "encode_text")):
         raise UsageError(f"{method}: relevance must be a function such as ClipRelevance(…), found {shown(relevance)}.")
-    if hasattr(relevance, "get_text_features"):
+    if hasattr(relevance, "get_text_features") or hasattr(relevance, "encode_text"):
         raise UsageError(
             f"{method}: relevance must be a function, found the model {type(relevance).__name__}: pass "
             "vlmprune.ClipRelevance(clip, clip_tokenizer, tokenizer)."
         )
     if hasattr(relevance, "clip") and hasattr(relevance, "clip_tokenizer"):
-        _check_clip(method, relevance.clip)
-        _check_tokenizer(method, relevance.clip_tokenizer)
+        check_clip(method, relevance.clip, relevance.clip_tokenizer)
         tokenizer = getattr(relevance, "tokenizer", None)
         if not callable(getattr(tokenizer, "decode", None)):
             raise UsageError(
@@ -51,45 +68,39 @@ def check_width(method: str, relevance: Any, width: int) -> None:
     Raises:
         UsageError: their widths differ.
     """
-    norm = getattr(getattr(getattr(relevance, "clip", None), "vision_model", None), "post_layernorm", None)
-    weight = getattr(norm, "weight", None)
-    if width and weight is not None and len(weight) != width:
+    if not width or not (hasattr(relevance, "clip") and hasattr(relevance, "clip_tokenizer")):
+        return
+    found = clip_model(relevance.clip, relevance.clip_tokenizer).width
+    if found != width:
         raise UsageError(
             f"{method}: relevance compares patches of this model's vision tower, {width} numbers each, with a CLIP model whose "
-            f"patches have {len(weight)}: load the CLIP model that the tower was taken from."
+            f"patches have {found}: load the CLIP model that the tower was taken from."
         )
 
 
-def _check_clip(method: str, clip: Any) -> None:
-    parts = ("visual_projection", "vision_model.post_layernorm", "get_text_features")
-    missing = []
-    for part in parts:
-        found = clip
-        for name in part.split("."):
-            found = getattr(found, name, None)
-        if not callable(found):
-            missing.append(part)
-    if missing:
-        raise UsageError(
-            f"{method}: clip must be a loaded CLIPModel, found {shown(clip) if isinstance(clip, str) else type(clip).__name__} "
-            f"without {', '.join(missing)}: pass transformers.CLIPModel.from_pretrained(…)."
-        )
+def named_relevance(name: str, model: str, device: Any) -> Any:
+    """The relevance that a recipe names, loaded.
+
+    Args:
+        name: as in the recipe.
+        model: where the vision-language model was loaded from, a folder or hub id: its tokenizer and chat template are there.
+        device: where the CLIP model goes.
+
+    Raises:
+        UsageError: it cannot be loaded; says why.
+    """
+    return _opener()(name, model, device)
 
 
-def _check_tokenizer(method: str, tokenizer: Any) -> None:
-    if hasattr(tokenizer, "image_processor"):
+@cache
+def _opener() -> Any:
+    return resolve_name(_OPENER)
+
+
+def _check_name(method: str, name: str) -> None:
+    kind, _, place = name.partition(":")
+    if kind not in KINDS or not place.strip():
         raise UsageError(
-            f"{method}: clip_tokenizer must be a tokenizer, found the processor {type(tokenizer).__name__}: pass its "
-            ".tokenizer."
-        )
-    length = getattr(tokenizer, "model_max_length", None)
-    if not callable(tokenizer) or not callable(getattr(tokenizer, "decode", None)) or not isinstance(length, int):
-        raise UsageError(
-            f"{method}: clip_tokenizer must be the CLIP model's tokenizer, found {shown(tokenizer)}: pass "
-            "transformers.AutoTokenizer.from_pretrained(…)."
-        )
-    if not 2 < length <= 10**6:  # transformers writes 10³⁰ for "no limit"
-        raise UsageError(
-            f"{method}: clip_tokenizer allows texts of {length} tokens, but long questions must be split for the CLIP model: "
-            "set its model_max_length (77)."
+            f"{method}: relevance must be a function or the name of a model, found {shown(name)}: write "
+            "open_clip:NAME/PRETRAINED or clip:FOLDER, or pass a function such as ClipRelevance(…)."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from vlmprune.methods.base import Pruner
@@ -55,6 +56,17 @@ class TowerState:
     valid: Tensor | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
 
+    def on_raster(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """`patches` `[crop, patch, dim]` in their cells `[crop, side², dim]`, a new tensor; and which cells have one, bool."""
+        there = torch.ones_like(self.cells, dtype=torch.bool) if self.valid is None else self.valid
+        cells = patches.new_zeros(len(patches), self.side**2, patches.shape[-1])
+        cells = cells.scatter(1, self.cells[..., None].expand_as(patches), patches)  # padding: cells that have none
+        return cells, there.new_zeros(cells.shape[:2]).scatter(1, self.cells, there)
+
+    def off_raster(self, cells: Tensor) -> Tensor:
+        """`[crop, patch, …]` of the patches that are left, from `[crop, side², …]`."""
+        return cells[torch.arange(len(cells), device=cells.device)[:, None], self.cells]
+
 
 class TowerPruner(Pruner):
     """A method that watches blocks of the vision tower, and may drop patches between them.
@@ -76,6 +88,10 @@ class TowerPruner(Pruner):
         super().__init_subclass__(**kwargs)
         if cls.provides is not None:
             PROVIDED[cls.provides.name] = cls.provides
+
+    def watches_block(self, index: int, last: int) -> bool:
+        """Whether `watch` has to be called for block `index`; `last` is the block whose output feeds the projector."""
+        return True
 
     def watch(self, block: Block, state: TowerState) -> None:
         """Look at a block's attention."""

@@ -17,12 +17,12 @@ from vlmprune.errors import UsageError, shown, unknown
 from vlmprune.methods import METHODS, REDISTRIBUTORS, Pruner, Redistributor
 from vlmprune.methods.base import DEFINED
 from vlmprune.methods.redistributing import DEFINED as DEFINED_REDISTRIBUTORS
-from vlmprune.schedule import SITES, Budget, Schedule, Stage
+from vlmprune.schedule import SITES, Budget, Schedule, Site, Stage
 
-STAGE_KEYS = ("layer", "tokens", "fraction", "preset")
-"""Parameters of every pruning method that say where it prunes and how much it keeps; `site` only where a file says so."""
-WITH_LISTS = ("layers", "sink_dims")
-"""Parameters of redistribution methods that take a list."""
+STAGE_KEYS = ("layer", "tokens", "fraction", "preset", "site")
+"""Parameters of every pruning method that say where it prunes and how much it keeps."""
+WITH_LISTS = ("layers", "sink_dims", "blocks")
+"""Parameters of methods that take a list, beside those of stages."""
 
 ADDED = {"per": "video"}
 """Parameters of every pruning method that files of the first release do not have, and what such a file means."""
@@ -65,10 +65,10 @@ def _redistributor(method: type[Redistributor], given: dict[str, Any]) -> Redist
 
 def _pruner(method: type[Pruner], given: dict[str, Any]) -> Pruner:
     own = [field.name for field in fields(method) if field.name != "schedule"]
-    _check_keys(method.name, {key: value for key, value in given.items() if key != "site"}, [*STAGE_KEYS, *own])
-    stage = {key: given.pop(key) for key in (*STAGE_KEYS, "site") if key in given}
-    _check_single(method.name, given)
-    if "site" in stage or any(isinstance(value, list) for value in stage.values()):
+    _check_keys(method.name, given, [*STAGE_KEYS, *own])
+    stage = {key: given.pop(key) for key in STAGE_KEYS if key in given}
+    _check_single(method.name, {key: value for key, value in given.items() if key not in WITH_LISTS})
+    if any(isinstance(value, list) for value in stage.values()):
         return method(schedule=_schedule(method.name, stage), **given)
     return method(**stage, **given)
 
@@ -114,12 +114,13 @@ def entry_of(method: Pruner | Redistributor) -> dict[str, Any]:
     A schedule with both units has no JSON form; its budgets are then under "kept", for people.
     """
     own = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "schedule"}
-    stages = _stages(method.stages) if isinstance(method, Pruner) else {}
+    stages = _stages(method.stages, method.default.stages[0].site) if isinstance(method, Pruner) else {}
     written = {key: value for key, value in own.items() if value is not None and ADDED.get(key) != value}
     return {"method": method.name} | stages | written
 
 
-def _stages(schedule: Sequence[Stage]) -> dict[str, Any]:
+def _stages(schedule: Sequence[Stage], own: Site) -> dict[str, Any]:
+    """Stages as lists, or as single values. `own` is the site that the method has by default."""
     layers = [stage.layer for stage in schedule]
     budgets = [stage.budget for stage in schedule]
     tokens, fractions = [budget.tokens for budget in budgets], [budget.fraction for budget in budgets]
@@ -129,4 +130,5 @@ def _stages(schedule: Sequence[Stage]) -> dict[str, Any]:
     sites = [stage.site for stage in schedule]
     if len(layers) > 1:
         return {"layer": layers, unit: kept} | ({"site": sites} if set(sites) != {"llm"} else {})
-    return {"layer": layers[0], unit: kept[0]} if sites == ["llm"] else {unit: kept[0]}  # in the tower: the method's own place
+    layer = {"layer": layers[0]} if sites == ["llm"] else {}  # in or before the tower there is one place
+    return layer | {unit: kept[0]} | ({} if sites[0] in (own, "llm") else {"site": sites[0]})

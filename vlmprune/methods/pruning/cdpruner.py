@@ -4,9 +4,10 @@ process.
     S = argmax_{|S|=K} det L_S, greedily;   L_ij = r_i · cos(x_i, x_j) · r_j
     r = relevance, scaled to [10⁻⁶, 1] over all tokens of a picture
 
-With a CLIP model (`relevance=ClipRelevance(…)`), relevance is the paper's: minus the mean cosine of the patch's and the
-question's CLIP embeddings. Without one, it is the mean cosine of the token and the embeddings of the words after the picture,
-as in ports to models without CLIP (`embedding` variant; inferred, not the paper's).
+With a CLIP model (`relevance=ClipRelevance(…)`, or its name in a recipe, `relevance=open_clip:ViT-L-14-336/openai`), relevance
+is the paper's: minus the mean cosine of the patch's and the question's CLIP embeddings. Without one, it is the mean cosine of
+the token and the embeddings of the words after the picture, as in ports to models without CLIP (`embedding` variant; inferred,
+not the paper's).
 
 Each crop of a LLaVA-NeXT picture is chosen from separately, as in the code, but r is scaled over all crops together. Differs
 from the official code: scaling per picture (official: over all pictures of the batch); equal relevance everywhere is 1
@@ -18,7 +19,8 @@ none); positions are kept; fp32 from the features on (official: features are nor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ from vlmprune.errors import UsageError
 from vlmprune.kernels.select_diverse import determinant_order
 from vlmprune.methods.base import Pruner
 from vlmprune.methods.checks import check_numbers
-from vlmprune.methods.relevance import check_relevance, check_width
+from vlmprune.methods.relevance import check_relevance, check_width, named_relevance
 from vlmprune.schedule import Schedule, Stage, at
 from vlmprune.view import TowerFacts, View
 
@@ -42,7 +44,9 @@ class CDPruner(Pruner):
     """Keep diverse tokens, the relevant ones first.
 
     Args:
-        relevance: scores patches by the question, for example `ClipRelevance`; token and word embeddings are compared if None.
+        relevance: scores patches by the question: a function `relevance(tower_features, text_ids, text_valid)`, for example
+            `ClipRelevance`; or a CLIP model by its name, "open_clip:NAME/PRETRAINED" or "clip:FOLDER" (a hub id or folder of
+            transformers), which is loaded when a model is wrapped. Token and word embeddings are compared if None.
     """
 
     name = "cdpruner"
@@ -55,7 +59,7 @@ class CDPruner(Pruner):
     per_crop = True
     scales_over_picture = True
 
-    relevance: Relevance | None = None
+    relevance: Relevance | str | None = None
 
     def validate(self) -> None:
         if self.relevance is not None:
@@ -69,14 +73,23 @@ class CDPruner(Pruner):
         check_width(self.name, self.relevance, facts.width)
         return super().plan(facts)
 
+    def bind(self, facts: TowerFacts, name: str, device: Any) -> Pruner:
+        if not isinstance(self.relevance, str):
+            return self
+        self.plan(facts)  # refuses before anything is loaded
+        return replace(self, relevance=named_relevance(self.relevance, name, device))
+
     def variant(self, facts: TowerFacts) -> str:
-        return "embedding" if self.relevance is None else type(self.relevance).__name__
+        if self.relevance is None:
+            return "embedding"
+        return self.relevance if isinstance(self.relevance, str) else type(self.relevance).__name__
 
     def needs_at(self, stage: Stage) -> frozenset[str]:
         return self.needs if self.relevance is None else frozenset({"features", "tower_features", "text_ids", "text_valid"})
 
     def over_picture(self, see: View) -> Tensor:
         if self.relevance is not None:
+            assert not isinstance(self.relevance, str), "a relevance that is named is loaded when a model is wrapped"
             relevance = self.relevance(see.tower_features, see.text_ids, see.text_valid)
             check_numbers("cdpruner: relevance", relevance, (see.images, see.visual), infinite=False)
             return scaled(relevance.float())

@@ -9,18 +9,19 @@
     cache    once prefill is over, decoder layers from `cache_layer` on keep only what the last stage kept
 
 g and the key set are of all tokens of a picture, LLaVA-NeXT's crops together. Differs from the official code: each crop merges
-separately (official: as many windows as the least similar crop of the batch); a merged token takes the middle of its window and
+separately (official: as many windows as the batch's least similar crop); a merged token takes the middle of its window and
 patches stay in raster order (official: merged ones first); the key set is the picture's, by the attention of each crop's own
-CLS token (official: 8 % of each crop); rows and columns that do not fill a window stay as they are; pictures are un-padded
-(official: never); row separators stay unless newlines="drop" (official: none); scores are fp32; positions are kept, in decoding
-steps too (official: a layer's own count of cached tokens). The code prunes after layers 2, 6, 10, 14; here that is before 3, 7,
-11, 15. Its default thresholds (1.0, 0.0) drop nothing.
+CLS token (official: 8 % of each crop); what fills no window stays as it is; pictures are un-padded (official: never); row
+separators stay unless newlines="drop" (official: none); scores are fp32; positions are kept, in decoding too (official: a
+layer's count of cached tokens). The code prunes after layers 2, 6, 10, 14; here that is before 3, 7, 11, 15. Its default
+thresholds (1.0, 0.0) drop nothing.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +36,7 @@ from vlmprune.schedule import Budget, Schedule, Stage, stages
 from vlmprune.view import TowerFacts, View
 
 WINDOW = 3
-FILTERED = stages(dict.fromkeys((3, 7, 11, 15), 1.0))
-"""The layers at which thresholds are applied; they set no count."""
+FILTERED = stages(dict.fromkeys((3, 7, 11, 15), 1.0))  # where thresholds are applied; they set no count
 THRESHOLDS = {
     "textvqa-192": (0.001, 0.001),
     "textvqa-128": (0.0012, 0.001),
@@ -74,13 +74,13 @@ class MustDrop(TowerPruner):
     windows: int | None = number(None, low=0, whole=True)
     cache_layer: int = number(2, low=-1, whole=True)
 
-    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
+    def __post_init__(self, layer: Any, tokens: Any, fraction: Any, preset: Any, site: Any) -> None:
         if str(preset) in THRESHOLDS and self.global_threshold is None and self.individual_threshold is None:
             object.__setattr__(self, "global_threshold", THRESHOLDS[str(preset)][0])
             object.__setattr__(self, "individual_threshold", THRESHOLDS[str(preset)][1])
-        if self.thresholds and all(given is None for given in (self.schedule, layer, tokens, fraction, preset)):
+        if self.thresholds and all(given is None for given in (self.schedule, layer, tokens, fraction, preset, site)):
             object.__setattr__(self, "schedule", FILTERED)
-        super().__post_init__(layer, tokens, fraction, preset)
+        super().__post_init__(layer, tokens, fraction, preset, site)
 
     def validate(self) -> None:
         if (self.global_threshold is None) != (self.individual_threshold is None):
@@ -109,18 +109,19 @@ class MustDrop(TowerPruner):
         if index or state.side < WINDOW:
             return None
         window, middle = _windows(state.side, hidden.device)  # [window, 9], [window]
+        hidden, there = state.on_raster(hidden)
+        whole = there[:, window].all(dim=-1)  # [crop, window]; a window that lost patches before the tower stays as it is
         unit = normalize(hidden.float(), dim=-1)[:, window]  # [crop, window, 9, dim]
         similar = (unit.sum(dim=2).square().sum(dim=-1) - unit.square().sum(dim=(2, 3))) / (WINDOW**2 * (WINDOW**2 - 1))
-        merged = similar >= self.merge
+        merged = (similar >= self.merge) & whole
         if self.windows is not None:
-            merged = alive_top(similar, torch.full(similar.shape[:1], self.windows, device=hidden.device), None)
+            merged = whole & alive_top(similar, torch.full(similar.shape[:1], self.windows, device=hidden.device), whole)
         mean = hidden[:, window].float().mean(dim=2).to(hidden.dtype)
-        hidden = hidden.clone()
         hidden[:, middle] = torch.where(merged[..., None], mean, hidden[:, middle])
-        alive = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        alive = torch.ones_like(there)
         alive[:, window] = ~merged[..., None]
         alive[:, middle] = True
-        return alive, hidden
+        return state.off_raster(alive), state.off_raster(hidden)
 
     def scores(self, see: View) -> Tensor:
         keys = top(see.attention_from_cls_final.mean(dim=1), min(math.ceil(0.08 * see.entered), see.visual))

@@ -3,7 +3,8 @@
     S ~ uniform over the subsets of size K
 
 Drawn per picture from (seed, layer, prompt, n-th picture of the prompt): the same set whatever the batch, another one for
-another prompt. Pictures that are asked the same question share one draw per seed; average over seeds in that case.
+another prompt. Pictures that are asked the same question share one draw per seed; average over seeds in that case. Before the
+vision tower (site=pixels) the prompt is not known: there it is drawn from (seed, pixels), the same for equal pictures.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ the lower index is denser (official: noise decides); all words rate if none is a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +58,8 @@ class SparseVLM(Pruner):
 
     version: float = choice(1.5, 2)
 
-    def __post_init__(self, layer: int | None, tokens: int | None, fraction: float | None, preset: str | None) -> None:
-        super().__post_init__(layer, tokens, fraction, preset)
+    def __post_init__(self, layer: Any, tokens: Any, fraction: Any, preset: Any, site: Any) -> None:
+        super().__post_init__(layer, tokens, fraction, preset, site)
         if preset is not None:
             object.__setattr__(self, "version", 2 if preset.startswith("v2") else 1.5)
 
