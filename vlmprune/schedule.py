@@ -180,7 +180,8 @@ def check_shrinks(before: Stage, after: Stage, crops: bool = False) -> None:
     """Refuse a later stage that keeps more than an earlier one.
 
     Only budgets of one unit are compared: which of `tokens` and `fraction` is smaller depends on the image; at run time the
-    smaller one holds. A stage of the cache keeps what the stage before it kept, and is not compared.
+    smaller one holds. A stage of the cache keeps what the stage before it kept, and is not compared; nor is one inside the
+    tower with one before it, because a method may only merge there.
 
     Args:
         before, after: two successive stages.
@@ -189,7 +190,7 @@ def check_shrinks(before: Stage, after: Stage, crops: bool = False) -> None:
     Raises:
         UsageError: the later stage keeps more.
     """
-    if after.site == "cache" or (crops and before.site in IN_TOWER):
+    if after.site == "cache" or (before.site, after.site) == IN_TOWER or (crops and before.site in IN_TOWER):
         return
     for unit in ("tokens", "fraction"):
         first, second = getattr(before.budget, unit), getattr(after.budget, unit)

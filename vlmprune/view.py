@@ -208,6 +208,9 @@ AHEAD = _names("layer ahead")
 WEIGHTS = LAST_ROW | TEXT_ROWS | AHEAD
 """Probes that are attention weights of the language model."""
 
+OF_QUESTION = WEIGHTS | frozenset(name for name, probe in PROBES.items() if "text" in probe.shape or name.endswith("_of_last"))
+"""Probes that look at what follows the picture."""
+
 AT_PIXELS = _names("pixels") | {"cell", "identity"}
 """Probes that a stage at site "pixels" can look at. `identity` is then equal for equal pictures, whatever is asked."""
 FROM_TOWER = frozenset(name for name, probe in PROBES.items() if probe.in_tower)
@@ -267,8 +270,8 @@ class View:
         entered: tokens of the picture that entered the language model: fewer than `original` if the tower dropped some.
         side: rows, and columns, of a crop where `cell` is available.
         grid: rows and columns of the picture's tokens, row by row, at site "pixels"; None at other sites.
-        frames: frames of each video; 1 of a picture, and where each frame is decided by itself (`Pruner.per`). Where a model makes
-            one token of several frames that follow each other (Qwen-VL), these count as one.
+        frames: frames of each video; 1 of a picture, and where each frame is decided by itself (`Pruner.per`). Where a model
+            makes one token of several frames that follow each other (Qwen-VL), these count as one.
         over_picture: `[image, visual]` what `Pruner.over_picture` returned for the whole pictures, where each `image` here is
             one crop of a picture (LLaVA-NeXT); None where it is the whole picture.
     """

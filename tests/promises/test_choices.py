@@ -129,7 +129,7 @@ def test_looks_at_what_it_declares(name):
     case = CASES[name]
     see = case.declared(random_view(visual=40, gone=1, in_tower=1))
     probes = Watched(see.probes)
-    case.method.select(View(see.layer, see.original, see.position, probes, see.entered, see.side), 15)
+    case.method.select(View(see.layer, see.original, see.position, probes, see.entered, see.side, see.grid), 15)
     assert probes.seen == case.needs - case.idle
 
 
@@ -154,7 +154,8 @@ def test_an_adaptive_method_stays_within_its_budget(keep):
 
 
 def test_only_thresholds_are_adaptive():
-    assert {name for name, case in CASES.items() if case.method.adaptive} == {"mustdrop-thresholds"}
+    adaptive = {name for name, case in CASES.items() if case.method.adaptive}
+    assert adaptive == {"mustdrop-thresholds", "pixelprune", "pixelprune-tolerance"}
 
 
 # --- in real models ---------------------------------------------------------------------------------------------------

@@ -101,8 +101,12 @@ def test_budgets_are_exact_for_every_picture(family, recipe):
     (unit,) = {"fraction", "tokens"} & arguments.keys()
     shares = [float(share) for share in arguments[unit].split("|")]
     layers = [int(layer) for layer in arguments.get("layer", "0").split("|")]
+    site = "pixels" if recipe.startswith("pixelprune") else "llm"
+    if site == "pixels" and family == "llava_next":  # of every crop, padding included
+        assert all(0.3 * n < now < 0.5 * n for now, n in zip(kept["pixels", 0], originals, strict=True))
+        return
     assert kept == {
-        ("llm", layer): [
+        (site, layer): [
             min(int(share * n + 0.5) if unit == "fraction" else int(share), most)
             for n, most in zip(originals, left, strict=True)
         ]
@@ -182,6 +186,8 @@ def test_report_names_variant_site_and_separators(family, recipe):
         places = [("vision", 0), *places, ("cache", 1)]
     elif recipe == THRESHOLDS:
         places = [*places, ("cache", 2)]
+    elif recipe.startswith("pixelprune"):
+        places = [("pixels", 0)]
     elif recipe.startswith("evit"):
         places = [("vision", 0), ("llm", 0)][: 1 if family == "llava" else 2]
     elif recipe.startswith("flowcut:fraction"):
@@ -190,7 +196,7 @@ def test_report_names_variant_site_and_separators(family, recipe):
 
     text = str(it.report)
     words_for = {"vision": "inside the vision tower", "llm": "before layer {}", "cache": "in the KV cache from layer {} on"}
-    words_for["llm", 0] = "before the language model"
+    words_for |= {("llm", 0): "before the language model", "pixels": "before the vision tower"}
     for site, layer in places:
         assert f"kept {words_for.get((site, layer), words_for[site]).format(layer)} ({name})" in text
     if family == "llava_next":

@@ -115,8 +115,9 @@ def model_and_inputs(family: str, samples=SAMPLES):
     return model.to("meta"), inputs
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if row.name != "pixelprune"], ids=lambda row: row.name)
 def test_a_prompt_is_read_once(row, ask):
+    """PixelPrune counts by the values of pixels, which the device here has not: see `tests/pixels/`."""
     model, inputs = model_and_inputs("llava")
     with vp.wrap(model, row.recipe(row.few)):
         _, reads = ask(model, inputs)

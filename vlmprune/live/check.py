@@ -22,6 +22,7 @@ from vlmprune.live.record import Prefill
 from vlmprune.live.shells import model_inside
 from vlmprune.methods import Pruner
 from vlmprune.recipe import Recipe
+from vlmprune.schedule import IN_TOWER
 
 RELATIVE = 5e-5
 """Largest difference in single precision, as a share of the logits' standard deviation."""
@@ -48,6 +49,7 @@ class Verdict:
         recipe: what was checked.
         rows, steps: size of the batch, and number of new tokens.
         kept: by decoder layer of each stage, how many visual tokens were kept, and of how many.
+        frames: likewise, in how many frames of videos a token was kept, and of how many; empty without videos.
         text_lost: tokens that are no placeholders of pictures, and were dropped; with any, the verdict is "not exact".
     """
 
@@ -67,11 +69,15 @@ class Verdict:
     steps: int
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)
     text_lost: int = 0
+    frames: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         """Everything that can be judged is as promised."""
         return self.verdict == "exact" and self.keep_all is not False and self.restored is not False
+
+    def _frames(self, layer: int) -> list[tuple[int, int]]:
+        return [self.frames[layer]] if layer in self.frames else []
 
     @property
     def _where(self) -> str:
@@ -82,7 +88,10 @@ class Verdict:
         return {**asdict(self), "passed": self.passed}
 
     def __str__(self) -> str:
-        shares = ", ".join(f"{left} of {whole} before layer {layer}" for layer, (left, whole) in self.kept.items())
+        shares = ", ".join(
+            f"{left} of {whole} before layer {layer}" + "".join(f" (in {n} of {of} frames)" for n, of in self._frames(layer))
+            for layer, (left, whole) in self.kept.items()
+        )
         hidden = "masked" if self.judge == "masked" else "cut out"
         what = {
             "exact": f"exact: {self.recipe} computes what the un-pruned model computes with the same tokens {hidden}",
@@ -136,7 +145,8 @@ def check(
     layers = sorted({0, *(stage.layer for stage, _ in whole.stages() if stage.site == "llm")})
     keep_all = f"random:layer={'|'.join(map(str, layers))},fraction={'|'.join('1' for _ in layers)}"
     inside = model_inside(model)
-    judge = Judge(inside, dict(inputs), new_tokens)
+    described = choose_family(inside, family)[0]
+    judge = Judge(inside, dict(inputs), new_tokens, None if described.injected is None else described.injected.features)
     _check_usable(inside, judge, whole)
     wrap(model, whole, family=family).remove()  # refuses what cannot work
     with torch.no_grad():
@@ -157,8 +167,10 @@ def check(
     difference, moved = float(distances.max()), _apart(pruned.logits, unpruned.logits)
     noise = max(_apart(unpruned.logits, cached.logits), _apart(unpruned.logits, shaken.logits))
     tolerance, against = _tolerance(judge.dtype, pruned.logits, noise)
-    token = choose_family(inside, family)[0].image_token(inside.config)
-    lost = _text_lost(claim, judge, token)
+    tokens = {described.image_token(inside.config)}
+    if described.videos is not None:
+        tokens.add(described.videos.token(inside.config))
+    lost = _text_lost(claim, judge, tokens)
     verdict: Any = "exact" if difference <= tolerance and not lost else "not exact"
     if verdict == "exact" and moved < MEANINGFUL * tolerance:
         verdict = "undecided"
@@ -179,16 +191,18 @@ def check(
         rows=record.batch,
         steps=new_tokens,
         kept=_counts(record),
+        frames=_frame_counts(record),
         text_lost=lost,
     )
 
 
-def _text_lost(claim: Claim, judge: Judge, token: int) -> int:
+def _text_lost(claim: Claim, judge: Judge, placeholders: set[int]) -> int:
     """How many tokens a claim drops that are no placeholders."""
     lost = torch.zeros_like(judge.real)
     for mask in (*claim.keep.values(), *claim.keep_cache.values()):
         lost |= ~mask[:, : judge.prompt].to(lost.device)
-    return int((lost & judge.real & (judge.ids != token)).sum())
+    visual = torch.isin(judge.ids, torch.tensor(sorted(placeholders), device=judge.ids.device))
+    return int((lost & judge.real & ~visual).sum())
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> float:
@@ -211,6 +225,15 @@ def _counts(record: Prefill) -> dict[int, tuple[int, int]]:
     for layer in record.keep:
         kept = [image for image in record.kept if image.layer == layer and image.site != "cache"]
         counts[layer] = (sum(len(image.index) for image in kept), sum(image.original for image in kept))
+    return counts
+
+
+def _frame_counts(record: Prefill) -> dict[int, tuple[int, int]]:
+    counts = {}
+    for layer in record.keep:
+        frames = [n for kept in record.kept if kept.layer == layer and kept.site != "cache" for n in kept.by_frame]
+        if frames:
+            counts[layer] = (sum(n > 0 for n in frames), len(frames))
     return counts
 
 
@@ -252,7 +275,7 @@ def _claim(record: Prefill | None, recipe: Recipe, judge: Judge) -> Claim:
         raise UsageError("the prompt has no picture, and there is nothing to check: pass pixel_values and their placeholders.")
     if not any((mask != judge.real.to(mask.device)).any() for mask in (*record.keep.values(), *record.keep_cache.values())):
         raise UsageError(f"{recipe} keeps every token of this prompt, and there is nothing to check: give it a smaller budget.")
-    made = {image.layer for image in record.kept if image.features is not None or image.site == "vision"}
+    made = {image.layer for image in record.kept if image.features is not None or image.site in IN_TOWER}
     if made and record.batch > 1:
         raise UsageError(f"{recipe} makes features of its own, which check follows for one sample only: pass one sample.")
     compact = {
@@ -263,4 +286,5 @@ def _claim(record: Prefill | None, recipe: Recipe, judge: Judge) -> Claim:
     }
     keep = {layer: mask[:, : judge.prompt] for layer, mask in record.keep.items()}
     entered = {layer: judge.entered[layer] for layer in made if layer in keep}
-    return Claim(keep, record.keep_cache, entered, frozenset(compact & set(keep)))
+    injected = judge.injected if any(image.site in IN_TOWER for image in record.kept) else {}
+    return Claim(keep, record.keep_cache, entered, frozenset(compact & set(keep)), injected)

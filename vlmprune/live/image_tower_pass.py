@@ -58,7 +58,7 @@ class ImageTowerPass(TowerPass):
             pruner=pruner if isinstance(pruner, TowerPruner) else None,
             budget=None if inside is None else plan.budget_of(inside, budget),
             drops=True,
-            form=Form(before=tower.before),
+            form=Form(packed=False, before=tower.before),
         )
         self.tower, self.record, self.grid = tower, record, grid
         self._pictures = Pictures(pixels, grid, tower.patch)
@@ -166,7 +166,8 @@ class ImageTowerPass(TowerPass):
 
     def _watches(self, index: int, state: TowerState) -> bool:
         """Whether the attention of a block is looked at."""
-        in_tower = self.pruner is not None and index < self.last and state.cells.shape[1] > state.target
+        watching = self.pruner is not None and self.pruner.watches_block(index, self.last)
+        in_tower = watching and index < self.last and state.cells.shape[1] > state.target
         return in_tower or bool(self._probes.get(index))
 
     def _see(self, index: int) -> Callable[[Tensor, Tensor, Tensor, float], None]:
@@ -204,11 +205,11 @@ class ImageTowerPass(TowerPass):
             if bound.stage.layer == index and bound.stage.site != "vision":
                 chosen = choose(bound, self._keep[bound.number], patches, state, self._pictures)
                 patches, shortened = self._apply(state, chosen.stays, chosen.patches, chosen.counts), True
-                self._note(index, bound, state, patches.detach() if chosen.merges else None)
+                self._note(index, bound, state)
         return torch.cat((before, patches), dim=1) if shortened else hidden
 
-    def _note(self, index: int, bound: BoundStage, state: TowerState, merged: Tensor | None = None) -> None:
+    def _note(self, index: int, bound: BoundStage, state: TowerState) -> None:
         if state.valid is not None and not on_host(state.valid.any(dim=1).all()):
             raise UsageError(f"{bound.method.name} kept no patch of a picture, which then has no feature: keep at least one.")
-        left = Left(index, bound.stage.layer, bound.label, bound.stage.site, state.cells, state.valid, merged)
+        left = Left(index, bound.stage.layer, bound.label, bound.stage.site, state.cells, state.valid)
         self.record.left.append(left)

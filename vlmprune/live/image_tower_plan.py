@@ -60,7 +60,7 @@ class ImageTowerPlan:
                 f"{recipe.redistributors[0].name} redistributes attention in a language model, and {tower.name} has none: "
                 f"choose a method that drops tokens."
             )
-        bound = [_bound(number, *pair) for number, pair in enumerate(recipe.stages(tower.facts))]
+        bound = [_bound(number, *pair) for number, pair in enumerate(recipe.stages(replace(tower.facts, blocks=self.blocks)))]
         self.inside = stage_in_tower(bound, frozenset().union(*(stage.needs for stage in bound)))
         self.stages = [stage for stage in bound if stage is not self.inside]
         for stage in bound:

@@ -37,12 +37,15 @@ class Claim:
         keep_cache: the same for rows behind the prompt.
         merged: by layer, `[1, kept, dim]` what entered it in the pruned run, where that is not the model's own.
         compact: the layers whose stage closes up positions.
+        injected: by name, arguments of the text model that are not the model's own: features of a tower from which patches were
+            dropped, added between layers (DeepStack).
     """
 
     keep: Mapping[int, Tensor]
     keep_cache: Mapping[int, Tensor]
     merged: Mapping[int, Tensor] = field(default_factory=dict)
     compact: frozenset[int] = frozenset()
+    injected: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Judge:
@@ -52,6 +55,7 @@ class Judge:
         model: the model itself.
         inputs: of the prompt.
         steps: how many tokens to generate.
+        injects: name of the text model's argument with what it adds to visual tokens between layers, or None.
 
     Attributes:
         ids, real: `[batch, prompt]` token ids, and which of them are no padding.
@@ -60,10 +64,11 @@ class Judge:
         text_model: the text model.
         recurrent: it has layers without attention.
         entered: by layer, `[1, row, dim]` what entered it in the run that was watched.
+        injected: as in `Claim`, what that run's tower gave; 0 for dropped tokens.
     """
 
-    def __init__(self, model: Any, inputs: dict[str, Any], steps: int) -> None:
-        self._model, self._inputs, self._steps = model, inputs, steps
+    def __init__(self, model: Any, inputs: dict[str, Any], steps: int, injects: str | None = None) -> None:
+        self._model, self._inputs, self._steps, self._injects = model, inputs, steps, injects
         text_model: Any = decoder_inside(model)
         self.text_model, self._layers = text_model, text_model.layers
         self.dtype: torch.dtype = next(self._layers.parameters()).dtype
@@ -76,6 +81,7 @@ class Judge:
         ]
         self.recurrent = any(attention is None for attention in self._attention)
         self.entered: dict[int, Tensor] = {}
+        self.injected: dict[str, Any] = {}
         self._columns = 0  # of the call under way
 
     def generate(self, forced: Tensor | None = None, claim: Claim | None = None, shaken: bool = False) -> Answer:
@@ -100,7 +106,10 @@ class Judge:
                 args, kwargs = _shaken(args, kwargs, random)
             return (self._cut if self.recurrent else self._mask)(claim, index, args, kwargs) or (args, kwargs)
 
-        with self._before_layers(under):
+        give = self.text_model.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, **claim.injected}), with_kwargs=True
+        )
+        with give, self._before_layers(under):
             return self._run({**options, "use_cache": False})
 
     def _run(self, options: dict[str, Any]) -> Answer:
@@ -112,12 +121,18 @@ class Judge:
         """Note what enters the layers of a recipe's stages with the prompt, after the recipe's own hooks."""
         self.entered.clear()
 
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._injects is not None and kwargs.get(self._injects) is not None:
+                self.injected[self._injects] = [part.nan_to_num(posinf=0) for part in kwargs[self._injects]]
+
         def note(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             if hidden.shape[1] > 1 and index not in self.entered and len(hidden) == 1:
                 self.entered[index] = hidden.detach().clone()
 
-        with self._before_layers(note):
+        # Before the recipe's own hook, which takes these arguments over
+        handle = self.text_model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
+        with handle, self._before_layers(note):
             yield
 
     @contextmanager
