@@ -80,7 +80,6 @@ REFUSALS = [
         lambda cell: cell.family in _GLM and "picture" in cell.batch,
         "have the same placeholder",
     ),
-    Refusal("static caches", lambda cell: cell.way == "static", "cache"),
 ]
 
 
