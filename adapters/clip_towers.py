@@ -53,7 +53,6 @@ def _of(tower: Any, root: str, cls: bool, name: str) -> ImageTower:
         width=config.hidden_size,
         queries=config.hidden_size,
         image=(config.image_size, config.image_size),
-        embedding="embeddings.patch_embedding",
         patch=patch_of(embedding),
         averaged=f"encoder.layers.{last}" if cls else "post_layernorm",
         pools=(Pool("head.attention", "key_padding_mask"),) if head else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmprune.adapters.videos import Videos
 from vlmprune.view import TowerFacts
 
 NO_TOWER = TowerFacts()
@@ -105,6 +107,8 @@ class Family:
         facts: traits of its vision tower that methods may ask for.
         tower: the vision tower.
         injected: what the language model adds to visual tokens between its layers.
+        videos: what it does with videos; None if they are not supported.
+        whole_prompt: all tokens of a prompt see each other, its question's too.
         newline: name of the parameter that separates the rows of a packed picture, from the base model.
         reads: the probes that methods may look at; None for all.
         as_built: returns the family with the entries of one base model, if checkpoints differ in them.
@@ -126,9 +130,15 @@ class Family:
     facts: TowerFacts = NO_TOWER
     tower: Tower | None = None
     injected: Injected | None = None
+    videos: Videos | None = None
+    whole_prompt: bool = False
     newline: str | None = None
     reads: frozenset[str] | None = None
     as_built: Callable[[Family, nn.Module], Family] = lambda family, base: family
+
+    def placeholders(self, config: Any) -> tuple[int, ...]:
+        """Ids of all placeholders: of pictures, and of videos."""
+        return (self.image_token(config), *(() if self.videos is None else (self.videos.token(config),)))
 
     def cells(self, inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
         """Per picture, rows of its crops; per crop, `[rows, columns]` the index of the token that each cell became, −1 if the
@@ -137,3 +147,9 @@ class Family:
             return self.crops(inputs, config)
         assert self.image_grid is not None
         return [[[torch.arange(rows * columns).view(rows, columns)]] for rows, columns in self.image_grid(inputs, config)]
+
+    def video_cells(self, inputs: Mapping[str, Any], config: Any) -> list[list[Tensor]]:
+        """Per video, its frames; per frame, `[rows, columns]` the index of the token that each cell became, counted over the
+        whole video. Empty if there are no videos, or nothing says how large their frames are."""
+        grids = None if self.videos is None else self.videos.grids(inputs, config)
+        return [list(torch.arange(math.prod(grid)).view(grid)) for grid in grids or ()]

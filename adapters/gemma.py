@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from math import isqrt, prod
 from typing import Any
 
+from torch import Tensor
+
 from vlmprune.adapters.crops import side_of
 from vlmprune.adapters.family import Family
+from vlmprune.adapters.videos import Videos, written_apart
 from vlmprune.device import on_host
 
 # -- Gemma 3: one raster per picture; crops of a picture (pan and scan) stand apart in the prompt, each with its own budget ---
@@ -37,11 +40,14 @@ GEMMA3 = Family(
 # -- Gemma 4: pictures of any size, as patches with their cells; squares of them become one token -----------------------------
 
 
-def _gemma4_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]:
-    """From the cells (x, y) of the patches, −1 on padding."""
+def _gemma4_rasters(cells: Tensor, config: Any) -> list[tuple[int, int]]:
+    """Rows and columns of tokens, from the cells (x, y) of the patches `[picture, patch, 2]`, −1 on padding."""
     merged = config.vision_config.pooling_kernel_size
-    largest = on_host(inputs["image_position_ids"].amax(dim=1)).tolist()
-    return [((y + 1) // merged, (x + 1) // merged) for x, y in largest]
+    return [((y + 1) // merged, (x + 1) // merged) for x, y in on_host(cells.amax(dim=1)).tolist()]
+
+
+def _gemma4_grid(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]:
+    return _gemma4_rasters(inputs["image_position_ids"], config)
 
 
 def _gemma4_tokens(call: Mapping[str, Any], config: Any) -> list[int] | None:
@@ -50,11 +56,32 @@ def _gemma4_tokens(call: Mapping[str, Any], config: Any) -> list[int] | None:
     return [prod(grid) for grid in _gemma4_grid(call, config)]
 
 
+def _gemma4_video_grids(call: Mapping[str, Any], config: Any) -> list[tuple[int, int, int]] | None:
+    """Frames of all videos follow each other."""
+    cells, frames = call.get("video_position_ids"), call.get("num_frames_per_video")
+    if cells is None or frames is None:
+        return None
+    counts = on_host(frames).tolist()
+    rasters = _gemma4_rasters(cells, config)
+    return [(count, *rasters[sum(counts[:number])]) for number, count in enumerate(counts)]
+
+
+def _gemma4_video_tokens(call: Mapping[str, Any], config: Any) -> list[int] | None:
+    grids = _gemma4_video_grids(call, config)
+    return None if grids is None or call.get("pixel_values_videos") is None else [prod(grid) for grid in grids]
+
+
 GEMMA4 = Family(
     name="gemma4",
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_gemma4_tokens,
     image_grid=_gemma4_grid,
+    videos=Videos(
+        token=lambda config: config.video_token_id,
+        tokens=_gemma4_video_tokens,
+        grids=_gemma4_video_grids,
+        frame=written_apart,
+    ),
 )
 
 
@@ -74,4 +101,5 @@ PALIGEMMA = Family(
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_paligemma_tokens,
     image_grid=_paligemma_grid,
+    whole_prompt=True,
 )

@@ -37,8 +37,7 @@ class ImageTower:
         width: numbers of a token.
         queries: numbers of a token's queries, over all heads.
         image: height and width of the pictures that it takes; None if they may differ.
-        embedding: path of the convolution that makes patches, from the tower.
-        patch: height and width of a patch; None where patches overlap.
+        patch: height and width of a patch; None where patches overlap, or are made by more than one convolution.
         averaged: path of the module whose output is averaged over patches, or may be, from the tower.
         pools: attention behind the blocks that looks at patches.
         rotary: the blocks' keyword argument with rotary embeddings of patches, or None.
@@ -53,7 +52,6 @@ class ImageTower:
     width: int
     queries: int
     image: tuple[int, int] | None
-    embedding: str
     patch: tuple[int, int] | None
     averaged: str
     pools: tuple[Pool, ...] = ()

@@ -1,8 +1,10 @@
 """LLaVA-NeXT and LLaVA-NeXT-Video (`model_type: llava_next`, `llava_next_video`): a base view and crops of each picture, packed
-into one raster without the padding, with a learned row separator after each row."""
+into one raster without the padding, with a learned row separator after each row. A frame of a video is a base view; squares of
+its patches become one token before the projector, and there is no separator."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.adapters.crops import side_of
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.llava import CLIP
+from vlmprune.adapters.videos import Videos, of_equal_size
 from vlmprune.view import TowerFacts
 
 
@@ -97,5 +101,39 @@ LLAVA_NEXT = Family(
     newline="image_newline",
 )
 
-LLAVA_NEXT_VIDEO = replace(LLAVA_NEXT, name="llava_next_video")
-"""Its pictures; videos are refused."""
+# -- videos (LLaVA-NeXT-Video) -----------------------------------------------------------------------------------------------
+
+
+def _pooled(config: Any) -> int:
+    return int(config.spatial_pool_stride)
+
+
+def _frame_side(config: Any) -> int:
+    """Tokens on a side of a frame."""
+    return side_of(config.vision_config, 1) // _pooled(config)
+
+
+def _video_grids(call: Mapping[str, Any], config: Any) -> list[tuple[int, int, int]] | None:
+    if (pixels := call.get("pixel_values_videos")) is None:
+        return None
+    videos, frames = pixels.shape[:2]
+    return [(frames, _frame_side(config), _frame_side(config))] * videos
+
+
+def _video_tokens(call: Mapping[str, Any], config: Any) -> list[int] | None:
+    grids = _video_grids(call, config)
+    return None if grids is None else [math.prod(grid) for grid in grids]
+
+
+LLAVA_NEXT_VIDEO = replace(
+    LLAVA_NEXT,
+    name="llava_next_video",
+    videos=Videos(
+        token=lambda config: config.video_token_id,
+        tokens=_video_tokens,
+        grids=_video_grids,
+        frame=of_equal_size(lambda config: _frame_side(config) ** 2),
+        pool="vision_resampler",
+        pooled=_pooled,
+    ),
+)

@@ -1,6 +1,7 @@
 """LLaVA-OneVision (`model_type: llava_onevision`): a base view and crops as in LLaVA-NeXT, made smaller where they would be
 more than the model's limit, with a learned row separator after each row; of several pictures in a sample only base views, with
-one separator each. No CLS token."""
+one separator each. No CLS token. A frame of a video is a base view of which 2 × 2 tokens are made one; one separator stands
+at the end of a video."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from vlmprune.adapters.crops import side_of
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.llava_next import best_resolution, packed, unpadded
+from vlmprune.adapters.videos import Videos, of_equal_size
 from vlmprune.device import on_host
 
 
@@ -63,10 +65,36 @@ def _crops(inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
     return pictures
 
 
+# -- videos --------------------------------------------------------------------------------------------------------------------
+
+
+def _frame_side(config: Any) -> int:
+    """Tokens on a side of a frame."""
+    return math.ceil(side_of(config.vision_config, 1) / 2)
+
+
+def _video_grids(call: Mapping[str, Any], config: Any) -> list[tuple[int, int, int]] | None:
+    if (pixels := call.get("pixel_values_videos")) is None:
+        return None
+    videos, frames = pixels.shape[:2]
+    return [(frames, _frame_side(config), _frame_side(config))] * videos
+
+
+def _video_tokens(call: Mapping[str, Any], config: Any) -> list[int] | None:
+    grids = _video_grids(call, config)
+    return None if grids is None else [math.prod(grid) + 1 for grid in grids]
+
+
 LLAVA_ONEVISION = Family(
     name="llava_onevision",
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_tokens_per_image,
     crops=_crops,
+    videos=Videos(
+        token=lambda config: config.video_token_id,
+        tokens=_video_tokens,
+        grids=_video_grids,
+        frame=of_equal_size(lambda config: _frame_side(config) ** 2),
+    ),
     newline="image_newline",
 )

@@ -5,7 +5,8 @@
 
 1. environment; 2. every kernel against its reference at real sizes, on poisoned memory (tests/kernels/rule.py has the rule);
 3. kernels against the machine's limits, measured in the same run; 4. whole models, pruned and un-pruned in interleaved
-rounds; 5. how often a prefill waits for the GPU; 6. one JSON, one picture and one log.
+rounds, a video of 16,384 visual tokens among them (benchmarks/long_inputs.py); 5. how often a prefill waits for the GPU; 6. one
+JSON, one picture and one log.
 
 Steps run in order of importance. A step that does not fit into the budget is listed as not run, and one that breaks as failed;
 the others still run. A step that is running when the budget is spent ends after its current round, if it has three; GRACE
@@ -351,6 +352,28 @@ def run_models(session: Session) -> None:
     loaded.release()
 
 
+LONG = "a long video"
+
+
+def run_long(session: Session) -> None:
+    """A video of 16,384 visual tokens, un-pruned and under `long_inputs.RECIPES`; there are no goals."""
+    import long_inputs as long
+    import torch
+
+    def work() -> str:
+        if session.rehearsal:
+            shape, dtype, reduce, rounds = long.shape(frames=10, side=4), torch.float32, 16, 1
+        else:
+            shape, dtype, reduce, rounds = long.shape(), torch.bfloat16, 1, 3
+        rows = long.measure(shape, session.device, dtype, reduce, rounds, session.in_time, session.spent)
+        for row in rows:
+            numbers = {"recipe": row.recipe, "visual": row.visual} if session.rehearsal else row.to_dict()
+            session.models.append({"shape": shape.name, **numbers})
+        return ", ".join(f"{row.recipe} keeps {row.visual:g}" for row in rows)
+
+    session.step(LONG, 90, work)
+
+
 WAITS = "waiting for the GPU in a prefill"
 
 
@@ -475,6 +498,7 @@ def main(
     time_kernels(session)
     session.apart.end()  # models need the memory
     run_models(session)
+    run_long(session)
     check_variants(session, slice(first.stop, None))
     replay_kernels(session)
     session.apart.end()

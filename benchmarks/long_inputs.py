@@ -37,7 +37,7 @@ MERGE, PATCH, TEMPORAL = 2, 16, 2
 TIMESTAMP = 4
 """Words of a timestamp."""
 SHARES = (0.25, 0.1)
-METHODS = ("random", "evs", "vidcom2", "divprune")
+METHODS = ("evs", "vidcom2", "divprune")
 RECIPES = tuple(f"{method}:fraction={share:g}" for method in METHODS for share in SHARES)
 COLUMNS = (
     "recipe",
@@ -52,16 +52,16 @@ COLUMNS = (
 )
 
 
-def shape(frames: int = FRAMES) -> Shape:
-    """Qwen3-VL-8B with a video of `frames` steps in time."""
+def shape(frames: int = FRAMES, side: int = SIDE) -> Shape:
+    """Qwen3-VL-8B with a video of `frames` steps in time, each of `side` × `side` visual tokens."""
     return Shape(
         "qwen3-vl-8b, video",
-        frames * SIDE * SIDE,
+        frames * side * side,
         8_767_123_696,
         RECIPES,
         Qwen3VLForConditionalGeneration,
         _config,
-        partial(_video, frames),
+        partial(_video, frames, side),
     )
 
 
@@ -101,28 +101,27 @@ def _config(reduce: int) -> Qwen3VLConfig:
     )
 
 
-def _video(frames: int, config: Any, batch: int, random: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+def _video(frames: int, side: int, config: Any, batch: int, random: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
     """Every step in time: a timestamp, and a run of placeholders between marks."""
-    shown = [config.vision_start_token_id, *[config.video_token_id] * (SIDE * SIDE), config.vision_end_token_id]
+    shown = [config.vision_start_token_id, *[config.video_token_id] * (side * side), config.vision_end_token_id]
     stamps = torch.randint(10, 1000, (frames, TIMESTAMP), generator=random).tolist()
-    pixels = torch.randn(batch * frames * (MERGE * SIDE) ** 2, 3 * TEMPORAL * PATCH**2, generator=random)
-    grids = torch.tensor([[frames, MERGE * SIDE, MERGE * SIDE]]).expand(batch, -1)
+    pixels = torch.randn(batch * frames * (MERGE * side) ** 2, 3 * TEMPORAL * PATCH**2, generator=random)
+    grids = torch.tensor([[frames, MERGE * side, MERGE * side]]).expand(batch, -1)
     return [word for own in stamps for word in (*own, *shown)], {"pixel_values_videos": pixels, "video_grid_thw": grids}
 
 
 def measure(
+    made: Shape,
     device: str,
     dtype: torch.dtype,
-    frames: int,
     reduce: int,
     rounds: int,
     tick: Callable[[], None],
     enough: Callable[[], bool] = lambda: False,
 ) -> list[Measured]:
     """The un-pruned model and `RECIPES`, in interleaved rounds; `tick` and `enough` as in `bench.measure`."""
-    made = shape(frames)
     model = made.build(device, dtype, reduce)
-    return bench.measure(model, made.inputs(model, 1), RECIPES, rounds, 1, tick, enough)
+    return bench.measure(model, made.inputs(model, 1), made.recipes, rounds, 1, tick, enough)
 
 
 def result(numbers: Mapping[str, Any]) -> Result:
@@ -163,7 +162,7 @@ def main(
     torch.set_num_threads(threads)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("long inputs", total=(rounds + 1) * (len(RECIPES) + 1))
-        rows = measure("cpu", torch.float32, frames, reduce, rounds, lambda: progress.advance(task))
+        rows = measure(shape(frames), "cpu", torch.float32, reduce, rounds, lambda: progress.advance(task))
     out.parent.mkdir(parents=True, exist_ok=True)
     command = f"python benchmarks/long_inputs.py --frames {frames} --reduce {reduce} --rounds {rounds} --threads {threads}"
     title = f"{shape(frames).name}, {shape(frames).visual:,} visual tokens, widths / {reduce}, fp32"

@@ -15,7 +15,7 @@ from vlmprune.evals.answering import answer, recipe_name
 from vlmprune.evals.answers import UNPRUNED as UNPRUNED
 from vlmprune.evals.answers import Answered
 from vlmprune.evals.asking import Asking
-from vlmprune.evals.questions import SCENES, open_questions
+from vlmprune.evals.questions import CLIPS, SCENES, open_questions
 from vlmprune.evals.results import Result
 from vlmprune.evals.shards import ALONE, USUAL_WAIT, Shard
 from vlmprune.evals.stats import LEVEL, Difference, Estimate, correct, differences_of_many, estimate, estimate_by_group
@@ -203,7 +203,7 @@ def _title(numbers: Mapping[str, Any], scenes: bool) -> str:
     if scenes:
         return f"accuracy in %, {numbers['images']} held-out scenes ({numbers['split']})"
     split = f", {numbers['split']}" if numbers.get("split") else ""
-    about = f"{numbers['questions']} questions, {numbers['pictures']} pictures"
+    about = f"{numbers['questions']} questions, {numbers['pictures']} {'clips' if numbers['data'] == CLIPS else 'pictures'}"
     return f"score in %, {Path(numbers['data']).name}{split}: {about}, by {', '.join(numbers['scorers'])}"
 
 
@@ -215,7 +215,7 @@ def _asked(numbers: Mapping[str, Any], plain: Row) -> str:
     groups = f" Questions per {'skill' if numbers['data'] == SCENES else 'group'}: {counts}." if len(plain.by_skill) > 1 else ""
     return (
         f"Scored by {', '.join(numbers['scorers'])}: {numbers['questions']:,} questions about "
-        f"{numbers['pictures']:,} pictures.{groups}"
+        f"{numbers['pictures']:,} {'clips' if numbers['data'] == CLIPS else 'pictures'}.{groups}"
     )
 
 

@@ -57,11 +57,12 @@ class Asking:
         processor: the model's.
         questions: what is asked.
         batch_size: questions in a batch.
-        encode_once: encode each picture once per batch, not once per question. For LLaVA-1.5 only, whose features are then
-            exactly those of the plain way.
+        encode_once: encode each picture or video once per batch, not once per question. For LLaVA-1.5 and videos of
+            LLaVA-NeXT-Video only, whose features are then exactly those of the plain way.
 
     Attributes:
-        batches: numbers of the questions of each batch. Questions without a picture have batches of their own.
+        batches: numbers of the questions of each batch. Questions without a picture, and such with a video, have
+            batches of their own.
         texts: whole prompts.
 
     Raises:
@@ -107,11 +108,12 @@ class Asking:
     def _inputs(self, number: int) -> Any:
         chosen = self.batches[number]
         asked = [self.questions[index] for index in chosen]
-        return make_batch(self.processor, [one.pictures() for one in asked], [self.texts[index] for index in chosen])
+        texts = [self.texts[index] for index in chosen]
+        return make_batch(self.processor, [one.pictures() for one in asked], texts, [one.clips() for one in asked])
 
     def _generate(self, model: Any, inputs: Any, number: int) -> list[str]:
         inputs = to_model(model, inputs)
-        more = self._encoded(model, inputs, number) if self.encode_once and "pixel_values" in inputs else {}
+        more = self._encoded(model, inputs, number) if self.encode_once else {}
         tokens = model.generate(**inputs, **more, do_sample=False, num_beams=1, max_new_tokens=self.questions.max_new_tokens)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [self._ended(answer) for answer in self.processor.batch_decode(new, skip_special_tokens=True)]
@@ -123,29 +125,37 @@ class Asking:
         return answer.strip()
 
     def _encoded(self, model: Any, inputs: Any, number: int) -> dict[str, Any]:
-        """Features of the batch's pictures as an argument of `generate`, each picture encoded once; takes out the pixels."""
-        pictures = [key_of(image) for index in self.batches[number] for image in self.questions[index].images]
-        distinct = list(dict.fromkeys(pictures))
-        pixels: Tensor = inputs.pop("pixel_values")[[pictures.index(key) for key in distinct]]
-        encoded = model.get_image_features(pixel_values=pixels, return_dict=True)
-        # Each question gets the features of its picture; a method finds by them what it computed in the tower.
-        encoded.pooler_output = [encoded.pooler_output[distinct.index(key)] for key in pictures]
-        return {"mm_encoder_outputs": {"image": encoded}}
+        """Features of the batch's pictures or videos as an argument of `generate`, each of them encoded once; takes out the
+        pixels."""
+        found = {}
+        for modality, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if pixels not in inputs:
+                continue
+            asked = [self.questions[index] for index in self.batches[number]]
+            shown = [key_of(one) for question in asked for one in (question.images if modality == "image" else question.videos)]
+            distinct = list(dict.fromkeys(shown))
+            own: Tensor = inputs.pop(pixels)[[shown.index(key) for key in distinct]]
+            encoded = getattr(model, f"get_{modality}_features")(**{pixels: own}, return_dict=True)
+            # Each question gets the features of what it is about; a method finds by them what it computed in the tower.
+            parts = [encoded.pooler_output[distinct.index(key)] for key in shown]
+            encoded.pooler_output = parts if modality == "image" else torch.stack(parts)
+            found[modality] = encoded
+        return {"mm_encoder_outputs": found} if found else {}
 
 
 def _whole(processor: Any, question: Question) -> str:
     try:
-        return prompt_text(processor, question.text, len(question.images))
+        return prompt_text(processor, question.text, len(question.images), len(question.videos))
     except vlmprune.UsageError as error:
         raise vlmprune.UsageError(f"question {question.id}: {error}") from error
 
 
 def batches_of(questions: Sequence[Question], size: int) -> list[list[int]]:
-    """Numbers of the questions in batches of at most `size`, in order; with and without pictures apart."""
+    """Numbers of the questions in batches of at most `size`, in order; with and without pictures, or videos, apart."""
     batches: list[list[int]] = []
-    growing: dict[bool, list[int]] = {}
+    growing: dict[tuple[bool, bool], list[int]] = {}
     for number, question in enumerate(questions):
-        pictured = bool(question.images)
+        pictured = bool(question.images), bool(question.videos)
         if len(growing.get(pictured, ())) in (0, size):
             batches.append([])
             growing[pictured] = batches[-1]

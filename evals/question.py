@@ -1,4 +1,4 @@
-"""One kind of question for every command: pictures, a text, the right answers, and how an answer is scored."""
+"""One kind of question for every command: pictures or videos, a text, the right answers, and how an answer is scored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about no, one or several pictures.
+    """A question about no, one or several pictures or videos.
 
     Attributes:
         id: in reports and result files; no two questions of a set have the same.
@@ -28,6 +28,8 @@ class Question:
         unit: what is independent of other units, usually the picture. Intervals resample whole units.
         scorer: name in `scorers.SCORERS`.
         judge: for the scorer `task`: the score of an answer.
+        videos: videos in the order of the prompt: a list of frames as PIL images, or an object with `frames()`, which gives
+            one.
     """
 
     id: str
@@ -39,6 +41,7 @@ class Question:
     unit: str = ""
     scorer: str = "exact"
     judge: Callable[[str], float] | None = field(default=None, compare=False, repr=False)
+    videos: tuple[Any, ...] = field(default=(), repr=False)
 
     def pictures(self, report: Callable[[str], object] = lambda note: None) -> list[Image.Image]:
         """The pictures as RGB; files are opened at each call.
@@ -50,6 +53,10 @@ class Question:
             UsageError: a picture cannot be read.
         """
         return [opened(image, report) for image in self.images]
+
+    def clips(self) -> list[list[Image.Image]]:
+        """The frames of every video."""
+        return [video.frames() if hasattr(video, "frames") else list(video) for video in self.videos]
 
 
 @dataclass(frozen=True)

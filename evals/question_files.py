@@ -1,7 +1,8 @@
-"""Questions from a folder with `questions.jsonl`: one JSON object per line; pictures are named relative to the folder.
+"""Questions from a folder with `questions.jsonl`: one JSON object per line; files are named relative to the folder.
 
     {"image": "cat.png", "question": "Is there a cat?", "answer": "Yes"}
     {"images": ["a.png", "b.png"], "question": "Which is older?", "choices": ["first", "second"], "answer": "A", "group": "age"}
+    {"video": "door.mp4", "frames": 16, "question": "Does the door open?", "answer": "Yes"}
 
 docs/evaluation.md describes every key.
 """
@@ -16,9 +17,24 @@ from typing import Any
 from vlmprune.errors import UsageError
 from vlmprune.evals.question import Question
 from vlmprune.evals.scorers import LETTERS, check_scorer
+from vlmprune.loading.videos import VideoFile
 
 FILE = "questions.jsonl"
-KEYS = ("id", "image", "images", "question", "answer", "answers", "choices", "group", "unit", "scorer")
+KEYS = (
+    "id",
+    "image",
+    "images",
+    "video",
+    "videos",
+    "frames",
+    "question",
+    "answer",
+    "answers",
+    "choices",
+    "group",
+    "unit",
+    "scorer",
+)
 LETTER_WANTED = "Answer with the option's letter."
 
 
@@ -68,6 +84,7 @@ def _entry(line: str, where: str) -> dict[str, Any]:
 def _question(
     folder: Path, number: int, entry: Mapping[str, Any], where: str, needs: Collection[str], scorer: str | None
 ) -> Question:
+    filmed = _texts(entry, "video", where)
     names = _texts(entry, "image", where, needed="image" in needs)
     text = _text(entry, "question", where)
     answers = _texts(entry, "answer", where, needed=True) if "answer" in needs else ()
@@ -81,7 +98,10 @@ def _question(
     for path in paths:
         if path.is_dir():
             raise UsageError(f"{where}: {path} is a folder, give the path of a picture.")
-    shown = ", ".join(names)
+    frames = entry.get("frames")
+    if frames is not None and (not isinstance(frames, int) or isinstance(frames, bool) or frames < 1 or not filmed):
+        raise UsageError(f"{where} needs a whole number from 1 as 'frames', beside a video: found {frames!r}.")
+    shown = ", ".join((*names, *filmed))
     return Question(
         id=_text(entry, "id", where) if "id" in entry else f"{number} {shown}".strip(),
         images=paths,
@@ -91,6 +111,7 @@ def _question(
         group=_text(entry, "group", where) if "group" in entry else "",
         unit=_text(entry, "unit", where) if "unit" in entry else shown or f"line {number}",
         scorer=own,
+        videos=tuple(VideoFile(folder / name, frames) for name in filmed),
     )
 
 

@@ -1,12 +1,14 @@
-"""Open questions of any kind by one name: scenes of the embedded model, a folder of yours, a dataset, a task of lmms-eval."""
+"""Open questions of any kind by one name: scenes or clips of the embedded models, a folder of yours, a dataset, a task of
+lmms-eval."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmprune.errors import UsageError, unknown
 from vlmprune.evals.question import Question as Question
@@ -19,10 +21,17 @@ from vlmprune.evals.scorers import check_scored, check_scorer
 from vlmprune.loading.datasets import holds_dataset
 from vlmprune.loading.pictures import summary
 from vlmprune.tiny.answers import LONGEST_ANSWER
+from vlmprune.tiny.clips import make_clip
 from vlmprune.tiny.scenes import SPLITS, make_scene
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SCENES = "scenes"
 """Name of the built-in questions: held-out scenes of the embedded model."""
+CLIPS = "clips"
+"""Name of the built-in questions about videos: held-out clips of the embedded model for clips."""
+DRAWN = (SCENES, CLIPS)
 USUAL_SCENES = 150
 NAMED = 3
 """How many broken pictures a refusal names."""
@@ -43,11 +52,11 @@ def open_questions(
     """Open questions, and check everything about them before a model is loaded. Every picture is read once.
 
     Args:
-        spec: `scenes`; a folder with `questions.jsonl`; a folder with a Hugging Face dataset; the name or the
+        spec: `scenes` or `clips`; a folder with `questions.jsonl`; a folder with a Hugging Face dataset; the name or the
             YAML file of a task of lmms-eval.
-        images: how many scenes (default 150); of other questions, how many at most (default: all).
-        split: of the scenes, "test" (default) or "dev"; of a dataset, needed where it has several.
-        seed: other seeds have other scenes. Other questions are the same for every seed.
+        images: how many scenes or clips (default 150); of other questions, how many at most (default: all).
+        split: of scenes and clips, "test" (default) or "dev"; of a dataset, needed where it has several.
+        seed: other seeds have other scenes and clips. Other questions are the same for every seed.
         scorer: for all questions that name none. Default: exact for scenes, choice where there are choices, else normalised.
         columns: of a dataset: what the columns mean, where their names are unusual, for example `{"question": "query"}`.
         needs: "answer" and "image", where every question must have one.
@@ -61,8 +70,9 @@ def open_questions(
         check_scorer(scorer)
     base = QuestionSet(str(spec), (), "")
     notes: list[str] = []
-    if str(spec) == SCENES:
-        found = scene_questions(images or USUAL_SCENES, split or "test", seed, scorer or "exact")
+    if str(spec) in DRAWN:
+        drawn = scene_questions if str(spec) == SCENES else clip_questions
+        found = drawn(images or USUAL_SCENES, split or "test", seed, scorer or "exact")
         base = replace(base, max_new_tokens=LONGEST_ANSWER)
     elif (folder := Path(spec).expanduser()).is_dir():
         if (folder / FILE).exists() or not holds_dataset(folder):
@@ -77,7 +87,7 @@ def open_questions(
         task = read_task(str(spec), images, scorer)
         found = task.questions
         base = replace(base, max_new_tokens=task.max_new_tokens, until=task.until, metric=task.metric)
-    if images is not None and str(spec) != SCENES and len(found) < images:
+    if images is not None and str(spec) not in DRAWN and len(found) < images:
         notes.append(f"there are {len(found)} questions, fewer than the {images} asked for")
     _check_ids(found)
     if "answer" in needs:
@@ -131,6 +141,47 @@ def scene_questions(images: int, split: str = "test", seed: int = 0, scorer: str
                 )
             )
     return asked
+
+
+def clip_questions(images: int, split: str = "test", seed: int = 0, scorer: str = "exact") -> list[Question]:
+    """Every question about held-out clips, clip after clip; their frames are drawn when they are asked about.
+
+    Raises:
+        UsageError: an unknown split.
+    """
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    seeds = {number: SPLITS[split] + number for number in range(seed * images, (seed + 1) * images)}
+    clips = {number: (make_clip(own), _Drawn(own)) for number, own in seeds.items()}
+    return [
+        Question(
+            id=f"{split} {number} {ordinal}",
+            images=(),
+            text=question.text,
+            answers=(question.answer,),
+            group=question.skill,
+            unit=f"{split} {number}",
+            scorer=scorer,
+            videos=(drawn,),
+        )
+        for number, (clip, drawn) in clips.items()
+        for ordinal, question in enumerate(clip.questions)
+    ]
+
+
+class _Drawn:
+    """A clip whose frames are drawn when they are asked for, and kept for the questions that follow."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def frames(self) -> list[Image.Image]:
+        return _frames(self.seed)
+
+
+@lru_cache(maxsize=64)
+def _frames(seed: int) -> list[Image.Image]:
+    return make_clip(seed).frames()
 
 
 # -- pictures and fingerprint ------------------------------------------------------------------------------------------------
@@ -204,7 +255,14 @@ def picture_digest(picture: Any) -> str:
 def fingerprint_of(questions: Sequence[Question], digest: Callable[[Any], str]) -> str:
     """A hash of everything that is asked."""
     whole = blake2b(digest_size=12)
+    seen: dict[int, str] = {}
     for question in questions:
         plain = replace(question, images=tuple(digest(image) for image in question.images))
         whole.update(repr(plain).encode())
+        if any(id(video) not in seen for video in question.videos):
+            seen |= {
+                id(video): " ".join(map(picture_digest, frames))
+                for video, frames in zip(question.videos, question.clips(), strict=True)
+            }
+        whole.update("".join(seen[id(video)] for video in question.videos).encode())
     return whole.hexdigest()

@@ -14,8 +14,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vlmprune.errors import UsageError, first_line, shown
 
 CAPTIONS, CLASSES = "captions.jsonl", "classes.json"
@@ -57,6 +55,8 @@ class PictureSet:
         """So many of them, drawn with a fixed seed; all if None."""
         if count is None or count >= len(self):
             return self
+        import numpy as np
+
         chosen = sorted(np.random.default_rng(0).permutation(len(self))[:count].tolist())
         pick = lambda values: tuple(values[index] for index in chosen) if values else ()  # noqa: E731
         return PictureSet(self.folder, pick(self.paths), self.classes, pick(self.labels), pick(self.captions))
@@ -95,8 +95,8 @@ def _by_class(folder: Path) -> PictureSet:
     found = {one.name: pictures for one in sorted(folder.iterdir()) if one.is_dir() and (pictures := _pictures(one))}
     if len(found) < 2:
         raise UsageError(
-            f"{folder} holds pictures of {len(found)} classes: give a folder with a folder of pictures for each class (at least "
-            f"two), or with {CAPTIONS}."
+            f"{folder} holds pictures of {len(found)} classes: give a folder with a folder of pictures for each class (at "
+            f"least two), or with {CAPTIONS}."
         )
     names = _names(folder / CLASSES, list(found))
     if len(set(names)) < len(names):
@@ -125,7 +125,7 @@ def _with_captions(folder: Path) -> PictureSet:
         if not line.strip():
             continue
         entry = _json(file, line, f", line {number}")
-        texts = entry.get("captions") if isinstance(entry, dict) else None
+        texts: Any = entry.get("captions") if isinstance(entry, dict) else None
         texts = [texts] if isinstance(texts, str) else texts
         good = isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
         if not good or not isinstance(entry.get("image"), str):

@@ -17,8 +17,8 @@ def result(numbers: Mapping[str, Any]) -> Result:
     """The result of an evaluation.
 
     Args:
-        numbers: `rows` as `Row.to_dict()` gives them, with `model`, `data`, `pictures`, `classes`, `templates`, `batch`, `notes`
-            and `results.stamp()`.
+        numbers: `rows` as `Row.to_dict()` gives them, with `model`, `data`, `pictures`, `classes`, `captions`, `templates`,
+            `batch`, `notes` and `results.stamp()`.
     """
     rows = [Row.from_dict(row) for row in numbers["rows"]]
     kinds = list(rows[0].scores)
@@ -27,11 +27,7 @@ def result(numbers: Mapping[str, Any]) -> Result:
     for row in rows:
         plain = row.recipe == UNPRUNED
         name = row.recipe if plain else code(row.recipe)
-        lost = (
-            "—"
-            if plain
-            else f"{100 * row.lost[first].value:.1f} [{100 * row.lost[first].low:.1f}, {100 * row.lost[first].high:.1f}]"
-        )
+        lost = "—" if plain else str(row.lost[first]).lstrip("+")
         speed = "1" if plain else f"{row.speedup[0]:.2f} [{row.speedup[1]:.2f}, {row.speedup[2]:.2f}]"
         bound = "1" if plain else f"{row.bound:.2f}"
         cells.append([name, *(str(row.scores[kind]) for kind in kinds), lost, f"{row.per_second:.1f}", speed, bound])
@@ -55,8 +51,8 @@ def _about(numbers: Mapping[str, Any]) -> str:
 def _said(numbers: Mapping[str, Any], rows: list[Row], first: str) -> list[str]:
     """What the columns mean, and which losses could not be seen."""
     said = [
-        "bound: how many times fewer FLOPs the blocks of the image tower compute than un-pruned; the rest of the model is not "
-        f"counted. Pictures per second: of encoding batches of {numbers['batch']}, each un-pruned and under every recipe in turn.",
+        "bound: how many times fewer FLOPs the blocks of the image tower compute than un-pruned; nothing else is counted. "
+        f"Pictures per second: of encoding batches of {numbers['batch']}, each un-pruned and under every recipe in turn.",
     ]
     if numbers["classes"]:
         said.append("Texts: " + "; ".join(f"“{template}”" for template in numbers["templates"]) + ".")

@@ -178,12 +178,32 @@ PRUNING = (
         drops_only=False,
     ),
     Pruning(
+        "evs",
+        tiny=("layer=0,fraction=0.4",),
+        few="tokens=4",
+        long=("tokens=300",),
+        written=("layer=0|3,fraction=0.5|0.25,positions=compact",),
+        views={"evs": Form(vp.EVS(), layer=0, idle=frozenset({"features", "frame"}))},  # a picture has one frame
+    ),
+    Pruning(
         "fastv",
         tiny=("layer=2,fraction=0.4",),
         few="layer=2,tokens=4",
         long=("layer=2,tokens=300",),
         written=("layer=2|4,fraction=0.5|0.25,positions=compact",),
         views={"fastv": Form(vp.FastV())},
+    ),
+    Pruning(
+        "fastvid",
+        tiny=("layer=0,fraction=0.4",),
+        few="tokens=4",
+        long=("tokens=300",),
+        written=("tokens=64,segments=3,threshold=-0.5,context=0.4,every=2,own=0.25,positions=compact",),
+        views={
+            "fastvid": Form(vp.FastVID(), layer=0, merges=True),
+            "fastvid-salient": Form(vp.FastVID(context=0.4), layer=0, merges=True),
+        },
+        drops_only=False,
     ),
     Pruning(
         "flowcut",
@@ -293,6 +313,14 @@ PRUNING = (
         long=("tokens=300",),
         written=("layer=5,tokens=3,positions=compact", "fraction=0.5,site=pixels"),
         views={"uniform": Form(vp.Uniform(), layer=0)},
+    ),
+    Pruning(
+        "vidcom2",
+        tiny=("layer=0,fraction=0.4",),
+        few="tokens=4",
+        long=("tokens=300",),
+        written=("layer=0|2,fraction=0.5|0.125,positions=compact",),
+        views={"vidcom2": Form(vp.VidCom2(), layer=0)},
     ),
     Pruning(
         "visionzip",

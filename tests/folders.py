@@ -17,9 +17,12 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    SiglipVisionConfig,
 )
 
 from vlmprune import tiny
@@ -28,7 +31,8 @@ SIDE, PATCH = 48, 8
 PINPOINTS = [[48, 96], [96, 48], [96, 96]]
 QWEN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}\n{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}\n{% endfor %}"
 )
 
@@ -162,4 +166,55 @@ def qwen2_5_vl(folder: Path, layers: int = 4) -> Path:
     return folder
 
 
+def llava_onevision(folder: Path, layers: int = 4) -> Path:
+    """LLaVA-OneVision: frames of 6 × 6 patches, of which 3 × 3 tokens are left."""
+    base = _processor()
+    base.tokenizer.add_tokens([AddedToken("<video>", special=True)])
+    tokenizer = base.tokenizer
+    image, video = tokenizer.convert_tokens_to_ids([base.image_token, "<video>"])
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+        vision_use_head=False,
+    )
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=_text(len(tokenizer), layers),
+        image_token_id=image,
+        video_token_id=video,
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    LlavaOnevisionForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"height": SIDE, "width": SIDE}
+    parts = {
+        "image_processor": {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "size": size,
+            "image_grid_pinpoints": PINPOINTS,
+        },
+        "video_processor": {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": size},
+        "processor_class": "LlavaOnevisionProcessor",
+        "num_image_tokens": (SIDE // PATCH) ** 2,
+        "vision_feature_select_strategy": "full",
+        "image_token": base.image_token,
+        "video_token": "<video>",
+    }
+    (folder / "processor_config.json").write_text(json.dumps(parts))
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+        "{% else %}<{{ part['type'] }}> {% endif %}{% endfor %}{% endfor %}"
+    )
+    return folder
+
+
 FOLDERS = {"llava": llava, "llava_next": llava_next, "qwen2_5_vl": qwen2_5_vl}
+
+OF_VIDEOS = {"qwen2_5_vl": qwen2_5_vl, "llava_onevision": llava_onevision}

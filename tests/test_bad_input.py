@@ -145,9 +145,16 @@ def test_embeddings_with_pictures_merged():
 
 
 def test_videos():
+    """Videos of families that have them: tests/video."""
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
+    called(model, "videos of llava are not supported: pass the frames", pixel_values_videos=inputs["pixel_values"], **inputs)
+
+
+def test_videos_without_a_grid():
     model = shared("qwen2_5_vl")
     inputs = make_inputs("qwen2_5_vl", model, [["text2", "image", "text2"]])
-    called(model, "videos are not pruned yet", pixel_values_videos=inputs["pixel_values"], **inputs)
+    called(model, "not what says how many frames they make", pixel_values_videos=inputs["pixel_values"], **inputs)
 
 
 def test_four_dimensional_mask():
@@ -158,10 +165,11 @@ def test_four_dimensional_mask():
     called(model, "attention_mask is a tensor of shape [1, 1, 19, 20], where 20 tokens follow 0", **inputs)
 
 
-def test_static_cache():
+def test_static_cache_that_is_too_short():
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
-    called(model, "needs a plain DynamicCache, found a StaticLayer", past_key_values=StaticCache(model.config, 64), **inputs)
+    sentence = "has places for 16 tokens, found 0 in it and 20 to come: make one with a max_cache_len of 20 or more"
+    called(model, sentence, past_key_values=StaticCache(model.config, 16), **inputs)
 
 
 def test_cache_pruned_by_another_recipe():

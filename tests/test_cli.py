@@ -94,7 +94,7 @@ def test_methods_and_env(monkeypatch, capsys):
     [
         (("run", "--image", "nowhere.png"), "there is no picture at nowhere.png"),
         (("run", "--image", "{text}"), "is not a picture that can be read"),
-        (("run", "--recipe", "fastvv"), "unknown method 'fastvv': did you mean 'fastv'?"),
+        (("run", "--recipe", "fastvv"), "unknown method 'fastvv': did you mean 'fastv' or 'fastvid'?"),
         (("run", "--recipe", "fastv:layer=99"), "fastv prunes at layer 99, but the model has layers 0 to 7"),
         (("run", "--image", "{cut}"), "is not a picture that can be read"),
         (("run", "--model", "{tmp}"), "no model at"),
@@ -122,7 +122,8 @@ def test_methods_and_env(monkeypatch, capsys):
         (("run", "--max-new-tokens", "0"), "Invalid value for '--max-new-tokens'"),
         (("tune", "--method"), "Option '--method' requires an argument; `vlmprune tune -h` lists all options"),
         (("run", "extra"), "unexpected extra argument"),
-        (("view",), "Missing option '--image'"),
+        (("view",), "Missing option '--prompt'"),
+        (("view", "--prompt", "x"), "nothing is shown: give --image with a picture, or --video"),
         (("tune",), "tune needs an accuracy budget, for example --max-drop 1.0, or one method"),
         (("tune", "--method", "adaptinfr"), "unknown method 'adaptinfr': did you mean 'adaptinfer'?"),
         (("tune", "--method", "fastv"), "the methods that can be tuned are: adaptinfer; found 'fastv'"),
@@ -181,7 +182,7 @@ def test_mistakes(monkeypatch, capsys, tmp_path, picture, arguments, sentence):
         (
             ("run", "--model", "tiny", "--image", "a.png", "--prompt", "x", "--recipe", "fastvv:layer=2"),
             2,
-            "did you mean 'fastv'?",
+            "did you mean 'fastv' or 'fastvid'?",
         ),
         (("run", "--model", "tiny", "--image", "a.png", "--prompt", "x"), 2, "there is no picture at a.png"),
         (("methods", "divprun"), 2, "did you mean 'divprune'"),

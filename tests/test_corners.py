@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from oracles import (
     masked_forward,
 )
 from tiny_models import FIRST_WORD, VOCAB, build, make_inputs, shared
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticCache
 
 import vlmprune as vp
 from vlmprune.adapters.llava import LLAVA
@@ -367,17 +368,18 @@ def test_strings_lose_no_digit(text):
 
 
 def test_encoded_videos_are_refused():
-    model = shared("qwen2_5_vl")
-    inputs = make_inputs("qwen2_5_vl", model, [["text2", "image", "text2"]])
-    with vp.wrap(model, "random:layer=1,fraction=0.5"), pytest.raises(vp.UsageError, match="videos are not pruned yet"):
-        model(mm_encoder_outputs={"video": object()}, **inputs)
+    """Of families that take none; what others do with them is in tests/video."""
+    model = shared("llava")
+    inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
+    with vp.wrap(model, "random:layer=1,fraction=0.5"), pytest.raises(vp.UsageError, match="videos of llava are not"):
+        model(mm_encoder_outputs={"video": SimpleNamespace()}, **inputs)
 
 
-def test_offloaded_cache_is_refused():
-    """Transformers builds one on GPUs only; the refusal needs none."""
-    cache = DynamicCache(config=shared("llava").config.text_config)
+def test_offloaded_static_cache_is_refused():
+    """Transformers builds one on GPUs only; the refusal needs none. What grows may be offloaded (tests/generation)."""
+    cache = StaticCache(config=shared("llava").config.text_config, max_cache_len=32)
     cache.offloading = True
-    with pytest.raises(vp.UsageError, match="an offloaded cache"):
+    with pytest.raises(vp.UsageError, match="an offloaded static cache"):
         pruned_layers(cache, [0], (0,), lambda layer: pytest.fail("it has no entries"))
 
 

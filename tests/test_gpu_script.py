@@ -51,6 +51,8 @@ def test_rehearsal(tmp_path):
     assert all(goal["found"] is None for goal in found["goals"])
     assert all(timing["ms"] is None and timing["bytes_moved"] > 0 for timing in found["kernels"]["timings"])
     assert not any("faster" in row or "times" in row for row in found["models"])
+    long = {row["recipe"]: row["visual"] for row in found["models"] if row["shape"] == "qwen3-vl-8b, video"}
+    assert (long["un-pruned"], long["evs:fraction=0.1"], long["divprune:fraction=0.25"]) == (160, 16, 40)
     assert "flowcut:tokens=64" in found["synchronisations"]
     assert Image.open(tmp_path / "gpu.png").width > 1000
 

@@ -44,8 +44,8 @@ def test_published_defaults():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("fastvv:layer=2", "unknown method 'fastvv': did you mean 'fastv'?"),
-        ("zzz", "unknown method 'zzz': known: act, adaptinfer, cdpruner, cls, dart, divprune, evit, fastv, flowcut,"),
+        ("fastvv:layer=2", "unknown method 'fastvv': did you mean 'fastv' or 'fastvid'?"),
+        ("zzz", "unknown method 'zzz': known: act, adaptinfer, cdpruner, cls, dart, divprune, evit, evs, fastv, fastvid,"),
         ("", "the recipe is empty: name a method"),
         ("fastv + ", "a part of the recipe 'fastv + ' is empty"),
         ("fastv:leyer=2", "unknown parameter of fastv 'leyer': did you mean 'layer' or 'per' or 'cache_layer'?"),

@@ -98,7 +98,14 @@ def test_report_as_data():
     data = report.to_dict()
     assert json.loads(json.dumps(data)) == data
     assert data["flops"] == report.flops
-    assert data["stages"][1] == {"layer": 2, "method": "random", "site": "llm", "kept": [3] * 3, "original": [16] * 3}
+    assert data["stages"][1] == {
+        "layer": 2,
+        "method": "random",
+        "site": "llm",
+        "kept": [3] * 3,
+        "original": [16] * 3,
+        "frames": [[]] * 3,
+    }
     assert data["edits"][0]["layers"] == [1]
 
 

@@ -314,7 +314,7 @@ def test_command(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--method", "fastvv"), "unknown method 'fastvv': did you mean 'fastv'?"),
+        (("--method", "fastvv"), "unknown method 'fastvv': did you mean 'fastv' or 'fastvid'?"),
         (("--budget", "1.5"), "a budget is a share of the visual tokens between 0 and 1, found 1.5"),
         (("--split", "zzz"), "unknown split 'zzz'"),
     ],

@@ -13,6 +13,8 @@ from vlmprune.errors import UsageError, unknown
 
 FILE = "vlmprune.json"
 """What a recipe's file is called in a folder or repository."""
+OPEN_CLIP = "open_clip:"
+"""What the name of a model of open_clip begins with: open_clip:NAME/PRETRAINED."""
 HOME = Path(__file__).parent
 FOLDER = HOME / "methods"
 KINDS = ("pruning", "redistribution")

@@ -28,6 +28,8 @@ from vlmprune.errors import UsageError
 from vlmprune.kernels.dispatch import Checked, Cost, Impl, bytes_of, check, check_dim, check_heads, use_triton
 from vlmprune.kernels.grouped_attention import cpu, reference
 from vlmprune.kernels.grouped_attention.reference import Coefficients
+from vlmprune.kernels.grouped_attention.reference import grouped_attention as plain_grouped
+from vlmprune.kernels.grouped_attention.reference import scored_attention as plain_scored
 
 __all__ = [
     "Coefficients",
@@ -36,6 +38,8 @@ __all__ = [
     "column_means",
     "cost",
     "grouped_attention",
+    "plain_grouped",
+    "plain_scored",
     "scored_attention",
 ]
 

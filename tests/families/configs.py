@@ -62,21 +62,24 @@ def _siglip(**more: Any) -> Any:
     )
 
 
-def _clip() -> Any:
+def _clip(side: int = 3) -> Any:
     return tf.CLIPVisionConfig(
         hidden_size=TOWER,
         intermediate_size=24,
         num_hidden_layers=3,
         num_attention_heads=2,
-        image_size=NEXT_SIDE * PATCH,
+        image_size=side * PATCH,
         patch_size=PATCH,
         projection_dim=WIDTH,
     )
 
 
 NEXT_SIDE = 3
-"""Patches along a crop's side where pictures become several crops (LLaVA-NeXT-Video, LLaVA-OneVision)."""
+"""Patches along a crop's side where pictures become several crops (LLaVA-NeXT, LLaVA-OneVision)."""
 PINPOINTS = [[12, 24], [24, 12], [24, 24]]
+POOLED_SIDE = 4
+"""The same of LLaVA-NeXT-Video, where squares of 2 × 2 patches of a frame become one token."""
+POOLED_PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 SIZES = ((10, 10), (23, 15))
 """(height, width) in pixels of even and odd pictures of the families with crops."""
 
@@ -260,12 +263,12 @@ def llava_onevision() -> Any:
 
 def llava_next_video() -> Any:
     return tf.LlavaNextVideoConfig(
-        vision_config=_clip(),
+        vision_config=_clip(POOLED_SIDE),
         text_config=_text(tf.LlamaConfig),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
-        image_seq_length=NEXT_SIDE**2,
-        image_grid_pinpoints=PINPOINTS,
+        image_seq_length=POOLED_SIDE**2,
+        image_grid_pinpoints=POOLED_PINPOINTS,
         tie_word_embeddings=False,
     )
 

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
-from families.cells import STAGES, Cell
+from families.cells import STAGES, Cell, Refusal
+from families.configs import IMAGE, VIDEO
 from families.oracles import MOVED, TOLERANCE, Keep, dropped_row, expected_logits
-from families.table import BATCHES, TINY, make_inputs, shared, visual_columns
+from families.table import ALL_FRAMES, BATCHES, FRAMES, TINY, make_inputs, shared, visual_columns
 from torch import Tensor
 
 import vlmprune as vp
@@ -48,7 +50,7 @@ def check_moved(name: str, model: Any, samples: list[list[str]], new: Tensor, gi
     """Pruning changed the logits of every row with a picture."""
     unpruned = expected_logits(name, model, samples, {}, new[:, :-1])
     for row, parts in enumerate(samples):
-        if "image" in parts:
+        if "image" in parts or "video" in parts:
             assert (given[row] - unpruned[row]).abs().max() > MOVED, f"pruning changed nothing in row {row}"
 
 
@@ -172,6 +174,47 @@ def removed(cell: Cell, model: Any, wrap: Wrap) -> None:
     equal(untouched(cell, model), stock)
 
 
+def static(cell: Cell, model: Any, wrap: Wrap) -> None:
+    """The cache has its final size from the start."""
+    inputs = make_inputs(cell.family, BATCHES[cell.batch])
+    with wrap(model, cell.recipe) as run:
+        _, new, logits = generate(model, inputs, cache_implementation="static", disable_compile=True)
+        keep = run.last.keep
+    close(logits, expected_logits(cell.family, model, BATCHES[cell.batch], keep, new[:, :-1]))
+
+
+def per_frame(cell: Cell, model: Any, wrap: Wrap) -> None:
+    """As greedy; and every frame of every video keeps what the budget says."""
+    samples = BATCHES[cell.batch]
+    inputs = make_inputs(cell.family, samples)
+    with wrap(model, cell.recipe) as run:
+        _, new, logits = generate(model, inputs)
+        keep, kept = run.last.keep, run.last.kept
+    close(logits, expected_logits(cell.family, model, samples, keep, new[:, :-1]))
+    check_moved(cell.family, model, samples, new, logits)
+    tokens = [(count, frames) for row, parts in enumerate(samples) for count, frames in videos_of(cell.family, parts, row)]
+    shares = [(layer, share, video) for layer, share in STAGES[cell.stages].items() for video in tokens]
+    for stage, (layer, share, (count, frames)) in zip(kept, shares, strict=True):
+        assert (stage.layer, stage.original) == (layer, count * frames)
+        of_frame = torch.bincount(stage.index // count, minlength=frames)
+        assert of_frame.tolist() == [max(int(share * count + 0.5), 1)] * frames
+
+
+def videos_of(family: str, parts: list[str], row: int) -> list[tuple[int, int]]:
+    """(tokens of a frame, frames) of each video of a row, from the placeholders that the table writes."""
+    tiny, visual = TINY[family], [part for part in parts if part in ("image", "video")]
+    found = []
+    for number, part in enumerate(visual):
+        if part == "video":
+            ids = torch.tensor(tiny.video(torch.Generator().manual_seed(0), row + number).ids)
+            frames, rows, columns = FRAMES[(row + number) % 2]
+            placeholders = int(((ids == IMAGE) | (ids == VIDEO)).sum())
+            if placeholders != frames * rows * columns:  # frames of one size
+                frames, rows, columns = ALL_FRAMES, placeholders // ALL_FRAMES, 1
+            found.append((rows * columns, frames))
+    return found
+
+
 RUN: dict[str, Callable[[Cell, Any, Wrap], None]] = {
     "greedy": greedy,
     "second turn": second_turn,
@@ -181,6 +224,8 @@ RUN: dict[str, Callable[[Cell, Any, Wrap], None]] = {
     "prompt lookup": prompt_lookup,
     "keep all": keep_all,
     "removed": removed,
+    "static": static,
+    "per frame": per_frame,
 }
 
 
@@ -203,3 +248,24 @@ def run(cell: Cell, stock: bool = False) -> None:
         AssertionError: it computes something else.
     """
     RUN[cell.way](cell, shared(cell.family, cell.attention), not_wrapped if stock else vp.wrap)
+
+
+def run_or_refuse(cell: Cell, refusal: Refusal | None, record: Callable[[str, object], None]) -> None:
+    """Run a cell that must pass; of one that is refused, check the words, record the reason, and skip.
+
+    Args:
+        refusal: the one that the cell must meet.
+        record: pytest's `record_property`.
+    """
+    if refusal is None:
+        return run(cell)
+    if refusal.words:
+        with pytest.raises(vp.UsageError) as found:
+            run(cell)
+        assert refusal.words in str(found.value)
+        assert "\n" not in str(found.value)
+    else:
+        with pytest.raises((ValueError, AssertionError)):
+            run(cell, stock=True)
+    record("reason", refusal.reason)
+    pytest.skip(refusal.reason)

@@ -5,7 +5,8 @@ few, or at a wrong position, changes the logits (standard deviation 1) by a few 
 What a fresh stock model sets to a constant (norms, biases, scales) stays around this constant, whatever it is: norms that
 multiply by 1 + w are centred at 0 then, and others at 1.
 
-The pictures of odd number are larger than those of even number wherever the family allows it: batches are really ragged.
+The pictures of odd number are larger than those of even number wherever the family allows it: batches are really ragged. So are
+videos, and those of odd number have a frame more.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ from families.configs import (
     PAD,
     PATCH,
     PINPOINTS,
+    POOLED_PINPOINTS,
+    POOLED_SIDE,
     ROW,
     SIDE,
     SIZES,
     START,
     TIME,
+    VIDEO,
     VOCAB,
 )
 from transformers.models.llava_next.modeling_llava_next import (
@@ -142,17 +146,21 @@ def _gemma4(random: torch.Generator, number: int) -> Picture:
     return Picture([START, *[IMAGE] * (rows * columns), END], {"pixel_values": values, "image_position_ids": positions})
 
 
-def _crops(random: torch.Generator, number: int) -> Picture:
-    """An overview and crops, with a row separator behind every row (LLaVA-NeXT-Video, LLaVA-OneVision)."""
-    size, side = SIZES[number % 2], NEXT_SIDE * PATCH
-    crops = image_size_to_num_patches(size, PINPOINTS, side)
-    most = max(image_size_to_num_patches(size, PINPOINTS, side) for size in SIZES)
-    values = torch.zeros(1, most, 3, side, side)
-    values[0, :crops] = _pixels(random, crops, 3, side, side)
-    down, across = get_anyres_image_grid_shape(size, PINPOINTS, side)
-    rows, columns = unpad_image(torch.empty(1, down * NEXT_SIDE, across * NEXT_SIDE), size).shape[1:]
-    tokens = NEXT_SIDE**2 + rows * (columns + 1)
-    return Picture([IMAGE] * tokens, {"pixel_values": values, "image_sizes": torch.tensor([size])})
+def _crops(patches: int = NEXT_SIDE, pinpoints: list[list[int]] = PINPOINTS) -> Any:
+    """An overview and crops, with a row separator behind every row (LLaVA-NeXT, LLaVA-OneVision)."""
+
+    def make(random: torch.Generator, number: int) -> Picture:
+        size, side = SIZES[number % 2], patches * PATCH
+        crops = image_size_to_num_patches(size, pinpoints, side)
+        most = max(image_size_to_num_patches(size, pinpoints, side) for size in SIZES)
+        values = torch.zeros(1, most, 3, side, side)
+        values[0, :crops] = _pixels(random, crops, 3, side, side)
+        down, across = get_anyres_image_grid_shape(size, pinpoints, side)
+        rows, columns = unpad_image(torch.empty(1, down * patches, across * patches), size).shape[1:]
+        tokens = patches**2 + rows * (columns + 1)
+        return Picture([IMAGE] * tokens, {"pixel_values": values, "image_sizes": torch.tensor([size])})
+
+    return make
 
 
 def _idefics(random: torch.Generator, number: int) -> Picture:
@@ -198,6 +206,73 @@ def _perception(random: torch.Generator, number: int) -> Picture:
     return Picture([IMAGE] * (2 * (SIDE // 2) ** 2), {"pixel_values": values})
 
 
+# -- videos ------------------------------------------------------------------------------------------------------------------
+
+FRAMES = ((2, 2, 2), (3, 2, 3))
+"""(frames, rows, columns) of tokens of even and odd videos of any resolution."""
+ALL_FRAMES = 3
+"""Frames of every video where videos of one batch have the same number."""
+
+
+def _packed_video(apart: bool, timed: bool = False) -> Any:
+    """Patches in one sequence; all frames in one run, or each in one of its own with its time before it (Qwen)."""
+
+    def make(random: torch.Generator, number: int) -> Picture:
+        frames, rows, columns = FRAMES[number % 2]
+        grid = [frames, rows * MERGE, columns * MERGE]
+        ids = [START, *[VIDEO] * (frames * rows * columns), END]
+        if apart:
+            ids = [token for f in range(frames) for token in (FIRST_WORD + f, START, *[VIDEO] * (rows * columns), END)]
+        values = _pixels(random, frames * grid[1] * grid[2], 3 * TIME * PATCH**2)
+        tensors = {"pixel_values_videos": values, "video_grid_thw": torch.tensor([grid])}
+        return Picture(ids, {**tensors, "second_per_grid_ts": torch.tensor([0.5 + number % 2 / 4])} if timed else tensors)
+
+    return make
+
+
+def _glm_video(random: torch.Generator, number: int) -> Picture:
+    """Frames in the placeholder of pictures, each with its time behind it, between two marks."""
+    video = _packed_video(False)(random, number)
+    frames, rows, columns = FRAMES[number % 2]
+    ids = [token for f in range(frames) for token in (START, *[IMAGE] * (rows * columns), END, FIRST_WORD + f)]
+    return Picture([BREAK, *ids, FAKE], video.tensors)
+
+
+def _gemma4_video(random: torch.Generator, number: int) -> Picture:
+    """The frames of all videos follow each other."""
+    frames, rows, columns = FRAMES[number % 2]
+    most = max(r * c for _, r, c in FRAMES) * MERGE**2
+    cells = torch.cartesian_prod(torch.arange(rows * MERGE), torch.arange(columns * MERGE)).flip(1)
+    values, positions = torch.zeros(frames, most, 3 * PATCH**2), torch.full((frames, most, 2), -1)
+    values[:, : len(cells)] = _pixels(random, frames, len(cells), 3 * PATCH**2)
+    positions[:, : len(cells)] = cells
+    ids = [token for f in range(frames) for token in (FIRST_WORD + f, START, *[VIDEO] * (rows * columns), END)]
+    tensors = {"pixel_values_videos": values, "video_position_ids": positions, "num_frames_per_video": torch.tensor([frames])}
+    return Picture(ids, tensors)
+
+
+def _video_llama_video(random: torch.Generator, number: int) -> Picture:
+    frames, rows, columns = FRAMES[number % 2]
+    grid = [frames, rows * MERGE, columns * MERGE]
+    ids = [token for f in range(frames) for token in (FIRST_WORD + f, *[VIDEO] * (rows * columns))]
+    tensors = {
+        "pixel_values_videos": _pixels(random, frames * grid[1] * grid[2], 3 * PATCH**2),
+        "video_grid_thw": torch.tensor([grid]),
+        "video_merge_sizes": torch.tensor([MERGE]),
+    }
+    return Picture(ids, tensors)
+
+
+def _frames(side: int, tokens: int, separators: int) -> Any:
+    """Frames of one size, with `tokens` each, in one run (LLaVA-OneVision, LLaVA-NeXT-Video)."""
+
+    def make(random: torch.Generator, number: int) -> Picture:
+        values = _pixels(random, 1, ALL_FRAMES, 3, side * PATCH, side * PATCH)
+        return Picture([VIDEO] * (ALL_FRAMES * tokens + separators), {"pixel_values_videos": values})
+
+    return make
+
+
 # -- what is beside the pixels -----------------------------------------------------------------------------------------------
 
 
@@ -217,7 +292,8 @@ def _by_row(pictures: list[list[Picture]], length: int) -> Tensors:
 
 def _joined(pictures: list[list[Picture]], length: int) -> Tensors:
     every = [picture.tensors for row in pictures for picture in row]
-    return {name: torch.cat([tensors[name] for tensors in every]) for name in (every[0] if every else ())}
+    names = dict.fromkeys(name for tensors in every for name in tensors)
+    return {name: torch.cat([tensors[name] for tensors in every if name in tensors]) for name in names}
 
 
 @dataclass(frozen=True)
@@ -228,9 +304,10 @@ class Tiny:
         model: its transformers class.
         config: makes its configuration.
         picture: makes picture `number`.
+        video: makes video `number`; None where videos are not supported.
         collate: joins the pictures of all rows into arguments of a call.
         kinds: name of the argument `[batch, sequence]` that states which tokens are a picture's, or "".
-        kind_of_image, kind_of_new: its value at placeholders and at generated tokens (0 elsewhere).
+        kind_of_image, kind_of_new: its value at placeholders of pictures and at generated tokens (2 at a video's, 0 elsewhere).
         pictures_first: prompts begin with their pictures.
         attentions: the attention implementations that run here; the first is what the model takes by itself.
         seed: of the weights. With some, rounding decides: between two experts or heads, or more than 5e-5 of what recurrent
@@ -255,6 +332,7 @@ class Tiny:
     injected: int = 0
     window: int = 0
     blocks: bool = False
+    video: Callable[[torch.Generator, int], Picture] | None = None
 
     @property
     def plain(self) -> bool:
@@ -271,13 +349,29 @@ _TILE = (SIDE // 2) ** 2
 
 TINY = {
     "llava": Tiny(tf.LlavaForConditionalGeneration, configs.llava, _one_raster(NEXT_SIDE**2, NEXT_SIDE)),
-    "llava_next": Tiny(tf.LlavaNextForConditionalGeneration, configs.llava_next, _crops),
-    "qwen2_vl": Tiny(tf.Qwen2VLForConditionalGeneration, configs.qwen2_vl, _packed, **_QWEN),
-    "qwen2_5_vl": Tiny(tf.Qwen2_5_VLForConditionalGeneration, configs.qwen2_5_vl, _packed, **_QWEN),
-    "qwen3_vl": Tiny(tf.Qwen3VLForConditionalGeneration, configs.qwen3_vl, _packed, injected=3, **_QWEN),
-    "qwen3_vl_moe": Tiny(tf.Qwen3VLMoeForConditionalGeneration, configs.qwen3_vl_moe, _packed, injected=3, **_QWEN),
-    "qwen3_5": Tiny(tf.Qwen3_5ForConditionalGeneration, configs.qwen3_5, _packed, recurrent=True, **_QWEN),
-    "qwen3_5_moe": Tiny(tf.Qwen3_5MoeForConditionalGeneration, configs.qwen3_5_moe, _packed, seed=1, recurrent=True, **_QWEN),
+    "llava_next": Tiny(tf.LlavaNextForConditionalGeneration, configs.llava_next, _crops()),
+    "qwen2_vl": Tiny(tf.Qwen2VLForConditionalGeneration, configs.qwen2_vl, _packed, video=_packed_video(False), **_QWEN),
+    "qwen2_5_vl": Tiny(
+        tf.Qwen2_5_VLForConditionalGeneration, configs.qwen2_5_vl, _packed, video=_packed_video(False, timed=True), **_QWEN
+    ),
+    "qwen3_vl": Tiny(
+        tf.Qwen3VLForConditionalGeneration, configs.qwen3_vl, _packed, injected=3, video=_packed_video(True), **_QWEN
+    ),
+    "qwen3_vl_moe": Tiny(
+        tf.Qwen3VLMoeForConditionalGeneration, configs.qwen3_vl_moe, _packed, injected=3, video=_packed_video(True), **_QWEN
+    ),
+    "qwen3_5": Tiny(
+        tf.Qwen3_5ForConditionalGeneration, configs.qwen3_5, _packed, recurrent=True, video=_packed_video(True), **_QWEN
+    ),
+    "qwen3_5_moe": Tiny(
+        tf.Qwen3_5MoeForConditionalGeneration,
+        configs.qwen3_5_moe,
+        _packed,
+        seed=1,
+        recurrent=True,
+        video=_packed_video(True),
+        **_QWEN,
+    ),
     "internvl": Tiny(tf.InternVLForConditionalGeneration, configs.internvl, _tile_run(_TILE, SIDE)),
     "gemma3": Tiny(
         tf.Gemma3ForConditionalGeneration,
@@ -294,6 +388,7 @@ TINY = {
         kinds="mm_token_type_ids",
         window=configs.WINDOW,
         blocks=True,
+        video=_gemma4_video,
     ),
     "gemma4_moe": Tiny(
         tf.Gemma4ForConditionalGeneration,
@@ -302,17 +397,25 @@ TINY = {
         kinds="mm_token_type_ids",
         window=configs.WINDOW,
         blocks=True,
+        video=_gemma4_video,
     ),
     "gemma4_e": Tiny(
-        tf.Gemma4ForConditionalGeneration, configs.gemma4_e, _gemma4, kinds="mm_token_type_ids", window=configs.WINDOW
+        tf.Gemma4ForConditionalGeneration,
+        configs.gemma4_e,
+        _gemma4,
+        kinds="mm_token_type_ids",
+        window=configs.WINDOW,
+        video=_gemma4_video,
     ),
-    "llava_onevision": Tiny(tf.LlavaOnevisionForConditionalGeneration, configs.llava_onevision, _crops),
+    "llava_onevision": Tiny(
+        tf.LlavaOnevisionForConditionalGeneration, configs.llava_onevision, _crops(), video=_frames(NEXT_SIDE, 4, 1)
+    ),
     "smolvlm": Tiny(tf.SmolVLMForConditionalGeneration, configs.smolvlm, _idefics, _by_row),
     "idefics3": Tiny(tf.Idefics3ForConditionalGeneration, configs.idefics3, _idefics, _by_row),
     "mistral3": Tiny(tf.Mistral3ForConditionalGeneration, configs.mistral3, _pixtral),
-    "glm4v": Tiny(tf.Glm4vForConditionalGeneration, configs.glm4v, _packed, **_QWEN),
-    "glm46v": Tiny(tf.Glm46VForConditionalGeneration, configs.glm46v, _packed, **_QWEN),
-    "glm4v_moe": Tiny(tf.Glm4vMoeForConditionalGeneration, configs.glm4v_moe, _packed, seed=1, **_QWEN),
+    "glm4v": Tiny(tf.Glm4vForConditionalGeneration, configs.glm4v, _packed, video=_glm_video, **_QWEN),
+    "glm46v": Tiny(tf.Glm46VForConditionalGeneration, configs.glm46v, _packed, video=_glm_video, **_QWEN),
+    "glm4v_moe": Tiny(tf.Glm4vMoeForConditionalGeneration, configs.glm4v_moe, _packed, seed=1, video=_glm_video, **_QWEN),
     "paligemma": Tiny(
         tf.PaliGemmaForConditionalGeneration,
         configs.paligemma,
@@ -340,8 +443,15 @@ TINY = {
     "cohere2_vision": Tiny(
         tf.Cohere2VisionForConditionalGeneration, configs.cohere2_vision, _tile_run(_TILE, SIDE), window=configs.WINDOW
     ),
-    "llava_next_video": Tiny(tf.LlavaNextVideoForConditionalGeneration, configs.llava_next_video, _crops),
-    "video_llama_3": Tiny(tf.VideoLlama3ForConditionalGeneration, configs.video_llama_3, _video_llama),
+    "llava_next_video": Tiny(
+        tf.LlavaNextVideoForConditionalGeneration,
+        configs.llava_next_video,
+        _crops(POOLED_SIDE, POOLED_PINPOINTS),
+        video=_frames(POOLED_SIDE, 4, 0),
+    ),
+    "video_llama_3": Tiny(
+        tf.VideoLlama3ForConditionalGeneration, configs.video_llama_3, _video_llama, video=_video_llama_video
+    ),
     "perception_lm": Tiny(tf.PerceptionLMForConditionalGeneration, configs.perception_lm, _perception),
     "ovis2": Tiny(tf.Ovis2ForConditionalGeneration, configs.ovis2, _ovis),
     "fast_vlm": Tiny(tf.FastVlmForConditionalGeneration, configs.fast_vlm, _one_raster(NEXT_SIDE**2, NEXT_SIDE)),
@@ -409,6 +519,12 @@ BATCHES = {
     "pictures": [["text2", "image", "text3", "image", "text4"]],
     "ragged": [["text3", "image", "text6"], ["text2", "image", "text3", "image", "text4"], ["image", "text5"]],
     "text row": [["text2", "image", "text9"], ["text11"], ["text1", "image", "image", "text3"]],
+    "video": [["text4", "video", "text5"]],
+    "two videos": [["text2", "video", "text3", "video", "text4"]],
+    "videos, ragged": [["text3", "video", "text6"], ["text2", "video", "text3", "video", "text4"], ["video", "text5"]],
+    "picture, video": [["text2", "image", "text3", "video", "text4"], ["text3", "image", "video", "text6"]],
+    "video, picture": [["text2", "video", "text3", "image", "text4"], ["text3", "video", "image", "text6"]],
+    "video, text row": [["text2", "video", "text9"], ["text11"]],
 }
 """By a name of the tests. `long` is beyond the window at the prompt, `one` only in decoding or not at all; the rows of `ragged`
 have different lengths, and different numbers of visual tokens wherever pictures may have different sizes or numbers."""
@@ -419,7 +535,7 @@ def make_inputs(name: str, samples: list[list[str]], seed: int = 0, first: int =
 
     Args:
         name: a key of `TINY`.
-        samples: for every row its parts: `"image"` or `"textN"` (N random words).
+        samples: for every row its parts: `"image"`, `"video"` or `"textN"` (N random words).
         seed, first: row `i` depends on `seed` and `first + i` only.
         pad: the side of the padding.
     """
@@ -431,8 +547,8 @@ def make_inputs(name: str, samples: list[list[str]], seed: int = 0, first: int =
         if tiny.pictures_first:
             parts = sorted(parts, key=lambda part: part != "image")
         for part in parts:
-            if part == "image":
-                of_row.append(tiny.picture(random, index + len(of_row)))
+            if part in ("image", "video"):
+                of_row.append((tiny.picture if part == "image" else tiny.video)(random, index + len(of_row)))
                 ids += of_row[-1].ids
             else:
                 ids += torch.randint(FIRST_WORD, VOCAB, (int(part.removeprefix("text")),), generator=random).tolist()
@@ -447,7 +563,10 @@ def make_inputs(name: str, samples: list[list[str]], seed: int = 0, first: int =
         attention_mask[row, place] = 1
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **tiny.collate(pictures, length)}
     if tiny.kinds:
-        inputs[tiny.kinds] = (input_ids == IMAGE).long() * tiny.kind_of_image
+        videos = input_ids == VIDEO
+        if tiny.video is _glm_video:
+            videos = (input_ids == IMAGE) & ((input_ids == BREAK).cumsum(1) > (input_ids == FAKE).cumsum(1))
+        inputs[tiny.kinds] = ((input_ids == IMAGE) & ~videos).long() * tiny.kind_of_image + videos * 2
     return inputs
 
 
@@ -471,7 +590,7 @@ def extended(name: str, inputs: dict[str, Any], new: torch.Tensor) -> dict[str, 
 
 def visual_columns(inputs: dict[str, Any]) -> torch.Tensor:
     """`[batch, sequence]`: where the placeholders are."""
-    return inputs["input_ids"] == IMAGE
+    return (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
 
 
 __all__ = ["BATCHES", "LAYERS", "NAMES", "TINY", "build", "extended", "make_inputs", "make_single", "shared", "visual_columns"]

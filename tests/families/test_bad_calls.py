@@ -20,11 +20,20 @@ def sentence(model, **inputs) -> str:
     return str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "glm4v", "llava_onevision", "llava_next_video", "video_llama_3", "perception_lm"])
+@pytest.mark.parametrize("name", ["internvl", "perception_lm"])
 def test_videos_are_refused(name):
-    """Red: frames that nobody counted are pruned, or a video fails with a trace."""
+    """Red: frames that nobody counted are pruned, or a video fails with a trace. Families that take videos: tests/video."""
     inputs = make_inputs(name, BATCHES["one"])
-    assert "videos are not pruned yet" in sentence(shared(name), **inputs, pixel_values_videos=torch.zeros(1, 2, 3, 8, 8))
+    found = sentence(shared(name), **inputs, pixel_values_videos=torch.zeros(1, 2, 3, 8, 8))
+    assert f"videos of {name} are not supported: pass the frames as pictures" in found
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "glm4v", "gemma4", "video_llama_3"])
+def test_videos_without_what_says_their_frames_are_refused(name):
+    """Red: a video without its grid is taken for a prompt without one."""
+    inputs = make_inputs(name, BATCHES["one"])
+    found = sentence(shared(name), **inputs, pixel_values_videos=torch.zeros(1, 2, 3, 8, 8))
+    assert "not what says how many frames they make" in found
 
 
 @pytest.mark.parametrize("name", ["fast_vlm", "perception_lm"])

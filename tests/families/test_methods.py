@@ -1,65 +1,23 @@
 """Every method × every family: it keeps its contract on the family's tiny model, or is refused in a sentence that says why.
 
-Which pairs are refused is written down in `REFUSED`, by what the model lacks. Pairs that neither run nor stand there fail.
+Which pairs are refused is written down in `families/pairs.py`, by what the model lacks. Pairs that neither run nor stand there
+fail.
 """
 
 from __future__ import annotations
 
 import os
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
-import torch
-from cases import PRUNING, REDISTRIBUTION, ROWS, VAR
-from families.oracles import MOVED, TOLERANCE, expected_logits
-from families.running import generate
-from families.table import BATCHES, NAMES, TINY, make_inputs, make_single, shared
+from cases import PRUNING, REDISTRIBUTION
+from families.pairs import FULL, Pair, prunes, redistributes
+from families.table import BATCHES, NAMES, TINY
 
-import vlmprune as vp
 from vlmprune.adapters.registry import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 WHOLE = os.environ.get("VLMPRUNE_FAMILIES") == "all"
-CLS = {"llava", "llava_next", "llava_next_video", "internvl"}
-"""Families whose tower has a CLS token that methods may use."""
-UNITS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v"}
-"""Families whose tower merges squares of patches into tokens."""
-PATCHES = (CLS | UNITS) - {"internvl"}
-"""Families where patches can be dropped before the vision tower."""
-VANISHING = {
-    "act": "beta=0.9999999,alpha=0",
-    "pai": "alpha=1e-7",
-    "paint": "alpha=1e-7,beta=1e-7",
-    "var": "p=1e-7,sink_dims=5",
-    "vhr": "alpha=1.0000001",
-    "zerotuning": "gain=1.0000001",
-}
-"""Arguments under which a redistribution edits, and changes almost nothing: the attention it computes is the model's own."""
-STRONG = {"var": VAR.replace("5|40", "5|20")}
-"""Arguments that change what is computed, where those of wider models do not fit."""
-FULL = dict.fromkeys(("gemma3", "gemma4", "gemma4_moe", "aya_vision", "cohere2_vision"), "2|5")
-FULL |= {"gemma4_e": "1|3", "paligemma2": "1|3|5", "qwen3_5": "1|5", "qwen3_5_moe": "1|5", "lfm2_vl": "1|4"}
-"""Layers whose attention sees the whole conversation, and has keys of its own, of families that also have others."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A method on a family."""
-
-    family: str
-    method: str
-    layers: str = ""
-
-    @property
-    def id(self) -> str:
-        return f"{self.family}-{self.method}" + (f"-layers={self.layers}" if self.layers else "")
-
-    @property
-    def third(self) -> bool:
-        return zlib.crc32(self.id.encode()) % 3 == 0
 
 
 def pairs(rows) -> list[Pair]:
@@ -70,108 +28,15 @@ def pairs(rows) -> list[Pair]:
     return [pair for pair in found if WHOLE or pair.third]
 
 
-def _softcap(pair: Pair) -> bool:
-    return pair.family == "paligemma2" and pair.method in ("adaptinfer", "dart", "fastv", "pdrop", "sparsevlm")
-
-
-REFUSED: list[tuple[str, Callable[[Pair], bool]]] = [
-    ("needs the attention of the vision tower's CLS token", lambda pair: ROWS[pair.method].cls and pair.family not in CLS),
-    (
-        "needs a CLS token or merge units in the vision tower",
-        lambda pair: pair.method == "flowcut" and pair.family not in CLS | UNITS,
-    ),
-    ("how patches enter that of", lambda pair: pair.method == "pixelprune" and pair.family not in PATCHES),
-    ("this one needs all to its end", lambda pair: (pair.family, pair.method) == ("internvl", "mustdrop")),
-    ("needs all of them up to its end", lambda pair: (pair.family, pair.method) == ("internvl", "evit")),
-    ("adds softcap", _softcap),
-    ("has no attention", lambda pair: TINY[pair.family].recurrent and pair.method == "pdrop"),
-    ("later layers see the keys that layer 2 stores", lambda pair: (pair.family, pair.method) == ("gemma4_e", "pdrop")),
-    (
-        "has no attention|sees a window of 24 tokens",
-        lambda pair: pair.family in FULL and pair.method in VANISHING and (not pair.layers or pair.method == "vhr"),
-    ),
-    (
-        "adds softcap|no token sees a later one",
-        lambda pair: pair.family in ("gemma3", "paligemma", "paligemma2") and pair.method in VANISHING,
-    ),
-]
-
-
-def told(pair: Pair) -> str | None:
-    """Words of the sentence by which a pair is refused, or None."""
-    return next((words for words, applies in REFUSED if applies(pair)), None)
-
-
-def refused(pair: Pair, recipe: str, record) -> bool:
-    """Whether a pair is refused, as it stands in `REFUSED`; then the test is over."""
-    record("pair", pair.id)
-    words = told(pair)
-    if words is None:
-        vp.wrap(shared(pair.family), recipe).remove()
-        return False
-    model, inputs = shared(pair.family), make_inputs(pair.family, BATCHES["one"])
-    stock = model(**inputs).logits
-    with pytest.raises(vp.UsageError, match=words) as refusal, vp.wrap(model, recipe):
-        model(**inputs)  # that tokens see later ones is known from a prompt
-    assert torch.equal(model(**inputs).logits, stock)
-    assert "\n" not in str(refusal.value)
-    record("reason", words)
-    return True
-
-
 @pytest.mark.parametrize("pair", pairs(PRUNING), ids=lambda pair: pair.id)
 def test_pruning(pair, record_property):
     """Red: what is kept is not what the budget says, a row of a batch is decided otherwise than alone, keep-all or removing is
     not bit-identical, or the model computes something else than what was chosen."""
-    row = ROWS[pair.method]
-    arguments = row.tiny[0]
-    recipe = row.recipe(arguments)
-    if refused(pair, recipe, record_property):
-        return
-    name, model, samples = pair.family, shared(pair.family), BATCHES["ragged"]
-    inputs, stock = make_inputs(name, samples), None
-    stock = model(**inputs).logits
-    with vp.wrap(model, recipe) as run:
-        _, new, logits = generate(model, inputs, 3)
-        batch = {(kept.layer, kept.sample, kept.ordinal): kept.index.tolist() for kept in run.last.kept}
-        keep, stages = run.last.keep, run.last.kept
-        generate(model, make_single(name, samples, 1), 1)
-        alone = {(kept.layer, 1, kept.ordinal): kept.index.tolist() for kept in run.last.kept}
-    assert stages
-    assert all(0 < len(kept.index) <= kept.original for kept in stages)
-    assert any(len(kept.index) < kept.original for kept in stages)
-    assert {place: index for place, index in batch.items() if place[1] == 1} == alone
-    if row.drops_only:
-        expected = expected_logits(name, model, samples, keep, new[:, :-1])
-        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
-    else:
-        verdict = vp.check(model, make_inputs(name, BATCHES["pictures"]), recipe, new_tokens=2)
-        assert verdict.verdict == "exact", str(verdict)
-    with vp.wrap(model, row.recipe(next(iter(row.all_kept())))):
-        assert torch.equal(model(**inputs).logits, stock)
-    assert torch.equal(model(**inputs).logits, stock)
+    prunes(pair, BATCHES["ragged"], BATCHES["pictures"], record_property)
 
 
 @pytest.mark.parametrize("pair", pairs(REDISTRIBUTION), ids=lambda pair: pair.id)
 def test_redistribution(pair, record_property):
     """Red: attention that is computed for the edit is not the model's own (window, block, norm, scaling); a row of a batch is
     edited otherwise than alone; removing is not bit-identical."""
-    row, extra = ROWS[pair.method], f",layers={pair.layers}" if pair.layers else ""
-    vanishing = row.recipe(VANISHING[pair.method] + extra)
-    if refused(pair, vanishing, record_property):
-        return
-    name, model, samples = pair.family, shared(pair.family), BATCHES["ragged"]
-    inputs, single = make_inputs(name, samples), make_single(name, samples, 1)
-    real = inputs["attention_mask"].bool()
-    stock = model(**inputs).logits
-    with vp.wrap(model, vanishing) as run:
-        close = model(**inputs).logits
-        assert run.last.edits, "nothing was edited"
-    torch.testing.assert_close(close[real], stock[real], atol=2 * TOLERANCE, rtol=0)
-    strong = STRONG.get(pair.method, next(iter(row.tiny.values())))
-    strong = ",".join(part for part in strong.split(",") if not (extra and part.startswith("layers=")))
-    with vp.wrap(model, row.recipe((strong + extra).lstrip(","))):
-        edited, alone = model(**inputs).logits, model(**single).logits
-    torch.testing.assert_close(edited[1, -alone.shape[1] :], alone[0], atol=2 * TOLERANCE, rtol=0)
-    assert (edited[real] - stock[real]).abs().max() > MOVED
-    assert torch.equal(model(**inputs).logits, stock)
+    redistributes(pair, BATCHES["ragged"], record_property)

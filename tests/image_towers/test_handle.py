@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 import torch._dynamo
-from image_towers.promises import EXACT, close, kept_by
+from image_towers.promises import EXACT, MOVED, close, kept_by
 from image_towers.towers import PATCHES, Tower, build, masked, pictures
 from snapshot import Snapshot
 from torch.overrides import _get_current_function_mode_stack
@@ -217,7 +217,7 @@ def test_gradients(clip):
     masked(tower, model, same, kept).square().sum().backward()
     largest = same.grad.abs().max()
     assert (plain.grad - same.grad).abs().max() > 0.1 * largest
-    assert (pixels.grad - same.grad).abs().max() < EXACT * largest
+    assert (pixels.grad - same.grad).abs().max() < EXACT[torch.float32] * largest
 
 
 def test_gradient_checkpointing_is_refused():
@@ -268,7 +268,7 @@ def test_compiled(recipe, monkeypatch):
             close(compiled(pixels).pooler_output, expected)
         assert run.report().stages[0].kept == (6, 6)
         run.enabled = False
-        assert (compiled(pixels).pooler_output - expected).abs().max() > 100 * EXACT
+        assert (compiled(pixels).pooler_output - expected).abs().max() > MOVED
     torch._dynamo.reset()
 
 
@@ -304,7 +304,7 @@ def test_other_attention_is_refused():
     with vp.wrap(model, RECIPE), pytest.raises(vp.UsageError, match=r'set_attn_implementation\("sdpa"\)'):
         tower.encode(model, pictures(2))
     with vp.wrap(model, "divprune:layer=2,tokens=6"):
-        assert (tower.encode(model, pictures(2)) - plain).abs().max() > 100 * EXACT
+        assert (tower.encode(model, pictures(2)) - plain).abs().max() > MOVED
 
 
 @pytest.mark.usefixtures("no_grad")

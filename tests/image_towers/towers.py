@@ -208,9 +208,9 @@ TRANSFORMERS = {
 
 
 @cache
-def build(name: str, tower: Tower | None = None) -> tuple[Tower, nn.Module]:
+def build(name: str, tower: Tower | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tower, nn.Module]:
     """A tower and a model with it, the same one each time; of transformers, if no tower is given."""
     tower = TRANSFORMERS[name] if tower is None else tower
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        return tower, peaked(tower.make())
+        return tower, peaked(tower.make()).to(dtype)

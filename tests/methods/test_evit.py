@@ -9,6 +9,7 @@ from methods.comparing import close, pictures, select
 from methods.loops import plain
 from methods.loops.evit import evit_clip, evit_counts, evit_step
 from methods.views import random_view
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import vlmprune as vp
 from vlmprune.methods.tower import Block, TowerState
@@ -133,6 +134,29 @@ def test_evit_in_llavas_tower(attn, fuse, monkeypatch):
         with torch.no_grad():
             projected = model.model.multi_modal_projector(features[None].float())[0]
         torch.testing.assert_close(seen["embeddings"][row, own[ids]], projected, atol=3e-4, rtol=3e-4)
+
+
+@pytest.mark.parametrize("fuse", ["sum", "no"])
+def test_evit_in_an_image_tower(fuse):
+    """A CLIP tower alone: what leaves its last block is what the loops give, of every picture of a batch."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4, image_size=48, patch_size=8
+            )
+        ).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(0, 0.3)
+        pixels = torch.randn(3, 3, 48, 48)
+    with vp.wrap(model, vp.EViT(tokens=7, fuse=fuse)) as run, torch.no_grad():
+        left = model(pixels).last_hidden_state[:, 1:]
+    expected = [evit_clip(model, picture, 7, 5, [1, 3, 4], fuse) for picture in pixels]  # quarters of six blocks
+    assert [kept.index.tolist() for kept in run.last.kept] == [ids for ids, _ in expected]
+    for found, (_, features) in zip(left, expected, strict=True):
+        torch.testing.assert_close(found.double(), features, atol=3e-4, rtol=3e-4)
+    assert run.last.entering == [37, 37, 22, 22, 13, 8]
 
 
 @pytest.mark.parametrize(

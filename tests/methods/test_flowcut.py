@@ -30,6 +30,7 @@ import vlmprune as vp
 from vlmprune.kernels import flow_score as flow_kernel
 from vlmprune.kernels.flow_score import entropy_ratio
 from vlmprune.live.tower import TowerPass
+from vlmprune.live.tower_sequence import Form
 from vlmprune.methods.pruning import flowcut
 from vlmprune.methods.tower import Block, TowerState
 from vlmprune.schedule import Budget
@@ -311,6 +312,7 @@ def test_flowcut_counts(monkeypatch, target, counts):
         pruner=vp.FlowCut(tokens=target),
         budget=Budget(tokens=target),
         drops=True,
+        form=Form(),
     )
     tower.begin([576], crops=2, device=torch.device("cpu"))
     draw = torch.Generator().manual_seed(0)

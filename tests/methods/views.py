@@ -35,12 +35,14 @@ def random_view(
     layer: int = 2,
     gone: int = 5,
     in_tower: int = 2,
+    frames: int = 1,
 ) -> View:
     """A view with every probe.
 
     Args:
         text: words behind each picture; the shorter ones are padded on the left, as in a live call.
         gone: tokens of each picture that were dropped before, `in_tower` of them inside the vision tower.
+        frames: of each video; 1 for pictures.
     """
     draw = torch.Generator().manual_seed(seed)
     original, side, dim, width = visual + gone, math.ceil((visual + gone) ** 0.5), 8, 16
@@ -106,13 +108,13 @@ def random_view(
         "text_rotary": words(turns(original + 3 + torch.arange(longest).expand(images, -1).float()).flatten(-2)).unflatten(
             -1, (2, dim)
         ),
+        "frame": position * frames // original,
+        "times": 0.5 * torch.arange(frames).expand(images, -1),
         "identity": tuple(range(7 + 100 * seed, 7 + 100 * seed + images)),
         "pixels": blurred(draw, images, visual),
-        "frame": torch.zeros(images, visual, dtype=torch.long),
-        "times": torch.full((images, 1), torch.nan),
     }
     assert set(probes) == set(OURS), set(probes) ^ set(OURS)
-    return View(layer, original, position, probes, entered=original - in_tower, side=side, grid=_grid(visual))
+    return View(layer, original, position, probes, entered=original - in_tower, side=side, grid=_grid(visual), frames=frames)
 
 
 def _grid(visual: int) -> tuple[int, int]:
@@ -134,7 +136,7 @@ def replaced(see: View, layer: int | None = None, side: int | None = None, **pro
     """The same view with some things changed."""
     side = see.side if side is None else side
     layer = see.layer if layer is None else layer
-    return View(layer, see.original, see.position, {**see.probes, **probes}, see.entered, side, see.grid)
+    return View(layer, see.original, see.position, {**see.probes, **probes}, see.entered, side, see.grid, frames=see.frames)
 
 
 def in_dtype(see: View, dtype: torch.dtype) -> View:
@@ -172,7 +174,9 @@ def alone(see: View, image: int) -> View:
                 own[name] = own[name][:, :, words]
             elif "text" in name:
                 own[name] = own[name][:, words]
-    return View(see.layer, see.original, see.position[image : image + 1], own, see.entered, see.side, see.grid)
+    return View(
+        see.layer, see.original, see.position[image : image + 1], own, see.entered, see.side, see.grid, frames=see.frames
+    )
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,7 @@ class Case:
 
     def declared(self, see: View) -> View:
         probes = {need: see.probes[need] for need in self.needs}
-        return View(self.layer, see.original, see.position, probes, see.entered, see.side, see.grid)
+        return View(self.layer, see.original, see.position, probes, see.entered, see.side, see.grid, frames=see.frames)
 
 
 CASES = {name: Case(form.method, form.layer, form.idle) for row in PRUNING for name, form in row.views.items()}

@@ -80,9 +80,10 @@ def test_every_parameter_goes_through_a_string():
         assert "newlines=drop" in str(drops)
         assert vp.Recipe.parse(str(drops)) == drops
         given[name] |= {"newlines"}
-        frames = vp.Recipe.of(method(per="frame", layer=2, fraction=0.25))
-        assert vp.Recipe.parse(str(frames)) == frames == vp.Recipe.from_dict(frames.to_dict())
-        assert frames.methods[0].per == "frame"
+        if not method.compares_frames:
+            frames = vp.Recipe.of(method(per="frame", layer=2, fraction=0.25))
+            assert vp.Recipe.parse(str(frames)) == frames == vp.Recipe.from_dict(frames.to_dict())
+            assert frames.methods[0].per == "frame"
         given[name] |= {"per"}
         if name == "sparsevlm":
             given[name] |= {"version"}

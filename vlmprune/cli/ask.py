@@ -1,4 +1,4 @@
-"""Commands that ask a model about pictures: `vlmprune demo | run | view`."""
+"""Commands that ask a model about pictures and videos: `vlmprune demo | run | view`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -17,6 +17,9 @@ from vlmprune.cli import why as why_option
 from vlmprune.errors import UsageError, first_line
 from vlmprune.show import units
 from vlmprune.show.table import table
+
+if TYPE_CHECKING:
+    from vlmprune.loading.shown import Shown
 
 
 def demo(
@@ -51,29 +54,33 @@ def demo(
 
 def run(
     model: options.Model,
-    image: options.Image,
     prompt: options.Prompt,
+    image: options.Image = None,
+    video: options.Video = None,
+    frames: options.Frames = None,
+    fps: options.Fps = None,
     recipe: options.Recipe = options.DEMO_RECIPE,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer, in tokens.")] = 64,
     device: options.Device = "cpu",
     device_map: options.DeviceMap = None,
     draw: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw the kept patches on the picture, into this file.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the kept patches on the picture, or on the frames, into this file."),
     ] = None,
     why: why_option.Why = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Ask a model about one picture: the answers without and with a recipe, and their costs (`bench` measures time)."""
-    _check_question(image, prompt, recipe)
-    from vlmprune.cli.asking import ask_and_draw
+    """Ask a model about a picture or a video: answers without and with a recipe, and their costs (`bench` measures time)."""
+    shown = _check_question(image, video, frames, fps, prompt, recipe)
+    from vlmprune.cli.asking import ask_and_draw, notes_of
     from vlmprune.loading.environment import quiet
 
     quiet()
     with _steps(max_new_tokens) as show_step:
         result, drawn = ask_and_draw(
-            model, image, prompt, recipe, max_new_tokens, device, draw, show_step, why or (), device_map
+            model, shown, prompt, recipe, max_new_tokens, device, draw, show_step, why or (), device_map
         )
-    terminal.note(result["picture"]["notes"])
+    terminal.note(notes_of(result))
     if as_json:
         terminal.print_json(result)
     else:
@@ -85,26 +92,65 @@ def run(
 
 
 def view(
-    image: options.Image,
     prompt: options.Prompt,
+    image: options.Image = None,
+    video: options.Video = None,
+    frames: options.Frames = None,
+    fps: options.Fps = None,
     model: options.Model = "tiny",
-    sinks: Annotated[
-        bool, typer.Option("--sinks", help="Which figure: there is only this one so far, and it is the default.")
-    ] = True,
+    sinks: Annotated[bool, typer.Option("--sinks", help="Draw attention sinks: the default for a picture.")] = False,
+    kept: Annotated[
+        bool,
+        typer.Option(
+            "--kept", help="Draw what a recipe keeps; of a video, on a sheet with its frames: the default for a video."
+        ),
+    ] = False,
     recipe: Annotated[
         str | None,
         typer.Option(
             metavar="RECIPE",
-            help="A recipe with var; it may prune as well. If not given: var, with sink_dims=cosine where the model's sink "
-            "dimensions are unknown.",
+            help="With --kept: any recipe that prunes; if not given: evs:fraction=0.25 for a video, divprune:fraction=0.1 for "
+            "a picture. With --sinks: a recipe with var, which may prune as well; if not given: var, with sink_dims=cosine "
+            "where the model's sink dimensions are unknown.",
         ),
     ] = None,
     device: options.Device = "cpu",
     device_map: options.DeviceMap = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figure goes.")] = Path("sinks.png"),
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the figure goes. If not given: sinks.png, or kept.png.")
+    ] = None,
 ) -> None:
-    """Draw what redistribution does: attention sinks, and attention to the picture before and after."""
-    _check_question(image, prompt, recipe or "var")
+    """Draw what a recipe does: the kept tokens of a picture or of a video's frames; or attention sinks of a picture."""
+    if sinks and kept:
+        raise UsageError("found --sinks and --kept, which are two figures: give one of them.")
+    if sinks and video is not None:
+        raise UsageError("the view of sinks is of a picture: give --image without --video, or --kept.")
+    keeps = kept or (video is not None and not sinks)
+    usual = "evs:fraction=0.25" if video is not None else options.DEMO_RECIPE
+    shown = _check_question(image, video, frames, fps, prompt, recipe or (usual if keeps else "var"))
+    if keeps:
+        _view_kept(model, shown, prompt, recipe or usual, device, device_map, out or Path("kept.png"))
+    else:
+        _view_sinks(model, shown, prompt, recipe, device, device_map, out or Path("sinks.png"))
+
+
+def _view_kept(model: str, shown: Shown, prompt: str, recipe: str, device: str, device_map: str | None, out: Path) -> None:
+    from vlmprune.cli.asking import keep_and_draw
+    from vlmprune.loading.environment import quiet
+
+    quiet()
+    crops, drawn, notes = keep_and_draw(model, shown, prompt, recipe, device, device_map, out)
+    terminal.note(notes)
+    terminal.say(f"recipe {recipe}")
+    for crop in crops:
+        terminal.say(f"{crop.name}: {len(crop.kept)} of {crop.tokens} tokens kept")
+    _save(lambda: drawn.save(out), out, "numbers")
+    terminal.say(f"The figure is {out}")
+
+
+def _view_sinks(
+    model: str, shown: Shown, prompt: str, recipe: str | None, device: str, device_map: str | None, out: Path
+) -> None:
     from vlmprune.evals import sink_view
     from vlmprune.loading.environment import quiet
     from vlmprune.loading.outputs import check_packages, check_target
@@ -115,7 +161,7 @@ def view(
         sink_view.check(recipe)
     check_target(out, "sinks.png", figure=True)
     quiet()
-    question = open_question(model, image, prompt, device, device_map=device_map)
+    question = open_question(model, shown, prompt, device, device_map=device_map)
     terminal.note(question.notes)
     if recipe is None:
         recipe = sink_view.default_recipe(question.model)
@@ -132,14 +178,18 @@ def view(
     terminal.say(f"The figure is {out}")
 
 
-def _check_question(image: Path, prompt: str, recipe: str) -> None:
-    """Refuse before torch is imported what can be refused without it."""
-    from vlmprune.loading.pictures import open_picture
+def _check_question(
+    image: Path | None, video: Path | None, frames: int | None, fps: float | None, prompt: str, recipe: str
+) -> Shown:
+    """What is shown; what can be refused without torch is refused before it is imported."""
     from vlmprune.loading.prompts import check_prompt
+    from vlmprune.loading.shown import Shown
 
     names.check_recipe(recipe)
     check_prompt(prompt)
-    open_picture(image, lambda note: None)
+    shown = Shown(image, video, frames, fps)
+    shown.check()
+    return shown
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One picture and one question to a model, un-pruned and under a recipe: the answers, their costs, and the kept tokens."""
+"""One picture or video and one question to a model, un-pruned and under a recipe: answers, costs, and kept tokens."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ from vlmprune.show import draw
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vlmprune.loading.shown import Shown
+
 KEEP_ALL = "random:layer=0,fraction=1"
 """Computes exactly what the un-pruned model does, and is measured by the same clock as a pruned one."""
 ROUNDS = 7
 """Prefills in a median."""
-WIDTH = 384
-"""Of a drawn picture, in pixels."""
+WIDTH, FRAME_WIDTH = 384, 256
+"""Of a drawn picture, and of a frame, in pixels."""
 
 
 @dataclass(frozen=True)
 class KeptCrop:
-    """The kept tokens of one raster of the picture (`loading.questions.Crop`).
+    """The kept tokens of one raster of the picture or the video (`loading.questions.Crop`).
 
     Attributes:
         name, row: of the crop.
@@ -57,10 +59,11 @@ class Answer:
 
     Attributes:
         text: what the model said.
-        index: indices of the picture's kept tokens.
-        crops: the same tokens, by crop.
+        index: indices of the picture's kept tokens; of the video's, if there is no picture.
+        crops: the kept tokens by crop and frame; of a picture and a video, those of both.
         report: of the run.
         why: of each token that was asked about, why it was kept or dropped.
+        visual_tokens: how many visual tokens were kept.
     """
 
     text: str
@@ -68,12 +71,13 @@ class Answer:
     crops: list[KeptCrop]
     report: Report
     why: list[dict[str, Any]]
+    visual_tokens: int
 
     def to_dict(self) -> dict[str, Any]:
         """What `vlmprune run --json` prints of it."""
         return {
             "answer": self.text,
-            "visual_tokens": len(self.index),
+            "visual_tokens": self.visual_tokens,
             "mflops": self.report.flops / 1e6,
             "kv_kib": self.report.kv_bytes / 1024,
         }
@@ -112,13 +116,23 @@ def ask(
         report, record, reasons = run.report(), run.last, explained(run, question, why)
     assert record is not None
     new = tokens[0, inputs["input_ids"].shape[1] :]
-    stages = [kept for kept in record.kept if kept.ordinal == 0 and kept.sample == 0]
-    index = stages[-1].index.tolist() if stages else list(range(record.visual))
+    left = _left(question, record)
     text = question.processor.decode(new, skip_special_tokens=True).strip()
-    return Answer(text, index, _by_crop(question, set(index)), report, reasons)
+    kept = sum(map(len, left.values())) if record.kept else record.visual
+    return Answer(text, left[0], _by_crop(question, left), report, reasons, kept)
 
 
-def _by_crop(question: ReadyQuestion, kept: set[int]) -> list[KeptCrop]:
+def _left(question: ReadyQuestion, record: Any) -> dict[int, list[int]]:
+    """Indices of the tokens that the last stage left, of the picture or video 0, and of the video behind a picture, 1."""
+    left = {crop.ordinal: list(range(record.visual)) for crop in question.crops()}
+    for kept in record.kept:  # stage by stage
+        if kept.sample == 0 and kept.ordinal in left:
+            left[kept.ordinal] = kept.index.tolist()
+    return left
+
+
+def _by_crop(question: ReadyQuestion, left: dict[int, list[int]]) -> list[KeptCrop]:
+    kept = {ordinal: set(index) for ordinal, index in left.items()}
     return [
         KeptCrop(
             crop.name,
@@ -126,7 +140,7 @@ def _by_crop(question: ReadyQuestion, kept: set[int]) -> list[KeptCrop]:
             crop.cells.shape[0],
             crop.cells.shape[1],
             crop.tokens,
-            tuple(cell for cell, token in enumerate(crop.cells.flatten().tolist()) if token in kept),
+            tuple(cell for cell, token in enumerate(crop.cells.flatten().tolist()) if token in kept[crop.ordinal]),
         )
         for crop in question.crops()
     ]
@@ -158,7 +172,7 @@ def ask_once(
 
 def ask_and_draw(
     model_name: str,
-    image: Path,
+    image: Path | Shown,
     prompt: str,
     recipe: str,
     max_new_tokens: int,
@@ -168,12 +182,12 @@ def ask_and_draw(
     why: Sequence[int] = (),
     device_map: str | None = None,
 ) -> tuple[dict[str, Any], Image.Image | None]:
-    """One question about one picture, to any supported model: one un-pruned answer and one under the recipe.
+    """One question about a picture or a video, to any supported model: one un-pruned answer and one under the recipe.
 
     Args:
         model_name: path of a folder, hub id, or 'tiny' for the embedded model.
-        image: path of a picture.
-        prompt: the question; or the whole prompt, if it has the image token.
+        image: path of a picture; or what is shown, a video among it.
+        prompt: the question; or the whole prompt, if it has the image or the video token.
         recipe: a string, or the path or hub id of a recipe file.
         max_new_tokens: the longest answer.
         device: where the model goes.
@@ -201,11 +215,10 @@ def ask_and_draw(
     # The answer under the recipe comes first: if the recipe is refused, no time was spent on the un-pruned answer.
     pruned = ask(question, plan, max_new_tokens, partial(progress, f"{changed} answer"), why)
     plain = ask(question, Recipe.of(KEEP_ALL), max_new_tokens, partial(progress, "un-pruned answer"))
-    picture = question.picture
     result = {
         "model": model_name,
         "recipe": str(plan),
-        "picture": {"width": picture.width, "height": picture.height, "notes": question.notes},
+        **_seen(question),
         "unpruned": plain.to_dict(),
         "pruned": pruned.to_dict(),
         "kept": pruned.index,
@@ -216,8 +229,45 @@ def ask_and_draw(
     return result, None if target is None else draw_kept(question, pruned.crops)
 
 
+def _seen(question: ReadyQuestion) -> dict[str, Any]:
+    """What `vlmprune run --json` prints of the picture and of the video."""
+    found: dict[str, Any] = {}
+    if (picture := question.picture) is not None:
+        found["picture"] = {"width": picture.width, "height": picture.height, "notes": question.notes}
+    if (video := question.video) is not None:
+        width, height = video.frames[0].size
+        of_video = {"width": width, "height": height, "frames": video.index, "total": video.total, "times": video.times}
+        found["video"] = {**of_video, "notes": [] if picture is not None else question.notes}
+    return found
+
+
+def notes_of(result: dict[str, Any]) -> list[str]:
+    """What was lost when the picture and the video were read."""
+    return [note for shown in ("picture", "video") if shown in result for note in result[shown]["notes"]]
+
+
+def keep_and_draw(
+    model_name: str, shown: Shown, prompt: str, recipe: str, device: str, device_map: str | None, target: Path
+) -> tuple[list[KeptCrop], Image.Image, list[str]]:
+    """What a recipe keeps of a picture or a video, in one prefill: by crop and frame, drawn, and what was lost in reading.
+
+    Raises:
+        UsageError: as `ask_and_draw`; or the recipe drops nothing.
+    """
+    plan = read_recipe(recipe)
+    if not plan.pruners:
+        raise UsageError(f"the recipe {plan} drops no visual tokens, so that there is nothing to draw: give one that prunes.")
+    check_target(target, "kept.png")
+    question = open_question(model_name, shown, prompt, device, device_map=device_map)
+    with wrap(question.model, plan) as run, torch.inference_mode():
+        question.model(**question.inputs)
+    crops = _by_crop(question, _left(question, run.last))
+    return crops, draw_kept(question, crops), question.notes
+
+
 def draw_kept(question: ReadyQuestion, crops: list[KeptCrop], width: int = WIDTH) -> Image.Image:
-    """The picture with its kept tokens; where there are several crops, each of them with a caption."""
+    """The picture with its kept tokens; where there are several crops or frames, each of them with a caption."""
+    width = width if question.video is None else min(width, FRAME_WIDTH)
     drawn = [
         draw.kept_patches(seen, (crop.rows, crop.columns), crop.kept, width)
         for seen, crop in zip(question.seen(), crops, strict=True)

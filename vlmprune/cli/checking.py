@@ -9,13 +9,16 @@ import typer
 from vlmprune import names
 from vlmprune.cli import options, terminal
 from vlmprune.loading.environment import quiet
-from vlmprune.loading.pictures import open_picture
 from vlmprune.loading.prompts import check_prompt
+from vlmprune.loading.shown import Shown
 
 
 def check(
-    image: options.Image,
     prompt: options.Prompt,
+    image: options.Image = None,
+    video: options.Video = None,
+    frames: options.Frames = None,
+    fps: options.Fps = None,
     model: options.Model = "tiny",
     recipe: options.Recipe = options.DEMO_RECIPE,
     new_tokens: Annotated[
@@ -27,12 +30,13 @@ def check(
     """Compare a pruned run with the un-pruned model with the same tokens masked; exit code 1 unless they are equal."""
     names.check_recipe(recipe)
     check_prompt(prompt)
-    open_picture(image, lambda note: None)
+    shown = Shown(image, video, frames, fps)
+    shown.check()
     from vlmprune.live.check import check as compare
     from vlmprune.loading.questions import open_question
 
     quiet()
-    question = open_question(model, image, prompt, device)
+    question = open_question(model, shown, prompt, device)
     terminal.note(question.notes)
     verdict = compare(question.model, question.inputs, recipe, new_tokens=new_tokens)
     if as_json:

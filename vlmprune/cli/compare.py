@@ -15,7 +15,6 @@ from vlmprune.cli.results import check_intervals, prepare, publish
 from vlmprune.errors import UsageError, unknown
 from vlmprune.evals.zero_shot_data import is_picture_set
 from vlmprune.loading.environment import quiet
-from vlmprune.loading.image_text import is_open_clip
 
 SHAPES = "llava-1.5-7b, llava-next-7b or qwen2.5-vl-7b"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -60,7 +59,7 @@ def evaluate(
     pictures per second.
     """
     _check(recipe)
-    if is_open_clip(model) or template or is_picture_set(data):
+    if model.startswith(names.OPEN_CLIP) or template or is_picture_set(data):
         about_questions: dict[str, Any] = {"--split": split, "--scorer": scorer, "--column": column, "--skip-bad": skip_bad}
         about_questions |= {"--max-new-tokens": max_new_tokens, "--device-map": device_map}
         _zero_shot(model, data, recipe, images, template or (), batch, device, out, as_json, about_questions)

@@ -30,12 +30,12 @@ class Data:
         """Refuse what can be refused before torch is imported.
 
         Raises:
-            UsageError: another model than the embedded one without `--data`, an unknown split of the scenes or scorer, or a
-                `--column` that cannot be read.
+            UsageError: another model than the embedded one without `--data`, an unknown split of scenes or clips, an unknown
+                scorer, or a `--column` that cannot be read.
         """
         if self.name is None and model != "tiny":
             raise UsageError("the built-in scenes are for the embedded model: give --data with questions for yours.")
-        if self.name is None and self.split is not None:
+        if self.name in (None, "clips") and self.split is not None:
             from vlmprune.tiny.scenes import SPLITS
 
             if self.split not in SPLITS:

@@ -13,7 +13,7 @@ from vlmprune.evals import accuracy
 from vlmprune.evals.answering import settings_of
 from vlmprune.evals.asking import BATCH_SIZE, Asking
 from vlmprune.evals.fingerprints import code_fingerprint
-from vlmprune.evals.questions import SCENES
+from vlmprune.evals.questions import CLIPS, SCENES
 from vlmprune.evals.results import stamp
 from vlmprune.evals.shards import Shard
 from vlmprune.evals.store import Store
@@ -56,9 +56,10 @@ def measure(
     chosen, notes = _recipes(recipes or accuracy.DEFAULT)
     scenes = data.name is None
     questions = data.open()
-    processor, read_weights = open_model(model, shard.device(device), device_map)
+    kinds = ("video",) if any(question.videos for question in questions) else ("picture",)
+    processor, read_weights = open_model(model, shard.device(device), device_map, shown=kinds)
     size = batch or (accuracy.SCENES_AT_ONCE if scenes else BATCH_SIZE)
-    asking = Asking(processor, questions, size, encode_once=scenes)
+    asking = Asking(processor, questions, size, encode_once=scenes or (data.name == CLIPS and model == "tiny-clips"))
     loaded = read_weights()
     terminal.note([*notes, *questions.notes])
     split = data.split or ("test" if scenes else None)

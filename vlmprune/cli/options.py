@@ -8,12 +8,24 @@ from typing import Annotated
 import typer
 
 DEMO_RECIPE = "divprune:fraction=0.1"
-MODEL = "Folder or hub id of a VLM; 'tiny' is the embedded model."
+MODEL = "Folder or hub id of a VLM; 'tiny' is the embedded model, 'tiny-clips' that for videos."
 
 Model = Annotated[str, typer.Option(metavar="NAME", help=MODEL)]
-Image = Annotated[Path, typer.Option(metavar="FILE", help="The picture.")]
+Image = Annotated[Path | None, typer.Option(metavar="FILE", help="The picture.")]
+Video = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="The video: a file (needs av: pip install 'vlmprune[video]'), or a folder with its frames as pictures.",
+    ),
+]
+Frames = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Frames of the video, evenly spaced. If not given: 8 of a file, all of a folder's."),
+]
+Fps = Annotated[float | None, typer.Option(metavar="RATE", min=0.001, help="Frames of each second of a video file, instead.")]
 Prompt = Annotated[
-    str, typer.Option(metavar="TEXT", help="The question; or the whole prompt, if it has the model's image token.")
+    str, typer.Option(metavar="TEXT", help="The question; or the whole prompt, if it has the model's image or video token.")
 ]
 Recipe = Annotated[
     str, typer.Option(metavar="RECIPE", help="A recipe; or a JSON file, folder or hub repository that holds one.")
@@ -30,7 +42,8 @@ Data = Annotated[
     typer.Option(
         metavar="NAME",
         help="Your questions: a folder with questions.jsonl and its pictures, a folder with a Hugging Face dataset, or the "
-        "name of a task of lmms-eval (docs/evaluation.md). If not given: scenes of the embedded model.",
+        "name of a task of lmms-eval (docs/evaluation.md); or 'clips', drawn videos (docs/tiny.md). If not given: scenes of "
+        "the embedded model.",
     ),
 ]
 Images = Annotated[

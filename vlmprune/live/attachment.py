@@ -22,6 +22,7 @@ from vlmprune.live.hooks import Hooks
 from vlmprune.live.owner import Owner
 from vlmprune.live.owners import GONE, Owners
 from vlmprune.live.plan import Plan
+from vlmprune.live.static_step import is_compiled_step
 
 PATIENCE = 60.0
 """Seconds that removing waits for forward passes of other threads, which cannot go on without their hooks."""
@@ -180,7 +181,8 @@ class Attachment:
 
     def _put(self, plan: Plan, kind: str, index: int) -> _Place:
         if kind == "layer":
-            return _Place(plan.layers[index].register_forward_pre_hook, partial(hooks.enter_layer, index))
+            hook = partial(hooks.enter_layer, index, plan.kinds.stored_at[index], plan.pruning.stack.rotary)
+            return _Place(plan.layers[index].register_forward_pre_hook, hook)
         if kind == "carried":
             return _Place(plan.layers[index].get_submodule(plan.family.attention).register_forward_pre_hook, take)
         tower = plan.family.tower
@@ -199,6 +201,10 @@ class Attachment:
             return self._after(part(early), self.hooks.leave_early)
         if kind == "merger":
             return self._before(part(tower.projector), self.hooks.enter_merger)
+        if kind == "pool":
+            assert plan.family.videos is not None
+            assert plan.family.videos.pool is not None
+            return self._before(part(plan.family.videos.pool), self.hooks.enter_pool)
         return self._after(part(tower.projector), self.hooks.leave_projector)
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> _Place:
@@ -245,10 +251,15 @@ class _Sleeper(_Place):
     def __init__(
         self, register: Callable[..., Any], there: dict[int, Any], attachment: Attachment, hook: Callable[..., Any]
     ) -> None:
-        self._there, awake = there, torch.compiler.disable(hook)
+        self._there, apart = there, torch.compiler.disable(hook)
+
+        def awake(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+            if torch.compiler.is_compiling() and is_compiled_step(args, kwargs):
+                return None
+            return apart(module, args, kwargs, *output)
 
         def asleep(*args: Any) -> Any:
-            return None if torch.compiler.is_compiling() else awake(*args)
+            return None if torch.compiler.is_compiling() else apart(*args)
 
         self._awake, self._asleep = _Hook(awake), _Hook(asleep)
         self._awake.attachment = self._asleep.attachment = attachment

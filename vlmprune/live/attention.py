@@ -100,6 +100,10 @@ def routed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
         for observer in observers:
             observer(query, key, value, attention_mask, **kwargs)
     call = kwargs.get(CALL_ARGUMENT)
+    if (step := getattr(call, "attend_step", None)) is not None:  # a `StepEdit` of a static cache
+        wanted = kwargs.get("output_attentions") or getattr(config, "output_attentions", False)
+        own = partial(own, shown, query, key, value, attention_mask, **kwargs)
+        return step(own, query, key, value, attention_mask, kwargs.get("scaling"), wanted)
     plan = getattr(call, "plan", None)
     if plan is not None and not getattr(call, "idle", False):
         for observer in plan.observers.get(module, ()):

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from vlmprune.adapters.family import Family
 from vlmprune.kernels.attention_mass import attention_rows
 from vlmprune.live.attention import rows_attention
-from vlmprune.live.cache import PrunedLayer
+from vlmprune.live.cache_layer import Pruned
 from vlmprune.live.call import Call, Projections
 from vlmprune.live.decoder import attention_of
 from vlmprune.live.masks import shown_cells
@@ -37,6 +37,9 @@ def see_attention(
     # Inside `torch.autocast`, rotated queries and keys are fp32, and values have the dtype of what the model returns.
     key, value = key.to(query.dtype), value.to(query.dtype)
     here = query.shape[2]  # keys of earlier turns come before these, and are no candidates
+    if key.shape[2] > (there := call.past + call.sequence):  # a static cache's empty places, in a layer that dropped nothing
+        key, value = key[:, :, :there], value[:, :, :there]
+        attention_mask = attention_mask[..., :there] if isinstance(attention_mask, Tensor) else None
     last = prompt_ends(call, here).to(query.device)
     if needs & LAST_ROW:
         prompt.attention[layer] = rows_attention(query, key, attention_mask, scaling, last)[..., -here:]
@@ -86,10 +89,11 @@ def attention_ahead(
     slots = here.to(row.device) + call.past
     if call.past and cache is not None:
         stored: Any = cache.layers[index]
-        entries = stored.entries if isinstance(stored, PrunedLayer) else complete_entries(call, stored)
+        entries = stored.entries if isinstance(stored, Pruned) else complete_entries(call, stored)
         before, seen = entries.slots.to(row.device), entries.valid.to(row.device)
         seen = seen[:, None].expand(-1, visible.shape[1], -1)
-        key, visible = torch.cat((stored.keys, key), dim=2), torch.cat((seen, visible), dim=2)
+        earlier = stored.filled[0] if isinstance(stored, Pruned) else stored.keys[:, :, : entries.slots.shape[1]]
+        key, visible = torch.cat((earlier, key), dim=2), torch.cat((seen, visible), dim=2)
         slots = torch.cat((before, slots), dim=1)
     if mask is not None or window is not None:
         mine = slots.gather(1, row + slots.shape[1] - tokens)

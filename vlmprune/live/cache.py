@@ -11,49 +11,44 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
+from vlmprune.device import on_host
 from vlmprune.errors import UsageError
+from vlmprune.live.cache_layer import REMOVED, UNWRAPPED, Marked, Pruned
 from vlmprune.live.entries import Entries
 from vlmprune.live.kinds import SHARES
-from vlmprune.live.marks import Marks
 from vlmprune.live.owner import Owner
+from vlmprune.live.quantised import QUANTISED, stored_in, taken_over
 from vlmprune.live.rows import Reduction
+from vlmprune.live.static_cache import StaticMarkedLayer, StaticPrunedLayer, StaticWindowLayer, adopted
 
 PRUNING = "pruning inside the language model"
 
 
-class MarkedLayer(DynamicLayer):
-    """A dynamic cache layer with `marks`, which follow everything that happens to its entries."""
-
-    marks: Marks | None = None
+class MarkedLayer(Marked, DynamicLayer):
+    """A dynamic cache layer with `marks`."""
 
     @staticmethod
     def adopt_marks(layer: DynamicLayer) -> MarkedLayer:
         """Take over an ordinary layer, filled or not."""
         marked = MarkedLayer()
         if layer.get_seq_length():
-            assert layer.keys is not None
-            assert layer.values is not None
-            marked.lazy_initialization(layer.keys, layer.values)
-            marked.keys, marked.values = layer.keys, layer.values
+            _move(layer, marked)
         return marked
-
-    def reset(self) -> None:
-        super().reset()
-        self.marks = None
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         if self.marks is not None and self.keys is not None:
             self.marks.crop(self.keys.shape[-2])
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        if self.marks is not None:
-            self.marks.batch(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -66,25 +61,12 @@ class MarkedLayer(DynamicLayer):
             self.marks.repeat(repeats)
 
 
-class PrunedLayer(MarkedLayer):
-    """A dynamic cache layer that stores fewer entries than the conversation has tokens.
-
-    Attributes:
-        recorded: the entries of prompts; what is stored after them is stored token by token. None while there are none.
-        lost: how many entries, the first of these, left the layer's window and are stored no more.
-        stages: layers of the recipe's stages. A conversation goes on only under stages at the same layers, because these decide
-            which layers have equal entries.
-        owner: whose conversation it is.
-    """
-
-    recorded: Entries | None = None
-    lost = 0
-    stages: tuple[int, ...] = ()
-    owner: Owner | None = None
+class PrunedLayer(Pruned, MarkedLayer):
+    """A dynamic cache layer that stores fewer entries than the conversation has tokens."""
 
     def get_seq_length(self) -> int:
         """Tokens of the conversation so far, kept or not."""
-        stored = 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
+        stored = stored_in(self)
         if self.recorded is None:
             return stored + self.lost
         return self.recorded.tokens + stored + self.lost - self.recorded.slots.shape[1]
@@ -92,19 +74,18 @@ class PrunedLayer(MarkedLayer):
     @property
     def stored(self) -> int:
         """Entries per row."""
-        return 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
+        return stored_in(self)
 
     @property
-    def entries(self) -> Entries:
-        """All that is stored."""
-        if self.recorded is None:
-            assert self.keys is not None
-            return Entries.complete(self.keys.shape[0], self.stored, self.keys.device, None)
-        return self.recorded.then(self.stored + self.lost - self.recorded.slots.shape[1]).last(self.stored)
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
 
-    def reset(self) -> None:
-        super().reset()
-        self.recorded, self.lost = None, 0
+    def refill(self, keys: Tensor, values: Tensor, entries: Entries) -> None:
+        """Store `entries`, and nothing else any more."""
+        self.keys, self.values, self.recorded, self.lost = keys, values, entries, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens (assisted decoding). A negative number, as in transformers.
@@ -127,10 +108,6 @@ class PrunedLayer(MarkedLayer):
                     )
                 self.recorded = cropped
         super().crop(tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.recorded = None if self.recorded is None else self.recorded.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -190,18 +167,11 @@ class FirstPrunedLayer(PrunedLayer):
             UsageError: the recipe was removed, so that the missing tokens are unknown; or several tokens come past the
                 hooks of a wrapped model, which record what is stored before it is.
         """
-        stored = 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
-        coming = key_states.shape[-2]
+        stored, coming = stored_in(self), key_states.shape[-2]
         if stored and self.owner is not None and self.owner.plan is None:
-            raise UsageError(
-                "this conversation was pruned, and the recipe it began with has been removed from the model: go on inside the "
-                "`with` block (before run.remove()), wrap the model with that recipe again, or start with an empty cache."
-            )
+            raise UsageError(REMOVED)
         if stored and coming > 1 and self.recorded is not None and self.recorded.slots.shape[1] != stored + self.lost + coming:
-            raise UsageError(
-                "this conversation was pruned by a wrapped model; an un-wrapped model cannot continue it: go on in the model "
-                "it began in, or start with an empty cache."
-            )
+            raise UsageError(UNWRAPPED)
         return super().update(key_states, value_states, *args, **kwargs)
 
 
@@ -209,10 +179,24 @@ class FirstWindowLayer(FirstPrunedLayer, WindowLayer):
     """The first pruned layer of a cache, where it sees a window."""
 
 
+def _move(layer: DynamicLayer, to: DynamicLayer) -> None:
+    """Let an empty layer have what another stores; offloaded entries stay where they are."""
+    assert layer.keys is not None
+    assert layer.values is not None
+    to.lazy_initialization(layer.keys, layer.values)
+    to.keys, to.values, to.device = layer.keys, layer.values, layer.device
+
+
 def conversation_layer(cache: Cache | None) -> Any:
     """The cache's last layer with entries, which is pruned if any layer is; None if there is none."""
     layers = getattr(cache, "layers", ())
-    return next((layer for layer in reversed(layers) if isinstance(layer, DynamicLayer)), None)
+    return next((layer for layer in reversed(layers) if isinstance(layer, DynamicLayer | StaticLayer)), None)
+
+
+def tokens_in(cache: Cache | None) -> int:
+    """Tokens of the conversation in a cache. One that is of a fixed length, and in use, makes the host wait for the device."""
+    length: Any = 0 if cache is None else cache.get_seq_length()
+    return int(on_host(length)) if isinstance(length, Tensor) else length
 
 
 def hand_over(cache: Cache | None, owner: Owner) -> None:
@@ -221,11 +205,11 @@ def hand_over(cache: Cache | None, owner: Owner) -> None:
         return
     cache.vlmprune = owner  # type: ignore[attr-defined]
     for layer in getattr(cache, "layers", ()):
-        if isinstance(layer, PrunedLayer):
+        if isinstance(layer, Pruned):
             layer.owner = owner
 
 
-def keep_only(layers: Sequence[PrunedLayer], alive: Tensor, past: int, counts: Sequence[int] | None = None) -> None:
+def keep_only(layers: Sequence[Pruned], alive: Tensor, past: int, counts: Sequence[int] | None = None) -> None:
     """Remove stored entries of the last prompt for good (site "cache"); the memory of the longer ones is given back.
 
     Args:
@@ -234,18 +218,19 @@ def keep_only(layers: Sequence[PrunedLayer], alive: Tensor, past: int, counts: S
         past: tokens of the conversation before that call; their entries stay.
         counts: entries of each row that stay, if they are known.
     """
+    for layer in layers:
+        layer.prefetch()  # entries that were offloaded
     entries, length = layers[0].entries, layers[0].stored
     slots, valid = entries.slots, entries.valid
     here = (slots - past).clamp(0, alive.shape[1] - 1)
     stays = Reduction.keeping(valid & ((slots < past) | alive.gather(1, here)), counts)
     slots = slots.gather(1, stays.rows)
     shorter = Entries(slots, stays.valid, stays.dense, entries.tokens, entries.unpadded, entries.shift)
-    moved = stays.gather_all(*(x for layer in layers for x in (layer.keys, layer.values) if x is not None))
+    moved = stays.gather_all(*(x for layer in layers for x in layer.filled))
     for number, layer in enumerate(layers):
         if layer.marks is not None:
             layer.marks.keep_entries(stays.rows, length)
-        layer.keys, layer.values = moved[2 * number], moved[2 * number + 1]
-        layer.recorded, layer.lost = shorter, 0
+        layer.refill(moved[2 * number], moved[2 * number + 1], shorter)
 
 
 def check_same_stages(cache: Cache | None, stages: tuple[int, ...]) -> None:
@@ -255,7 +240,7 @@ def check_same_stages(cache: Cache | None, stages: tuple[int, ...]) -> None:
         UsageError: the cache's pruned layers begin elsewhere.
     """
     last = conversation_layer(cache)
-    if isinstance(last, PrunedLayer) and last.stages != stages:
+    if isinstance(last, Pruned) and last.recorded is not None and last.stages != stages:
         here = f"prunes at {', '.join(map(str, stages))}" if stages else "prunes nothing"
         raise UsageError(
             f"the conversation in this cache was pruned at layer(s) {', '.join(map(str, last.stages))}, this recipe {here}: go "
@@ -264,47 +249,70 @@ def check_same_stages(cache: Cache | None, stages: tuple[int, ...]) -> None:
 
 
 def pruned_layers(
-    cache: Cache, indices: Iterable[int], stages: tuple[int, ...], complete: Callable[[DynamicLayer], Entries]
-) -> list[PrunedLayer]:
-    """Some of a cache's layers as `PrunedLayer`s, which take the places of ordinary ones on first use.
+    cache: Cache,
+    indices: Iterable[int],
+    stages: tuple[int, ...],
+    complete: Callable[[Any], Entries],
+    window: int | None = None,
+) -> list[Pruned]:
+    """Some of a cache's layers as `Pruned` ones, which take the places of ordinary ones on first use.
 
     Args:
         cache, indices: the layers.
         stages: layers of the recipe's stages.
         complete: gives the entries of an ordinary layer that was filled.
+        window: how many slots tokens see in these layers, or None.
 
     Raises:
         UsageError: the cache is of a kind whose layers cannot have different lengths.
     """
-    found = []
+    found: list[Pruned] = []
     for index in indices:
         layer: Any = cache.layers[index] if index < len(cache.layers) else _plain_layer(cache, index, PRUNING)
-        if not isinstance(layer, PrunedLayer):
-            if type(layer) is not DynamicLayer or cache.offloading:
+        if not isinstance(layer, Pruned):
+            if type(layer) is not DynamicLayer:
                 _check_layer(cache, layer, PRUNING)
-            first = not any(map(isinstance, cache.layers[:index], repeat(PrunedLayer)))
-            windowed = isinstance(layer, DynamicSlidingWindowLayer)
-            pruned = _windowed(layer, first) if windowed else FirstPrunedLayer() if first else PrunedLayer()
-            pruned.stages, pruned.owner, pruned.marks = stages, getattr(cache, "vlmprune", None), getattr(layer, "marks", None)
-            if layer.get_seq_length():
-                pruned.lazy_initialization(layer.keys, layer.values)
-                pruned.keys, pruned.values, pruned.recorded = layer.keys, layer.values, complete(layer)
-            layer = cache.layers[index] = pruned
+            first = not any(map(isinstance, cache.layers[:index], repeat(Pruned)))
+            layer = cache.layers[index] = _pruned(layer, first, complete, window)
+            layer.owner = getattr(cache, "vlmprune", None)
+        layer.stages = stages
         found.append(layer)
     return found
 
 
-def marked_layer(cache: Cache, index: int) -> MarkedLayer:
-    """The cache's layer `index` as a `MarkedLayer`, put in place of an ordinary one on first use.
+def _pruned(layer: Any, first: bool, complete: Callable[[Any], Entries], window: int | None) -> Pruned:
+    """A pruned layer with what an ordinary one stores."""
+    pruned: Any
+    recorded = complete(layer) if layer.is_initialized and layer.get_seq_length() else None
+    if isinstance(layer, StaticLayer):
+        pruned = adopted(layer, StaticPrunedLayer if window is None else StaticWindowLayer)
+        pruned.recorded, pruned.window = recorded, window
+        if recorded is not None:
+            assert layer.keys is not None
+            pruned.room = layer.keys.shape[2]
+            pruned.cumulative_length.fill_(recorded.tokens)
+        return pruned
+    pruned = _empty(layer, first)
+    pruned.marks = getattr(layer, "marks", None)
+    if recorded is not None:
+        if not isinstance(layer, QUANTISED):
+            _move(layer, pruned)
+        pruned.recorded = recorded
+    return pruned
+
+
+def marked_layer(cache: Cache, index: int) -> Marked:
+    """The cache's layer `index` as one with marks, put in place of an ordinary one on first use.
 
     Raises:
         UsageError: the cache is of another kind.
     """
-    if index < len(cache.layers) and isinstance(layer := cache.layers[index], MarkedLayer):  # as in every decoding step
+    if index < len(cache.layers) and isinstance(layer := cache.layers[index], Marked):  # as in every decoding step
         return layer
     layer = _plain_layer(cache, index, "attention redistribution")
-    adopted = cache.layers[index] = MarkedLayer.adopt_marks(layer)
-    return adopted
+    made: Marked = adopted(layer, StaticMarkedLayer) if isinstance(layer, StaticLayer) else MarkedLayer.adopt_marks(layer)
+    cache.layers[index] = made
+    return made
 
 
 def holds_words_only(cache: Cache | None, index: int, begins: bool) -> bool:
@@ -317,7 +325,7 @@ def holds_words_only(cache: Cache | None, index: int, begins: bool) -> bool:
     if cache is None or cache.layer_class_to_replicate is DynamicLayer:
         return False
     layer = cache.layers[index] if index < len(cache.layers) else None
-    if isinstance(layer, MarkedLayer) or (type(layer) is DynamicLayer and not cache.offloading):
+    if isinstance(layer, Marked) or type(layer) in (DynamicLayer, StaticLayer):
         return False
     if begins:
         cache.vlmprune_words_only = True  # type: ignore[attr-defined]
@@ -328,7 +336,7 @@ def check_growing(cache: Cache | None, what: str) -> None:
     """Refuse a cache whose layers cannot have different lengths, before anything runs.
 
     Raises:
-        UsageError: it is no plain `DynamicCache`.
+        UsageError: it is no `DynamicCache`, nor a `QuantizedCache` that is pruned only.
     """
     if cache is None:
         return
@@ -336,41 +344,48 @@ def check_growing(cache: Cache | None, what: str) -> None:
     if layers is None:
         raise _other_cache(what, f"a {type(cache).__name__}")
     for layer in layers:
-        if type(layer) is not DynamicLayer or cache.offloading:
+        if type(layer) is not DynamicLayer:
             _check_layer(cache, layer, what)
     grown = cache.layer_class_to_replicate
     if grown is not None and grown is not DynamicLayer:
         raise _other_cache(what, f"a cache of {getattr(grown, '__name__', 'other')} layers")
 
 
-def _windowed(layer: DynamicSlidingWindowLayer, first: bool) -> WindowLayer:
-    """An empty pruned layer with the window of an ordinary one."""
-    pruned = FirstWindowLayer() if first else WindowLayer()
-    pruned.window, pruned.record_past = layer.sliding_window, layer.record_past
-    return pruned
+def _empty(layer: DynamicLayer, first: bool) -> PrunedLayer:
+    """A pruned layer in the place of an ordinary one; a quantised one has its entries."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        windowed = FirstWindowLayer() if first else WindowLayer()
+        windowed.window, windowed.record_past = layer.sliding_window, layer.record_past
+        return windowed
+    kind = FirstPrunedLayer if first else PrunedLayer
+    return taken_over(kind, layer) if isinstance(layer, QUANTISED) else kind()
 
 
-GROWING = {DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer} | ({SHARES} if SHARES is not None else set())
-"""Layers of a plain `DynamicCache`."""
+FOLLOWED = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer, LinearAttentionLayer} | (
+    {SHARES} if SHARES is not None else set()
+)
+"""Layers of a plain `DynamicCache`, and of a plain `StaticCache`."""
 
 
 def _check_layer(cache: Cache, layer: object, what: str) -> None:
-    if not isinstance(layer, MarkedLayer) and (type(layer) not in GROWING or cache.offloading):
-        raise _other_cache(what, "an offloaded cache" if cache.offloading else f"a {type(layer).__name__}")
+    if cache.offloading and isinstance(layer, StaticLayer):
+        raise _other_cache(what, "an offloaded static cache")
+    if not (isinstance(layer, Marked) or type(layer) in FOLLOWED or (isinstance(layer, QUANTISED) and what == PRUNING)):
+        raise _other_cache(what, f"a {type(layer).__name__}")
 
 
 def _other_cache(what: str, found: str) -> UsageError:
+    fits = "a DynamicCache, StaticCache or QuantizedCache" if what == PRUNING else "a DynamicCache or StaticCache"
     return UsageError(
-        f"{what} needs a plain DynamicCache, found {found}: pass no other cache as past_key_values, and to generate "
-        "cache_implementation=None (the default)."
+        f"{what} needs {fits}, found {found}: pass no other cache as past_key_values, and to generate "
+        'cache_implementation=None (the default) or "static".'
     )
 
 
-def _plain_layer(cache: Cache, index: int, what: str) -> DynamicLayer:
+def _plain_layer(cache: Cache, index: int, what: str) -> Any:
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
     _check_layer(cache, layer, what)
-    assert isinstance(layer, DynamicLayer)
     return layer

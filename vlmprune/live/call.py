@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from vlmprune.live.cache import MarkedLayer
+from vlmprune.live.cache_layer import Marked
 from vlmprune.live.edits import Edits
 from vlmprune.live.entries import Entries
 from vlmprune.live.injected import Injections
@@ -97,6 +98,14 @@ class Prompt:
     replayed: bool = False
     injections: Injections | None = None
 
+    def by_frame(self, image: int) -> list[int]:
+        """Of each frame of a video, how many of its tokens the call's mask does not hide."""
+        video = self.layout.images[image]
+        assert video.frame is not None
+        there = self.tokens.real[video.sample, video.places]
+        counts: list[int] = np.bincount(video.frame[there], minlength=video.frames).tolist()
+        return counts
+
 
 @dataclass(eq=False)
 class Call:
@@ -109,6 +118,7 @@ class Call:
         recomputes: gradient checkpointing runs layers of this call again, in the backward pass.
         tail: tokens at the end that are not part of the prompt (candidates of assisted decoding; tokens generated without a
             cache).
+        positions: position ids that the language model was given, or None.
         logits_wanted: tokens at the end whose logits were asked for, or 0.
         generation: settings of the `generate` that makes this call with images which it has not encoded beforehand, or None.
         images: visual tokens of each image that the call brings, or None.
@@ -139,6 +149,7 @@ class Call:
     labels: tuple[tuple[Tensor, int], ...] = ()
     recomputes: bool = False
     tail: int = 0
+    positions: Tensor | None = None
     logits_wanted: int = 0
     generation: Any = None
     images: Sequence[int] | None = None
@@ -159,7 +170,7 @@ class Call:
     complete: Entries | None = None
     edits: Edits = field(default_factory=Edits)
     again: Any = None
-    uncached: dict[int, MarkedLayer] = field(default_factory=dict)
+    uncached: dict[int, Marked] = field(default_factory=dict)
     resumed: bool = False
 
     def keeps_masks(self, kind: Kind) -> bool:

@@ -49,6 +49,7 @@ class Verdict:
         recipe: what was checked.
         rows, steps: size of the batch, and number of new tokens.
         kept: by decoder layer of each stage, how many visual tokens were kept, and of how many.
+        frames: likewise, in how many frames of videos a token was kept, and of how many; empty without videos.
         text_lost: tokens that are no placeholders of pictures, and were dropped; with any, the verdict is "not exact".
     """
 
@@ -68,11 +69,15 @@ class Verdict:
     steps: int
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)
     text_lost: int = 0
+    frames: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         """Everything that can be judged is as promised."""
         return self.verdict == "exact" and self.keep_all is not False and self.restored is not False
+
+    def _frames(self, layer: int) -> list[tuple[int, int]]:
+        return [self.frames[layer]] if layer in self.frames else []
 
     @property
     def _where(self) -> str:
@@ -83,7 +88,10 @@ class Verdict:
         return {**asdict(self), "passed": self.passed}
 
     def __str__(self) -> str:
-        shares = ", ".join(f"{left} of {whole} before layer {layer}" for layer, (left, whole) in self.kept.items())
+        shares = ", ".join(
+            f"{left} of {whole} before layer {layer}" + "".join(f" (in {n} of {of} frames)" for n, of in self._frames(layer))
+            for layer, (left, whole) in self.kept.items()
+        )
         hidden = "masked" if self.judge == "masked" else "cut out"
         what = {
             "exact": f"exact: {self.recipe} computes what the un-pruned model computes with the same tokens {hidden}",
@@ -159,7 +167,10 @@ def check(
     difference, moved = float(distances.max()), _apart(pruned.logits, unpruned.logits)
     noise = max(_apart(unpruned.logits, cached.logits), _apart(unpruned.logits, shaken.logits))
     tolerance, against = _tolerance(judge.dtype, pruned.logits, noise)
-    lost = _text_lost(claim, judge, described.image_token(inside.config))
+    tokens = {described.image_token(inside.config)}
+    if described.videos is not None:
+        tokens.add(described.videos.token(inside.config))
+    lost = _text_lost(claim, judge, tokens)
     verdict: Any = "exact" if difference <= tolerance and not lost else "not exact"
     if verdict == "exact" and moved < MEANINGFUL * tolerance:
         verdict = "undecided"
@@ -180,16 +191,18 @@ def check(
         rows=record.batch,
         steps=new_tokens,
         kept=_counts(record),
+        frames=_frame_counts(record),
         text_lost=lost,
     )
 
 
-def _text_lost(claim: Claim, judge: Judge, token: int) -> int:
+def _text_lost(claim: Claim, judge: Judge, placeholders: set[int]) -> int:
     """How many tokens a claim drops that are no placeholders."""
     lost = torch.zeros_like(judge.real)
     for mask in (*claim.keep.values(), *claim.keep_cache.values()):
         lost |= ~mask[:, : judge.prompt].to(lost.device)
-    return int((lost & judge.real & (judge.ids != token)).sum())
+    visual = torch.isin(judge.ids, torch.tensor(sorted(placeholders), device=judge.ids.device))
+    return int((lost & judge.real & ~visual).sum())
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> float:
@@ -212,6 +225,15 @@ def _counts(record: Prefill) -> dict[int, tuple[int, int]]:
     for layer in record.keep:
         kept = [image for image in record.kept if image.layer == layer and image.site != "cache"]
         counts[layer] = (sum(len(image.index) for image in kept), sum(image.original for image in kept))
+    return counts
+
+
+def _frame_counts(record: Prefill) -> dict[int, tuple[int, int]]:
+    counts = {}
+    for layer in record.keep:
+        frames = [n for kept in record.kept if kept.layer == layer and kept.site != "cache" for n in kept.by_frame]
+        if frames:
+            counts[layer] = (sum(n > 0 for n in frames), len(frames))
     return counts
 
 

@@ -39,6 +39,7 @@ class BoundStage:
         needs: probes that the method looks at here.
         label: how the report names it.
         per_crop: each crop of an image is decided by itself.
+        per_frame: each frame of a video is decided by itself, with the whole budget.
         adaptive: the method decides how many tokens it keeps; the budget is an upper limit.
     """
 
@@ -49,6 +50,13 @@ class BoundStage:
     label: str
     per_crop: bool
     adaptive: bool
+    per_frame: bool = False
+
+    def keeps(self, budget: Budget, prompt: Prompt, image: int) -> int:
+        """How many tokens of an image the stage keeps at most, of those that the call's mask does not hide."""
+        if self.per_frame:
+            return sum(map(budget.resolve, prompt.by_frame(image)))
+        return budget.resolve(prompt.candidates[image])
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +146,11 @@ def choose(
     """
     method, layer = bound.method, bound.stage.layer
     parts: list[Part] = []
-    for image, candidates in enumerate(prompt.candidates):
-        parts += _parts(bound, call, prompt, image, budget.resolve(candidates))
+    for image in range(len(prompt.candidates)):
+        if bound.per_frame:
+            parts += _frames(call, prompt, image, budget)
+        else:
+            parts += _parts(bound, call, prompt, image, bound.keeps(budget, prompt, image))
     groups: dict[tuple[int, ...], tuple[list[int], list[Part]]] = {}  # of equal sizes: decided in one batch
     for number, part in enumerate(parts):
         group, members = groups.setdefault(part.size, ([], []))
@@ -221,21 +232,37 @@ def merged(call: Call, prompt: Prompt, chosen: StageResult, hidden: Tensor) -> T
 def _parts(bound: BoundStage, call: Call, prompt: Prompt, image: int, keep: int) -> list[Part]:
     """What is decided together of one image: all of it, or each of its crops with its share of the budget."""
     index, original, entered = call.section.remaining[image], len(prompt.layout.images[image].places), prompt.entered[image]
+    frames = prompt.layout.images[image].frames
     if not bound.per_crop or keep >= len(index):
-        return [Part(image, index, original, entered, keep)]
+        return [Part(image, index, original, entered, keep, frames)]
     crop = prompt.crops[image][:, 0]
     numbers, sizes = np.unique(crop[crop >= 0], return_counts=True)  # −1: dropped inside the tower
     there = np.arange(original) if len(index) == original else on_host(index)
     left = [on_device(there[crop[there] == number], index.device) for number in numbers]
     shares = share(keep, sizes.tolist(), list(map(len, left)))
-    return [Part(image, here, size, entered, kept) for here, size, kept in zip(left, sizes.tolist(), shares, strict=True)]
+    frame = range(frames) if frames == len(numbers) else [None] * len(numbers)  # a frame is a crop of its video
+    parts = zip(left, sizes.tolist(), shares, frame, strict=True)
+    return [Part(image, here, size, entered, kept, frame=one) for here, size, kept, one in parts]
+
+
+def _frames(call: Call, prompt: Prompt, image: int, budget: Budget) -> list[Part]:
+    """Every frame of a video, with what the budget keeps of it."""
+    video, index = prompt.layout.images[image], call.section.remaining[image]
+    assert video.frame is not None
+    there = np.arange(len(video)) if len(index) == len(video) else on_host(index)
+    of_token, sizes = video.frame[there], np.bincount(video.frame, minlength=video.frames).tolist()
+    parts = []
+    for frame, candidates in enumerate(prompt.by_frame(image)):
+        mine = on_device(there[of_token == frame], index.device)
+        parts.append(Part(image, mine, sizes[frame], sizes[frame], budget.resolve(candidates), frame=frame))
+    return parts
 
 
 def _over_images(bound: BoundStage, call: Call, prompt: Prompt, hidden: Tensor, tools: Tools) -> list[Tensor]:
     """Per image `[original]`, what a method that decides crop by crop scales over all of them; 0 where dropped."""
     images, remaining = prompt.layout.images, call.section.remaining
     wholes = [
-        Part(number, index, len(image), prompt.entered[number], 0)
+        Part(number, index, len(image), prompt.entered[number], 0, image.frames)
         for number, (image, index) in enumerate(zip(images, remaining, strict=True))
     ]
     found: dict[int, Tensor] = {}

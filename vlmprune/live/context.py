@@ -38,7 +38,7 @@ class OverrideBlock:
         number: rises with every block that is opened anywhere.
         thread: the thread that opened it.
         owner: what conversations that begin in it belong to. It is held: it lives as long as a thread has these settings.
-        enabled, budget: what the block sets, or None.
+        enabled, budget, image_positions: what the block sets, or None.
         last: the record of the last prefill that ran in it.
     """
 
@@ -47,6 +47,7 @@ class OverrideBlock:
     owner: Any
     enabled: bool | None = None
     budget: Budget | None = None
+    image_positions: Any = None
     last: Any = None
 
 
@@ -76,6 +77,14 @@ class Settings:
         for block in reversed(self.blocks):
             if block.budget is not None:
                 return block.budget
+        return None
+
+    @property
+    def image_positions(self) -> Any:
+        """Where the pictures are that `inputs_embeds` holds, or None."""
+        for block in reversed(self.blocks):
+            if block.image_positions is not None:
+                return block.image_positions
         return None
 
 
@@ -116,6 +125,7 @@ class Contexts:
         self._number = next(_numbers)  # never given twice, so that a later handle inherits nothing
         self._handed_on: finalize[..., Contexts] | None = None
         self._records: WeakKeyDictionary[threading.Thread, Any] = WeakKeyDictionary()
+        self._switches = 0  # how often somebody switched it off; a block counts while it is open
         self._all[self._number] = self
 
     @property
@@ -123,9 +133,15 @@ class Contexts:
         """The calling context's settings."""
         return _settings().get(self._number, DEFAULT)
 
+    @property
+    def always_on(self) -> bool:
+        """No caller has switched the handle off, so that nobody needs to be asked."""
+        return self._switches == 0
+
     def switch(self, enabled: bool) -> None:
         """Switch the calling context on or off, and the threads that it starts from now on; inside a block that sets it itself,
         until that block ends."""
+        self._switches += not enabled
         for block in reversed(self.settings.blocks):
             if block.enabled is not None:
                 block.enabled = enabled
@@ -145,14 +161,19 @@ class Contexts:
         _mine.set({**alive, self._number: replace(self.settings, **changes)})
 
     @contextmanager
-    def block(self, owner: Any, enabled: bool | None = None, budget: Budget | None = None) -> Iterator[None]:
+    def block(
+        self, owner: Any, enabled: bool | None = None, budget: Budget | None = None, image_positions: Any = None
+    ) -> Iterator[None]:
         """Settings of the calling context, and of the threads that it starts, inside a `with`."""
-        opened = OverrideBlock(next(_numbers), threading.current_thread(), owner, enabled, budget)
+        opened = OverrideBlock(next(_numbers), threading.current_thread(), owner, enabled, budget, image_positions)
         self._change(blocks=(*self.settings.blocks, opened))
         _inheriting.begin()
+        off = enabled is False
+        self._switches += off
         try:
             yield
         finally:
+            self._switches -= off
             _inheriting.end()
             self._change(blocks=tuple(block for block in self.settings.blocks if block is not opened))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.device import on_device
-from vlmprune.live.cache import MarkedLayer, PrunedLayer
+from vlmprune.live.cache_layer import Marked, Pruned
 from vlmprune.live.call import Call
 from vlmprune.live.marking import computed
 from vlmprune.live.rows import Reduction
@@ -38,9 +38,9 @@ def find_rows(call: Call, kind: Rows, batch: int, tokens: int, device: torch.dev
     return Reduction(edited.rows.to(device), edited.valid.to(device), edited.dense)
 
 
-def keys_valid(call: Call, layer: MarkedLayer, key: Tensor) -> Tensor | None:
+def keys_valid(call: Call, layer: Marked, key: Tensor) -> Tensor | None:
     """`[batch, key]` bool, False on padding; None if there is none."""
-    if isinstance(layer, PrunedLayer):
+    if isinstance(layer, Pruned):
         dense = layer.recorded is None or layer.recorded.dense
         return None if dense else layer.entries.valid.to(key.device)
     if (rows := call.section.rows) is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vlmprune.live.cache import MarkedLayer
+from vlmprune.live.cache_layer import Marked
 from vlmprune.live.rows import Reduction
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class LayerInput:
     index: int
     call: Any
     hidden: Tensor | None
-    layer: MarkedLayer
+    layer: Marked
     valid: Tensor | None = None
     rows: Reduction | None = None
     ran: bool = False
@@ -57,7 +57,7 @@ class Edits:
     inputs: dict[int, LayerInput] = field(default_factory=dict)
     rows: dict[tuple[str, int, int], Reduction | None] = field(default_factory=dict)
     valid: dict[int, Tensor | None] = field(default_factory=dict)
-    marked_layers: dict[int, MarkedLayer] = field(default_factory=dict)
+    marked_layers: dict[int, Marked] = field(default_factory=dict)
     ready: bool = False
     text_only: TextOnly | None = None
     is_text_only: bool = False

@@ -33,6 +33,12 @@ class Entries:
     shift: Tensor | None = None
     _selected: tuple[Tensor, Entries] | None = field(default=None, repr=False, init=False)
     _cropped: tuple[int, Entries] | None = field(default=None, repr=False, init=False)
+    _placed: dict[tuple[int, int | None], tuple[Tensor, ...]] = field(default_factory=dict, repr=False, init=False)
+
+    @property
+    def dropped(self) -> int:
+        """How many tokens of the conversation have no entry, in the row with the most entries."""
+        return self.tokens - int(self.slots.shape[1])
 
     @staticmethod
     def complete(batch: int, tokens: int, device: torch.device, real: Tensor | None, unpadded: bool | None = None) -> Entries:
@@ -91,3 +97,27 @@ class Entries:
             made = Entries(self.slots[:, :kept], self.valid[:, :kept], self.dense, tokens, self.unpadded, self.shift)
             self._cropped = remove, made
         return self._cropped[1]
+
+    def placed(self, room: int, limit: int | None) -> tuple[Tensor, ...]:
+        """These entries in tensors of a fixed length: entry number n is in place n, or in n modulo `room` of a ring.
+
+        Args:
+            room: number of places.
+            limit: tokens that the conversation may have; None for a ring.
+
+        Returns:
+            `[batch, place]` slots, and which of them can be seen; numbers on the device: tokens without entry, and entries. All
+            places but those of a ring also have the slots of entries to come.
+        """
+        if (room, limit) not in self._placed:
+            batch, stored = self.slots.shape
+            device, number = self.slots.device, torch.arange(max(stored - room, 0), stored, device=self.slots.device)
+            slots = torch.zeros(batch, room, dtype=torch.long, device=device)
+            seen = torch.zeros(batch, room, dtype=torch.bool, device=device)
+            slots[:, number % room], seen[:, number % room] = self.slots[:, number], self.valid[:, number]
+            if limit is not None:
+                coming = torch.arange(self.tokens, self.tokens + room - stored, device=device)
+                slots[:, stored:], seen[:, stored:] = coming.clamp(max=limit - 1), coming < limit
+            numbers = (torch.tensor(n, device=device) for n in (self.dropped, stored))
+            self._placed[room, limit] = (slots, seen, *numbers)
+        return self._placed[room, limit]

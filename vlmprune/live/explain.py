@@ -9,6 +9,7 @@ Scores are computed and kept only under `explain=True`. They stay on the device;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -96,6 +97,8 @@ class Verdict:
         pick: for a kept token of a method that picks one after the other, as which it was picked, from 1.
         merged_into: token that this one was merged into, or None.
         merged_from: how many other tokens were merged into this one.
+        frame, frames: of a video whose frames are judged apart (`per="frame"`): number of the frame, and how many there are;
+            else None and 1.
         crop, crops: LLaVA-NeXT, where crops are judged apart: number of the crop (0 is the whole picture scaled down), and how
             many there are; else None and 1.
         asked: False where the budget keeps everything or nothing, so that the method was not asked.
@@ -118,6 +121,8 @@ class Verdict:
     merged_from: int = 0
     crop: int | None = None
     crops: int = 1
+    frame: int | None = None
+    frames: int = 1
     asked: bool = True
     how: str = ""
     in_place: bool = True
@@ -141,6 +146,7 @@ class Verdict:
         if self.merged_from:
             yield f"{self.merged_from} other {'token was' if self.merged_from == 1 else 'tokens were'} merged into it"
         within = "" if self.crop is None else f" in crop {self.crop} (of {self.crops}; crop 0 is the whole picture)"
+        within = within if self.frame is None else f" in frame {self.frame} (of {self.frames})"
         if not self.asked:
             yield f"the budget {'keeps' if self.left else 'drops'} all {self.among} tokens{within}"
             return
@@ -180,6 +186,8 @@ class Explanation:
     Attributes:
         sample, image, token: which token: batch row, number of the picture in that row, index in the picture.
         tokens: visual tokens the picture has, without LLaVA-NeXT's row separators.
+        frame, frames: of a video, the frame that shows the token, and how many there are; None and 0 of a picture.
+        time: seconds at which that frame is shown; None if unknown.
         verdicts: of every stage that decided about the token, in order; empty if it was hidden.
         hidden: the call's attention mask hides the token, so that it never entered.
         newlines: row separators of all pictures, which count as text and have no index; and whether they were kept.
@@ -193,6 +201,9 @@ class Explanation:
     hidden: bool = False
     newlines: int = 0
     newlines_kept: bool = True
+    frame: int | None = None
+    frames: int = 0
+    time: float | None = None
 
     @property
     def kept(self) -> bool:
@@ -212,6 +223,10 @@ class Explanation:
     def lines(self) -> list[str]:
         """The explanation as lines of text."""
         which = f"Token {self.token} of {self.tokens} (picture {self.image}, sample {self.sample})"
+        if self.frame is not None:
+            at = "" if self.time is None else f", at {self.time:g} s"
+            which = f"Token {self.token} of {self.tokens} (video {self.image}, sample {self.sample}), in frame {self.frame} "
+            which += f"of {self.frames}{at},"
         if self.hidden:
             return [f"{which} never entered: the call's attention mask hides it, and no stage may keep it."]
         dropped = self.dropped_by
@@ -242,9 +257,12 @@ def explain(record: Prefill, token: Any, image: Any, sample: Any) -> Explanation
     stages = _stages_of(record, image, sample)
     tokens = stages[0].original
     if not 0 <= token < tokens:
+        kind = "picture" if stages[0].frame is None else "video"
         raise UsageError(
-            f"there is no token {token}: picture {image} of sample {sample} has {tokens}, numbered 0 to {tokens - 1}."
+            f"there is no token {token}: {kind} {image} of sample {sample} has {tokens}, numbered 0 to {tokens - 1}."
         )
+    frame = None if stages[0].frame is None else int(stages[0].frame[token])
+    time = None if frame is None or math.isnan(stages[0].times[frame]) else stages[0].times[frame]
     verdicts: list[Verdict] = []
     for stage in stages:
         if (verdict := _verdict(stage, token, verdicts)) is not None:
@@ -258,6 +276,9 @@ def explain(record: Prefill, token: Any, image: Any, sample: Any) -> Explanation
         hidden=not verdicts,
         newlines=record.newlines,
         newlines_kept=record.newlines_kept,
+        frame=frame,
+        frames=stages[0].frames,
+        time=time,
     )
 
 
@@ -278,10 +299,12 @@ def _stages_of(record: Prefill, image: int, sample: int) -> list[Kept]:
         raise UsageError(f"there is no sample {sample}: the batch has {record.batch}, numbered 0 to {record.batch - 1}.")
     images = sorted({kept.ordinal for kept in record.kept if kept.sample == sample})
     if image not in images:
-        held = {0: "no picture", 1: "1 picture, numbered 0"}.get(
-            len(images), f"{len(images)} pictures, numbered 0 to {len(images) - 1}"
+        videos = any(kept.frame is not None for kept in record.kept if kept.sample == sample)
+        one, more = ("picture or video", "pictures and videos") if videos else ("picture", "pictures")
+        held = {0: "no picture", 1: f"1 {one}, numbered 0"}.get(
+            len(images), f"{len(images)} {more}, numbered 0 to {len(images) - 1}"
         )
-        raise UsageError(f"there is no picture {image} in sample {sample}: it has {held}.")
+        raise UsageError(f"there is no {one} {image} in sample {sample}: it has {held}.")
     return [kept for kept in record.kept if (kept.sample, kept.ordinal) == (sample, image)]
 
 
@@ -294,12 +317,11 @@ def _verdict(stage: Kept, token: int, before: Iterable[Verdict]) -> Verdict | No
     for number, part in enumerate(stage.judged):
         there = part.index.tolist()
         if token in there:
-            crop = number if len(stage.judged) > 1 else None
-            return _of_part(stage, part, there, token, kept, crop)
+            return _of_part(stage, part, there, token, kept, number if len(stage.judged) > 1 else None)
     return None
 
 
-def _of_part(stage: Kept, part: Judged, there: list[int], token: int, kept: bool, crop: int | None) -> Verdict:
+def _of_part(stage: Kept, part: Judged, there: list[int], token: int, kept: bool, apart: int | None) -> Verdict:
     left = set(stage.index.tolist()).intersection(there)
     score = rank = last = pick = joined = None
     if part.score is not None:
@@ -324,8 +346,10 @@ def _of_part(stage: Kept, part: Judged, there: list[int], token: int, kept: bool
         pick=pick,
         merged_into=joined if joined is not None and joined >= 0 and not kept else None,
         merged_from=into.count(token) - 1 if joined is not None and kept else 0,
-        crop=crop,
-        crops=len(stage.judged),
+        crop=apart if stage.frame is None else None,
+        crops=len(stage.judged) if stage.frame is None else 1,
+        frame=None if stage.frame is None else apart,
+        frames=1 if stage.frame is None else len(stage.judged),
         asked=part.asked,
         how=stage.how,
         in_place=stage.in_place,

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import UsageError
+from vlmprune.live import static_step
 from vlmprune.live.attention import CALL_ARGUMENT
+from vlmprune.live.cache import tokens_in
 from vlmprune.live.call import Call
 from vlmprune.live.owner import Encoded, Owner
 from vlmprune.live.owners import Owners
 from vlmprune.live.prefill import begin, enter_prompt, goes_on, leave_prompt
-from vlmprune.live.prompt import by_name, strange_embeddings
+from vlmprune.live.prompt import FED_AGAIN, begins_again, by_name, strange_embeddings
+from vlmprune.live.static_step import IMAGES, is_step
 from vlmprune.live.tower import TowerPass
-
-IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-"""Arguments of a call that brings images."""
 
 
 class _PerThread(threading.local):
@@ -72,14 +72,18 @@ class Hooks:
 
     def enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the whole model begins."""
+        if is_step(args, kwargs):
+            return None
         # With images encoded beforehand, this is generate(), and it asks for the logits of the last prompt token and of
         # everything after it; in a plain call the number means nothing of the kind.
         given = kwargs.get("logits_to_keep", 0)
         wanted = given if isinstance(given, int) else 0
         if kwargs.get("mm_encoder_outputs") and not _takes_logits(type(module).forward):
             self._refuse_candidates(module)
+        if begins_again(kwargs) and _innermost(type(module), only=module, function="_assisted_decoding") is not None:
+            raise UsageError(FED_AGAIN)
         call = Call(tail=max(wanted - 1, 0) if kwargs.get("mm_encoder_outputs") else 0, logits_wanted=wanted)
-        if kwargs.get("pixel_values") is not None:
+        if kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
             call.generation = _generation(module)
         for name, offset in (("labels", 1), ("shift_labels", 0)):
             if isinstance(labels := kwargs.get(name), Tensor):
@@ -105,11 +109,13 @@ class Hooks:
 
     def enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call enters the base model: whose plan it follows is decided."""
+        if self._is_step(args, kwargs):
+            return None
         if args:
             kwargs = by_name(module, args, kwargs)
         call: Call = kwargs.get(CALL_ARGUMENT) or Call()
         cache, me = kwargs.get("past_key_values"), threading.get_ident()
-        call.past = cache.get_seq_length() if cache is not None else 0
+        call.past = tokens_in(cache)
         self.on_the_way.pop(me, None)
         if call.past:
             owner = getattr(cache, "vlmprune", None)
@@ -127,6 +133,13 @@ class Hooks:
         if not call.past or not self._only_goes_on(call, cache, kwargs):
             begin(call, kwargs)
         return (), {**kwargs, CALL_ARGUMENT: call}
+
+    def _is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it is a decoding step in a static cache, which goes on by what is on the cache, if it may."""
+        if is_step(args, kwargs):
+            self.owners.check_step(kwargs["past_key_values"])
+            return True
+        return False
 
     def _only_goes_on(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> bool:
         """Whether this is a decoding step, where nothing begins. The caller's settings matter only if layers are edited."""
@@ -182,6 +195,8 @@ class Hooks:
                 return args, {**kwargs, "attention_mask": None}
             call.idle = call.edits.ready and not plan.pruning.at
             return None if call.idle else goes_on(plan, call, args, kwargs)
+        if self._is_step(args, kwargs):
+            return None
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
         if _innermost(type(self.base), only=self.base, function="forward") is not None:
@@ -195,7 +210,7 @@ class Hooks:
     def _enter_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The language model was called directly, not by the model around it."""
         cache = kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
+        past = tokens_in(cache)
         owner = self.owners.of_conversation(cache) if past else self.owners.in_force()
         if owner is None:
             return None
@@ -266,6 +281,11 @@ class Hooks:
         """What leaves a packed tower before its end has the full number of rows again."""
         return None if (tower := self._thread.tower) is None else tower.restore(features)
 
+    def enter_pool(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Squares of a video's patches become one token each, before the projector."""
+        if (tower := self._thread.tower) is not None:
+            tower.plan.tower.enter_pool(tower)
+
     def leave_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], features: Tensor) -> Any:
         """What the tower saw of every token is recorded with its features."""
         if (tower := self._thread.tower) is None:
@@ -295,10 +315,19 @@ def enter_block(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: di
     return tower.plan.tower.enter_block(index, module, tower, args, kwargs) if isinstance(tower, TowerPass) else None
 
 
-def enter_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def enter_layer(
+    index: int,
+    stored_at: int | None,
+    rotary: Callable[..., Any],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """What a decoder layer is given. It runs in every layer for every token: nothing is between it and torch."""
     call: Call | None = kwargs.get(CALL_ARGUMENT)
-    if call is None or call.plan is None or (call.idle and (call.edits.ready or index not in call.plan.edited)):
+    if call is None:
+        return static_step.enter_layer(index, stored_at, rotary, args, kwargs)
+    if call.plan is None or (call.idle and (call.edits.ready or index not in call.plan.edited)):
         return None
     return call.plan.enter_layer(index, module, call, args, kwargs)
 

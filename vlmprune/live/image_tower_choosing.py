@@ -14,6 +14,7 @@ from torch import Tensor
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.choosing import BoundStage, check_choice
+from vlmprune.live.pixels import cut_out, identities_of
 from vlmprune.methods import Choice
 from vlmprune.methods.tower import TowerState
 from vlmprune.view import View, known_probes
@@ -32,7 +33,7 @@ class Pictures:
     Args:
         pixels: `[picture, channel, row, column]`.
         grid: rows and columns of patches.
-        patch: height and width of a patch; None where patches overlap.
+        patch: height and width of a patch; None where patches are not squares of pixels side by side.
     """
 
     def __init__(self, pixels: Tensor, grid: tuple[int, int], patch: tuple[int, int] | None) -> None:
@@ -41,18 +42,13 @@ class Pictures:
     @cached_property
     def identities(self) -> list[int]:
         """A number for each picture, equal for equal pixels, whatever the batch."""
-        pixels = self._pixels.detach().contiguous()
-        bits = pixels.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[pixels.itemsize])
-        odd = torch.arange(pixels[0].numel(), device=pixels.device) * 2 + 1
-        return on_host((bits.flatten(1).long() * odd).sum(dim=1)).tolist()
+        return on_host(identities_of(self._pixels.detach().transpose(1, 2).flatten(2))).tolist()
 
     @cached_property
     def patches(self) -> Tensor:
-        """`[picture, patch, number]` the pixels of each patch: channels, each row by row."""
-        assert self._patch is not None  # the plan refuses towers whose patches overlap
-        rows, columns = self._patch
-        tiles = self._pixels.unfold(2, rows, rows).unfold(3, columns, columns)  # [picture, channel, row, column, in it, in it]
-        return tiles.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        """`[picture, patch, value]` the pixels of each patch."""
+        assert self._patch is not None  # the plan refuses other towers
+        return cut_out(self._pixels.detach(), self._patch, self._patch)[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +144,8 @@ def _view(bound: BoundStage, group: list[int], start: int, patches: Tensor, stat
             by_head = known_probes()[name].shape.startswith(("[image, head", "[image, kv_head"))
             probes[name] = carried.transpose(1, 2) if by_head else carried
     original = rows * columns
-    return View(bound.stage.layer, original, cells, probes, original, columns, pictures.grid)
+    grid = pictures.grid if bound.stage.site == "pixels" else None
+    return View(bound.stage.layer, original, cells, probes, original, side=columns, grid=grid)
 
 
 def _same(features: Tensor) -> Tensor:

@@ -166,7 +166,8 @@ class ImageTowerPass(TowerPass):
 
     def _watches(self, index: int, state: TowerState) -> bool:
         """Whether the attention of a block is looked at."""
-        in_tower = self.pruner is not None and index < self.last and state.cells.shape[1] > state.target
+        watching = self.pruner is not None and self.pruner.watches_block(index, self.last)
+        in_tower = watching and index < self.last and state.cells.shape[1] > state.target
         return in_tower or bool(self._probes.get(index))
 
     def _see(self, index: int) -> Callable[[Tensor, Tensor, Tensor, float], None]:

@@ -9,6 +9,7 @@ from there, so that nothing waits for the device while layers run. What is on th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,8 @@ from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
 
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
+NOT_YET = torch.zeros(0, dtype=torch.long)
+"""Places that are on the host, and not yet on the device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +33,11 @@ class Tokens:
     Attributes:
         ids: `[batch, sequence]`; where only embeddings were given, numbers that are equal for equal ones.
         real: `[batch, sequence]` False on what the call's mask hides: padding, or any other token, pictures' too.
-        placeholders: `[batch, sequence]` True on image placeholders, masked or not.
+        placeholders: `[batch, sequence]` True on placeholders of pictures and videos, masked or not.
         end: `[batch]` place of the last token that belongs to the prompt.
         segments: `[batch, sequence]` which of several samples in one row each token belongs to, from 0; None if every row is
             one sample.
+        videos: `[batch, sequence]` those of `placeholders` that are videos'; None if none is.
     """
 
     ids: np.ndarray[Any, Any]
@@ -41,16 +45,18 @@ class Tokens:
     placeholders: Bools
     end: np.ndarray[Any, Any]
     segments: np.ndarray[Any, Any] | None = None
+    videos: Bools | None = None
 
     @staticmethod
-    def read(ids: Tensor, mask: Tensor | None, image_token: int, tail: int) -> Tokens:
+    def read(ids: Tensor, mask: Tensor | None, image_token: int, tail: int, video_token: int | None = None) -> Tokens:
         """One transfer from the device, which waits for it.
 
         Args:
             ids: `[batch, sequence]`.
             mask: `[batch, sequence or more]`, 0 on padding; its last columns are those of `ids`.
-            image_token: id of the placeholder.
+            image_token: id of the placeholder of pictures.
             tail: tokens at the end that are not part of the prompt.
+            video_token: id of the placeholder of videos, if there may be some.
         """
         if mask is None:
             known = on_host(ids)
@@ -59,7 +65,8 @@ class Tokens:
             sequence = ids.shape[1]
             known, seen = on_host(torch.stack((ids, (mask[:, -sequence:] != 0).to(ids))))
             real = seen != 0
-        return Tokens.of(known, real, known == image_token, tail)
+        videos = None if video_token is None else known == video_token
+        return Tokens.of(known, real, known == image_token, tail, videos=videos)
 
     @staticmethod
     def of(
@@ -68,10 +75,14 @@ class Tokens:
         placeholders: Bools,
         tail: int = 0,
         segments: np.ndarray[Any, Any] | None = None,
+        videos: Bools | None = None,
     ) -> Tokens:
-        """A prompt whose last token, of each row, is `tail` tokens before the last that is there."""
+        """A prompt whose last token, of each row, is `tail` tokens before the last that is there. `placeholders` need not have
+        those of `videos`."""
         end = np.where(real, np.arange(real.shape[1]), 0).max(axis=1) - tail
-        return Tokens(ids, real, placeholders, end, segments)
+        if videos is not None:
+            placeholders = placeholders | videos
+        return Tokens(ids, real, placeholders, end, segments, videos if videos is not None and videos.any() else None)
 
     @property
     def visual(self) -> Bools:
@@ -141,6 +152,11 @@ class Image:
         """Frames of a video; 0 of a picture."""
         return len(self.times)
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """`frame` and `times` as a record keeps them."""
+        return {"frame": None if self.frame is None else torch.from_numpy(self.frame.copy()), "times": self.times}
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -162,54 +178,46 @@ class Layout:
         tokens_per_image: Sequence[int],
         device: torch.device,
         joins: Callable[[Sequence[int]], bool] | None = None,
+        tokens_per_video: Sequence[int] = (),
     ) -> Layout:
-        """Split the visual tokens of a batch into pictures.
+        """Split the visual tokens of a batch into pictures and videos.
 
         Args:
             prompt: the tokens.
             tokens_per_image: tokens of each picture, or of each crop of one, in the order of the batch; 0 is no picture.
             device: for `Image.places_on_device`.
             joins: whether two crops are of one picture, from the ids between them; None if there are no crops.
+            tokens_per_video: tokens of each video, in the order of the batch. Their frames are not known here.
 
         Raises:
-            UsageError: the placeholders and the pictures do not match, in total or in one row.
+            UsageError: the placeholders and the pictures, or videos, do not match, in total or in one row.
         """
-        rows, columns = prompt.placeholders.nonzero()
-        if rows.size != sum(tokens_per_image):
-            raise UsageError(
-                f"image tokens do not match the pictures: the prompt has {rows.size} image tokens, but the "
-                f"{len(tokens_per_image)} picture(s) make {sum(tokens_per_image)} ({_counts(tokens_per_image)}); "
-                + _why(prompt, rows.size, sum(tokens_per_image))
-            )
-        images: list[Image] = []
-        on_the_device = on_device(columns, device)
-        start = ordinal = 0
-        for count in _pictures(prompt, rows, columns, [count for count in tokens_per_image if count], joins):
-            here = slice(start, start + count)
-            row, last = int(rows[start]), int(rows[start + count - 1])
-            if row != last:
-                raise UsageError(
-                    f"image tokens do not match the pictures: picture {len(images)} makes {count} tokens, but they would "
-                    f"be spread over samples {row} and {last}; each sample needs the placeholders of its own pictures."
-                )
-            ordinal = ordinal + 1 if images and images[-1].sample == row else 0
-            segments = prompt.segment(row)[columns[here]]
-            if segments[0] != segments[-1]:
-                raise UsageError(
-                    f"the tokens of picture {len(images)} lie in two packed samples of row {row}, which cannot see each other. "
-                    "Restart position ids, and separate masks, only between samples."
-                )
-            images.append(Image(row, ordinal, columns[here], on_the_device[here], int(segments[0])))
-            start += count
-        return Layout(tuple(images), on_device(prompt.real, device), tuple(prompt.real.sum(axis=1).tolist()))
+        videos = prompt.videos
+        images = _placed(
+            prompt, prompt.placeholders if videos is None else prompt.placeholders & ~videos, tokens_per_image, joins
+        )
+        if videos is not None or tokens_per_video:
+            there = np.zeros_like(prompt.placeholders) if videos is None else videos
+            images += [replace(video, times=(math.nan,)) for video in _placed(prompt, there, tokens_per_video, None, "video")]
+            images.sort(key=lambda image: (image.sample, image.places[0]))
+        ordinals: dict[int, int] = {}
+        every = on_device(np.concatenate([image.places for image in images] or [np.zeros(0, int)]), device)
+        ends = np.cumsum([len(image) for image in images]).tolist()
+        placed = []
+        for image, end in zip(images, ends, strict=True):
+            ordinal = ordinals.get(image.sample, 0)
+            ordinals[image.sample] = ordinal + 1
+            placed.append(replace(image, ordinal=ordinal, places_on_device=every[end - len(image) : end]))
+        return Layout(tuple(placed), on_device(prompt.real, device), tuple(prompt.real.sum(axis=1).tolist()))
 
     def without(self, dropped: Bools) -> Layout:
         """The same pictures without the tokens at some places `[batch, sequence]`."""
         images = []
         for image in self.images:
-            places = image.places[~dropped[image.sample, image.places]]
-            device = image.places_on_device.device
-            images.append(replace(image, places=places, places_on_device=on_device(places, device)))
+            stays = ~dropped[image.sample, image.places]
+            places, device = image.places[stays], image.places_on_device.device
+            frame = None if image.frame is None else image.frame[stays]
+            images.append(replace(image, places=places, places_on_device=on_device(places, device), frame=frame))
         return Layout(tuple(images), self.real, self.counts)
 
     @property
@@ -231,6 +239,52 @@ def real_tokens(attention_mask: Tensor | None, batch: int, sequence: int, device
     if attention_mask is None:
         return torch.ones(batch, sequence, dtype=torch.bool, device=device)
     return attention_mask[:, -sequence:].to(device=device, dtype=torch.bool)
+
+
+def _placed(
+    prompt: Tokens,
+    there: Bools,
+    counts: Sequence[int],
+    joins: Callable[[Sequence[int]], bool] | None,
+    what: str = "image",
+) -> list[Image]:
+    """The pictures, or videos, of a prompt, by the places of their placeholders; their ordinals are not known yet.
+
+    Args:
+        there: `[batch, sequence]` the placeholders.
+        counts: tokens of each, or of each crop.
+        joins: as in `Layout.find`.
+        what: "image" or "video".
+
+    Raises:
+        UsageError: they do not match.
+    """
+    rows, columns = there.nonzero()
+    kind = "picture" if what == "image" else what
+    if rows.size != sum(counts):
+        raise UsageError(
+            f"{what} tokens do not match the {kind}s: the prompt has {rows.size} {what} tokens, but the {len(counts)} "
+            f"{kind}(s) make {sum(counts)} ({_counts(counts)}); " + _why(prompt, there, sum(counts), kind)
+        )
+    images: list[Image] = []
+    start = 0
+    for count in _pictures(prompt, rows, columns, [count for count in counts if count], joins):
+        here = slice(start, start + count)
+        row, last = int(rows[start]), int(rows[start + count - 1])
+        if row != last:
+            raise UsageError(
+                f"{what} tokens do not match the {kind}s: {kind} {len(images)} makes {count} tokens, but they would be spread "
+                f"over samples {row} and {last}; each sample needs the placeholders of its own {kind}s."
+            )
+        segments = prompt.segment(row)[columns[here]]
+        if segments[0] != segments[-1]:
+            raise UsageError(
+                f"the tokens of {kind} {len(images)} lie in two packed samples of row {row}, which cannot see each other. "
+                "Restart position ids, and separate masks, only between samples."
+            )
+        images.append(Image(row, 0, columns[here], NOT_YET, int(segments[0])))
+        start += count
+    return images
 
 
 def _pictures(
@@ -260,20 +314,18 @@ def _pictures(
     return pictures
 
 
-def _why(prompt: Tokens, there: int, wanted: int) -> str:
+def _why(prompt: Tokens, there: Bools, wanted: int, kind: str) -> str:
     """What probably happened to the placeholders, and what to do."""
-    last = prompt.placeholders[np.arange(len(prompt.end)), prompt.end]
-    if there < wanted and last.any():
+    last, token = there[np.arange(len(prompt.end)), prompt.end], "an image" if kind == "picture" else "a video"
+    if there.sum() < wanted and last.any():
         return (
-            f"row {int(last.argmax())} ends with an image token, as a prompt does that was cut inside a picture: give the "
+            f"row {int(last.argmax())} ends with {token} token, as a prompt does that was cut inside a {kind}: give the "
             "processor a larger max_length, or no truncation."
         )
-    if not there:
-        return (
-            "put one image placeholder in the text for each picture, and let neither the processor's truncation nor your own "
-            "cut it off."
-        )
-    return "put one image placeholder in the text for each picture and let the processor expand it."
+    one = f"put one {token.split()[1]} placeholder in the text for each {kind}"
+    if not there.any():
+        return f"{one}, and let neither the processor's truncation nor your own cut it off."
+    return f"{one} and let the processor expand it."
 
 
 def _counts(counts: Sequence[int]) -> str:

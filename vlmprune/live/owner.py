@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,12 @@ class Encoded:
 def encoded_of(features: Any) -> Encoded | None:
     """What was put on encoded pictures, or None."""
     return getattr(features, "vlmprune", None)
+
+
+def features_of(kwargs: Mapping[str, Any]) -> list[Any]:
+    """The pictures and the videos that `generate`, or the caller, has encoded for a call."""
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    return [encoded[kind] for kind in ("image", "video") if encoded.get(kind) is not None]
 
 
 def owner_of(cache: Cache | None) -> Owner | None:

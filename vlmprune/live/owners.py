@@ -17,9 +17,11 @@ from vlmprune.errors import UsageError
 from vlmprune.live.cache import check_same_stages, hand_over
 from vlmprune.live.call import Call
 from vlmprune.live.context import now, open_blocks
-from vlmprune.live.owner import Owner, encoded_of, owner_of
+from vlmprune.live.owner import Owner, encoded_of, features_of, owner_of
 from vlmprune.live.plan import Plan
 from vlmprune.live.prefill import identity_of
+from vlmprune.live.static_cache import check_room
+from vlmprune.live.static_step import check_marked
 
 GONE = (
     "these pictures were encoded while a recipe dropped patches of them inside the vision tower, and that recipe was removed "
@@ -87,6 +89,17 @@ class Owners:
             hand_over(cache, self.current)
         return self.current
 
+    def check_step(self, cache: Any) -> None:
+        """A step in a static cache, which is not compiled, is about to go on.
+
+        Raises:
+            UsageError: the conversation began under another recipe, or the cache is full.
+        """
+        check_room(cache.layers, 1)
+        owner = self.of_conversation(cache)
+        if owner is not None and owner.plan is not None and owner.plan.contexts.settings.enabled:
+            check_marked(cache, owner.plan.redistribution)
+
     def of_prompt(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> Owner | None:
         """Whose plan the beginning of a conversation follows: that under which its images were encoded, for the first prompt
         that takes them, for one that is run again, and where only that plan can use them; else the one in force.
@@ -94,18 +107,22 @@ class Owners:
         Raises:
             UsageError: the images were shortened by a plan that is gone.
         """
-        features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if (made := encoded_of(features)) is None:
+        known = [found for features in features_of(kwargs) if (found := encoded_of(features)) is not None]
+        if not known:
             return self.in_force()
-        first, made.used = not made.used, True
+        made, first = known[0], not known[0].used
+        for one in known:
+            one.used = True
+        shortened = next((one for one in known if one.shortened), None)
         if cache is None:  # the prompt is run again for every token
             ids = identity_of(kwargs)
             for prompt in made.prompts:
                 if ids is not None and self.has(prompt.owner) and prompt.goes_on(ids):
                     call.again = prompt
                     return prompt.owner
-        if (first or made.shortened) and self.has(made.owner):
-            return made.owner
-        if made.shortened:
+        for chosen in (shortened, made if first else None):
+            if chosen is not None and self.has(chosen.owner):
+                return chosen.owner
+        if shortened is not None:
             raise UsageError(GONE)
         return self.in_force()

@@ -98,10 +98,16 @@ def patches_of_crops(pixels: Tensor, embedding: nn.Module) -> list[Alike]:
     kernel, stride = _spatial(embedding, "kernel_size"), _spatial(embedding, "stride")
     assert kernel is not None
     assert stride is not None
-    cut = pixels.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])  # [crop, channel, row, column, y, x]
+    grid, values = cut_out(pixels, kernel, stride)
+    return [Alike(list(range(len(pixels))), grid, values)]
+
+
+def cut_out(pixels: Tensor, size: tuple[int, int], step: tuple[int, int]) -> tuple[tuple[int, int], Tensor]:
+    """Rows and columns of the patches of pictures `[picture, channel, height, width]`, and `[picture, patch, value]` the pixels
+    of each. `size`: of a patch, `step`: from one to the next."""
+    cut = pixels.unfold(2, size[0], step[0]).unfold(3, size[1], step[1])  # [picture, channel, row, column, y, x]
     rows, columns = cut.shape[2:4]
-    values = cut.permute(0, 2, 3, 1, 4, 5).reshape(len(pixels), rows * columns, -1)
-    return [Alike(list(range(len(pixels))), (rows, columns), values)]
+    return (rows, columns), cut.permute(0, 2, 3, 1, 4, 5).reshape(len(pixels), rows * columns, -1)
 
 
 def patches_of_list(pixels: Tensor, grids: list[list[int]], unit: int, method: str) -> list[Alike]:
@@ -167,13 +173,13 @@ def _view(bound: BoundStage, facts: TowerFacts, alike: Alike) -> View:
     if "cell" in needs:
         probes["cell"] = position
     if "identity" in needs:
-        probes["identity"] = tuple(on_host(_identities(alike.pixels)).tolist())
+        probes["identity"] = tuple(on_host(identities_of(alike.pixels)).tolist())
     side = alike.grid[0] if facts.crops and len(set(alike.grid)) == 1 else 0
     return View(0, tokens, position, probes, entered=tokens, side=side, grid=alike.grid)
 
 
-def _identities(pixels: Tensor) -> Tensor:
-    """`[image]` int64, equal for equal pictures: sums of whole numbers, in whatever order they are added."""
+def identities_of(pixels: Tensor) -> Tensor:
+    """`[image]` int64 of `[image, row, value]`, equal for equal pictures: sums of whole numbers, in whatever order."""
     bits = pixels.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[pixels.element_size()])
     tokens = bits.sum(dim=2, dtype=torch.int64)
     return (tokens * multipliers(tokens.shape[1], tokens.device)).sum(dim=1)

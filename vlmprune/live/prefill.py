@@ -13,10 +13,12 @@ from torch import Tensor
 
 from vlmprune.device import on_host
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import PrunedLayer, check_growing, conversation_layer, hand_over
+from vlmprune.live.cache import PRUNING, check_growing, conversation_layer, hand_over
+from vlmprune.live.cache_layer import Pruned
 from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.injected import take_over
-from vlmprune.live.owner import Encoded, Owner, encoded_of
+from vlmprune.live.merged import as_placeholders, find_merged
+from vlmprune.live.owner import Encoded, Owner, encoded_of, features_of
 from vlmprune.live.prompt import (
     begin_prompt,
     check_mask_goes_on,
@@ -27,9 +29,13 @@ from vlmprune.live.prompt import (
     visible_images,
 )
 from vlmprune.live.pruning import timed
+from vlmprune.live.quantised import QUANTISED
 from vlmprune.live.record import Clock, Prefill
 from vlmprune.live.section import window_in_slots
+from vlmprune.live.static_cache import check_room, first_static, places_of
+from vlmprune.live.static_step import check_implementation
 from vlmprune.live.tower import look_up_tower
+from vlmprune.live.videos import check_budgets, sizes_of, video_placeholder, videos_of, with_frames
 from vlmprune.schedule import Budget
 from vlmprune.view import EMBEDDINGS
 
@@ -71,7 +77,9 @@ def begin(call: Call, kwargs: dict[str, Any]) -> None:
     call.enabled, call.budget, call.blocks = settings.enabled, settings.budget, settings.blocks
     read_mask(call, kwargs)
     if call.past:
-        check_mask_goes_on(call, kwargs.get("past_key_values"))
+        ids = identity_of(kwargs)
+        check_mask_goes_on(call, kwargs.get("past_key_values"), None if ids is None else len(ids))
+        _check_turn(kwargs)
     else:
         _begin_conversation(plan, call, call.owner, kwargs)
     if not call.enabled:
@@ -84,12 +92,19 @@ def begin(call: Call, kwargs: dict[str, Any]) -> None:
         read_mask(call, kwargs)
 
 
+def _check_turn(kwargs: dict[str, Any]) -> None:
+    """Refuse a later turn for which a static cache has no place."""
+    cache, tokens = kwargs.get("past_key_values"), identity_of(kwargs)
+    if tokens is not None and cache is not None and first_static(cache) is not None:
+        check_room(cache.layers, tokens.shape[1])
+
+
 def _begin_conversation(plan: Plan, call: Call, owner: Owner, kwargs: dict[str, Any]) -> None:
     cache, ids = kwargs.get("past_key_values"), identity_of(kwargs)
     hand_over(cache, owner)
     if ids is not None and ids.shape[1] > 1:  # guidance runs the last token alone, beside the prompt that counts
         plan.contexts.note(None, call.blocks)  # a prompt that is refused, or switched off, has no record
-    features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+    features = next(iter(features_of(kwargs)), None)
     if cache is not None or features is None or ids is None:
         return
     if (made := encoded_of(features)) is None:  # encoded before the model was wrapped, or put together by the caller
@@ -101,37 +116,80 @@ def _begin_conversation(plan: Plan, call: Call, owner: Owner, kwargs: dict[str, 
 
 
 def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
-    encoded = kwargs.get("mm_encoder_outputs") or {}
-    if kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
-        raise UsageError(
-            "videos are not pruned yet: pass the frames as pictures, or run this prompt inside "
-            "`with run.override(enabled=False):`."
-        )
-    counts = call.images = _encoded_counts(plan, encoded.get("image")) or plan.family.tokens_per_image(kwargs, plan.config)
-    plan.links.check(whole=counts is not None)
-    if counts is None:
+    encoded, family = kwargs.get("mm_encoder_outputs") or {}, plan.family
+    pictures = _encoded_counts(plan, encoded.get("image")) or family.tokens_per_image(kwargs, plan.config)
+    videos = videos_of(family, encoded.get("video"), kwargs, plan.config)
+    brings = pictures is not None or videos is not None
+    merged = find_merged(plan.contexts.settings.image_positions, kwargs, call.past, brings)
+    pictures = pictures if merged is None or not merged.counts else merged.counts
+    plan.links.check(whole=pictures is not None or videos is not None)
+    if pictures is None and videos is None:
+        _refuse_paged(plan, kwargs)
         refuse_merged(kwargs, plan.language_model)
         return  # a prompt without an image, a later step, or a turn without a new image
+    call.images = [*(pictures or ()), *(videos or ())]
     if (ids := identity_of(kwargs)) is None:
         return  # the model itself refuses this
     cache, edits = kwargs.get("past_key_values"), plan.redistribution.names
-    if edits or plan.pruning.may_drop(_sizes(plan, counts), call.budget):
-        check_growing(cache, "attention redistribution" if edits else "pruning inside the language model")
+    if edits or plan.pruning.may_drop(_sizes(plan, call.images), call.budget):
+        check_cache(cache, ids.shape[1], "attention redistribution" if edits else PRUNING, plan.language_model.config)
     shortens = plan.pruning.cache_stage
     if shortens is not None and (call.tail or (cache is None and kwargs.get("mm_encoder_outputs") is not None)):
         raise UsageError(
             f"{shortens.method.name} removes tokens from the KV cache after prefill, which needs use_cache=True and no "
             "assisted decoding; or turn that stage off (cache_layer=-1)."
         )
+    if shortens is not None and any(isinstance(layer, QUANTISED) for layer in getattr(cache, "layers", ())):
+        raise UsageError(
+            f"{shortens.method.name} removes tokens from the KV cache after prefill, and transformers takes no tokens out of a "
+            "quantised cache: leave cache_implementation out, or turn that stage off (cache_layer=-1)."
+        )
     _refuse_unencoded(plan, call, cache)
     known = call.again
     if known is not None:
         call.tail += ids.shape[1] - known.ids.shape[1]
         call.uncached, call.resumed = known.marks, bool(known.marks)
-    tokens = read_prompt(call, kwargs, plan.family.image_token(plan.config), plan.language_model, plan.needs, edits)
-    call.prompt = begin_prompt(call, tokens, counts, ids.device, plan.family.joins)
+    image_token, video_token = family.image_token(plan.config), video_placeholder(family, plan.config, pictures, videos)
+    placed = None if merged is None else as_placeholders(merged, ids.device)
+    joins = family.joins if merged is None else None
+    tokens = read_prompt(call, kwargs, image_token, plan.language_model, plan.needs, edits, video_token, placed)
+    prompt = begin_prompt(call, tokens, pictures or (), ids.device, joins, videos or ())
+    if videos:
+        prompt.layout = with_frames(prompt.layout, family, kwargs, plan.config)
+    check_budgets(plan.pruning.stages, prompt.layout)
+    call.prompt = prompt
     if known is not None:
         call.prompt.chosen, call.prompt.replayed = known.chosen, bool(known.chosen)
+
+
+def _refuse_paged(plan: Plan, kwargs: Mapping[str, Any]) -> None:
+    """Refuse prompts of transformers' continuous batching that have places for pictures: it hands the model ids and its own
+    cache, and no pictures. The steps that follow such a prompt have none of these ids.
+
+    Raises:
+        UsageError: the ids hold an image token.
+    """
+    ids = kwargs.get("input_ids")
+    if kwargs.get("cache") is None or ids is None:
+        return
+    if not on_host(torch.isin(ids, ids.new_tensor(plan.family.placeholders(plan.config))).any()):
+        return
+    raise UsageError(
+        f'continuous batching (generate_batch, cache_implementation="paged") hands {type(plan.model).__name__} token ids only, '
+        "and no pictures, so that neither the model nor a recipe would see them: call model.generate for prompts with pictures."
+    )
+
+
+def check_cache(cache: Any, tokens: int, what: str, config: Any) -> None:
+    """Refuse a cache that cannot follow what a prompt of so many tokens needs, before anything runs.
+
+    Raises:
+        UsageError: its kind, its length, or the attention implementation it is used with.
+    """
+    check_growing(cache, what)
+    if first_static(cache) is not None:
+        check_implementation(config._attn_implementation, what)
+        check_room(cache.layers, tokens)
 
 
 def _refuse_unencoded(plan: Plan, call: Call, cache: Any) -> None:
@@ -171,16 +229,10 @@ def _sizes(plan: Plan, counts: Sequence[int] | None) -> Sequence[int] | None:
 
 
 def _encoded_counts(plan: Plan, encoded: Any) -> list[int] | None:
-    """Visual tokens of each image, or of each of its crops, where `generate` has encoded them already."""
+    """Visual tokens of each picture, or of each of its crops, where `generate` has encoded them already."""
     if encoded is None:
         return None
-    if encoded.last_hidden_state is None:  # generate() cuts features up for a chunked prefill, and leaves this out
-        raise UsageError(
-            "pruning decides over whole pictures, but these features come in pieces, as generate(prefill_chunk_size=…) cuts "
-            "them, whether the prompt has one chunk or several: leave prefill_chunk_size out, and pass on what "
-            "get_image_features returned as it is."
-        )
-    return plan.family.entries([features.shape[0] for features in encoded.pooler_output], plan.config)
+    return plan.family.entries(sizes_of(encoded), plan.config)
 
 
 # -- at the language model ---------------------------------------------------------------------------------------------------
@@ -189,6 +241,7 @@ def _encoded_counts(plan: Plan, encoded: Any) -> list[int] | None:
 def enter_prompt(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call enters the language model: the first section begins, and the record of a prompt."""
     prompt, embeddings = call.prompt, kwargs.get("inputs_embeds")
+    call.positions = kwargs.get("position_ids")
     call.given_masks = _finished(kwargs.get("attention_mask"))
     if prompt is None:
         if not call.past and embeddings is not None:
@@ -234,7 +287,7 @@ def goes_on(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any
     if embeddings is None or embeddings.shape[1] == 1:
         return None
     call.given_masks = _finished(kwargs.get("attention_mask"))
-    pruned = kwargs.get(ROWS_WANTED) and isinstance(conversation_layer(kwargs.get("past_key_values")), PrunedLayer)
+    pruned = kwargs.get(ROWS_WANTED) and isinstance(conversation_layer(kwargs.get("past_key_values")), Pruned)
     return (args, {**kwargs, ROWS_WANTED: 0}) if pruned else None
 
 
@@ -300,6 +353,7 @@ def leave_prompt(plan: Plan, call: Call, record: Prefill, output: Any) -> Any:
     record.resident = plan.shape.entries(record.stored)
     record.held.append(list(record.resident))
     plan.pruning.shorten_cache(call, output.get("past_key_values"))  # made by the model itself in a plain call
+    record.places, record.places_unpruned = places_of(output.get("past_key_values"))
     record.prefill.end_now()
     hand_over(output.get("past_key_values"), call.owner)
     if call.labels and last.rows is not None and last.alive is not None:

@@ -26,13 +26,19 @@ from transformers.masking_utils import find_packed_sequence_indices
 from vlmprune.adapters.family import has_mrope
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import PrunedLayer, conversation_layer
+from vlmprune.live.cache import conversation_layer
+from vlmprune.live.cache_layer import Pruned
 from vlmprune.live.call import Call, Prompt
 from vlmprune.live.feature_index import hash_rows
 from vlmprune.live.kinds import Kinds
 from vlmprune.live.layout import Bools, Layout, Tokens
 from vlmprune.live.masks import not_masked, shown
 from vlmprune.view import WEIGHTS
+
+FED_AGAIN = (
+    "transformers' assisted decoding feeds the whole prompt once more where past_key_values holds its beginning already, so "
+    "that the model would see it twice: leave prompt_lookup_num_tokens and assistant_model out, or start with an empty cache."
+)
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,20 +63,35 @@ def read_mask(call: Call, kwargs: Mapping[str, Any]) -> None:
     call.custom = mask is not None and call.mask is None
 
 
-def check_mask_goes_on(call: Call, cache: Cache | None) -> None:
+def check_mask_goes_on(call: Call, cache: Cache | None, rows: int | None) -> None:
     """Refuse a later turn without a mask, where the conversation has hidden tokens: those that were dropped at the first stage
-    cannot become visible again, as they do in the plain model.
+    cannot become visible again, as they do in the plain model. And one with another number of rows, `rows`.
 
     Raises:
-        UsageError: there is no mask, and something is hidden.
+        UsageError: there is no mask, and something is hidden; or the cache is of another batch.
     """
     last = conversation_layer(cache) if call.past else None
-    masked = isinstance(last, PrunedLayer) and last.recorded is not None and not last.recorded.unpadded
+    if isinstance(last, Pruned) and last.recorded is not None and rows not in (None, len(last.recorded.slots)):
+        raise UsageError(
+            f"the cache holds the conversations of {len(last.recorded.slots)} row(s), and this call has {rows}: copy the cache "
+            "and call its batch_repeat_interleave(n); for beams or several sequences of questions on a prefix, "
+            "prefix.ask(…, copies=n)."
+        )
+    masked = isinstance(last, Pruned) and last.recorded is not None and not last.recorded.unpadded
     if masked and call.mask is None and not call.custom:
         raise UsageError(
             "the attention mask of earlier turns hid tokens, which were dropped at the first stage, and this call has none: "
             "pass attention_mask, [batch, tokens of the whole conversation]."
         )
+
+
+def begins_again(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of several tokens goes on with a pruned conversation, and counts its tokens from 0."""
+    ids, positions, past = kwargs.get("input_ids"), kwargs.get("position_ids"), kwargs.get("past_key_values")
+    if past is None or ids is None or ids.shape[1] == 1 or positions is None:
+        return False
+    pruned = isinstance(conversation_layer(past), Pruned) and past.get_seq_length() > 0
+    return pruned and int(on_host(positions.flatten()[0])) == 0
 
 
 def full_mask(kwargs: Mapping[str, Any]) -> Any:
@@ -80,24 +101,34 @@ def full_mask(kwargs: Mapping[str, Any]) -> Any:
 
 
 def read_prompt(
-    call: Call, kwargs: Mapping[str, Any], image_token: int, language_model: Any, needs: frozenset[str], editing: Sequence[str]
+    call: Call,
+    kwargs: Mapping[str, Any],
+    image_token: int,
+    language_model: Any,
+    needs: frozenset[str],
+    editing: Sequence[str],
+    video_token: int | None = None,
+    placed: Tensor | None = None,
 ) -> Tokens:
-    """Read the tokens of a call with pictures; notes in `call` what their mask says.
+    """Read the tokens of a call with pictures or videos; notes in `call` what their mask says.
 
     Args:
         call: the running forward pass, after `read_mask`.
         kwargs: the base model's arguments, all by name.
-        image_token: id of the placeholder.
+        image_token: id of the placeholder of pictures.
         language_model: it.
         needs: probes that the recipe's methods look at.
         editing: names of the redistribution methods at work.
+        video_token: id of the placeholder of videos, if there may be some.
+        placed: `[batch, sequence]` bool, where the caller says that pictures are; None if their placeholders say it.
 
     Raises:
         UsageError: what the call says of its tokens cannot be followed.
     """
     config, mask = language_model.config, full_mask(kwargs)
     flash = "flash" in config._attn_implementation
-    ids, placeholders = _tokens(kwargs, image_token, language_model, needs)
+    ids, *places = _tokens(kwargs, image_token, video_token, language_model, needs)
+    places = places if placed is None else [placed, torch.zeros_like(placed)]
     segments = None
     packed = None if mask is not None else packed_samples(kwargs, ids, config, flash)
     if flash and (packed is not None or kwargs.get("cu_seq_lens_q") is not None):
@@ -132,13 +163,15 @@ def read_prompt(
         call.custom = True
         segments, real = on_host(packed).astype(int), np.ones(tuple(ids.shape), dtype=bool)
     else:
-        prompt = Tokens.read(ids, call.mask, image_token, call.tail)
-        if placeholders is None:
+        prompt = Tokens.read(ids, call.mask, image_token, call.tail, video_token)
+        if not places:
             return prompt
-        return Tokens.of(prompt.ids, prompt.real, on_host(placeholders), call.tail)
+        placeholders, videos = map(on_host, places)
+        return Tokens.of(prompt.ids, prompt.real, placeholders, call.tail, videos=videos)
     known = on_host(ids)
-    there = known == image_token if placeholders is None else on_host(placeholders)
-    return Tokens.of(known, real, there, call.tail, None if segments is None else _with_pictures(segments, there))
+    placeholders, videos = map(on_host, places) if places else (known == image_token, known == video_token)
+    within = None if segments is None else _with_pictures(segments, placeholders | videos)
+    return Tokens.of(known, real, placeholders, call.tail, within, videos)
 
 
 def begin_prompt(
@@ -147,15 +180,17 @@ def begin_prompt(
     counts: Sequence[int],
     device: torch.device,
     joins: Callable[[Sequence[int]], bool] | None = None,
+    videos: Sequence[int] = (),
 ) -> Prompt:
     """The prompt of a call with images.
 
     Args:
-        counts: visual tokens of each image, or of each of its crops.
+        counts: visual tokens of each picture, or of each of its crops.
         joins: as in `Layout.find`.
+        videos: visual tokens of each video.
     """
     call.batch, call.sequence = tokens.real.shape
-    return Prompt(tokens, Layout.find(tokens, counts, device, joins), on_device(tokens.end, device))
+    return Prompt(tokens, Layout.find(tokens, counts, device, joins, videos), on_device(tokens.end, device))
 
 
 def packed_samples(kwargs: Mapping[str, Any], ids: Tensor, config: Any, flash: bool) -> Tensor | None:
@@ -180,8 +215,9 @@ def refuse_merged(kwargs: Mapping[str, Any], language_model: Any) -> None:
     if count := strange_embeddings(kwargs, language_model):
         raise UsageError(
             f"inputs_embeds holds {count} embeddings that are not word embeddings; if they are pictures, their places are "
-            "unknown: pass pixel_values, with the placeholder's embedding in the places of the pictures, or input_ids. If they "
-            "are a soft prompt without pictures, run this call inside `with run.override(enabled=False):`."
+            "unknown: say them in `with run.override(image_positions=…):`, or pass pixel_values, with the placeholder's "
+            "embedding in the places of the pictures, or input_ids. If they are a soft prompt without pictures, run this call "
+            "inside `with run.override(enabled=False):`."
         )
 
 
@@ -235,17 +271,21 @@ def visible_images(prompt: Prompt) -> tuple[Tensor, ...]:
 
 
 def _tokens(
-    kwargs: Mapping[str, Any], image_token: int, language_model: Any, needs: frozenset[str]
-) -> tuple[Tensor, Tensor | None]:
-    """Ids `[batch, sequence]`; or numbers of their embeddings, and which of these are placeholders."""
+    kwargs: Mapping[str, Any], image_token: int, video_token: int | None, language_model: Any, needs: frozenset[str]
+) -> tuple[Tensor, ...]:
+    """Ids `[batch, sequence]`; or numbers of their embeddings, and which are placeholders of pictures, and of videos."""
     ids: Tensor | None = kwargs.get("input_ids")
     if ids is not None:
-        return ids, None
+        return (ids,)
     embeddings: Tensor = kwargs["inputs_embeds"]
     if "text_ids" in needs:
         raise UsageError("the method reads the words of the question, but inputs_embeds has no token ids: pass input_ids.")
-    placeholder = language_model.get_input_embeddings()(torch.full((), image_token, device=embeddings.device))
-    return hash_rows(embeddings.flatten(0, 1)).view(embeddings.shape[:2]), (embeddings == placeholder).all(dim=-1)
+    words = language_model.get_input_embeddings()
+    picture = (embeddings == words(torch.full((), image_token, device=embeddings.device))).all(dim=-1)
+    video = torch.zeros_like(picture)
+    if video_token is not None:
+        video = (embeddings == words(torch.full((), video_token, device=embeddings.device))).all(dim=-1)
+    return hash_rows(embeddings.flatten(0, 1)).view(embeddings.shape[:2]), picture, video
 
 
 def _said_by(seen: Tensor, past: int) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from vlmprune.adapters.family import Family
 from vlmprune.device import on_device, on_host
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import PrunedLayer, keep_only, pruned_layers
+from vlmprune.live.cache import keep_only, pruned_layers
+from vlmprune.live.cache_layer import Pruned
 from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.choosing import BoundStage, Model, choose, left_by_tower, make_tools, merged
 from vlmprune.live.explain import how_it_chooses
@@ -86,7 +87,7 @@ class Pruning:
                 continue
             if bound.adaptive or (self._family.newline is not None and not bound.method.keeps_newlines):
                 return True
-            if images is None or bound.stage.site in IN_TOWER:  # which count crops
+            if images is None or bound.stage.site in IN_TOWER or bound.per_frame:  # which count crops, or frames
                 if budget.fraction != 1.0:
                     return True
             else:
@@ -99,9 +100,10 @@ class Pruning:
         """Whether all layers will compute fewer tokens than the prompt has, as far as budgets tell."""
         for bound in self._running.get(0, ()):
             if bound.stage.site == "llm" and not bound.adaptive:
-                budget = self.budget_of(bound, call.budget)
-                for count in {len(index) for index in call.section.remaining}:
-                    if budget.resolve(count) < count:
+                budget, prompt = self.budget_of(bound, call.budget), call.prompt
+                assert prompt is not None
+                for image, index in enumerate(call.section.remaining):
+                    if bound.keeps(budget, prompt, image) < len(index):
                         return True
         return False
 
@@ -111,8 +113,8 @@ class Pruning:
             return False
         for bound in self._running[layer]:
             budget = self.budget_of(bound, call.budget)
-            for count, index in zip(prompt.candidates, call.section.remaining, strict=True):
-                if bound.stage.site == "llm" and (bound.adaptive or budget.resolve(count) < len(index)):
+            for image, index in enumerate(call.section.remaining):
+                if bound.stage.site == "llm" and (bound.adaptive or bound.keeps(budget, prompt, image) < len(index)):
                     return True
         return False
 
@@ -127,7 +129,7 @@ class Pruning:
         first, visible = None, True
         for index in self._storing:
             layer = layers[index]
-            if not isinstance(layer, PrunedLayer) or layer.recorded is None:
+            if not isinstance(layer, Pruned) or layer.recorded is None:
                 visible = False
                 continue
             first = layer if first is None else first
@@ -155,7 +157,7 @@ class Pruning:
         if section.rows is None:
             cache_, where = kwargs.get("past_key_values"), self.stack.kinds.stored_at[index]
             layer = cache_.layers[where] if cache_ is not None and where is not None and where < len(cache_.layers) else None
-            if not isinstance(layer, PrunedLayer):
+            if not isinstance(layer, Pruned):
                 return None
             entries, window = layer.recorded, self.stack.kinds.of[index].window
             every = entries is not None and entries.dense and entries.shift is None and not call.custom
@@ -253,7 +255,7 @@ class Pruning:
         """`[batch]` by how much positions became smaller in earlier turns, in the section that begins with a layer."""
         storing = self.stack.storing[index].values()
         layers = [] if cache_ is None else [cache_.layers[where] for (where, *_) in storing]
-        recorded = next((layer.recorded for layer in layers if isinstance(layer, PrunedLayer)), None)
+        recorded = next((layer.recorded for layer in layers if isinstance(layer, Pruned)), None)
         return None if recorded is None else recorded.shift
 
     # -- after prefill -------------------------------------------------------------------------------------------------
@@ -271,7 +273,7 @@ class Pruning:
         starts = [layer for layer in self.at if bound.stage.layer <= layer <= end]
         for start, stop in pairwise(starts):
             for kind, indices in self.stack.kinds.storing(range(start, stop)).items():
-                layers = pruned_layers(cache_, indices, self.at, complete)
+                layers = pruned_layers(cache_, indices, self.at, complete, kind.window)
                 keep_only(layers, last.alive, call.past, counts if kind.window is None else None)
                 shorter = {index: layer.stored for index, layer in zip(indices, layers, strict=True)}
                 record.held.append([count + shorter.get(index, 0) for index, count in enumerate(record.resident)])
@@ -279,7 +281,7 @@ class Pruning:
                     record.resident[index] = entries
         record.keep_cache[bound.stage.layer] = last.alive
         record.kept += [
-            Kept(bound.stage.layer, bound.label, "cache", image.sample, image.ordinal, len(image), remaining)
+            Kept(bound.stage.layer, bound.label, "cache", image.sample, image.ordinal, len(image), remaining, **image.shown)
             for image, remaining in zip(prompt.layout.images, last.remaining, strict=True)
         ]
 
@@ -304,6 +306,7 @@ def _kept(
             judged=why,
             how=how,
             in_place=not (packed and len(left) < len(image.places)),
+            **image.shown,
         )
         for image, left, features, why in zip(
             prompt.layout.images, chosen.remaining, prompt.chosen[bound.number].features, reasons, strict=True
@@ -318,7 +321,10 @@ def _bound(number: int, stage: Any, method: Any, facts: TowerFacts) -> BoundStag
         needs |= {"cell"}  # brings with it which crop a token belongs to, and that this tower made it
     variant = method.variant(facts)
     label = f"{method.name} ({variant})" if variant else method.name
-    return BoundStage(number, stage, method, needs, label, per_crop and stage.layer == 0, method.adaptive)
+    per_frame = stage.site == "llm" and method.per == "frame"
+    return BoundStage(
+        number, stage, method, needs, label, per_crop and stage.layer == 0 and not per_frame, method.adaptive, per_frame
+    )
 
 
 @contextmanager
@@ -331,7 +337,7 @@ def timed(call: Call, device: torch.device, what: str, record: bool = True) -> I
         call.record.selection.append(clock)
 
 
-def _all_seen(given: Tensor, layer: PrunedLayer) -> Tensor:
+def _all_seen(given: Tensor, layer: Pruned) -> Tensor:
     """`[batch]` bool: a decoding step's 2-D mask hides nothing of what a layer stores, nor the step's own token."""
     entries, mask = layer.entries, given != 0
     slots = entries.slots.to(mask.device).clamp(max=mask.shape[1] - 1)

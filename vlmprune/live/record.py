@@ -92,13 +92,13 @@ class Judged:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What one stage kept of one picture.
+    """What one stage kept of one picture, or of one video.
 
     Attributes:
         layer: first decoder layer that computes these tokens only.
         method: name of the method, with the variant that ran where there are several.
         site: "pixels" (before the vision tower), "vision" (inside it), "llm", or "cache" (decoding steps only).
-        sample, ordinal: row of the batch, and number of the picture in that row.
+        sample, ordinal: row of the batch, and number of the picture or video in that row; both are counted together.
         original: tokens of the picture before any pruning.
         index: `[kept]` indices of the kept tokens in their picture, rising.
         features: `[kept, dim]` hidden states that replaced those of the kept tokens (merging), or None.
@@ -106,6 +106,8 @@ class Kept:
         how: how the method decides, in words; empty likewise.
         in_place: False where `index` is no place in the picture: a vision tower without crops merges the patches that are left
             wherever they were, and their tokens are numbered from 0.
+        frame: `[original]` the frame that each token of a video shows, rising from 0; None of a picture.
+        times: seconds at which each frame of a video is shown, NaN where unknown; empty of a picture.
     """
 
     layer: int
@@ -119,6 +121,20 @@ class Kept:
     judged: tuple[Judged, ...] = ()
     how: str = ""
     in_place: bool = True
+    frame: Tensor | None = None
+    times: tuple[float, ...] = ()
+
+    @property
+    def frames(self) -> int:
+        """Frames of a video; 0 of a picture."""
+        return len(self.times)
+
+    @property
+    def by_frame(self) -> tuple[int, ...]:
+        """Tokens that stayed of each frame of a video; empty of a picture. Waits for the device."""
+        if self.frame is None:
+            return ()
+        return tuple(torch.bincount(self.frame[self.index.cpu()], minlength=self.frames).tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +231,8 @@ class Prefill(Renamed):
         entering: tokens that entered the layer, padding included where it was computed.
         stored: keys that these attend to: entries in the layer's KV cache, before any of them leaves its window.
         resident: entries after the prompt; fewer where a cache stage forgot some.
+        places, places_unpruned: in a static cache, entries that each layer has places for, and that it would have places for
+            without the recipe; empty for another cache.
         held: what the layers stored at several times, each as `resident`: a cache stage holds old and new entries for a moment.
 
     Redistribution and times:
@@ -244,6 +262,8 @@ class Prefill(Renamed):
     entering: list[int] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    places_unpruned: list[int] = field(default_factory=list)
     held: list[list[int]] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
     prefill: Clock = field(default_factory=Clock)

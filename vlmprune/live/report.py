@@ -17,13 +17,15 @@ from vlmprune.show import units
 
 @dataclass(frozen=True)
 class StageReport:
-    """What one stage kept: of each picture, how many of how many tokens."""
+    """What one stage kept: of each picture and video, how many of how many tokens; and how many of each frame of a video, of a
+    picture nothing."""
 
     layer: int
     method: str
     site: Site
     kept: tuple[int, ...]
     original: tuple[int, ...]
+    frames: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Report:
         kv_bytes, kv_bytes_unpruned: what the KV cache holds after the prompt.
         kv_bytes_peak: the most it held; more than `kv_bytes` where a stage shortens it, because old and new entries exist side
             by side for a moment.
+        static_bytes, static_bytes_unpruned: what the tensors of a static cache take; 0 for another cache.
         prefill_ms: time in the language model, in milliseconds.
         selection_ms: the part of it that choosing and dropping tokens took.
         tower_flops, tower_flops_unpruned: floating point operations of the vision tower and the projector.
@@ -124,6 +127,8 @@ class Report:
     neutral: tuple[str, ...] = ()
     tower_flops: int = 0
     tower_flops_unpruned: int = 0
+    static_bytes: int = 0
+    static_bytes_unpruned: int = 0
 
     @staticmethod
     def of(record: Prefill, recipe: str) -> Report:
@@ -143,7 +148,14 @@ class Report:
             newlines=record.newlines,
             newline_policy="kept" if record.newlines_kept else "dropped",
             stages=tuple(
-                StageReport(layer, method, site, tuple(len(k.index) for k in kept), tuple(k.original for k in kept))
+                StageReport(
+                    layer,
+                    method,
+                    site,
+                    tuple(len(k.index) for k in kept),
+                    tuple(k.original for k in kept),
+                    tuple(k.by_frame for k in kept),
+                )
                 for (site, layer, method), kept in stages.items()
             ),
             entering=tuple(record.entering),
@@ -165,11 +177,13 @@ class Report:
             neutral=record.neutral,
             tower_flops=in_tower,
             tower_flops_unpruned=in_tower_unpruned,
+            static_bytes=batch * shape.kv_bytes(record.places, record.itemsize) if record.places else 0,
+            static_bytes_unpruned=batch * shape.kv_bytes(record.places_unpruned, record.itemsize) if record.places else 0,
         )
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as lines, each a label and a text."""
-        kept = [(f"kept {place_of(s.site, s.layer)} ({s.method})", _each(s.kept, s.original)) for s in self.stages]
+        kept = [(f"kept {place_of(s.site, s.layer)} ({s.method})", _each(s)) for s in self.stages]
         higher = self.kv_bytes_peak > self.kv_bytes
         peak = f", {units.size(self.kv_bytes_peak)} before the cache was shortened" if higher else ""
         hidden = [("hidden by the mask", f"{self.hidden} visual tokens, which no stage may keep")] if self.hidden else []
@@ -192,6 +206,10 @@ class Report:
             *(both if self.tower_flops_unpruned else []),
             ("prefill FLOPs", units.share(self.flops, self.flops_unpruned, units.operations)),
             ("KV cache", units.share(self.kv_bytes, self.kv_bytes_unpruned, units.size) + peak),
+            *(
+                [("static cache", units.share(self.static_bytes, self.static_bytes_unpruned, units.size))]
+                * bool(self.static_bytes)
+            ),
             (
                 "prefill time",
                 f"{units.duration(self.prefill_ms)}, including {units.duration(self.selection_ms)} for choosing and dropping "
@@ -228,11 +246,22 @@ def _over_rows(parts: list[tuple[Tensor | None, Tensor | None]]) -> float | None
     return total / count if count else None
 
 
-def _each(kept: tuple[int, ...], original: tuple[int, ...]) -> str:
-    pairs = list(zip(kept, original, strict=True))
-    if len(set(pairs)) == 1:
-        return f"{kept[0]} of {original[0]}" + (f" in each of {len(pairs)} pictures" if len(pairs) > 1 else "")
-    return ", ".join(f"{k} of {n}" for k, n in pairs[:8]) + (", …" if len(pairs) > 8 else "")
+def _each(stage: StageReport) -> str:
+    frames = stage.frames or ((),) * len(stage.kept)
+    texts = [f"{k} of {n}{_in_frames(of)}" for k, n, of in zip(stage.kept, stage.original, frames, strict=True)]
+    if len(set(texts)) == 1:
+        kind = "videos" if all(frames) else "pictures"
+        return texts[0] + (f" in each of {len(texts)} {kind}" if len(texts) > 1 else "")
+    return ", ".join(texts[:8]) + (", …" if len(texts) > 8 else "")
+
+
+def _in_frames(kept: tuple[int, ...]) -> str:
+    """How many tokens the frames of a video keep."""
+    if not kept:
+        return ""
+    least, most = min(kept), max(kept)
+    each = f"{least} in each" if least == most else f"{least} to {most} in each"
+    return f" ({len(kept)} frame{'s' if len(kept) > 1 else ''}: {each})"
 
 
 def no_prefill() -> UsageError:

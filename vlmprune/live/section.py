@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from vlmprune.device import on_host
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import PrunedLayer, pruned_layers
+from vlmprune.live.cache import pruned_layers
+from vlmprune.live.cache_layer import Pruned
 from vlmprune.live.entries import Entries
 from vlmprune.live.kinds import Kind, Kinds
 from vlmprune.live.layout import real_tokens
 from vlmprune.live.masks import part_of_mask, pruned_mask
+from vlmprune.live.quantised import stored_in
 from vlmprune.live.rows import Reduction
 
 if TYPE_CHECKING:
-    from transformers.cache_utils import Cache, DynamicLayer
-
     from vlmprune.live.call import Call
 
 Rotary = tuple[Tensor, Tensor]
@@ -149,9 +150,10 @@ class Section:
         cache: Cache | None = kwargs.get("past_key_values")
         if kind.recurrent:
             return self._without_padding(index, kind, call)
-        layers: list[PrunedLayer] = []
+        layers: list[Pruned] = []
         if cache is not None:
-            layers = pruned_layers(cache, stack.storing[self.start][kind], stack.stages, partial(complete_entries, call))
+            complete = partial(complete_entries, call)
+            layers = pruned_layers(cache, stack.storing[self.start][kind], stack.stages, complete, kind.window)
             self._earlier = None if layers[0].recorded is None else layers[0].recorded.shift
         implementation = stack.config._attn_implementation
         if layers and self.rows is None and hidden.shape[1] == 1 and not (call.padded_step or call.custom):
@@ -164,7 +166,7 @@ class Section:
         keys = self._entries_after(call, layers[0] if layers else None, rows, hidden)
         self.stored[kind] = keys.slots.shape[1]
         for layer in layers:
-            layer.recorded, layer.lost = keys, 0
+            layer.record(keys)
         queries = rows.rows.shape[1]
         slots, valid = keys.slots[:, -queries:], keys.valid[:, -queries:]
         window = None if kind.window is None else window_in_slots(kind.window, keys.tokens, implementation)
@@ -195,7 +197,7 @@ class Section:
             )
         return self.rows.valid
 
-    def _entries_after(self, call: Call, layer: PrunedLayer | None, rows: Reduction, hidden: Tensor) -> Entries:
+    def _entries_after(self, call: Call, layer: Pruned | None, rows: Reduction, hidden: Tensor) -> Entries:
         """What a cache layer stores after this call."""
         new = Entries(
             rows.rows.to(hidden.device) + call.past,
@@ -218,13 +220,14 @@ def every_row(call: Call, hidden: Tensor) -> Reduction:
     return call.every_row
 
 
-def complete_entries(call: Call, layer: DynamicLayer, unpadded: bool | None = None) -> Entries:
+def complete_entries(call: Call, layer: DynamicLayer | StaticLayer, unpadded: bool | None = None) -> Entries:
     """The entries of a layer that dropped nothing so far; the same for all such layers."""
-    length = layer.get_seq_length()
+    length = int(layer.get_seq_length())
+    stored = min(stored_in(layer), length)
     assert layer.keys is not None
-    batch, stored = layer.keys.shape[0], layer.keys.shape[2]
     if call.complete is None or (call.complete.tokens, call.complete.slots.shape[1]) != (length, stored):
-        call.complete = Entries.complete(batch, length, layer.keys.device, call.mask, unpadded).last(stored)
+        batch = call.batch or layer.keys.shape[0]
+        call.complete = Entries.complete(batch, length, layer.device, call.mask, unpadded).last(stored)
     return call.complete
 
 

@@ -126,7 +126,7 @@ class Source:
         """`[image, visual]` the frame that each token shows, among those that are decided together."""
         if not self.group[0].frames:
             return torch.zeros_like(self.position)
-        of_token = on_device(np.stack([image.frame for image in self.images]), self.position.device)  # alike: one group
+        of_token = on_device(np.array([image.frame for image in self.images]), self.position.device)  # alike: one group
         return of_token.gather(1, self.position)
 
     @property

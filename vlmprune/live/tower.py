@@ -147,6 +147,7 @@ class TowerPass(TowerSequence):
         chosen: what stays before the first block.
 
     Attributes:
+        pooled: patches on a side of the squares that a video's patches are made into, beside those of every picture.
         over: the pass has left the projector. If a block runs later, gradient checkpointing recomputes it.
         before: per block, a copy of the pass as it was when the block was first entered, from which gradient checkpointing
             runs the block again.
@@ -175,6 +176,7 @@ class TowerPass(TowerSequence):
         self.observed: Observed | None = None
         self.output: Any = None
         self.over = False
+        self.pooled = 1
         self._watched = (-1, -1)  # block and picture that were watched last, in a packed tower
 
     @property
@@ -282,12 +284,14 @@ class TowerPass(TowerSequence):
     @property
     def _unit(self) -> int:
         """Patches on a side of the square that becomes a token."""
-        return isqrt(self.facts.patches_per_token)
+        return isqrt(self.facts.patches_per_token) * self.pooled
 
     def _over_squares(self, x: Tensor) -> Tensor:
         """`[crop, token, …]` means of `[crop, patch, …]` over squares of the raster, where these become tokens."""
         if (unit := self._unit) == 1:
             return x
         side = isqrt(x.shape[1])
+        whole = side // unit * unit  # what is no whole square at the edges becomes no token
+        x = x.unflatten(1, (side, side))[:, :whole, :whole].flatten(1, 2)
         squares = x.unflatten(1, (side // unit, unit, side // unit, unit))  # [crop, row, in it, column, in it, …]
         return squares.mean(dim=(2, 4)).flatten(1, 2)

@@ -101,6 +101,11 @@ class TowerPlan:
         """Patches are dropped between blocks."""
         return self.stage is not None and self.stage.stage.site == "vision"
 
+    @property
+    def _pool(self) -> str | None:
+        """What makes squares of a video's patches one token, from the base model."""
+        return None if self._family.videos is None else self._family.videos.pool
+
     # -- beforehand ------------------------------------------------------------------------------------------------------
 
     def places(self) -> Iterator[tuple[str, int]]:
@@ -120,12 +125,15 @@ class TowerPlan:
                 yield "merger", 0
         if self._patches is not None and self._patches.early is not None:
             yield from (("early", index) for index in range(len(self._base.get_submodule(self._patches.early))))
+        if self._pool is not None:
+            yield "pool", 0
 
     def hooked(self) -> Iterator[nn.Module]:
         """What carries hooks, or attention that is looked at: the tower's root, its projector and its blocks."""
         if self.used and (tower := self._family.tower) is not None:
             early = () if self._patches is None or self._patches.early is None else (self._patches.early,)
-            yield from (self._base.get_submodule(name) for name in (tower.root, tower.projector, *early))
+            pool = () if self._pool is None else (self._pool,)
+            yield from (self._base.get_submodule(name) for name in (tower.root, tower.projector, *early, *pool))
             yield from self._blocks()
 
     def observers(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
@@ -251,6 +259,22 @@ class TowerPlan:
 
     def enter_merger(self, tower: TowerPass, args: tuple[Any, ...]) -> Any:
         return (tower.shorten_packed(len(self._blocks()), args[0]), *args[1:]) if tower.drops else args
+
+    def enter_pool(self, tower: TowerPass) -> None:
+        """A video is in the tower, and squares of its patches become one token each.
+
+        Raises:
+            UsageError: patches were dropped, so that there are no squares.
+        """
+        assert self._family.videos is not None
+        if tower.shortened:
+            name = tower.plan.recipe if tower.pruner is None else tower.pruner.name
+            raise UsageError(
+                f"{name} drops patches in the vision tower, but squares of a video's patches become one token "
+                "behind it, which needs all of them: choose a method that prunes in the language model, or pass the frames as "
+                "pictures."
+            )
+        tower.pooled = self._family.videos.pooled(self._config)
 
     def leave_projector(self, tower: TowerPass, args: tuple[Any, ...], features: Tensor) -> Tensor:
         with self._timed(features.device):

@@ -11,7 +11,10 @@ imported inside functions, so that a mistake that needs neither is answered at o
     placement.py     the device on which a loaded model takes its inputs
     prompts.py       a question -> the whole prompt -> the inputs of a model
     pictures.py      a file -> an RGB picture
-    questions.py     model, picture and question together, and the picture as the model saw it
+    videos.py        a file, or a folder of pictures -> frames of a video
+    frames.py        frames -> the inputs of a model, without torchvision
+    shown.py         what one question is about: a picture, a video, or both
+    questions.py     model, picture or video and question together, and the picture as the model saw it
     recipes.py       a string, file or folder -> a recipe
     datasets.py      a folder with a Hugging Face dataset -> its rows
     dataset_hub.py   whether a dataset of the hub can be had

@@ -13,14 +13,13 @@ from vlmprune.loading.config import check_torchvision
 from vlmprune.loading.models import check_device
 from vlmprune.loading.source import Source, find
 from vlmprune.loading.weights import check_weights, load_weights
+from vlmprune.names import OPEN_CLIP
 from vlmprune.recipe import hub
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-PREFIX = "open_clip:"
-"""What the name of an open_clip model begins with: open_clip:NAME/PRETRAINED."""
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 OWN_PLACE = ("hf-hub:", "local-dir:")
 """Names of open_clip that say where the weights are."""
@@ -47,11 +46,6 @@ class ImageText:
     texts: Callable[[Sequence[str]], Tensor]
 
 
-def is_open_clip(name: str) -> bool:
-    """Whether a model's name is one of open_clip."""
-    return name.startswith(PREFIX)
-
-
 def load_image_text(name: str, device: str) -> ImageText:
     """A model of pictures and texts.
 
@@ -65,7 +59,7 @@ def load_image_text(name: str, device: str) -> ImageText:
             is of another kind.
     """
     check_device(device)
-    return _open_clip(name, device) if is_open_clip(name) else _transformers(name, device)
+    return _open_clip(name, device) if name.startswith(OPEN_CLIP) else _transformers(name, device)
 
 
 # -- open_clip ---------------------------------------------------------------------------------------------------------
@@ -123,7 +117,7 @@ def _parts(open_clip: Any, name: str) -> tuple[str, str | None]:
     Raises:
         UsageError: there is no such model, or no such weights; names the nearest.
     """
-    text = name.removeprefix(PREFIX)
+    text = name.removeprefix(OPEN_CLIP)
     if text.startswith(OWN_PLACE):
         return text, None
     model_name, _, pretrained = text.partition("/")
@@ -133,7 +127,7 @@ def _parts(open_clip: Any, name: str) -> tuple[str, str | None]:
     if not pretrained:
         some = ", ".join(tags[:4]) or "a checkpoint of your own"
         raise UsageError(
-            f"{name!r} names no weights, so that they would be random: write {PREFIX}{model_name}/WEIGHTS with {some}."
+            f"{name!r} names no weights, so that they would be random: write {OPEN_CLIP}{model_name}/WEIGHTS with {some}."
         )
     if pretrained not in tags and not Path(pretrained).is_file():
         raise unknown(f"weights of {model_name} in open_clip", pretrained, tags)
@@ -215,5 +209,5 @@ def _check_kind(source: Source) -> None:
     if config.model_type not in TRANSFORMERS:
         raise UsageError(
             f"{source.name!r} is no model of pictures and texts, found a {config.model_type!r}: give a CLIP or SigLIP model of "
-            f"transformers, or one of open_clip as {PREFIX}NAME/PRETRAINED."
+            f"transformers, or one of open_clip as {OPEN_CLIP}NAME/PRETRAINED."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +10,15 @@ from vlmprune.errors import UsageError, unknown
 from vlmprune.loading.config import check_torchvision, read_config
 from vlmprune.loading.processor import TOKENIZER, load_processor
 from vlmprune.loading.source import Source, find
+from vlmprune.loading.videos import check_processor, check_shown
 from vlmprune.loading.weights import check_weights, load_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+EMBEDDED = {"tiny": "pictures", "tiny-clips": "clips of eight frames"}
+"""Names of the embedded models, and what they read."""
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Names of accelerate's ways to spread a model over a machine's devices; what does not fit stays on the CPU or the disk."""
 
@@ -24,7 +27,7 @@ def load_model(name: str, device: str, device_map: str | None = None) -> tuple[A
     """A model and its processor.
 
     Args:
-        name: path of a folder, hub id, or 'tiny' for the embedded model.
+        name: path of a folder, hub id, or one of `EMBEDDED`.
         device: where the model goes.
         device_map: one of `DEVICE_MAPS`, to spread a large model over several devices instead.
 
@@ -36,42 +39,52 @@ def load_model(name: str, device: str, device_map: str | None = None) -> tuple[A
 
 
 def open_model(
-    name: str, device: str, device_map: str | None = None, dtype: str | None = None
+    name: str,
+    device: str,
+    device_map: str | None = None,
+    dtype: str | None = None,
+    shown: Collection[str] = ("picture",),
 ) -> tuple[Any, Callable[[], Any]]:
     """The processor of a model, and a function that reads its weights: so that inputs can be checked before it is called.
 
     Args:
         name, device, device_map: as in `load_model`.
         dtype: name of the weights' dtype, for example "bfloat16". Default: as they are stored; float32 for the embedded model.
+        shown: what the model is to be shown: "picture", "video", or both.
 
     Raises:
-        UsageError: there is no such model, a file of it is missing or broken, its family is not supported, or this machine
-            does not have the device.
+        UsageError: there is no such model, a file of it is missing or broken, its family is not supported or does not take what
+            is shown, or this machine does not have the device.
     """
     check_device(device)
     check_device_map(device, device_map)
-    if name == "tiny" and device_map is None:
+    if name in EMBEDDED and device_map is None:
         import torch
 
         from vlmprune import tiny
 
-        model, processor = tiny.load(device, None if dtype is None else getattr(torch, dtype))
+        load: Callable[..., tuple[Any, Any]] = tiny.load if name == "tiny" else tiny.load_for_clips
+        model, processor = load(device, None if dtype is None else getattr(torch, dtype))
+        check_shown(model.config, shown)
         return processor, lambda: model
-    source = find(name) if name != "tiny" else _embedded()
+    source = find(name) if name not in EMBEDDED else _embedded(name)
     config = read_config(source)
+    check_shown(config, shown)
     check_weights(source)
     processor = load_processor(source, config)
+    if "video" in shown:
+        check_processor(processor)
     from transformers import AutoModelForImageTextToText
 
-    wanted = dtype or ("float32" if name == "tiny" else None)  # as `tiny.load`
+    wanted = dtype or ("float32" if name in EMBEDDED else None)  # as `tiny.load`
     extra = {} if wanted is None else {"dtype": wanted}
     return processor, partial(load_weights, AutoModelForImageTextToText, source, device, device_map, **extra)
 
 
-def _embedded() -> Source:
-    from vlmprune.tiny import CHECKPOINT
+def _embedded(name: str) -> Source:
+    from vlmprune import tiny
 
-    return find(str(CHECKPOINT))
+    return find(str(tiny.CHECKPOINT if name == "tiny" else tiny.CLIPS_CHECKPOINT))
 
 
 def load_decoder(name: str, gguf: str | None, device: str) -> tuple[Any, Callable[[str], Tensor]]:

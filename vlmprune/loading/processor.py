@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 from vlmprune.errors import UsageError
 from vlmprune.loading.config import IMAGE_PART
+from vlmprune.loading.frames import KINDS, FramesProcessor
 from vlmprune.loading.source import Source
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def load_processor(source: Source, config: Any) -> Any:
-    """The processor. Where torchvision is missing, its part for videos, which needs it, is left out.
+    """The processor. Where torchvision is missing, its part for videos, which needs it, is ours (`loading.frames`), or is left
+    out.
 
     Raises:
         UsageError: there is none, a part of it is missing or broken, or it belongs to another model.
@@ -36,7 +39,18 @@ def load_processor(source: Source, config: Any) -> Any:
                 reader = _for_images(usual)
     processor = source.load("processor", lambda: reader.from_pretrained(source.place, **source.options))
     _check_fits(source, processor, config)
+    if reader is not AutoProcessor and (kind := KINDS.get(config.model_type)) is not None:
+        processor.video_processor = FramesProcessor(kind, partial(_video_settings, source))
     return processor
+
+
+def _video_settings(source: Source) -> dict[str, Any]:
+    """What the files of a model say about its video processor."""
+    from transformers.video_processing_utils import VideoProcessorMixin
+
+    read = VideoProcessorMixin.get_video_processor_dict
+    found: dict[str, Any] = source.load("video processor", lambda: read(source.place, **source.options)[0])
+    return found
 
 
 def _check_fits(source: Source, processor: Any, config: Any) -> None:
@@ -75,11 +89,15 @@ def _for_images(processor: Any) -> Any:
             super().__init__(*[part for part in parts if part is not None], **settings)
 
     class ForImages(processor, WithoutVideos):
+        lacks_torchvision = True
         apply_chat_template = ProcessorMixin.apply_chat_template  # a processor has one of its own for the sake of videos
 
         @classmethod
         def get_attributes(cls) -> list[str]:
             return [name for name in super().get_attributes() if name != "video_processor"]
+
+        def to_dict(self) -> dict[str, Any]:
+            return {key: value for key, value in super().to_dict().items() if key != "video_processor"}
 
         @classmethod
         def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -7,11 +7,12 @@ from typing import Any
 
 from vlmprune.errors import UsageError
 from vlmprune.loading.config import read_config
-from vlmprune.loading.image_text import PREFIX, load_image_text
+from vlmprune.loading.image_text import load_image_text
 from vlmprune.loading.processor import load_processor
 from vlmprune.loading.source import find
 from vlmprune.methods.clip_models import check_clip
 from vlmprune.methods.clip_relevance import ClipRelevance
+from vlmprune.names import OPEN_CLIP
 
 
 def open_relevance(name: str, model: str, device: Any) -> ClipRelevance:
@@ -37,6 +38,6 @@ def open_relevance(name: str, model: str, device: Any) -> ClipRelevance:
 def _opened(name: str, model: str, device: str) -> ClipRelevance:
     source = find(model)
     processor = load_processor(source, read_config(source))
-    found = load_image_text(name if name.startswith(PREFIX) else name.removeprefix("clip:"), device)
+    found = load_image_text(name if name.startswith(OPEN_CLIP) else name.removeprefix("clip:"), device)
     check_clip("cdpruner", found.model, found.tokenizer)
     return ClipRelevance(found.model, found.tokenizer, processor)

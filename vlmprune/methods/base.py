@@ -80,6 +80,7 @@ class Pruner:
             budget.
         scales_over_picture: a `per_crop` method that has numbers which are scaled over all crops of a picture; it computes
             them in `over_picture`.
+        compares_frames: it compares the frames of a video with each other, and refuses `per="frame"`.
 
     Raises:
         UsageError: a budget out of range, an unknown preset, or more than one way of saying when and how many.
@@ -96,6 +97,7 @@ class Pruner:
     chooses: ClassVar[str] = "decides about all tokens together"
     per_crop: ClassVar[bool] = False
     scales_over_picture: ClassVar[bool] = False
+    compares_frames: ClassVar[bool] = False
     in_tower: ClassVar[bool] = False
     _renamed: ClassVar[Mapping[str, str]] = {"per_view": "per_crop"}
     """New names of class attributes, by the names of earlier versions."""
@@ -145,6 +147,11 @@ class Pruner:
             if stage.site == "cache" or (stage.site == "vision" and not self.in_tower):
                 raise UsageError(f"{self.name} cannot prune in {stage.place}: give it stages of the language model.")
             self._check_site(stage)
+        if self.per == "frame" and self.compares_frames:
+            raise UsageError(
+                f"{self.name} compares the frames of a video, so that it cannot decide about each of them by itself: leave out "
+                'per="frame"; its budget is the video\'s.'
+            )
         if self.per == "frame" and any(stage.site == "vision" for stage in self.stages):
             raise UsageError(
                 f'{self.name}: per="frame" counts tokens of the language model, but this schedule prunes inside the vision '

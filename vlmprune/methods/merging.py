@@ -50,29 +50,52 @@ def gathered(x: Tensor, home: Tensor, centres: int) -> tuple[Tensor, Tensor]:
 
 def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Cluster tokens `[image, n, dim]` around points that are dense and far from denser ones: kNN density peaks, as in
-    SparseVLM's code. Distances are divided by √dim; density = exp(−mean squared distance to the `clusters` nearest, the token
-    itself included).
+    SparseVLM's code. Density is that of the `clusters` nearest tokens.
 
     Returns:
-        Centres `[image, cluster]`, best first, and each token's cluster `[image, n]`. Of equal densities, the lower index
-        counts as denser.
+        Centres `[image, cluster]`, best first, and each token's cluster `[image, n]`.
     """
     x = x.float()
+    centre = peak_score(x, clusters).argsort(dim=-1, descending=True, stable=True)[:, :clusters]
+    home = torch.cat([_distance(part, rows(x, centre)).argmin(dim=-1) for part in chunks(x, x.shape[1])], dim=1)
+    return centre, home.scatter(1, centre, torch.arange(clusters, device=x.device).expand_as(centre))
 
-    def distance(part: Tensor, to: Tensor) -> Tensor:
-        return torch.cdist(part, to, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
 
-    near = min(clusters, x.shape[1])
+def peak_score(x: Tensor, near: int, there: Tensor | None = None) -> Tensor:
+    """`[image, n]` density of each token, times its distance to the nearest denser one; of the densest, to whatever two tokens
+    are farthest apart.
+
+    Distances are divided by √dim; density = exp(−mean squared distance to the `near` nearest, the token itself included). Of
+    equal densities, the lower index counts as denser.
+
+    Args:
+        x: `[image, n, dim]`.
+        near: how many neighbours; all of them if there are fewer.
+        there: `[image, n]` bool, False on padding, which is nobody's neighbour and scores 0; None if there is none.
+    """
+    x = x.float()
+    gone = None if there is None else ~there
     parts = chunks(x, x.shape[1])  # distances are computed twice: all of them at one time would be n × n
-    closest = [distance(part, x).topk(near, dim=-1, largest=False).values for part in parts]
-    density = (-torch.cat(closest, dim=1).square().mean(dim=-1)).exp()
+    nearest = [_distance(part, x, gone).topk(min(near, x.shape[1]), dim=-1, largest=False).values for part in parts]
+    closest = torch.cat(nearest, dim=1)
+    real = closest.isfinite()
+    density = (-closest.masked_fill(~real, 0).square().sum(dim=-1) / real.sum(dim=-1).clamp_min(1)).exp()
+    if gone is not None:
+        density = density.masked_fill(gone, 0)
     rank = density.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     to_denser, farthest = [], []
     for part, own in zip(parts, rank.split(parts[0].shape[1], dim=1), strict=True):
-        away = distance(part, x)
-        farthest.append(away.amax(dim=(1, 2)))
+        away = _distance(part, x, gone)
+        far = away.masked_fill(away.isinf(), 0) if gone is not None else away
+        farthest.append(far.amax(dim=-1))
         to_denser.append(away.masked_fill_(rank[:, None, :] >= own[:, :, None], torch.inf).amin(dim=-1))
-    peak = torch.cat(to_denser, dim=1).minimum(torch.stack(farthest).amax(dim=0)[:, None])
-    centre = (density * peak).argsort(dim=-1, descending=True, stable=True)[:, :clusters]
-    home = torch.cat([distance(part, rows(x, centre)).argmin(dim=-1) for part in parts], dim=1)
-    return centre, home.scatter(1, centre, torch.arange(clusters, device=x.device).expand_as(centre))
+    widest = torch.cat(farthest, dim=1)
+    if gone is not None:
+        widest = widest.masked_fill(gone, 0)
+    return density * torch.cat(to_denser, dim=1).minimum(widest.amax(dim=1, keepdim=True))
+
+
+def _distance(x: Tensor, to: Tensor, gone: Tensor | None = None) -> Tensor:
+    """`[image, n, m]` Euclidean distances over √dim; ∞ to what is gone `[image, m]`."""
+    away = torch.cdist(x, to, compute_mode="donot_use_mm_for_euclid_dist") / to.shape[-1] ** 0.5
+    return away if gone is None else away.masked_fill(gone[:, None], torch.inf)

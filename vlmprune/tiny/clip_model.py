@@ -91,10 +91,13 @@ def clip_prompt(question: str) -> str:
     return f"USER: {VIDEO}\n{question} ASSISTANT:"
 
 
-def build_clip_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
+def build_clip_processor(tokenizer: Any = None) -> Any:
     """A processor that takes clips as lists of frames, `processor(text=…, videos=[frames, …], return_tensors="pt")`.
 
     The stock `LlavaNextVideoProcessor` needs torchvision; this one makes the same inputs with PIL.
+
+    Args:
+        tokenizer: that of a checkpoint; None for a new one.
     """
     import torch
     from transformers import BatchFeature, ProcessorMixin

@@ -121,7 +121,7 @@ def _act(role: str, shape: str, colour: str, other: str, rng: random.Random) -> 
 
 def _apart(one: Actor, other: Actor) -> bool:
     """Whether two actors never touch."""
-    pairs = (pair for pair in zip(one.seen, other.seen, strict=True) if pair[0] is not None and pair[1] is not None)
+    pairs = [(a, b) for a, b in zip(one.seen, other.seen, strict=True) if a is not None and b is not None]
     return all((a.x - b.x) ** 2 + (a.y - b.y) ** 2 >= (a.radius + b.radius + 2) ** 2 for a, b in pairs)
 
 

@@ -23,7 +23,12 @@ from vlmprune.tiny import load
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import (
+        LlavaForConditionalGeneration,
+        LlavaNextVideoForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
 
     from vlmprune.tiny.answers import Accuracy
     from vlmprune.tiny.training.loop import Schedule, Stage, Team
@@ -57,8 +62,12 @@ def _cpu_capabilities() -> dict[str, Any]:
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
-def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Write weights (rounded to bfloat16), tokenizer and processor for `from_pretrained`; the model is not changed."""
+def save_checkpoint(
+    model: LlavaForConditionalGeneration | LlavaNextVideoForConditionalGeneration,
+    processor: LlavaProcessor | PreTrainedTokenizerFast,
+    folder: Path,
+) -> None:
+    """Write weights (rounded to bfloat16), and tokenizer or processor, for `from_pretrained`; the model is not changed."""
     import torch
 
     weights = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.state_dict().items()}
@@ -123,11 +132,8 @@ def _train(team: Team, options: argparse.Namespace) -> None:
 
 def provenance(options: argparse.Namespace) -> dict[str, Any]:
     """How, where and with which versions a checkpoint was made."""
-    import numpy
     import torch
-    import transformers
 
-    capabilities = _cpu_capabilities()
     cpu = os.times()
     return {
         "command": "python -m vlmprune.tiny.train " + " ".join(sys.argv[1:]),
@@ -140,6 +146,18 @@ def provenance(options: argparse.Namespace) -> dict[str, Any]:
         "steps_scale": options.steps_scale,
         "images_per_step": IMAGES_PER_STEP,
         "schedules": {name: vars(schedule) for name, schedule in schedules().items()},
+        **machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The processor, and the versions of what computes."""
+    import numpy
+    import torch
+    import transformers
+
+    capabilities = _cpu_capabilities()
+    return {
         "cpu": f"{capabilities.get('cpu_name', platform.processor())}, {capabilities.get('num_physical_cores')} cores",
         "versions": {
             "python": platform.python_version(),

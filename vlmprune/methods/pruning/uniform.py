@@ -26,6 +26,11 @@ class Uniform(Pruner):
     chooses = "keeps every n-th token"
 
     def select(self, see: View, keep: int) -> Tensor:
-        # In whole numbers: (2i + 1)·n / 2K, exact for every n and K.
-        steps = (2 * torch.arange(keep, device=see.position.device) + 1) * see.visual // (2 * keep)
-        return steps.expand(see.images, keep)
+        return evenly(see, keep)
+
+
+def evenly(see: View, keep: int) -> Tensor:
+    """`[image, keep]` indices of evenly spaced tokens."""
+    # In whole numbers: (2i + 1)·n / 2K, exact for every n and K.
+    steps = (2 * torch.arange(keep, device=see.position.device) + 1) * see.visual // (2 * keep)
+    return steps.expand(see.images, keep)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaNextVideoForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from vlmprune.tiny.architecture import TEXT_WIDTH, VOCABULARY
@@ -63,7 +63,7 @@ def initialise(model: LlavaForConditionalGeneration, seed: int) -> None:
 
 
 def read(
-    model: LlavaForConditionalGeneration,
+    model: LlavaForConditionalGeneration | LlavaNextVideoForConditionalGeneration,
     visual: Tensor,
     batch: Batch | ClipBatch,
     on_layer: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
