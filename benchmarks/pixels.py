@@ -1,6 +1,6 @@
 """Dropping patches before the vision tower against dropping tokens behind it, end to end, at equal kept tokens.
 
-    python benchmarks/pixels.py [--rounds 5] [--side 392] [--out docs/results/pixels-cpu]
+    python benchmarks/pixels.py [--rounds 5] [--side 392] [--picture document] [--out docs/results/pixels-cpu]
 
 Pictures are drawn (`vlmprune.tiny.pages`: a page of text, a screenshot, a picture without flat areas) and prepared by
 transformers' own processor. PixelPrune decides how many tokens it keeps of each; the other methods are given that number. Two
@@ -207,19 +207,24 @@ def cells(line: Mapping[str, Any], patches: int) -> list[str | Text]:
 def main(
     rounds: Annotated[int, typer.Option(min=3)] = 5,
     side: Annotated[int, typer.Option(min=112, help="Height and width of the pictures, a multiple of 28.")] = 392,
+    picture: Annotated[list[str] | None, typer.Option(help=f"{', '.join(pages.KINDS)}; all if not given.")] = None,
     out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = Path("docs/results/pixels-cpu"),
 ) -> None:
+    kinds = picture or list(pages.KINDS)
+    if unknown := sorted(set(kinds) - set(pages.KINDS)):
+        raise typer.BadParameter(f"there is no picture {unknown[0]!r}.", param_hint="--picture")
     if side % (PATCH * MERGE):
         raise typer.BadParameter(f"{side} is no multiple of {PATCH * MERGE}.", param_hint="--side")
     torch.set_num_threads(1)  # time is the process's own: other work on the machine does not count
     models: dict[str, Any] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
-        task = progress.add_task("before and behind the tower", total=len(MODELS) * len(pages.KINDS) * (rounds + 1) * 6)
+        task = progress.add_task("before and behind the tower", total=len(MODELS) * len(kinds) * (rounds + 1) * 6)
         for name, build in MODELS.items():
             torch.manual_seed(0)
             model = build().eval()
-            models[name] = [measure(model, kind, side, rounds, lambda: progress.advance(task)) for kind in pages.KINDS]
-    command = f"python benchmarks/pixels.py --rounds {rounds} --side {side}"
+            models[name] = [measure(model, kind, side, rounds, lambda: progress.advance(task)) for kind in kinds]
+    chosen = "".join(f" --picture {kind}" for kind in picture or ())
+    command = f"python benchmarks/pixels.py --rounds {rounds} --side {side}{chosen}"
     out.parent.mkdir(parents=True, exist_ok=True)
     result({**stamp(command), "models": models}).deliver(Console(), out)
 
