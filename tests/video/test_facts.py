@@ -233,6 +233,19 @@ def test_cells_for_drawing_are_the_tokens_of_every_frame(name):
     assert family.video_cells(make_inputs(name, [["text2"]]), config) == []
 
 
+@pytest.mark.parametrize("policy", ["keep", "drop"])
+def test_the_separator_behind_a_video_counts_as_text(policy):
+    """LLaVA-OneVision has one at the end of each video; it is no token of a frame, and stays unless newlines=drop."""
+    model, inputs = shared("llava_onevision"), make_inputs("llava_onevision", BATCHES["two videos"])
+    with vp.wrap(model, f"random:layer=1,tokens=2,per=frame,seed=0,newlines={policy}") as run:
+        model(**inputs)
+        record = run.last
+    assert (record.newlines, record.newlines_kept) == (2, policy == "keep")
+    assert [one.by_frame for one in record.kept] == [(2, 2, 2)] * 2
+    ends = (inputs["input_ids"][0] == VIDEO).nonzero()[:, 0][[12, 25]]
+    assert record.keep[1][0, ends].tolist() == [policy == "keep"] * 2
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------------------
 
 
