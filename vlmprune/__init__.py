@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the only list of the public names: type checkers and editor
     from vlmprune.live.handle import unwrap as unwrap
     from vlmprune.live.handle import wrap as wrap
     from vlmprune.live.observe import observe as observe
+    from vlmprune.live.prefix import Prefix as Prefix
     from vlmprune.live.report import Report as Report
     from vlmprune.methods import METHODS as METHODS
     from vlmprune.methods import REDISTRIBUTORS as REDISTRIBUTORS

@@ -1,5 +1,5 @@
-"""The methods for video in families that take videos: exact, in batches as alone, and what they choose is what the loops of their
-papers choose from what enters the language model."""
+"""The methods for video in families that take videos: exact, in batches as alone, and what they choose is what the loops of
+their papers choose from what enters the language model."""
 
 from __future__ import annotations
 

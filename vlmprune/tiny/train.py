@@ -132,11 +132,8 @@ def _train(team: Team, options: argparse.Namespace) -> None:
 
 def provenance(options: argparse.Namespace) -> dict[str, Any]:
     """How, where and with which versions a checkpoint was made."""
-    import numpy
     import torch
-    import transformers
 
-    capabilities = _cpu_capabilities()
     cpu = os.times()
     return {
         "command": "python -m vlmprune.tiny.train " + " ".join(sys.argv[1:]),
@@ -149,6 +146,18 @@ def provenance(options: argparse.Namespace) -> dict[str, Any]:
         "steps_scale": options.steps_scale,
         "images_per_step": IMAGES_PER_STEP,
         "schedules": {name: vars(schedule) for name, schedule in schedules().items()},
+        **machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The processor, and the versions of what computes."""
+    import numpy
+    import torch
+    import transformers
+
+    capabilities = _cpu_capabilities()
+    return {
         "cpu": f"{capabilities.get('cpu_name', platform.processor())}, {capabilities.get('num_physical_cores')} cores",
         "versions": {
             "python": platform.python_version(),

@@ -122,7 +122,7 @@ class ClipLanguageStage:
             terms["earlier"] = -(scores.masked_fill(later, -1e4).log_softmax(-1) * batch.earlier).sum(-1).mean()
         if layer == TIME_LAYER:
             guess = self.probe["time"](hidden[:, 2:prefix]).float().squeeze(-1)
-            terms["time"] = 4 * functional.mse_loss(guess, self._times[kept])
+            terms["frame"] = 4 * functional.mse_loss(guess, self._times[kept])
         if layer == HISTORY_LAYER:
             guess = self.probe["history"](hidden[batch.cell_picture, 2 + batch.cell]).float()
             terms["new"] = functional.binary_cross_entropy_with_logits(guess[:, 0], batch.history[:, 0])
