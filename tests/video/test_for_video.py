@@ -1,5 +1,5 @@
-"""The methods for video, in families that take videos: exact, in batches as alone, and their choice is that of the papers' loops
-from what enters the language model."""
+"""The methods for video, in families that take videos: exact, in batches as alone, and their choice is that of the loops of
+their papers from what enters the language model."""
 
 from __future__ import annotations
 
