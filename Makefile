@@ -15,7 +15,7 @@ MATRIX := tests/families/test_matrix.py -k test_cell
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test coverage test-oldest test-lmms test-open_clip lint test-families
+.PHONY: demo test coverage test-oldest test-lmms test-open_clip lint test-families test-static
 demo: $(STAMP)
 	$(BIN)/vlmprune demo
 
@@ -45,6 +45,10 @@ test-families: $(STAMP) $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 VLMPRUNE_FAMILIES=oldest VLMPRUNE_MATRIX=docs/results/families-oldest.json \
 		$(OLDEST)/bin/python $(PYTEST) -p no:cacheprovider $(MATRIX)
 	$(BIN)/python tests/families/matrix.py
+
+# Static caches and compiled decoding: all cells of the family matrix, of which `make test` runs a few.
+test-static: $(STAMP)
+	OMP_NUM_THREADS=1 VLMPRUNE_STATIC=all $(BIN)/python $(PYTEST) tests/generation/test_static.py tests/generation/test_compiled.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

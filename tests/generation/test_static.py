@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 
 import pytest
 import torch
 from families import running
 from families.running import run
-from generation.static_runs import CASES, few, in_static_cache
+from generation.static_runs import ALL, CASES, few, in_static_cache
 from gradients import EDITING
 from oracles import assert_equals_masked
 from tiny_models import FLEX, build, make_inputs, shared
@@ -29,7 +28,7 @@ def _no_grad():
         yield
 
 
-@pytest.mark.parametrize("cell", CASES if os.environ.get("VLMPRUNE_STATIC") == "all" else few(), ids=lambda cell: cell.id)
+@pytest.mark.parametrize("cell", CASES if ALL else few(), ids=lambda cell: cell.id)
 def test_cell(cell, monkeypatch):
     """Red: a static layer stores or sees other tokens than those that were kept."""
     monkeypatch.setattr(running, "generate", in_static_cache(running.generate))
