@@ -114,9 +114,14 @@ def test_a_cache_that_is_used_again():
         with run_.override(enabled=False):
             cache.reset()
             found = model.generate(**prompts[0], max_new_tokens=4, past_key_values=cache, disable_compile=True)
-    assert torch.equal(found, model.generate(**prompts[0], max_new_tokens=4))
-    cache.reset()
-    assert torch.equal(model.generate(**prompts[0], max_new_tokens=4, past_key_values=cache, disable_compile=True), found)
+        short = StaticCache(model.config, 40)
+        model.generate(**prompts[0], max_new_tokens=4, past_key_values=short, disable_compile=True)
+        assert short.layers[-1].keys.shape[2] < 40
+    plain = model.generate(**prompts[0], max_new_tokens=4)
+    assert torch.equal(found, plain)
+    for used in (cache, short):
+        used.reset()
+        assert torch.equal(model.generate(**prompts[0], max_new_tokens=4, past_key_values=used, disable_compile=True), plain)
 
 
 def test_layers_of_a_pruned_section_are_shorter():
