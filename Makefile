@@ -15,7 +15,7 @@ MATRIX := tests/families/test_matrix.py -k test_cell
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test coverage test-oldest test-lmms test-open_clip lint test-families test-generation test-video test-pixels
+.PHONY: demo test coverage test-oldest test-lmms test-open_clip lint test-families test-generation test-static test-video test-pixels
 demo: $(STAMP)
 	$(BIN)/vlmprune demo
 
@@ -59,6 +59,10 @@ test-video: $(STAMP)
 test-generation: $(STAMP)
 	OMP_NUM_THREADS=1 VLMPRUNE_GENERATION=all VLMPRUNE_WAYS=docs/results/generation.json $(BIN)/python $(PYTEST) tests/generation/test_ways.py
 	$(BIN)/python tests/generation/page.py
+
+# Static caches and compiled decoding: all cells of the family matrix, of which `make test` runs a few.
+test-static: $(STAMP)
+	OMP_NUM_THREADS=1 VLMPRUNE_STATIC=all $(BIN)/python $(PYTEST) tests/generation/test_static.py tests/generation/test_compiled.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """The embedded model's own tower as an image encoder: how much of its CLS token is left when patches are dropped.
 
-    python benchmarks/tower_accuracy.py [--train 2000] [--images 400] [--out docs/results/tower_accuracy-cpu]
+    python benchmarks/tower_accuracy.py [--train 3000] [--images 600] [--out docs/results/tower_accuracy-cpu]
 
 The tower stands alone (`vlmprune.wrap(tower, recipe)`). Its CLS token was trained to say which of 48 combinations of colour and
 shape a scene has. A linear classifier reads them from the CLS token that leaves the un-pruned tower, fitted on scenes that are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,16 +16,17 @@ WITHOUT = ("no cache", "prompt lookup")
 """Ways without a static cache: transformers takes none there."""
 CASES = [cell for cell in CELLS if cell.way not in WITHOUT and refusal_of(cell) is None]
 FEW = {
-    "llava": ("0-blind-second_turn", "1+3-attention-greedy"),
+    "llava": ("1+3-attention-greedy",),
     "qwen2_5_vl": ("1+3-blind-beams", "2-ahead-greedy"),
-    "qwen3_vl": ("2-blind-second_turn", "1+3-blind-sampling"),
+    "qwen3_vl": ("2-blind-second_turn",),
     "gemma3": ("2-blind-second_turn", "0-blind-greedy"),
-    "gemma4_e": ("0-blind-second_turn", "2-blind-greedy"),
-    "qwen3_5": ("0-blind-sampling", "2-blind-greedy"),
+    "gemma4_e": ("0-blind-second_turn",),
+    "qwen3_5": ("0-blind-sampling",),
     "paligemma": ("1+3-blind-greedy",),
-    "llava_next": ("2-features-greedy",),
 }
 """By family, stages, kind and way of what `make test` runs: windows, shared keys, recurrent layers, blocks, DeepStack."""
+ALL = os.environ.get("VLMPRUNE_STATIC") == "all"
+"""`make test-static` runs everything."""
 
 
 def few() -> list[Cell]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 
 import pytest
 import torch
 from families import running
 from families.running import run
-from generation.static_runs import CASES, few, in_static_cache
+from generation.static_runs import ALL, CASES, few, in_static_cache
 from gradients import EDITING
 from oracles import assert_equals_masked
 from tiny_models import FLEX, build, make_inputs, shared
@@ -29,7 +28,7 @@ def _no_grad():
         yield
 
 
-@pytest.mark.parametrize("cell", CASES if os.environ.get("VLMPRUNE_STATIC") == "all" else few(), ids=lambda cell: cell.id)
+@pytest.mark.parametrize("cell", CASES if ALL else few(), ids=lambda cell: cell.id)
 def test_cell(cell, monkeypatch):
     """Red: a static layer stores or sees other tokens than those that were kept."""
     monkeypatch.setattr(running, "generate", in_static_cache(running.generate))
@@ -115,9 +114,14 @@ def test_a_cache_that_is_used_again():
         with run_.override(enabled=False):
             cache.reset()
             found = model.generate(**prompts[0], max_new_tokens=4, past_key_values=cache, disable_compile=True)
-    assert torch.equal(found, model.generate(**prompts[0], max_new_tokens=4))
-    cache.reset()
-    assert torch.equal(model.generate(**prompts[0], max_new_tokens=4, past_key_values=cache, disable_compile=True), found)
+        short = StaticCache(model.config, 40)
+        model.generate(**prompts[0], max_new_tokens=4, past_key_values=short, disable_compile=True)
+        assert short.layers[-1].keys.shape[2] < 40
+    plain = model.generate(**prompts[0], max_new_tokens=4)
+    assert torch.equal(found, plain)
+    for used in (cache, short):
+        used.reset()
+        assert torch.equal(model.generate(**prompts[0], max_new_tokens=4, past_key_values=used, disable_compile=True), plain)
 
 
 def test_layers_of_a_pruned_section_are_shorter():

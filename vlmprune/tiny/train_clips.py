@@ -32,7 +32,7 @@ def schedules() -> dict[str, Schedule]:
 
     return {
         "pooling": Schedule(steps=300, muon_lr=0.01, adam_lr=3e-3, weight_decay=0.1, decay_from=0.4),
-        "clips": Schedule(steps=700, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, decay_from=0.4),
+        "clips": Schedule(steps=620, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, decay_from=0.4),
     }
 
 
@@ -41,7 +41,7 @@ def work(options: argparse.Namespace) -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from vlmprune.tiny.clip_model import build_clip_model, build_clip_tokenizer
+    from vlmprune.tiny.clip_model import build_clip_model, save_clip_processor
     from vlmprune.tiny.training.clip_language import ClipLanguageStage, adopt, encode
     from vlmprune.tiny.training.clip_pooling import PoolingStage
     from vlmprune.tiny.training.loop import Team, batch_seed, precision_context, replace_file, run_stage
@@ -64,7 +64,8 @@ def work(options: argparse.Namespace) -> None:
             "state": state,
         }
         replace_file(state_file, lambda path: torch.save(whole, path))
-        save_checkpoint(model, build_clip_tokenizer(), options.out / "checkpoint")
+        save_checkpoint(model, options.out / "checkpoint")
+        save_clip_processor(options.out / "checkpoint")
 
     def train(stage: Stage, state: dict[str, Any] | None) -> None:
         schedule = schedules()[stage.name]

@@ -33,7 +33,7 @@ TIME_LAYER, HISTORY_LAYER = 2, 3
 NOUN_LAYER = 3
 """Layer in which the first two heads attend from a noun to what it means; the picture model's."""
 _HELP, _HELP_UNTIL = 0.3, 0.6
-_FEW, _FEW_UNTIL = 128, 0.75
+_FEW, _FEW_UNTIL = 128, 0.87
 """Visual tokens of a clip in the first part of the stage, and the share of the stage that this is: background is left out."""
 _BLOCK = 100
 
