@@ -188,13 +188,13 @@ def test_losses_start_and_fall(model) -> None:
     losses = []
     for _ in range(3):
         loss, metrics = stage.loss(3, 0.0)
-        assert {"earlier", "time", "new", "moved", "noun"} <= metrics.keys()
+        assert {"earlier", "frame", "new", "moved", "noun"} <= metrics.keys()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert not {"time", "noun"} & stage.loss(3, 0.9)[1].keys()
+    assert not {"frame", "noun"} & stage.loss(3, 0.9)[1].keys()
 
 
 @pytest.mark.parametrize("stop_at", [1, 3], ids=["in the first stage", "in the second stage"])

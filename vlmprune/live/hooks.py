@@ -25,7 +25,7 @@ from vlmprune.live.call import Call
 from vlmprune.live.owner import Encoded, Owner
 from vlmprune.live.owners import Owners
 from vlmprune.live.prefill import begin, enter_prompt, goes_on, leave_prompt
-from vlmprune.live.prompt import by_name, strange_embeddings
+from vlmprune.live.prompt import FED_AGAIN, begins_again, by_name, strange_embeddings
 from vlmprune.live.static_step import IMAGES, is_step
 from vlmprune.live.tower import TowerPass
 
@@ -80,6 +80,8 @@ class Hooks:
         wanted = given if isinstance(given, int) else 0
         if kwargs.get("mm_encoder_outputs") and not _takes_logits(type(module).forward):
             self._refuse_candidates(module)
+        if begins_again(kwargs) and _innermost(type(module), only=module, function="_assisted_decoding") is not None:
+            raise UsageError(FED_AGAIN)
         call = Call(tail=max(wanted - 1, 0) if kwargs.get("mm_encoder_outputs") else 0, logits_wanted=wanted)
         if kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
             call.generation = _generation(module)

@@ -75,27 +75,45 @@ def answer_clips(
     batch_size: int = 32,
     **generate: Any,
 ) -> list[str]:
-    """As `answer`, for (frames of a clip, question)."""
+    """As `answer`, for (frames of a clip, question). Each clip, which is each list of frames, is encoded once per batch."""
     from vlmprune.tiny.clip_model import clip_prompt
 
     given: list[str] = []
     for start in range(0, len(pairs), batch_size):
         chunk = pairs[start : start + batch_size]
         texts = [clip_prompt(question) for _, question in chunk]
-        given += _generated(model, processor, texts, {"videos": [list(frames) for frames, _ in chunk]}, generate)
+        shown = [id(frames) for frames, _ in chunk]
+        clip_of = [shown.index(one) for one in shown]
+        given += _generated(model, processor, texts, {"videos": [frames for frames, _ in chunk]}, generate, clip_of)
     return given
 
 
 def _generated(
-    model: Any, processor: ProcessorMixin, texts: Sequence[str], seen: dict[str, Any], generate: dict[str, Any]
+    model: Any,
+    processor: ProcessorMixin,
+    texts: Sequence[str],
+    seen: dict[str, Any],
+    generate: dict[str, Any],
+    clip_of: Sequence[int] | None = None,
 ) -> list[str]:
-    """The answers to one batch; `seen` are the processor's arguments for what the texts ask about."""
+    """The answers to one batch.
+
+    Args:
+        seen: the processor's arguments for what the texts ask about.
+        generate: further arguments of `generate`.
+        clip_of: for each text about a clip, the first text about the same clip.
+    """
     import torch
 
     from vlmprune.device import to_model
 
     inputs = to_model(model, processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **seen))
     with torch.inference_mode():
+        if clip_of is not None:
+            first = sorted(set(clip_of))
+            encoded = model.get_video_features(inputs.pop("pixel_values_videos")[first], return_dict=True)
+            encoded.pooler_output = encoded.pooler_output[[first.index(clip) for clip in clip_of]]
+            inputs["mm_encoder_outputs"] = {"video": encoded}
         tokens = model.generate(**{"do_sample": False, "max_new_tokens": LONGEST_ANSWER, **inputs, **generate})
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.tiny.architecture import CHAT_TEMPLATE, HEADS, TEXT_LAYERS, TEXT_WIDTH, VISION_WIDTH, VOCABULARY
@@ -84,6 +86,48 @@ def build_clip_tokenizer() -> PreTrainedTokenizerFast:
     from vlmprune.tiny.architecture import build_tokenizer
 
     return build_tokenizer(CLIP_VOCABULARY, {"image_token": "<image>", "video_token": VIDEO})
+
+
+def save_clip_processor(folder: Path) -> None:
+    """Write what the stock `LlavaNextVideoProcessor` reads: tokenizer, chat template, and settings of pictures and frames."""
+    build_clip_tokenizer().save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CLIP_CHAT_TEMPLATE)
+    (folder / "processor_config.json").write_text(json.dumps(_STOCK_PROCESSOR, indent=2) + "\n")
+
+
+_PIXELS = {
+    "do_center_crop": False,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.25] * 3,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+}
+_STOCK_PROCESSOR = {
+    "processor_class": "LlavaNextVideoProcessor",
+    "image_processor": {
+        **_PIXELS,
+        "image_processor_type": "LlavaNextImageProcessor",
+        "image_grid_pinpoints": [[SIZE, SIZE]],
+        "size": {"shortest_edge": SIZE},
+        "crop_size": {"height": SIZE, "width": SIZE},
+        "do_pad": True,
+    },
+    "video_processor": {
+        **_PIXELS,
+        "video_processor_type": "LlavaNextVideoVideoProcessor",
+        "size": {"height": SIZE, "width": SIZE},
+        "do_sample_frames": False,
+    },
+    "image_token": "<image>",
+    "video_token": VIDEO,
+    "patch_size": PATCH,
+    "num_additional_image_tokens": 1,
+    "vision_feature_select_strategy": "default",
+}
 
 
 def clip_prompt(question: str) -> str:

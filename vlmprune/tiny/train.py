@@ -27,7 +27,6 @@ if TYPE_CHECKING:
         LlavaForConditionalGeneration,
         LlavaNextVideoForConditionalGeneration,
         LlavaProcessor,
-        PreTrainedTokenizerFast,
     )
 
     from vlmprune.tiny.answers import Accuracy
@@ -64,16 +63,17 @@ def _cpu_capabilities() -> dict[str, Any]:
 
 def save_checkpoint(
     model: LlavaForConditionalGeneration | LlavaNextVideoForConditionalGeneration,
-    processor: LlavaProcessor | PreTrainedTokenizerFast,
     folder: Path,
+    processor: LlavaProcessor | None = None,
 ) -> None:
-    """Write weights (rounded to bfloat16), and tokenizer or processor, for `from_pretrained`; the model is not changed."""
+    """Write weights (rounded to bfloat16), and a processor, for `from_pretrained`; the model is not changed."""
     import torch
 
     weights = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder, state_dict=weights)
-    processor.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner only
 
@@ -111,7 +111,7 @@ def _train(team: Team, options: argparse.Namespace) -> None:
         seconds = spent + time.perf_counter() - begun
         whole = {"stage": stage, "model": model.state_dict(), "seconds": seconds, "state": state}
         replace_file(state_file, lambda path: torch.save(whole, path))
-        save_checkpoint(model, processor, options.out / "checkpoint")
+        save_checkpoint(model, options.out / "checkpoint", processor)
 
     for name, schedule in schedules().items():
         if saved and list(stages).index(name) < list(stages).index(saved["stage"]):
@@ -132,11 +132,8 @@ def _train(team: Team, options: argparse.Namespace) -> None:
 
 def provenance(options: argparse.Namespace) -> dict[str, Any]:
     """How, where and with which versions a checkpoint was made."""
-    import numpy
     import torch
-    import transformers
 
-    capabilities = _cpu_capabilities()
     cpu = os.times()
     return {
         "command": "python -m vlmprune.tiny.train " + " ".join(sys.argv[1:]),
@@ -149,6 +146,18 @@ def provenance(options: argparse.Namespace) -> dict[str, Any]:
         "steps_scale": options.steps_scale,
         "images_per_step": IMAGES_PER_STEP,
         "schedules": {name: vars(schedule) for name, schedule in schedules().items()},
+        **machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The processor, and the versions of what computes."""
+    import numpy
+    import torch
+    import transformers
+
+    capabilities = _cpu_capabilities()
+    return {
         "cpu": f"{capabilities.get('cpu_name', platform.processor())}, {capabilities.get('num_physical_cores')} cores",
         "versions": {
             "python": platform.python_version(),

@@ -8,14 +8,16 @@ thread. Data depend on seeds and the schedule on steps, so that `--resume` conti
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.tiny import load
-from vlmprune.tiny.train import precision_of, save_checkpoint
+from vlmprune.tiny import load, load_for_clips
+from vlmprune.tiny.train import machine, precision_of, save_checkpoint
 
 if TYPE_CHECKING:
     from vlmprune.tiny.training.loop import Schedule, Stage
@@ -30,7 +32,7 @@ def schedules() -> dict[str, Schedule]:
 
     return {
         "pooling": Schedule(steps=300, muon_lr=0.01, adam_lr=3e-3, weight_decay=0.1, decay_from=0.4),
-        "clips": Schedule(steps=700, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, decay_from=0.4),
+        "clips": Schedule(steps=620, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, decay_from=0.4),
     }
 
 
@@ -39,7 +41,7 @@ def work(options: argparse.Namespace) -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from vlmprune.tiny.clip_model import build_clip_model, build_clip_tokenizer
+    from vlmprune.tiny.clip_model import build_clip_model, save_clip_processor
     from vlmprune.tiny.training.clip_language import ClipLanguageStage, adopt, encode
     from vlmprune.tiny.training.clip_pooling import PoolingStage
     from vlmprune.tiny.training.loop import Team, batch_seed, precision_context, replace_file, run_stage
@@ -62,7 +64,8 @@ def work(options: argparse.Namespace) -> None:
             "state": state,
         }
         replace_file(state_file, lambda path: torch.save(whole, path))
-        save_checkpoint(model, build_clip_tokenizer(), options.out / "checkpoint")
+        save_checkpoint(model, options.out / "checkpoint")
+        save_clip_processor(options.out / "checkpoint")
 
     def train(stage: Stage, state: dict[str, Any] | None) -> None:
         schedule = schedules()[stage.name]
@@ -90,6 +93,38 @@ def work(options: argparse.Namespace) -> None:
     train(language, saved["state"] if saved and saved["stage"] == "clips" else None)
 
 
+def report(options: argparse.Namespace) -> None:
+    """Evaluate the finished checkpoint on the test split and write `PROVENANCE.json` beside it."""
+    import torch
+
+    from vlmprune.tiny.answers import accuracy_by_skill
+    from vlmprune.tiny.clip_questions import CLIP_SKILLS
+    from vlmprune.tiny.clips import held_out_clips
+    from vlmprune.tiny.evaluate_clips import clip_records
+
+    folder = options.out / "checkpoint"
+    held_out = held_out_clips(options.test_clips, "test")
+    reached = accuracy_by_skill(clip_records(*load_for_clips(checkpoint=folder), held_out), skills=CLIP_SKILLS)
+    facts = {
+        "command": "python -m vlmprune.tiny.train_clips " + " ".join(sys.argv[1:]),
+        "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "training_cpu_minutes": round(torch.load(options.out / "state.pt", weights_only=True)["seconds"] / 60, 1),
+        "seed": options.seed,
+        "precision": options.precision,
+        "steps_scale": options.steps_scale,
+        "clips": options.clips,
+        "batch": BATCH,
+        "schedules": {name: vars(schedule) for name, schedule in schedules().items()},
+        **machine(),
+        "test_clips": options.test_clips,
+        "test": {skill: asdict(entry) for skill, entry in reached.items()},
+    }
+    for skill, entry in reached.items():
+        print(f"  {skill:<10} {entry}")
+    (folder / "PROVENANCE.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(f"checkpoint, accuracies and provenance: {folder}")
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tiny-clips-training"), help="folder for state, log and checkpoint")
@@ -99,6 +134,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
+    parser.add_argument("--test-clips", type=int, default=400, help="held-out clips of the final report")
     options = parser.parse_args(arguments)
     options.precision = precision_of(options.precision)
     return options
@@ -108,6 +144,7 @@ def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     work(options)
+    report(options)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ TIME_LAYER, HISTORY_LAYER = 2, 3
 NOUN_LAYER = 3
 """Layer in which the first two heads attend from a noun to what it means; the picture model's."""
 _HELP, _HELP_UNTIL = 0.3, 0.6
-_FEW, _FEW_UNTIL = 128, 0.75
+_FEW, _FEW_UNTIL = 128, 0.87
 """Visual tokens of a clip in the first part of the stage, and the share of the stage that this is: background is left out."""
 _BLOCK = 100
 
@@ -122,7 +122,7 @@ class ClipLanguageStage:
             terms["earlier"] = -(scores.masked_fill(later, -1e4).log_softmax(-1) * batch.earlier).sum(-1).mean()
         if layer == TIME_LAYER:
             guess = self.probe["time"](hidden[:, 2:prefix]).float().squeeze(-1)
-            terms["time"] = 4 * functional.mse_loss(guess, self._times[kept])
+            terms["frame"] = 4 * functional.mse_loss(guess, self._times[kept])
         if layer == HISTORY_LAYER:
             guess = self.probe["history"](hidden[batch.cell_picture, 2 + batch.cell]).float()
             terms["new"] = functional.binary_cross_entropy_with_logits(guess[:, 0], batch.history[:, 0])
