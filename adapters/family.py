@@ -108,6 +108,7 @@ class Family:
         tower: the vision tower.
         injected: what the language model adds to visual tokens between its layers.
         videos: what it does with videos; None if they are not supported.
+        whole_prompt: all tokens of a prompt see each other, its question's too.
         newline: name of the parameter that separates the rows of a packed picture, from the base model.
         reads: the probes that methods may look at; None for all.
         as_built: returns the family with the entries of one base model, if checkpoints differ in them.
@@ -130,9 +131,14 @@ class Family:
     tower: Tower | None = None
     injected: Injected | None = None
     videos: Videos | None = None
+    whole_prompt: bool = False
     newline: str | None = None
     reads: frozenset[str] | None = None
     as_built: Callable[[Family, nn.Module], Family] = lambda family, base: family
+
+    def placeholders(self, config: Any) -> tuple[int, ...]:
+        """Ids of all placeholders: of pictures, and of videos."""
+        return (self.image_token(config), *(() if self.videos is None else (self.videos.token(config),)))
 
     def cells(self, inputs: Mapping[str, Any], config: Any) -> list[list[list[Tensor]]]:
         """Per picture, rows of its crops; per crop, `[rows, columns]` the index of the token that each cell became, −1 if the

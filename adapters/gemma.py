@@ -101,4 +101,5 @@ PALIGEMMA = Family(
     image_token=lambda config: config.image_token_id,
     tokens_per_image=_paligemma_tokens,
     image_grid=_paligemma_grid,
+    whole_prompt=True,
 )

@@ -52,7 +52,7 @@ def _native(tower: Any, root: str, name: str) -> ImageTower:
         pools.append(Pool("attn_pool.attn", "key_padding_mask"))
         if getattr(tower, "attn_pool_type", "") == "parallel":
             pools.append(Pool("attn_pool_contrastive.attn", "key_padding_mask"))
-    after = tower.final_ln_after_pool and tower.attn_pool is None
+    after = tower.final_ln_after_pool or tower.attn_pool is not None  # the norm then comes after pooling
     return ImageTower(
         name=name,
         root=root,

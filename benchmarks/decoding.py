@@ -1,6 +1,7 @@
 """How fast a decoding step is under a recipe: time of an un-pruned step divided by ours, above 1 is faster.
 
     python benchmarks/decoding.py [--rounds 12] [--steps 24] [--threads 1] [--recipe …] [--out benchmarks/results/decoding-cpu]
+    python benchmarks/decoding.py --compiled [--rounds 12] [--steps 24] [--out benchmarks/results/decoding-cpu-compiled]
 
 A LLaVA-shaped random model, 640 wide, 8 layers, 10 heads, SDPA on both sides; the prompt has 576 visual tokens and 75 words.
 Every round runs the prompt twice, once plain and once under the recipe, and then decodes the same words from both caches: one
@@ -20,10 +21,11 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import compiled_steps  # benchmarks/ is no package: its scripts find each other
 import numpy as np
 import torch
 import typer
-from native import three  # benchmarks/ is no package: its scripts find each other
+from native import three
 from prefill import llava_shaped
 from rich.console import Console
 from rich.progress import Progress
@@ -145,8 +147,11 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 1,
     recipe: Annotated[list[str] | None, typer.Option(help="Instead of the five; may be given several times.")] = None,
     out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = Path("benchmarks/results/decoding-cpu"),
+    compiled: Annotated[bool, typer.Option(help="Compiled steps in a static cache, see compiled_steps.py.")] = False,
 ) -> None:
     torch.set_num_threads(threads)
+    if compiled:
+        return compare_compiled(rounds, steps, threads, recipe or list(compiled_steps.RECIPES), out)
     recipes = recipe or list(RECIPES)
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
         task = progress.add_task("decoding", total=(rounds + 1) * len(recipes))
@@ -155,6 +160,17 @@ def main(
     command += "".join(f" --recipe {one!r}" for one in recipe or ())
     out.parent.mkdir(parents=True, exist_ok=True)
     result({**stamp(command), "rows": rows}).deliver(Console(), out)
+
+
+def compare_compiled(rounds: int, steps: int, threads: int, recipes: list[str], out: Path) -> None:
+    """The table of `compiled_steps.py`."""
+    names = ["llava", "qwen2_5_vl", "qwen3_vl"]
+    with Progress(console=Console(stderr=True), transient=True) as progress, torch.no_grad():
+        task = progress.add_task("compiled decoding", total=len(names) * len(recipes))
+        rows = compiled_steps.measure(names, recipes, rounds, steps, lambda: progress.advance(task))
+    command = f"python benchmarks/decoding.py --compiled --rounds {rounds} --steps {steps} --threads {threads} --out {out}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    compiled_steps.result({**stamp(command), "rows": rows}).deliver(Console(), out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from prefill import llava_shaped  # benchmarks/ is no package: its scripts find each other
 from torch import Tensor
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 VISUAL, LAYERS, IMAGE, WIDTH, MLP = 576, 12, 1, 1024, 2816
 SIDE = 24
@@ -52,7 +59,45 @@ def _llava() -> Any:
     return llava_shaped(dim=WIDTH, mlp=MLP, layers=LAYERS, image_token=IMAGE)[0]
 
 
-def _qwen3_vl() -> Any:
+def compiled_shapes() -> dict[str, Shape]:
+    """Smaller ones, each of which a compiler takes a minute for: 512 wide, 4 decoder layers."""
+    small = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4}
+    small |= {"num_attention_heads": 8, "num_key_value_heads": 8}
+    return {
+        "llava": Shape({}, lambda: llava_shaped(dim=512, mlp=1408, layers=4, image_token=IMAGE)[0], _pixels),
+        "qwen2_5_vl": Shape({}, lambda: _qwen2_5_vl(small), _patches, _grid),
+        "qwen3_vl": Shape({}, lambda: _qwen3_vl(small), _patches, _grid),
+    }
+
+
+def _qwen2_5_vl(more: dict[str, Any]) -> Any:
+    vision = {
+        "depth": 4,
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_heads": 6,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [1, 3],
+        "out_hidden_size": more["hidden_size"],
+    }
+    rotary = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [12, 10, 10]}
+    text = _text(rope_parameters=rotary, **more)
+    del text["head_dim"]
+    config = Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE,
+        video_token_id=2,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+    )
+    return _random(Qwen2_5_VLForConditionalGeneration, config)
+
+
+def _qwen3_vl(more: dict[str, Any] | None = None) -> Any:
     """DeepStack adds features of three tower blocks behind decoder layers 0, 1 and 2."""
     vision = {
         "depth": 6,
@@ -67,9 +112,10 @@ def _qwen3_vl() -> Any:
         "deepstack_visual_indexes": [1, 3, 4],
     }
     rotary = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [12, 10, 10]}
+    text = _text(rope_parameters=rotary, **(more or {}))
     config = Qwen3VLConfig(
-        vision_config=vision,
-        text_config=_text(rope_parameters=rotary),
+        vision_config={**vision, "out_hidden_size": text["hidden_size"]},
+        text_config=text,
         image_token_id=IMAGE,
         video_token_id=2,
         vision_start_token_id=3,

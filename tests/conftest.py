@@ -15,8 +15,6 @@ import torch
 
 # They run in an environment of their own (`make test-lmms`): lmms-eval does not fit into this one.
 collect_ignore = [] if find_spec("lmms_eval") else ["lmms"]
-# So does open_clip (`make test-open_clip`).
-collect_ignore += [] if find_spec("open_clip") else [f"image_towers/{file}.py" for file in ("test_relevance", "test_zero_shot")]
 # Video processors of transformers need torchvision, which is installed in that environment.
 collect_ignore += [] if find_spec("torchvision") else ["with_torchvision"]
 

@@ -165,10 +165,11 @@ def test_four_dimensional_mask():
     called(model, "attention_mask is a tensor of shape [1, 1, 19, 20], where 20 tokens follow 0", **inputs)
 
 
-def test_static_cache():
+def test_static_cache_that_is_too_short():
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text2", "image", "text2"]])
-    called(model, "needs a plain DynamicCache, found a StaticLayer", past_key_values=StaticCache(model.config, 64), **inputs)
+    sentence = "has places for 16 tokens, found 0 in it and 20 to come: make one with a max_cache_len of 20 or more"
+    called(model, sentence, past_key_values=StaticCache(model.config, 16), **inputs)
 
 
 def test_cache_pruned_by_another_recipe():

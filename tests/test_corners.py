@@ -22,7 +22,7 @@ from oracles import (
     masked_forward,
 )
 from tiny_models import FIRST_WORD, VOCAB, build, make_inputs, shared
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticCache
 
 import vlmprune as vp
 from vlmprune.adapters.llava import LLAVA
@@ -375,11 +375,11 @@ def test_encoded_videos_are_refused():
         model(mm_encoder_outputs={"video": SimpleNamespace()}, **inputs)
 
 
-def test_offloaded_cache_is_refused():
-    """Transformers builds one on GPUs only; the refusal needs none."""
-    cache = DynamicCache(config=shared("llava").config.text_config)
+def test_offloaded_static_cache_is_refused():
+    """Transformers builds one on GPUs only; the refusal needs none. What grows may be offloaded (tests/generation)."""
+    cache = StaticCache(config=shared("llava").config.text_config, max_cache_len=32)
     cache.offloading = True
-    with pytest.raises(vp.UsageError, match="an offloaded cache"):
+    with pytest.raises(vp.UsageError, match="an offloaded static cache"):
         pruned_layers(cache, [0], (0,), lambda layer: pytest.fail("it has no entries"))
 
 

@@ -23,6 +23,7 @@ import vlmprune as vp
 from vlmprune.cli import app, asking
 from vlmprune.loading import models as loading
 from vlmprune.loading import outputs, questions
+from vlmprune.loading.frames import FramesProcessor
 from vlmprune.loading.models import load_decoder, load_model
 from vlmprune.loading.prompts import make_inputs, prompt_text
 from vlmprune.loading.questions import ReadyQuestion
@@ -73,7 +74,7 @@ def test_two_generations_and_no_more(made, picture, monkeypatch):
     calls = []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda **more: calls.append(more["max_new_tokens"]) or generate(**more))
-    monkeypatch.setattr(questions, "open_model", lambda *where: (processor, lambda: model))
+    monkeypatch.setattr(questions, "open_model", lambda *where, **more: (processor, lambda: model))
     asking.ask_once("x", picture, "what ?", "divprune:fraction=0.5", 5, "cpu", None)
     assert calls == [5, 5]
 
@@ -82,7 +83,7 @@ def test_a_recipe_that_cannot_run_is_refused_before_the_first_answer(made, pictu
     """Red: the un-pruned model works first, for minutes."""
     model, processor = load_model(str(made["llava"]), "cpu")
     monkeypatch.setattr(model, "generate", lambda **more: pytest.fail("generated"))
-    monkeypatch.setattr(questions, "open_model", lambda *where: (processor, lambda: model))
+    monkeypatch.setattr(questions, "open_model", lambda *where, **more: (processor, lambda: model))
     with pytest.raises(vp.UsageError, match="fastv prunes at layer 30"):
         asking.ask_once("x", picture, "what ?", "fastv:layer=30,fraction=0.5", 5, "cpu", None)
 
@@ -127,7 +128,7 @@ def test_kept_cells_are_drawn_where_they_are(made):
 
 
 def test_images_of_qwen_need_no_torchvision(made, monkeypatch):
-    """The processor without its part for videos makes what the parts make."""
+    """The processor, with our part for videos, makes what the parts make."""
     processor = load_model(str(made["qwen2_5_vl"]), "cpu")[1]
     picture = Image.effect_noise((120, 70), 60).convert("RGB")
     inputs = make_inputs(processor, picture, prompt_text(processor, "what ?"), "cpu")
@@ -135,7 +136,7 @@ def test_images_of_qwen_need_no_torchvision(made, monkeypatch):
     assert torch.equal(inputs["pixel_values"], alone["pixel_values"])
     assert int((inputs["input_ids"] == processor.image_token_id).sum()) == int(alone["image_grid_thw"].prod()) // 4
     if find_spec("torchvision") is None:
-        assert not hasattr(processor, "video_processor")
+        assert type(processor.video_processor) is FramesProcessor
     assert type(processor).__name__ == "Qwen2_5_VLProcessor"
 
 
@@ -469,7 +470,7 @@ def test_figures_without_matplotlib(monkeypatch, picture, tmp_path):
 )
 def test_what_cannot_be_drawn_is_refused_before_the_work(monkeypatch, picture, tmp_path, command, name):
     """Red: Pillow knows the ending but cannot write it, matplotlib cannot, or the folder is read-only: found after all work."""
-    monkeypatch.setattr(questions, "open_model", lambda *where: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(questions, "open_model", lambda *where, **more: pytest.fail("the model was loaded"))
     option = "--draw" if command == "run" else "--out"
     arguments = [command, "--model", "tiny", "--image", str(picture), "--prompt", "what ?", option, str(tmp_path / name)]
     error = CliRunner().invoke(app, arguments).exception

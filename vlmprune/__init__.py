@@ -22,7 +22,10 @@ if TYPE_CHECKING:  # the only list of the public names: type checkers and editor
     from vlmprune.live.handle import Run as Run
     from vlmprune.live.handle import unwrap as unwrap
     from vlmprune.live.handle import wrap as wrap
+    from vlmprune.live.image_tower_report import TowerReport as TowerReport
+    from vlmprune.live.image_tower_run import TowerRun as TowerRun
     from vlmprune.live.observe import observe as observe
+    from vlmprune.live.prefix import Prefix as Prefix
     from vlmprune.live.report import Report as Report
     from vlmprune.methods import METHODS as METHODS
     from vlmprune.methods import REDISTRIBUTORS as REDISTRIBUTORS

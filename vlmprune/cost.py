@@ -16,8 +16,15 @@ Where layers differ (linear attention, windows, shared keys, experts), the sizes
 The state of recurrent layers has a fixed size, and what a token costs there beside its weights is small: neither is counted.
 
 With multi-head attention the first formulas are twice the formula 4nd² + 2n²d + 3ndf in the released code of SparseVLM and
-AdaptInfer, and equal the numbers in FlowCut's tables. Embeddings, vision tower and output head are not counted. The bytes are
-those of the keys and values in the cache.
+AdaptInfer, and equal the numbers in FlowCut's tables. Embeddings and output head are not counted. The bytes are those of the
+keys and values in the cache.
+
+A vision tower is counted by itself, with the projector behind it, by the same formulas: each patch, and each token before the
+patches, is multiplied by the weights of a block, and attends to those of its own segment (a picture, a crop, or a window).
+
+    patch embedding      2·N·w            all N patches, also those that are dropped behind it
+    a block              Σ (2·n·w + 4·n²·H·Dh)     over segments of n patches
+    projector            2·t·w            t visual tokens
 
 Papers name budgets by one of two averages over decoder layers:
 
@@ -125,6 +132,38 @@ class DecoderShape:
         if not self.by_layer:
             return sum(self.layer_kv_bytes(keys, itemsize) for keys in entries)
         return sum(layer.stored * keys for layer, keys in zip(self.by_layer, entries, strict=True)) * itemsize
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """The sizes of a vision tower, and of the projector behind it.
+
+    Attributes:
+        embedding: weights that a patch is multiplied by before the first block.
+        blocks: its blocks, in their order.
+        projector: weights that a visual token is multiplied by behind the blocks, or where it leaves them early (DeepStack).
+        before: tokens before the patches of a crop.
+        patches_per_token: patches that become one visual token.
+    """
+
+    embedding: int
+    blocks: tuple[LayerShape, ...]
+    projector: int
+    before: int = 0
+    patches_per_token: int = 1
+
+    def flops(self, patches: int, segments: Sequence[Sequence[int]], tokens: int | None = None) -> int:
+        """FLOPs of a pass.
+
+        Args:
+            patches: patches that are embedded.
+            segments: per block, the lengths of what attends to itself, tokens before the patches included.
+            tokens: visual tokens that leave the tower; those of the last block if not given.
+        """
+        blocks = sum(block.flops(n, n) for block, lengths in zip(self.blocks, segments, strict=True) for n in lengths)
+        if tokens is None:
+            tokens = sum(n - self.before for n in segments[-1]) // self.patches_per_token
+        return 2 * patches * self.embedding + blocks + 2 * tokens * self.projector
 
 
 def compute_average(visual: float, layers: int, kept: Mapping[int, float]) -> float:

@@ -180,8 +180,8 @@ def check_shrinks(before: Stage, after: Stage, crops: bool = False) -> None:
     """Refuse a later stage that keeps more than an earlier one.
 
     Only budgets of one unit are compared: which of `tokens` and `fraction` is smaller depends on the image; at run time the
-    smaller one holds. A stage of the cache keeps what the stage before it kept, and is not compared; nor is one inside the tower
-    with one before it, because a method may only merge there.
+    smaller one holds. A stage of the cache keeps what the stage before it kept, and is not compared; nor is one inside the
+    tower with one before it, because a method may only merge there.
 
     Args:
         before, after: two successive stages.

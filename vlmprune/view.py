@@ -208,6 +208,9 @@ AHEAD = _names("layer ahead")
 WEIGHTS = LAST_ROW | TEXT_ROWS | AHEAD
 """Probes that are attention weights of the language model."""
 
+OF_QUESTION = WEIGHTS | frozenset(name for name, probe in PROBES.items() if "text" in probe.shape or name.endswith("_of_last"))
+"""Probes that look at what follows the picture."""
+
 AT_PIXELS = _names("pixels") | {"cell", "identity"}
 """Probes that a stage at site "pixels" can look at. `identity` is then equal for equal pictures, whatever is asked."""
 FROM_TOWER = frozenset(name for name, probe in PROBES.items() if probe.in_tower)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,14 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 from families.cells import CELLS, KINDS, WAYS, Cell  # noqa: E402
 from families.table import NAMES, TINY  # noqa: E402
+from video.cells import CELLS as OF_VIDEOS  # noqa: E402
+from video.cells import NAMES as WITH_VIDEOS  # noqa: E402
+from video.cells import WAYS as WAYS_OF_VIDEOS  # noqa: E402
+from video.cells import WITH_VIDEO  # noqa: E402
 
 RESULTS = ROOT / "docs/results/families.json"
 OLDEST = ROOT / "docs/results/families-oldest.json"
+VIDEOS = ROOT / "docs/results/families-video.json"
 PAGE = ROOT / "docs/families.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- families: python tests/families/matrix.py -->", "<!-- end of families -->"
@@ -53,8 +59,8 @@ SHORT = {
     "lfm2_vl": "LFM2-VL",
     "aya_vision": "Aya Vision",
     "cohere2_vision": "Cohere2 Vision",
-    "llava_next_video": "LLaVA-NeXT-Video (pictures)",
-    "video_llama_3": "VideoLLaMA 3 (pictures)",
+    "llava_next_video": "LLaVA-NeXT-Video",
+    "video_llama_3": "VideoLLaMA 3",
     "perception_lm": "Perception-LM",
     "ovis2": "Ovis2",
     "fast_vlm": "FastVLM",
@@ -93,13 +99,23 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def by_way(outcomes: Outcomes) -> str:
+def by_way(outcomes: Outcomes, cells: Sequence[Cell], ways: Sequence[str]) -> str:
+    names = dict.fromkeys(cell.family for cell in cells)
     rows = [
         [SHORT[name], f"`{TINY[name].model_type}`"]
-        + [count([cell for cell in CELLS if cell.family == name and cell.way == way], outcomes) for way in WAYS]
-        for name in NAMES
+        + [count([cell for cell in cells if cell.family == name and cell.way == way], outcomes) for way in ways]
+        for name in names
     ]
-    return table(["family", "type", *WAYS], rows)
+    return table(["family", "type", *ways], rows)
+
+
+def by_batch(outcomes: Outcomes) -> str:
+    rows = [
+        [SHORT[name]]
+        + [count([cell for cell in OF_VIDEOS if (cell.family, cell.batch) == (name, batch)], outcomes) for batch in WITH_VIDEO]
+        for name in WITH_VIDEOS
+    ]
+    return table(["family", *WITH_VIDEO], rows)
 
 
 def by_kind(outcomes: Outcomes) -> str:
@@ -116,11 +132,11 @@ def by_kind(outcomes: Outcomes) -> str:
     return table(["family", "beside plain decoders", *stages, *KINDS, "SDPA", "eager"], rows)
 
 
-def refused(outcomes: Outcomes) -> str:
+def refused(outcomes: Outcomes, cells: Sequence[Cell]) -> str:
     reasons = Counter(found["reason"] for found in outcomes.values() if found["outcome"] == "skipped")
     rows = []
     for reason, number in reasons.most_common():
-        names = {cell.family: None for cell in CELLS if outcomes[cell.id]["reason"] == reason}
+        names = {cell.family: None for cell in cells if outcomes[cell.id]["reason"] == reason}
         rows.append([str(number), reason, ", ".join(SHORT[name] for name in names)])
     return table(["cells", "reason", "families"], rows)
 
@@ -148,7 +164,7 @@ families with recurrent layers, of one whose dropped rows are really cut out; an
 Numbers of cells that passed; "a of b" where the others are refused. *greedy* has batches of one, long prompts (beyond the
 windows), several pictures, ragged rows padded on the left, and a row without a picture.
 
-{by_way(outcomes)}
+{by_way(outcomes, CELLS, WAYS)}
 
 ## Stages, kinds of methods, attention
 
@@ -159,10 +175,12 @@ Of *greedy*. A method of each kind: *blind* looks at nothing (`random`), *featur
 
 ## What is refused
 
-{refused(outcomes)}
+{refused(outcomes, CELLS)}
 
 `tests/families/test_methods.py` has every method on every family: its contract is tested, or the sentence by which it is
 refused. What is refused in general is in [limits.md](limits.md).
+
+{of_videos()}
 
 ## Other families
 
@@ -175,6 +193,28 @@ with the un-pruned model on your own prompt; on the command line, `vlmprune chec
 
 The towers of FastVLM and Perception-LM are those of timm, which the tests replace by a small one of their own.
 """
+
+
+def of_videos() -> str:
+    """The section on videos."""
+    results = json.loads(VIDEOS.read_text())
+    outcomes, versions = results["cells"], results["versions"]
+    passed = sum(found["outcome"] == "passed" for found in outcomes.values())
+    return f"""## Videos
+
+The families that take videos, in {len(outcomes)} more cells of the same kind: {passed} passed, {len(outcomes) - passed} refused
+for a reason below ([results](results/families-video.json) of `make test-video`, transformers {versions["transformers"]}). The
+stages are before layer 0, before layer 2, and before layers 1 and 3. *per frame* gives every frame the budget, and also passes
+only if every frame keeps exactly that.
+
+{by_way(outcomes, OF_VIDEOS, WAYS_OF_VIDEOS)}
+
+By batch: a video, two in a row, ragged rows padded on the left, a picture before and behind a video in one row, and a row
+without either.
+
+{by_batch(outcomes)}
+
+{refused(outcomes, OF_VIDEOS)}"""
 
 
 def on_oldest() -> str:

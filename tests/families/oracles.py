@@ -139,12 +139,16 @@ def masked_logits(name: str, model: Any, inputs: dict[str, Any], keep: Keep, new
 
 @torch.no_grad()
 def dropped_logits(
-    name: str, model: Any, inputs: dict[str, Any], keep: Keep, new: Tensor | None = None
+    name: str, model: Any, inputs: dict[str, Any], keep: Keep, new: Tensor | None = None, cache: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits `[1, left, vocabulary]` of one sample without padding whose rows are really cut out, and the columns `[left]`."""
+    """Logits `[1, left, vocabulary]` of one sample without padding whose rows are really cut out, and the columns `[left]`.
+
+    A `cache` is filled by the way: stock layers store in it what they are given.
+    """
     assert inputs["input_ids"].shape[0] == 1
     assert inputs["attention_mask"].all()
     text, call = language_model(model), whole(name, model, inputs, new)
+    call |= {} if cache is None else {"past_key_values": cache, "use_cache": True}
     alive = torch.arange(call["input_ids"].shape[1])
 
     def cut(index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

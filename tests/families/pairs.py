@@ -113,6 +113,7 @@ def prunes(
     several: list[list[str]],
     record: Callable[[str, object], None],
     refusals: Refusals = REFUSED,
+    arguments: str | None = None,
 ) -> None:
     """What is kept is what the budget says, a row of a batch is decided as it is alone, keep-all and removing are
     bit-identical, and the model computes what was chosen; or the pair is refused.
@@ -122,10 +123,10 @@ def prunes(
         several: one row with several pictures or videos, for methods that merge.
         record: pytest's `record_property`.
         refusals: which pairs are refused.
+        arguments: of the method, where those for pictures do not fit.
     """
     row = ROWS[pair.method]
-    arguments = row.tiny[0]
-    recipe = row.recipe(arguments)
+    recipe = row.recipe(arguments or row.tiny[0])
     if refused(pair, recipe, record, samples, refusals):
         return
     name, model = pair.family, shared(pair.family)
@@ -153,7 +154,11 @@ def prunes(
 
 
 def redistributes(
-    pair: Pair, samples: list[list[str]], record: Callable[[str, object], None], refusals: Refusals = REFUSED
+    pair: Pair,
+    samples: list[list[str]],
+    record: Callable[[str, object], None],
+    refusals: Refusals = REFUSED,
+    arguments: str | None = None,
 ) -> None:
     """Attention that is computed for the edit is the model's own (window, block, norm, scaling), a row of a batch is edited as
     it is alone, and removing is bit-identical; or the pair is refused. Arguments as for `prunes`."""
@@ -169,7 +174,7 @@ def redistributes(
         close = model(**inputs).logits
         assert run.last.edits, "nothing was edited"
     torch.testing.assert_close(close[real], stock[real], atol=2 * TOLERANCE, rtol=0)
-    strong = STRONG.get(pair.method, next(iter(row.tiny.values())))
+    strong = arguments or STRONG.get(pair.method, next(iter(row.tiny.values())))
     strong = ",".join(part for part in strong.split(",") if not (extra and part.startswith("layers=")))
     with vp.wrap(model, row.recipe((strong + extra).lstrip(","))):
         edited, alone = model(**inputs).logits, model(**single).logits

@@ -247,7 +247,7 @@ def run(cell: Cell, stock: bool = False) -> None:
         UsageError: vlmprune refuses it.
         AssertionError: it computes something else.
     """
-    RUN[cell.way](cell, shared(cell.family, cell.attention), not_wrapped if stock else vp.wrap)
+    RUN[cell.way](cell, shared(cell.family, cell.attention, cell.seed), not_wrapped if stock else vp.wrap)
 
 
 def run_or_refuse(cell: Cell, refusal: Refusal | None, record: Callable[[str, object], None]) -> None:

@@ -8,6 +8,8 @@ import pytest
 from families import matrix
 from families.cells import CELLS, refusal_of
 from families.table import NAMES, TINY
+from video.cells import CELLS as OF_VIDEOS
+from video.cells import refusal_of as refusal_of_video
 
 from vlmprune.adapters.registry import FAMILIES
 
@@ -48,6 +50,16 @@ def test_what_is_refused_stands_in_the_table_of_refusals(results):
         known = TINY[cell.family].model_type in FAMILIES
         reason = "not supported yet" if not known else "" if expected is None else expected.reason
         assert (found["outcome"], found["reason"]) == ("skipped" if reason else "passed", reason), cell.id
+
+
+def test_the_results_of_videos_are_of_todays_cells():
+    """Red: a cell of videos was added, or another one is refused, and `make test-video` was not run."""
+    found = json.loads(matrix.VIDEOS.read_text())["cells"]
+    assert set(found) == {cell.id for cell in OF_VIDEOS}
+    for cell in OF_VIDEOS:
+        expected = refusal_of_video(cell)
+        reason = "" if expected is None else expected.reason
+        assert (found[cell.id]["outcome"], found[cell.id]["reason"]) == ("skipped" if reason else "passed", reason), cell.id
 
 
 def test_a_wrong_table_is_noticed(results):

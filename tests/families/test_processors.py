@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families.folders import FOLDERS, PATCH, SIDE
@@ -19,9 +20,11 @@ from typer.testing import CliRunner
 import vlmprune as vp
 from vlmprune.adapters.registry import FAMILIES
 from vlmprune.cli import app
+from vlmprune.loading.frames import KINDS
 from vlmprune.loading.models import load_model
 from vlmprune.loading.prompts import make_inputs, prompt_text
 from vlmprune.loading.questions import ReadyQuestion
+from vlmprune.loading.videos import video_of
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 _kept = TemporaryDirectory()
@@ -109,8 +112,23 @@ def test_the_processor_writes_the_models_tokens(name):
     assert len({picture.ordinal for picture in run.last.kept}) == 1
     assert isinstance(processor.tokenizer.decode(generated[0]), str)
     if find_spec("torchvision") is None:
-        assert not hasattr(processor, "video_processor")
+        assert hasattr(processor, "video_processor") == (name in KINDS)
     assert type(processor).__name__ == json.loads((folder(name) / "processor_config.json").read_text())["processor_class"]
+
+
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name in KINDS])
+def test_the_processor_writes_the_tokens_of_a_video(name):
+    """Oracle: the model itself, which is given what our part for videos makes. Red: a token too many, or other frames."""
+    model, processor = load_model(str(folder(name)), "cpu")
+    video = video_of([noise() for _ in range(4)])
+    shown = "<|begin_of_video|><|video|><|end_of_video|>" if name == "glm4v" else processor.video_token
+    inputs = make_inputs(processor, None, f"{shown} what is this ?", "cpu", video)
+    with vp.wrap(model, "evs:fraction=0.6") as run:
+        model.generate(**inputs, max_new_tokens=2)
+    (kept,) = run.last.kept
+    grid = FAMILIES[name].videos.grids(inputs, model.config)[0]
+    assert kept.original - np.prod(grid) in (0, 1)  # a separator at the end
+    assert kept.index[: grid[1] * grid[2]].tolist() == list(range(grid[1] * grid[2]))
 
 
 @pytest.mark.parametrize(

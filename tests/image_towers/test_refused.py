@@ -16,6 +16,12 @@ import vlmprune as vp
         ("siglip", "cls:layer=2,tokens=6", "it has no CLS token; choose a method"),
         ("clip", "cls:tokens=6", "taken from a block before its stage, found layer=0: choose a layer from 1 to 5"),
         ("clip", "fastv:layer=2,tokens=6", "looks at attention_from_last, which an image tower without a language model"),
+        (
+            "clip",
+            "visionzip:tokens=6",
+            "taken from a block before its stage, found layer=0: choose a method that looks at patches",
+        ),
+        ("clip", "mustdrop:layer=2,tokens=6", "looks at attention_from_cls_final, attention_from_text"),
         ("clip", "sparsevlm:layer=2,tokens=6", "looks at attention_from_text"),
         ("clip", "divprune:layer=6,tokens=6", "prunes at block 6, but .* has blocks 0 to 5"),
         ("clip", "divprune:layer=2,tokens=0", "would keep no patch of a picture"),

@@ -148,6 +148,20 @@ def test_mustdrop_merge(side, threshold, windows):
         assert len(numbers) > 1, "the views of this test must merge different numbers"
 
 
+def test_a_window_that_lost_patches_before_the_tower_stays_as_it_is():
+    """Red: patches that were dropped before the first block shift the others into another window, or are merged as zeros."""
+    hidden, lost = grids(6), [0, 20]  # of the first window, and of the fourth
+    cells = torch.tensor([cell for cell in range(36) if cell not in lost]).expand(3, -1)
+    method = vp.MustDrop(merge=-1)
+    stays, patches = method.drop(0, 10, hidden[:, cells[0]].clone(), TowerState(TowerFacts(cls=True), 36, cells, 6))
+    every, merged = method.drop(0, 10, hidden.clone(), TowerState(TowerFacts(cls=True), 36, torch.arange(36).expand(3, -1), 6))
+    windows = [cell // 18 * 2 + cell % 6 // 3 for cell in range(36)]
+    broken = torch.tensor([window in {windows[cell] for cell in lost} for window in windows])
+    assert 0 < broken.sum() < 36
+    assert torch.equal(stays, (every | broken)[:, cells[0]])
+    assert torch.equal(patches, torch.where(broken[:, None], hidden, merged)[:, cells[0]])
+
+
 def test_mustdrop_merges_behind_the_first_block_only():
     hidden = grids(6)
     state = TowerState(TowerFacts(cls=True), 36, torch.arange(36).expand(3, -1), 6)

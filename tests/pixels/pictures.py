@@ -1,4 +1,4 @@
-"""Inputs with pictures of which something can be dropped: the tiny families' own, with patches that repeat their neighbours'."""
+"""Inputs with pictures of which something can be dropped: the tiny families' own, with patches that repeat a neighbour's."""
 
 from __future__ import annotations
 

@@ -4,6 +4,9 @@ place; and everything behind the tower follows."""
 from __future__ import annotations
 
 import functools
+import itertools
+import os
+import zlib
 
 import pytest
 import torch
@@ -22,6 +25,13 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 RECIPES = ("pixelprune", "pixelprune:fraction=0.4", "random:site=pixels,fraction=0.5", "uniform:site=pixels,tokens=5")
 PACKED = tuple(name for name in NAMES if name != "llava")
+WHOLE = os.environ.get("VLMPRUNE_PIXELS") == "all"
+
+
+def cells(names, others):
+    """A third of all pairs, always the same; all of them with VLMPRUNE_PIXELS=all."""
+    pairs = list(itertools.product(names, others))
+    return pairs if WHOLE else [pair for pair in pairs if zlib.crc32("/".join(pair).encode()) % 3 == 0]
 
 
 @functools.cache
@@ -66,8 +76,7 @@ def masks_of(name: str, inputs, run):
     return kept_before(run, (grids.prod(1) // configs.MERGE**2).tolist()), grids, 0
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", [*NAMES, "siglip"])
+@pytest.mark.parametrize(("name", "recipe"), cells([*NAMES, "siglip"], RECIPES))
 def test_pruned_equals_the_model_with_the_same_patches_hidden(name, recipe):
     """A ragged batch, through the tower and the language model, the prompt and three steps. Red: windows, segments, rotary
     angles, early features, or a token's place."""
@@ -84,7 +93,7 @@ def test_pruned_equals_the_model_with_the_same_patches_hidden(name, recipe):
     assert (stock - expected).abs().amax(dim=(1, 2)).min() > MOVED
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES if WHOLE else RECIPES[1:2])
 def test_recurrent_layers_see_what_was_kept_only(recipe):
     """Qwen3.5: rows of dropped tokens are really cut out."""
     name, sample = "qwen3_5", [["text2", "image", "text3", "image", "text4"]]
@@ -97,11 +106,10 @@ def test_recurrent_layers_see_what_was_kept_only(recipe):
     torch.testing.assert_close(logits[:, columns], expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize(("name", "recipe"), cells(PACKED, RECIPES))
 def test_features_equal_those_of_the_tower_on_the_shorter_list(name, recipe):
-    """The kept tokens' features, and what leaves the tower early of them; NaN elsewhere. Red: a merge unit is torn apart, or its
-    feature is put at another token's place."""
+    """The kept tokens' features, and what leaves the tower early of them; NaN elsewhere. Red: a merge unit is torn apart, or
+    its feature is put at another token's place."""
     model, inputs = shared(name), repetitive(name, RAGGED)
     pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"]
     with vp.wrap(model, recipe) as run:
@@ -117,8 +125,13 @@ def test_features_equal_those_of_the_tower_on_the_shorter_list(name, recipe):
     assert bool(early) == (name == "qwen3_vl")
 
 
-@pytest.mark.parametrize("name", [*NAMES, "qwen3_5", "llava_next", "siglip"])
-@pytest.mark.parametrize("recipe", ["random:site=pixels,fraction=1.0", "uniform:site=pixels,tokens=1000", "pixelprune"])
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    cells(
+        [*NAMES, "qwen3_5", "llava_next", "siglip"],
+        ["random:site=pixels,fraction=1.0", "uniform:site=pixels,tokens=1000", "pixelprune"],
+    ),
+)
 def test_keeping_everything_and_removing_change_no_bit(name, recipe):
     """PixelPrune on noise, where nothing repeats."""
     model = model_of(name)
@@ -132,8 +145,7 @@ def test_keeping_everything_and_removing_change_no_bit(name, recipe):
     assert torch.equal(model(**inputs).logits, stock)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", [*NAMES, "siglip"])
+@pytest.mark.parametrize(("name", "recipe"), cells([*NAMES, "siglip"], RECIPES))
 def test_a_batch_is_its_samples(name, recipe):
     """Red: pictures of a batch are decided together, or padding of shorter ones is seen."""
     model, inputs = model_of(name), inputs_of(name, RAGGED)
@@ -157,8 +169,7 @@ LATER = (
 BEFORE = "random:site=pixels,fraction=0.6"
 
 
-@pytest.mark.parametrize("later", LATER)
-@pytest.mark.parametrize("name", [*NAMES, "llava_next"])
+@pytest.mark.parametrize(("name", "later"), cells([*NAMES, "llava_next"], LATER))
 def test_later_stages_work_on_what_is_left(name, later):
     """Red: a stage of the language model addresses tokens that never entered it, or DeepStack adds to the wrong ones."""
     model, inputs = shared(name), repetitive(name, [["text2", "image", "text3", "image", "text4"]])
@@ -241,6 +252,7 @@ def test_pages(name, kind):
     pixels, grid = packed_of(picture)
     ids = [configs.FIRST_WORD, configs.START, *[configs.IMAGE] * 144, configs.END, configs.FIRST_WORD + 1]
     inputs = {"input_ids": torch.tensor([ids]), "pixel_values": pixels, "image_grid_thw": grid}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == configs.IMAGE).long() * TINY[name].kind_of_image
     with vp.wrap(model, "pixelprune") as run:
         _, new, logits = generate(model, inputs, 2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gradients import EDITING
 from tiny_models import build, make_inputs
-from transformers.cache_utils import StaticCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 import vlmprune as vp
 
@@ -49,22 +49,23 @@ def test_words_in_a_static_cache_run_when_called_step_by_step():
         assert all(map(torch.equal, *answers)), recipe
 
 
-def test_a_picture_in_a_static_cache_is_refused_also_behind_words():
+def test_a_picture_behind_words_in_a_static_cache_is_edited_as_in_one_that_grows():
     model = build("llava")
     text = make_inputs("llava", model, [["text6"]])["input_ids"]
     pictured = make_inputs("llava", model, [["text2", "image", "text3"]])
-    with vp.wrap(model, "pai:alpha=0.5"):
-        with pytest.raises(vp.UsageError, match="needs a plain DynamicCache, found a StaticLayer"):
-            model(**pictured, past_key_values=StaticCache(config=model.config.text_config, max_cache_len=64))
-        cache = StaticCache(config=model.config.text_config, max_cache_len=64)
-        model(input_ids=text, past_key_values=cache)
-        whole = {"input_ids": pictured["input_ids"], "pixel_values": pictured["pixel_values"]}
-        with pytest.raises(vp.UsageError, match="needs a plain DynamicCache, found a StaticLayer"):
-            model(**whole, past_key_values=cache)
-    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
-    model(**whole, past_key_values=cache)  # begun un-edited, with a picture
-    with vp.wrap(model, "pai:alpha=0.5"), pytest.raises(vp.UsageError, match="DynamicCache"):
-        model(input_ids=text[:, :1], past_key_values=cache)
+    whole = {"input_ids": pictured["input_ids"], "pixel_values": pictured["pixel_values"]}
+    answers = []
+    for make in (lambda: StaticCache(config=model.config.text_config, max_cache_len=64), DynamicCache):
+        with vp.wrap(model, "pai:alpha=0.5"):
+            cache = make()
+            model(input_ids=text, past_key_values=cache)
+            logits = [model(**whole, past_key_values=cache).logits, model(input_ids=text[:, :1], past_key_values=cache).logits]
+            answers.append(torch.cat(logits, dim=1))
+        cache = make()
+        model(**whole, past_key_values=cache)  # begun un-edited, with a picture
+        with vp.wrap(model, "pai:alpha=0.5"), pytest.raises(vp.UsageError, match="began without redistribution"):
+            model(input_ids=text[:, :1], past_key_values=cache)
+    torch.testing.assert_close(*answers, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("recipe", ["divprune:layer=0,tokens=4", "pai:alpha=0.5", "cls:tokens=4"])

@@ -422,12 +422,14 @@ def test_foreign_conversations_are_refused():
 
 
 def test_other_caches_are_refused():
-    from transformers import StaticCache
+    from transformers import DynamicCache
 
     model = shared("llava")
     inputs = make_inputs("llava", model, SAMPLES[:1])
-    with vp.wrap(model, VAR), pytest.raises(vp.UsageError, match=r"needs a plain DynamicCache|static caches"):
-        model(**inputs, past_key_values=StaticCache(model.config, 64))
+    cache = DynamicCache(config=model.config)
+    cache.offloading = True
+    with vp.wrap(model, VAR), pytest.raises(vp.UsageError, match=r"found an offloaded cache"):
+        model(**inputs, past_key_values=cache)
 
 
 def test_a_prompt_that_is_only_a_picture():

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from families.configs import IMAGE, VIDEO
@@ -15,6 +16,7 @@ from video.cells import NAMES
 
 import vlmprune as vp
 from vlmprune.adapters.registry import FAMILIES
+from vlmprune.adapters.videos import by_position
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -76,6 +78,31 @@ def test_a_picture_is_never_decided_with_a_video(name):
         assert see.frames > 1 or not see.frame.any()
     assert sum(see.images for see in views) == 4
     assert sum(see.images for see in views if see.frames > 1) == 2
+
+
+def test_pictures_and_videos_are_counted_in_the_order_of_the_prompt():
+    """Red: pictures are counted first, or the question begins behind the last picture and not behind the video."""
+    for batch, videos in (("video, picture", [True, False]), ("picture, video", [False, True])):
+        model, inputs = shared("qwen2_vl"), make_inputs("qwen2_vl", BATCHES[batch])
+        with vp.wrap(model, "random:layer=1,fraction=0.5,seed=0") as run:
+            model(**inputs)
+            kept = run.last.kept
+        assert [(one.sample, one.ordinal, one.frames > 0) for one in kept] == [
+            (row, number, is_video) for row in (0, 1) for number, is_video in enumerate(videos)
+        ]
+
+
+@pytest.mark.parametrize(("frames", "rows", "columns"), [(1, 2, 3), (3, 2, 2), (4, 1, 3), (4, 3, 1), (3, 1, 1)])
+def test_frames_from_rotary_positions(frames, rows, columns):
+    """Red: frames of one row, one column or one token run together."""
+    raster = torch.cartesian_prod(*map(torch.arange, (frames, rows, columns))).T.reshape(3, -1)
+    positions = raster.numpy() + 5
+    positions[0] = 5  # frames that follow each other fast have the same position in time
+    assert by_position(positions).tolist() == raster[0].tolist()
+
+
+def test_positions_that_are_no_rasters_tell_no_frames():
+    assert by_position(np.arange(12) + np.zeros((3, 1), dtype=int)) is None
 
 
 def test_a_later_stage_sees_the_frames_of_what_is_left():
@@ -204,6 +231,19 @@ def test_cells_for_drawing_are_the_tokens_of_every_frame(name):
     for frames in videos:
         assert torch.equal(torch.cat([cells.flatten() for cells in frames]), torch.arange(sum(map(torch.numel, frames))))
     assert family.video_cells(make_inputs(name, [["text2"]]), config) == []
+
+
+@pytest.mark.parametrize("policy", ["keep", "drop"])
+def test_the_separator_behind_a_video_counts_as_text(policy):
+    """LLaVA-OneVision has one at the end of each video; it is no token of a frame, and stays unless newlines=drop."""
+    model, inputs = shared("llava_onevision"), make_inputs("llava_onevision", BATCHES["two videos"])
+    with vp.wrap(model, f"random:layer=1,tokens=2,per=frame,seed=0,newlines={policy}") as run:
+        model(**inputs)
+        record = run.last
+    assert (record.newlines, record.newlines_kept) == (2, policy == "keep")
+    assert [one.by_frame for one in record.kept] == [(2, 2, 2)] * 2
+    ends = (inputs["input_ids"][0] == VIDEO).nonzero()[:, 0][[12, 25]]
+    assert record.keep[1][0, ends].tolist() == [policy == "keep"] * 2
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""The methods for video in families that take videos: exact, in batches as alone, and what they choose is what the loops of their
-papers choose from what enters the language model."""
+"""The methods for video, in families that take videos: exact, in batches as alone, and their choice is that of the loops of
+their papers from what enters the language model."""
 
 from __future__ import annotations
 
@@ -105,6 +105,10 @@ def test_merging_over_time_is_exact(family):
 
 
 def test_salient_tokens_need_a_cls_token():
+    """FastVID's other half: exact where the tower has a CLS token, and refused by name elsewhere."""
+    recipe = "fastvid:fraction=0.5,context=0.4,segments=2,threshold=-1"
+    verdict = vp.check(shared("llava_next_video"), make_inputs("llava_next_video", BATCHES["video"]), recipe, new_tokens=3)
+    assert verdict.passed, verdict
     with pytest.raises(vp.UsageError, match="fastvid needs the attention of the vision tower's CLS token"):
         vp.wrap(shared("qwen2_5_vl"), "fastvid:fraction=0.5,context=0.4")
 

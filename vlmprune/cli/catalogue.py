@@ -82,9 +82,12 @@ def _method_row(name: str, method: Pruner) -> dict[str, str]:
     plans: dict[str, list[Stage]] = {}
     for family in FAMILIES.values():
         try:
-            plans[family.name] = [stage for stage, _ in recipe.stages(family.facts)]
+            planned = [stage for stage, _ in recipe.stages(family.facts)]
         except UsageError:  # the method does not work with this family
             continue
+        known = family.tower is not None and family.tower.patches is not None
+        if known or all(stage.site != "pixels" for stage in planned):
+            plans[family.name] = planned
     stages = {stage.order: stage for plan in plans.values() for stage in plan}
     return {
         "method": name,
@@ -99,7 +102,7 @@ def _method_row(name: str, method: Pruner) -> dict[str, str]:
 
 
 def _looks_at(method: Pruner, stages: Sequence[Stage]) -> set[str]:
-    needs = {need for stage in stages if stage.site == "llm" for need in method.needs_at(stage)}
+    needs = {need for stage in stages if stage.site in ("pixels", "llm") for need in method.needs_at(stage)}
     watched = {method.watches} if isinstance(method, TowerPruner) else set()
     return watched | {PROBES[need].looks_at for need in needs if need in PROBES and PROBES[need].looks_at}
 
@@ -109,7 +112,8 @@ def _places(stages: Sequence[Stage]) -> str:
     layers = [stage.layer for stage in stages if stage.site == "llm"]
     inside = [str(layer) for layer in layers if layer]
     places = {
-        "in the tower": stages[0].site == "vision",
+        "before the tower": stages[0].site == "pixels",
+        "in the tower": any(stage.site == "vision" for stage in stages),
         "before the LLM": 0 in layers,
         f"layer{'s' if len(inside) > 1 else ''} {', '.join(inside)}": bool(inside),
         "cache": stages[-1].site == "cache",

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -22,11 +21,13 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from vlmprune.device import on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.cache_layer import REMOVED, UNWRAPPED, Marked, Pruned
 from vlmprune.live.entries import Entries
 from vlmprune.live.kinds import SHARES
 from vlmprune.live.owner import Owner
+from vlmprune.live.quantised import QUANTISED, stored_in, taken_over
 from vlmprune.live.rows import Reduction
 from vlmprune.live.static_cache import StaticMarkedLayer, StaticPrunedLayer, StaticWindowLayer, adopted
 
@@ -41,10 +42,7 @@ class MarkedLayer(Marked, DynamicLayer):
         """Take over an ordinary layer, filled or not."""
         marked = MarkedLayer()
         if layer.get_seq_length():
-            assert layer.keys is not None
-            assert layer.values is not None
-            marked.lazy_initialization(layer.keys, layer.values)
-            marked.keys, marked.values = layer.keys, layer.values
+            _move(layer, marked)
         return marked
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -68,7 +66,7 @@ class PrunedLayer(Pruned, MarkedLayer):
 
     def get_seq_length(self) -> int:
         """Tokens of the conversation so far, kept or not."""
-        stored = 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
+        stored = stored_in(self)
         if self.recorded is None:
             return stored + self.lost
         return self.recorded.tokens + stored + self.lost - self.recorded.slots.shape[1]
@@ -76,7 +74,7 @@ class PrunedLayer(Pruned, MarkedLayer):
     @property
     def stored(self) -> int:
         """Entries per row."""
-        return 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
+        return stored_in(self)
 
     @property
     def filled(self) -> tuple[Tensor, Tensor]:
@@ -169,8 +167,7 @@ class FirstPrunedLayer(PrunedLayer):
             UsageError: the recipe was removed, so that the missing tokens are unknown; or several tokens come past the
                 hooks of a wrapped model, which record what is stored before it is.
         """
-        stored = 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
-        coming = key_states.shape[-2]
+        stored, coming = stored_in(self), key_states.shape[-2]
         if stored and self.owner is not None and self.owner.plan is None:
             raise UsageError(REMOVED)
         if stored and coming > 1 and self.recorded is not None and self.recorded.slots.shape[1] != stored + self.lost + coming:
@@ -182,10 +179,24 @@ class FirstWindowLayer(FirstPrunedLayer, WindowLayer):
     """The first pruned layer of a cache, where it sees a window."""
 
 
+def _move(layer: DynamicLayer, to: DynamicLayer) -> None:
+    """Let an empty layer have what another stores; offloaded entries stay where they are."""
+    assert layer.keys is not None
+    assert layer.values is not None
+    to.lazy_initialization(layer.keys, layer.values)
+    to.keys, to.values, to.device = layer.keys, layer.values, layer.device
+
+
 def conversation_layer(cache: Cache | None) -> Any:
     """The cache's last layer with entries, which is pruned if any layer is; None if there is none."""
     layers = getattr(cache, "layers", ())
     return next((layer for layer in reversed(layers) if isinstance(layer, DynamicLayer | StaticLayer)), None)
+
+
+def tokens_in(cache: Cache | None) -> int:
+    """Tokens of the conversation in a cache. One that is of a fixed length, and in use, makes the host wait for the device."""
+    length: Any = 0 if cache is None else cache.get_seq_length()
+    return int(on_host(length)) if isinstance(length, Tensor) else length
 
 
 def hand_over(cache: Cache | None, owner: Owner) -> None:
@@ -207,6 +218,8 @@ def keep_only(layers: Sequence[Pruned], alive: Tensor, past: int, counts: Sequen
         past: tokens of the conversation before that call; their entries stay.
         counts: entries of each row that stay, if they are known.
     """
+    for layer in layers:
+        layer.prefetch()  # entries that were offloaded
     entries, length = layers[0].entries, layers[0].stored
     slots, valid = entries.slots, entries.valid
     here = (slots - past).clamp(0, alive.shape[1] - 1)
@@ -257,7 +270,7 @@ def pruned_layers(
     for index in indices:
         layer: Any = cache.layers[index] if index < len(cache.layers) else _plain_layer(cache, index, PRUNING)
         if not isinstance(layer, Pruned):
-            if type(layer) is not DynamicLayer or cache.offloading:
+            if type(layer) is not DynamicLayer:
                 _check_layer(cache, layer, PRUNING)
             first = not any(map(isinstance, cache.layers[:index], repeat(Pruned)))
             layer = cache.layers[index] = _pruned(layer, first, complete, window)
@@ -279,12 +292,12 @@ def _pruned(layer: Any, first: bool, complete: Callable[[Any], Entries], window:
             pruned.room = layer.keys.shape[2]
             pruned.cumulative_length.fill_(recorded.tokens)
         return pruned
-    windowed = isinstance(layer, DynamicSlidingWindowLayer)
-    pruned = _windowed(layer, first) if windowed else FirstPrunedLayer() if first else PrunedLayer()
+    pruned = _empty(layer, first)
     pruned.marks = getattr(layer, "marks", None)
     if recorded is not None:
-        pruned.lazy_initialization(layer.keys, layer.values)
-        pruned.keys, pruned.values, pruned.recorded = layer.keys, layer.values, recorded
+        if not isinstance(layer, QUANTISED):
+            _move(layer, pruned)
+        pruned.recorded = recorded
     return pruned
 
 
@@ -312,7 +325,7 @@ def holds_words_only(cache: Cache | None, index: int, begins: bool) -> bool:
     if cache is None or cache.layer_class_to_replicate is DynamicLayer:
         return False
     layer = cache.layers[index] if index < len(cache.layers) else None
-    if isinstance(layer, Marked) or (type(layer) in (DynamicLayer, StaticLayer) and not cache.offloading):
+    if isinstance(layer, Marked) or type(layer) in (DynamicLayer, StaticLayer):
         return False
     if begins:
         cache.vlmprune_words_only = True  # type: ignore[attr-defined]
@@ -323,7 +336,7 @@ def check_growing(cache: Cache | None, what: str) -> None:
     """Refuse a cache whose layers cannot have different lengths, before anything runs.
 
     Raises:
-        UsageError: it is no plain `DynamicCache`.
+        UsageError: it is no `DynamicCache`, nor a `QuantizedCache` that is pruned only.
     """
     if cache is None:
         return
@@ -331,18 +344,21 @@ def check_growing(cache: Cache | None, what: str) -> None:
     if layers is None:
         raise _other_cache(what, f"a {type(cache).__name__}")
     for layer in layers:
-        if type(layer) is not DynamicLayer or cache.offloading:
+        if type(layer) is not DynamicLayer:
             _check_layer(cache, layer, what)
     grown = cache.layer_class_to_replicate
     if grown is not None and grown is not DynamicLayer:
         raise _other_cache(what, f"a cache of {getattr(grown, '__name__', 'other')} layers")
 
 
-def _windowed(layer: DynamicSlidingWindowLayer, first: bool) -> WindowLayer:
-    """An empty pruned layer with the window of an ordinary one."""
-    pruned = FirstWindowLayer() if first else WindowLayer()
-    pruned.window, pruned.record_past = layer.sliding_window, layer.record_past
-    return pruned
+def _empty(layer: DynamicLayer, first: bool) -> PrunedLayer:
+    """A pruned layer in the place of an ordinary one; a quantised one has its entries."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        windowed = FirstWindowLayer() if first else WindowLayer()
+        windowed.window, windowed.record_past = layer.sliding_window, layer.record_past
+        return windowed
+    kind = FirstPrunedLayer if first else PrunedLayer
+    return taken_over(kind, layer) if isinstance(layer, QUANTISED) else kind()
 
 
 FOLLOWED = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer, LinearAttentionLayer} | (
@@ -352,14 +368,17 @@ FOLLOWED = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingW
 
 
 def _check_layer(cache: Cache, layer: object, what: str) -> None:
-    if cache.offloading or not (isinstance(layer, Marked) or type(layer) in FOLLOWED):
-        raise _other_cache(what, "an offloaded cache" if cache.offloading else f"a {type(layer).__name__}")
+    if cache.offloading and isinstance(layer, StaticLayer):
+        raise _other_cache(what, "an offloaded static cache")
+    if not (isinstance(layer, Marked) or type(layer) in FOLLOWED or (isinstance(layer, QUANTISED) and what == PRUNING)):
+        raise _other_cache(what, f"a {type(layer).__name__}")
 
 
 def _other_cache(what: str, found: str) -> UsageError:
+    fits = "a DynamicCache, StaticCache or QuantizedCache" if what == PRUNING else "a DynamicCache or StaticCache"
     return UsageError(
-        f"{what} needs a plain DynamicCache or StaticCache, found {found}: pass no other cache as past_key_values, and to "
-        'generate cache_implementation=None (the default) or "static".'
+        f"{what} needs {fits}, found {found}: pass no other cache as past_key_values, and to generate "
+        'cache_implementation=None (the default) or "static".'
     )
 
 

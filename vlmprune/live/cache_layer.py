@@ -46,6 +46,7 @@ class Pruned(Marked):
         owner: whose conversation it is.
     """
 
+    device: torch.device
     recorded: Entries | None = None
     lost = 0
     stages: tuple[int, ...] = ()
@@ -61,7 +62,7 @@ class Pruned(Marked):
         """All that is stored."""
         if self.recorded is None:
             assert self.keys is not None
-            return Entries.complete(self.keys.shape[0], self.stored, self.keys.device, None)
+            return Entries.complete(self.keys.shape[0], self.stored, self.device, None)
         return self.recorded.then(self.stored + self.lost - self.recorded.slots.shape[1]).last(self.stored)
 
     @property

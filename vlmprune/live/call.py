@@ -118,6 +118,7 @@ class Call:
         recomputes: gradient checkpointing runs layers of this call again, in the backward pass.
         tail: tokens at the end that are not part of the prompt (candidates of assisted decoding; tokens generated without a
             cache).
+        positions: position ids that the language model was given, or None.
         logits_wanted: tokens at the end whose logits were asked for, or 0.
         generation: settings of the `generate` that makes this call with images which it has not encoded beforehand, or None.
         images: visual tokens of each image that the call brings, or None.
@@ -148,6 +149,7 @@ class Call:
     labels: tuple[tuple[Tensor, int], ...] = ()
     recomputes: bool = False
     tail: int = 0
+    positions: Tensor | None = None
     logits_wanted: int = 0
     generation: Any = None
     images: Sequence[int] | None = None

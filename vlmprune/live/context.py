@@ -38,7 +38,7 @@ class OverrideBlock:
         number: rises with every block that is opened anywhere.
         thread: the thread that opened it.
         owner: what conversations that begin in it belong to. It is held: it lives as long as a thread has these settings.
-        enabled, budget: what the block sets, or None.
+        enabled, budget, image_positions: what the block sets, or None.
         last: the record of the last prefill that ran in it.
     """
 
@@ -47,6 +47,7 @@ class OverrideBlock:
     owner: Any
     enabled: bool | None = None
     budget: Budget | None = None
+    image_positions: Any = None
     last: Any = None
 
 
@@ -76,6 +77,14 @@ class Settings:
         for block in reversed(self.blocks):
             if block.budget is not None:
                 return block.budget
+        return None
+
+    @property
+    def image_positions(self) -> Any:
+        """Where the pictures are that `inputs_embeds` holds, or None."""
+        for block in reversed(self.blocks):
+            if block.image_positions is not None:
+                return block.image_positions
         return None
 
 
@@ -152,9 +161,11 @@ class Contexts:
         _mine.set({**alive, self._number: replace(self.settings, **changes)})
 
     @contextmanager
-    def block(self, owner: Any, enabled: bool | None = None, budget: Budget | None = None) -> Iterator[None]:
+    def block(
+        self, owner: Any, enabled: bool | None = None, budget: Budget | None = None, image_positions: Any = None
+    ) -> Iterator[None]:
         """Settings of the calling context, and of the threads that it starts, inside a `with`."""
-        opened = OverrideBlock(next(_numbers), threading.current_thread(), owner, enabled, budget)
+        opened = OverrideBlock(next(_numbers), threading.current_thread(), owner, enabled, budget, image_positions)
         self._change(blocks=(*self.settings.blocks, opened))
         _inheriting.begin()
         off = enabled is False

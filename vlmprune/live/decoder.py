@@ -21,7 +21,7 @@ from vlmprune.adapters.family import Family
 from vlmprune.errors import UsageError
 from vlmprune.live.attention import CALL_ARGUMENT, route_attention
 from vlmprune.live.kinds import Kind, Kinds, kinds_of
-from vlmprune.live.parts import attention_name, check_config, check_unpatched, only, part, uncompiled
+from vlmprune.live.parts import attention_name, check_config, check_own_forward, check_unpatched, only, part, uncompiled
 from vlmprune.live.unhooked import Stop, Stopped, run_to_stop, unhooked
 
 KNOWN = {"hidden_states", "attention_mask", "position_ids", "position_embeddings", "past_key_values", "use_cache"}
@@ -217,6 +217,7 @@ def look_at(model: Any, family: Family) -> Decoder:
     layers = part(language_model, family.layers, f"a list of decoder layers ({family.layers})", type(language_model).__name__)
     check_config(language_model)
     check_unpatched(base, language_model, layers)
+    check_own_forward((language_model, *layers))
     kinds = kinds_of(language_model, layers)
     family = family.as_built(family, base)
     width = getattr(getattr(base.config, "vision_config", None), "hidden_size", 0)

@@ -16,8 +16,10 @@ from vlmprune.live.attachment import Attachment, attachment_of, check_unshared
 from vlmprune.live.context import Contexts, truth
 from vlmprune.live.explain import Explanation, explain, not_asked
 from vlmprune.live.image_tower_run import TowerRun, wrapped_tower_in
+from vlmprune.live.merged import read_positions
 from vlmprune.live.owner import Owner
 from vlmprune.live.plan import Plan
+from vlmprune.live.prefix import Prefix, encode
 from vlmprune.live.record import Prefill
 from vlmprune.live.report import Report, no_prefill
 from vlmprune.live.shells import model_inside, without_shells
@@ -154,9 +156,15 @@ class Run:
 
     @contextmanager
     def override(
-        self, *, tokens: int | None = None, fraction: float | None = None, enabled: bool | None = None
+        self,
+        *,
+        tokens: int | None = None,
+        fraction: float | None = None,
+        enabled: bool | None = None,
+        image_positions: Any = None,
     ) -> Iterator[Run]:
-        """Another budget, or no pruning, inside a `with` block: for the caller's calls, and for threads started in the block.
+        """Another budget, no pruning, or the places of pictures, inside a `with` block: for the caller's calls, and for threads
+        started in the block.
 
         Calls in the block follow this handle's recipe, even if the model is wrapped again meanwhile. Inside the block, `last`
         and `report()` are about the block's calls only.
@@ -164,12 +172,16 @@ class Run:
         Args:
             tokens, fraction: what to keep of each picture, instead of the recipe's budget.
             enabled: False runs prompts un-pruned.
+            image_positions: for prompts whose `inputs_embeds` holds their pictures already: `[batch, token]`, true at the
+                tokens of pictures, where every run of true is a picture; or the number of each token's picture in its row, from
+                1, and 0 for words.
 
         Raises:
             UsageError: the recipe has several stages, and one number cannot be meant for all; the budget is out of range;
-                `enabled` is neither True nor False; or the handle was removed.
+                `enabled` is neither True nor False; `image_positions` says no places; or the handle was removed.
         """
         enabled = None if enabled is None else truth("enabled", enabled)
+        image_positions = None if image_positions is None else read_positions(image_positions)
         plan = self._plan
         if plan is None or self._attachment.current is None:
             raise UsageError(
@@ -181,8 +193,29 @@ class Run:
         if owner is None or owner.plan is None:  # replaced meanwhile, and no conversation is left
             owner = self._attachment.join(plan)
             self._owner = ref(owner)
-        with self._attachment.awake(), self._contexts.block(owner, enabled, budget):
+        with self._attachment.awake(), self._contexts.block(owner, enabled, budget, image_positions):
             yield self
+
+    def encode(self, **inputs: Any) -> Prefix:
+        """Prune a picture once, to ask many questions about it: run the beginning of a prompt, up to the question.
+
+        `model.generate(**prefix.ask(**tokenized_questions))` answers them, in a batch or one by one, exactly as if each whole
+        prompt were run by itself. `run.last` is the record of the beginning. The caller's settings count (`override`).
+
+        Args:
+            inputs: of one prompt, as the processor gives them: ids, mask, pixels and what belongs to these.
+
+        Returns:
+            The prefix. It can be used as long as the recipe is attached.
+
+        Raises:
+            UsageError: a method of the recipe looks at the question, edits attention, or removes tokens from the cache after
+                prefill; in this family the picture is computed with the question; several prompts, or none with a picture; or
+                the handle was removed.
+        """
+        with self.override():
+            assert self._plan is not None
+            return encode(self._plan, inputs)
 
     def _budget(self, plan: Plan, tokens: int | None, fraction: float | None) -> Budget:
         stages = [bound for bound in plan.pruning.stages if plan.pruning.may_override(bound)]

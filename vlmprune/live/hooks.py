@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from vlmprune.errors import UsageError
 from vlmprune.live import static_step
 from vlmprune.live.attention import CALL_ARGUMENT
+from vlmprune.live.cache import tokens_in
 from vlmprune.live.call import Call
 from vlmprune.live.owner import Encoded, Owner
 from vlmprune.live.owners import Owners
 from vlmprune.live.prefill import begin, enter_prompt, goes_on, leave_prompt
-from vlmprune.live.prompt import by_name, strange_embeddings
-from vlmprune.live.static_cache import check_room
-from vlmprune.live.static_step import IMAGES, check_marked, is_step
+from vlmprune.live.prompt import FED_AGAIN, begins_again, by_name, strange_embeddings
+from vlmprune.live.static_step import IMAGES
 from vlmprune.live.tower import TowerPass
 
 
@@ -80,6 +80,8 @@ class Hooks:
         wanted = given if isinstance(given, int) else 0
         if kwargs.get("mm_encoder_outputs") and not _takes_logits(type(module).forward):
             self._refuse_candidates(module)
+        if begins_again(kwargs) and _innermost(type(module), only=module, function="_assisted_decoding") is not None:
+            raise UsageError(FED_AGAIN)
         call = Call(tail=max(wanted - 1, 0) if kwargs.get("mm_encoder_outputs") else 0, logits_wanted=wanted)
         if kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
             call.generation = _generation(module)
@@ -107,13 +109,13 @@ class Hooks:
 
     def enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call enters the base model: whose plan it follows is decided."""
-        if self._is_step(args, kwargs):
+        if self.owners.goes_on_alone(args, kwargs):
             return None
         if args:
             kwargs = by_name(module, args, kwargs)
         call: Call = kwargs.get(CALL_ARGUMENT) or Call()
         cache, me = kwargs.get("past_key_values"), threading.get_ident()
-        call.past = int(cache.get_seq_length()) if cache is not None else 0
+        call.past = tokens_in(cache)
         self.on_the_way.pop(me, None)
         if call.past:
             owner = getattr(cache, "vlmprune", None)
@@ -131,23 +133,6 @@ class Hooks:
         if not call.past or not self._only_goes_on(call, cache, kwargs):
             begin(call, kwargs)
         return (), {**kwargs, CALL_ARGUMENT: call}
-
-    def _is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether it is a decoding step in a static cache, which goes on by what is on the cache, if it may.
-
-        Raises:
-            UsageError: the conversation began under another recipe, or the cache is full.
-        """
-        if not is_step(args, kwargs):
-            return False
-        cache = kwargs["past_key_values"]
-        check_room(cache.layers, 1)
-        owner = self.owners.of_conversation(cache)
-        if owner is not None and owner.plan is not None:
-            redistribution = owner.plan.redistribution
-            if owner.plan.contexts.settings.enabled:
-                check_marked(cache, redistribution.edited_by, redistribution.check_goes_on)
-        return True
 
     def _only_goes_on(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> bool:
         """Whether this is a decoding step, where nothing begins. The caller's settings matter only if layers are edited."""
@@ -203,7 +188,7 @@ class Hooks:
                 return args, {**kwargs, "attention_mask": None}
             call.idle = call.edits.ready and not plan.pruning.at
             return None if call.idle else goes_on(plan, call, args, kwargs)
-        if self._is_step(args, kwargs):
+        if self.owners.goes_on_alone(args, kwargs):
             return None
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
@@ -218,7 +203,7 @@ class Hooks:
     def _enter_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The language model was called directly, not by the model around it."""
         cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        past = tokens_in(cache)
         owner = self.owners.of_conversation(cache) if past else self.owners.in_force()
         if owner is None:
             return None

@@ -205,11 +205,11 @@ class ImageTowerPass(TowerPass):
             if bound.stage.layer == index and bound.stage.site != "vision":
                 chosen = choose(bound, self._keep[bound.number], patches, state, self._pictures)
                 patches, shortened = self._apply(state, chosen.stays, chosen.patches, chosen.counts), True
-                self._note(index, bound, state)
+                self._note(index, bound, state, patches.detach() if chosen.merges else None)
         return torch.cat((before, patches), dim=1) if shortened else hidden
 
-    def _note(self, index: int, bound: BoundStage, state: TowerState) -> None:
+    def _note(self, index: int, bound: BoundStage, state: TowerState, merged: Tensor | None = None) -> None:
         if state.valid is not None and not on_host(state.valid.any(dim=1).all()):
             raise UsageError(f"{bound.method.name} kept no patch of a picture, which then has no feature: keep at least one.")
-        left = Left(index, bound.stage.layer, bound.label, bound.stage.site, state.cells, state.valid)
+        left = Left(index, bound.stage.layer, bound.label, bound.stage.site, state.cells, state.valid, merged)
         self.record.left.append(left)

@@ -23,8 +23,8 @@ from vlmprune.methods import Pruner
 from vlmprune.methods.checks import check_needs
 from vlmprune.methods.tower import TowerPruner
 from vlmprune.recipe import Recipe
-from vlmprune.schedule import Budget, Stage
-from vlmprune.view import known_probes
+from vlmprune.schedule import Budget, Schedule, Stage
+from vlmprune.view import TowerFacts, known_probes
 
 BY_PATCHES = "choose a method that looks at patches only; see the column 'scored by' of `vlmprune methods`"
 
@@ -60,13 +60,14 @@ class ImageTowerPlan:
                 f"{recipe.redistributors[0].name} redistributes attention in a language model, and {tower.name} has none: "
                 f"choose a method that drops tokens."
             )
-        for method in recipe.pruners:
-            _check_options(method, tower)
         bound = [_bound(number, *pair) for number, pair in enumerate(recipe.stages(replace(tower.facts, blocks=self.blocks)))]
         self.inside = stage_in_tower(bound, frozenset().union(*(stage.needs for stage in bound)))
         self.stages = [stage for stage in bound if stage is not self.inside]
         for stage in bound:
-            self._check(stage)
+            if stage.stage.site != "cache":  # refused with the option that makes it
+                self._check(stage)
+        for method in recipe.pruners:
+            _check_options(method, tower)
         self.wanted = frozenset(name for stage in self.stages for name in stage.needs - OF_STAGE)
 
     # -- beforehand ------------------------------------------------------------------------------------------------------
@@ -93,11 +94,9 @@ class ImageTowerPlan:
             )
         earliest = max((block for block, _ in self._blocks_of(bound)), default=-1) + 1
         if layer < earliest or (layer == 0 and bound.needs & OF_BLOCK_BEFORE):
-            looks = ", ".join(sorted(bound.needs & (OF_BLOCK_BEFORE | OF_EARLIER)))
-            raise UsageError(
-                f"{name} looks at {looks}, taken from a block before its stage, found layer={layer}: choose a layer from "
-                f"{max(earliest, 1)} to {blocks - 1}."
-            )
+            looks, first = ", ".join(sorted(bound.needs & (OF_BLOCK_BEFORE | OF_EARLIER))), max(earliest, 1)
+            others = f"choose a layer from {first} to {blocks - 1}" if _may_move(bound, first, self.tower.facts) else BY_PATCHES
+            raise UsageError(f"{name} looks at {looks}, taken from a block before its stage, found layer={layer}: {others}.")
         self.check_budget(bound, bound.stage.budget)
         if "pixels" in bound.needs and self.tower.patch is None:
             raise UsageError(
@@ -190,6 +189,15 @@ class ImageTowerPlan:
 def _bound(number: int, stage: Stage, method: Pruner) -> BoundStage:
     needs = frozenset() if isinstance(method, TowerPruner) and stage.site == "vision" else method.needs_at(stage)
     return BoundStage(number, stage, method, needs, method.name, False, method.adaptive)
+
+
+def _may_move(bound: BoundStage, layer: int, facts: TowerFacts) -> bool:
+    """Whether a method could have its stage at another block of an image tower."""
+    try:
+        (stage,) = replace(bound.method, schedule=Schedule((replace(bound.stage, layer=layer),))).plan(facts)
+    except UsageError:
+        return False
+    return not bound.method.needs_at(stage) - OF_STAGE - OF_BLOCK_BEFORE - OF_EARLIER
 
 
 def _check_options(method: Pruner, tower: ImageTower) -> None:

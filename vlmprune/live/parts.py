@@ -5,7 +5,7 @@ A model that is not built as expected is refused by the name of the class that d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -68,6 +68,22 @@ def check_unpatched(base: Any, language_model: Any, layers: Any) -> None:
             raise UsageError(
                 f"{kind.__name__}.forward is not transformers' own, but that of {origin or 'an unknown module'}: somebody "
                 "patched the class, and what the model computes is unknown; load it in a process without that patch."
+            )
+
+
+def check_own_forward(parts: Iterable[Any]) -> None:
+    """Refuse parts whose `forward` was replaced by a compiled one: what it calls is the part as it was, past our look at it.
+
+    Raises:
+        UsageError: the sentence names the part.
+    """
+    for module in parts:
+        if hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+            name = type(module).__name__
+            raise UsageError(
+                f"{name}.forward was replaced by torch.compile({name}.forward), and the layers inside it cannot be looked at: "
+                "wrap the model first and compile then, or compile the part in place (part.compile()), or the whole model "
+                "(torch.compile(model))."
             )
 
 

@@ -17,6 +17,7 @@ from vlmprune.live.cache import PRUNING, check_growing, conversation_layer, hand
 from vlmprune.live.cache_layer import Pruned
 from vlmprune.live.call import Call, Prompt, StageResult
 from vlmprune.live.injected import take_over
+from vlmprune.live.merged import as_placeholders, find_merged
 from vlmprune.live.owner import Encoded, Owner, encoded_of, features_of
 from vlmprune.live.prompt import (
     begin_prompt,
@@ -28,9 +29,10 @@ from vlmprune.live.prompt import (
     visible_images,
 )
 from vlmprune.live.pruning import timed
+from vlmprune.live.quantised import QUANTISED
 from vlmprune.live.record import Clock, Prefill
 from vlmprune.live.section import window_in_slots
-from vlmprune.live.static_cache import check_room, first_static
+from vlmprune.live.static_cache import check_room, first_static, places_of
 from vlmprune.live.static_step import check_implementation
 from vlmprune.live.tower import look_up_tower
 from vlmprune.live.videos import check_budgets, sizes_of, video_placeholder, videos_of, with_frames
@@ -75,7 +77,8 @@ def begin(call: Call, kwargs: dict[str, Any]) -> None:
     call.enabled, call.budget, call.blocks = settings.enabled, settings.budget, settings.blocks
     read_mask(call, kwargs)
     if call.past:
-        check_mask_goes_on(call, kwargs.get("past_key_values"))
+        ids = identity_of(kwargs)
+        check_mask_goes_on(call, kwargs.get("past_key_values"), None if ids is None else len(ids))
         _check_turn(kwargs)
     else:
         _begin_conversation(plan, call, call.owner, kwargs)
@@ -92,7 +95,7 @@ def begin(call: Call, kwargs: dict[str, Any]) -> None:
 def _check_turn(kwargs: dict[str, Any]) -> None:
     """Refuse a later turn for which a static cache has no place."""
     cache, tokens = kwargs.get("past_key_values"), identity_of(kwargs)
-    if tokens is not None and first_static(cache) is not None:
+    if tokens is not None and cache is not None and first_static(cache) is not None:
         check_room(cache.layers, tokens.shape[1])
 
 
@@ -116,8 +119,12 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
     encoded, family = kwargs.get("mm_encoder_outputs") or {}, plan.family
     pictures = _encoded_counts(plan, encoded.get("image")) or family.tokens_per_image(kwargs, plan.config)
     videos = videos_of(family, encoded.get("video"), kwargs, plan.config)
+    brings = pictures is not None or videos is not None
+    merged = find_merged(plan.contexts.settings.image_positions, kwargs, call.past, brings)
+    pictures = pictures if merged is None or not merged.counts else merged.counts
     plan.links.check(whole=pictures is not None or videos is not None)
     if pictures is None and videos is None:
+        _refuse_paged(plan, kwargs)
         refuse_merged(kwargs, plan.language_model)
         return  # a prompt without an image, a later step, or a turn without a new image
     call.images = [*(pictures or ()), *(videos or ())]
@@ -132,20 +139,45 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
             f"{shortens.method.name} removes tokens from the KV cache after prefill, which needs use_cache=True and no "
             "assisted decoding; or turn that stage off (cache_layer=-1)."
         )
+    if shortens is not None and any(isinstance(layer, QUANTISED) for layer in getattr(cache, "layers", ())):
+        raise UsageError(
+            f"{shortens.method.name} removes tokens from the KV cache after prefill, and transformers takes no tokens out of a "
+            "quantised cache: leave cache_implementation out, or turn that stage off (cache_layer=-1)."
+        )
     _refuse_unencoded(plan, call, cache)
     known = call.again
     if known is not None:
         call.tail += ids.shape[1] - known.ids.shape[1]
         call.uncached, call.resumed = known.marks, bool(known.marks)
     image_token, video_token = family.image_token(plan.config), video_placeholder(family, plan.config, pictures, videos)
-    tokens = read_prompt(call, kwargs, image_token, plan.language_model, plan.needs, edits, video_token)
-    prompt = begin_prompt(call, tokens, pictures or (), ids.device, family.joins, videos or ())
+    placed = None if merged is None else as_placeholders(merged, ids.device)
+    joins = family.joins if merged is None else None
+    tokens = read_prompt(call, kwargs, image_token, plan.language_model, plan.needs, edits, video_token, placed)
+    prompt = begin_prompt(call, tokens, pictures or (), ids.device, joins, videos or ())
     if videos:
         prompt.layout = with_frames(prompt.layout, family, kwargs, plan.config)
     check_budgets(plan.pruning.stages, prompt.layout)
     call.prompt = prompt
     if known is not None:
         call.prompt.chosen, call.prompt.replayed = known.chosen, bool(known.chosen)
+
+
+def _refuse_paged(plan: Plan, kwargs: Mapping[str, Any]) -> None:
+    """Refuse prompts of transformers' continuous batching that have places for pictures: it hands the model ids and its own
+    cache, and no pictures. The steps that follow such a prompt have none of these ids.
+
+    Raises:
+        UsageError: the ids hold an image token.
+    """
+    ids = kwargs.get("input_ids")
+    if kwargs.get("cache") is None or ids is None:
+        return
+    if not on_host(torch.isin(ids, ids.new_tensor(plan.family.placeholders(plan.config))).any()):
+        return
+    raise UsageError(
+        f'continuous batching (generate_batch, cache_implementation="paged") hands {type(plan.model).__name__} token ids only, '
+        "and no pictures, so that neither the model nor a recipe would see them: call model.generate for prompts with pictures."
+    )
 
 
 def check_cache(cache: Any, tokens: int, what: str, config: Any) -> None:
@@ -209,6 +241,7 @@ def _encoded_counts(plan: Plan, encoded: Any) -> list[int] | None:
 def enter_prompt(plan: Plan, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call enters the language model: the first section begins, and the record of a prompt."""
     prompt, embeddings = call.prompt, kwargs.get("inputs_embeds")
+    call.positions = kwargs.get("position_ids")
     call.given_masks = _finished(kwargs.get("attention_mask"))
     if prompt is None:
         if not call.past and embeddings is not None:
@@ -300,6 +333,7 @@ def _begin_record(plan: Plan, call: Call, embeddings: Tensor) -> Prefill:
     )
     record.prefill = Clock(device=embeddings.device).begin()
     record.tower, plan.tower.now.clocks = list(plan.tower.now.clocks), ()
+    record.tower_work, plan.tower.now.work = plan.tower.now.work, None
     return record
 
 
@@ -319,6 +353,7 @@ def leave_prompt(plan: Plan, call: Call, record: Prefill, output: Any) -> Any:
     record.resident = plan.shape.entries(record.stored)
     record.held.append(list(record.resident))
     plan.pruning.shorten_cache(call, output.get("past_key_values"))  # made by the model itself in a plain call
+    record.places, record.places_unpruned = places_of(output.get("past_key_values"))
     record.prefill.end_now()
     hand_over(output.get("past_key_values"), call.owner)
     if call.labels and last.rows is not None and last.alive is not None:

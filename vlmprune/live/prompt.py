@@ -35,6 +35,11 @@ from vlmprune.live.layout import Bools, Layout, Tokens
 from vlmprune.live.masks import not_masked, shown
 from vlmprune.view import WEIGHTS
 
+FED_AGAIN = (
+    "transformers' assisted decoding feeds the whole prompt once more where past_key_values holds its beginning already, so "
+    "that the model would see it twice: leave prompt_lookup_num_tokens and assistant_model out, or start with an empty cache."
+)
+
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of a call of `module` by their names, also those that were given by position."""
@@ -58,20 +63,35 @@ def read_mask(call: Call, kwargs: Mapping[str, Any]) -> None:
     call.custom = mask is not None and call.mask is None
 
 
-def check_mask_goes_on(call: Call, cache: Cache | None) -> None:
+def check_mask_goes_on(call: Call, cache: Cache | None, rows: int | None) -> None:
     """Refuse a later turn without a mask, where the conversation has hidden tokens: those that were dropped at the first stage
-    cannot become visible again, as they do in the plain model.
+    cannot become visible again, as they do in the plain model. And one with another number of rows, `rows`.
 
     Raises:
-        UsageError: there is no mask, and something is hidden.
+        UsageError: there is no mask, and something is hidden; or the cache is of another batch.
     """
     last = conversation_layer(cache) if call.past else None
+    if isinstance(last, Pruned) and last.recorded is not None and rows not in (None, len(last.recorded.slots)):
+        raise UsageError(
+            f"the cache holds the conversations of {len(last.recorded.slots)} row(s), and this call has {rows}: copy the cache "
+            "and call its batch_repeat_interleave(n); for beams or several sequences of questions on a prefix, "
+            "prefix.ask(…, copies=n)."
+        )
     masked = isinstance(last, Pruned) and last.recorded is not None and not last.recorded.unpadded
     if masked and call.mask is None and not call.custom:
         raise UsageError(
             "the attention mask of earlier turns hid tokens, which were dropped at the first stage, and this call has none: "
             "pass attention_mask, [batch, tokens of the whole conversation]."
         )
+
+
+def begins_again(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of several tokens goes on with a pruned conversation, and counts its tokens from 0."""
+    ids, positions, past = kwargs.get("input_ids"), kwargs.get("position_ids"), kwargs.get("past_key_values")
+    if past is None or ids is None or ids.shape[1] == 1 or positions is None:
+        return False
+    pruned = isinstance(conversation_layer(past), Pruned) and past.get_seq_length() > 0
+    return pruned and int(on_host(positions.flatten()[0])) == 0
 
 
 def full_mask(kwargs: Mapping[str, Any]) -> Any:
@@ -88,6 +108,7 @@ def read_prompt(
     needs: frozenset[str],
     editing: Sequence[str],
     video_token: int | None = None,
+    placed: Tensor | None = None,
 ) -> Tokens:
     """Read the tokens of a call with pictures or videos; notes in `call` what their mask says.
 
@@ -99,6 +120,7 @@ def read_prompt(
         needs: probes that the recipe's methods look at.
         editing: names of the redistribution methods at work.
         video_token: id of the placeholder of videos, if there may be some.
+        placed: `[batch, sequence]` bool, where the caller says that pictures are; None if their placeholders say it.
 
     Raises:
         UsageError: what the call says of its tokens cannot be followed.
@@ -106,6 +128,7 @@ def read_prompt(
     config, mask = language_model.config, full_mask(kwargs)
     flash = "flash" in config._attn_implementation
     ids, *places = _tokens(kwargs, image_token, video_token, language_model, needs)
+    places = places if placed is None else [placed, torch.zeros_like(placed)]
     segments = None
     packed = None if mask is not None else packed_samples(kwargs, ids, config, flash)
     if flash and (packed is not None or kwargs.get("cu_seq_lens_q") is not None):
@@ -192,8 +215,9 @@ def refuse_merged(kwargs: Mapping[str, Any], language_model: Any) -> None:
     if count := strange_embeddings(kwargs, language_model):
         raise UsageError(
             f"inputs_embeds holds {count} embeddings that are not word embeddings; if they are pictures, their places are "
-            "unknown: pass pixel_values, with the placeholder's embedding in the places of the pictures, or input_ids. If they "
-            "are a soft prompt without pictures, run this call inside `with run.override(enabled=False):`."
+            "unknown: say them in `with run.override(image_positions=…):`, or pass pixel_values, with the placeholder's "
+            "embedding in the places of the pictures, or input_ids. If they are a soft prompt without pictures, run this call "
+            "inside `with run.override(enabled=False):`."
         )
 
 

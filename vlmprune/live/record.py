@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.cost import DecoderShape
+from vlmprune.cost import DecoderShape, TowerShape
+from vlmprune.device import on_host
 from vlmprune.errors import Renamed
 from vlmprune.schedule import Site
 
@@ -174,6 +175,34 @@ class Edit(Renamed):
 
 
 @dataclass(eq=False)
+class TowerWork:
+    """What one pass through a vision tower computed.
+
+    Attributes:
+        shape: sizes of the tower.
+        patches: patches that were embedded.
+        entered, left: per block, the lengths of what attends to itself, without the recipe and with it; or where it begins
+            and ends, `[segment + 1]`, on the device.
+        tokens: visual tokens that left the projector.
+    """
+
+    shape: TowerShape
+    patches: int
+    entered: list[Tensor | list[int]] = field(default_factory=list)
+    left: list[Tensor | list[int]] = field(default_factory=list)
+    tokens: int = 0
+
+    def flops(self) -> tuple[int, int]:
+        """FLOPs with the recipe, and without it. Waits for the device."""
+        left, entered = (list(map(_lengths, segments)) for segments in (self.left, self.entered))
+        return self.shape.flops(self.patches, left, self.tokens), self.shape.flops(self.patches, entered)
+
+
+def _lengths(segments: Tensor | list[int]) -> list[int]:
+    return on_host(segments.diff()).tolist() if isinstance(segments, Tensor) else segments
+
+
+@dataclass(eq=False)
 class Prefill(Renamed):
     """The record of one prompt's forward pass, the *prefill*; decoding steps are not recorded.
 
@@ -202,6 +231,8 @@ class Prefill(Renamed):
         entering: tokens that entered the layer, padding included where it was computed.
         stored: keys that these attend to: entries in the layer's KV cache, before any of them leaves its window.
         resident: entries after the prompt; fewer where a cache stage forgot some.
+        places, places_unpruned: in a static cache, entries that each layer has places for, and that it would have places for
+            without the recipe; empty for another cache.
         held: what the layers stored at several times, each as `resident`: a cache stage holds old and new entries for a moment.
 
     Redistribution and times:
@@ -212,6 +243,7 @@ class Prefill(Renamed):
         prefill: time in the language model.
         selection: parts of it, spent on choosing and dropping tokens.
         tower: time spent on scores and on dropping inside the vision tower, before the language model.
+        tower_work: what the tower computed for the prompt, where the recipe drops patches there.
     """
 
     batch: int
@@ -230,11 +262,14 @@ class Prefill(Renamed):
     entering: list[int] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    places_unpruned: list[int] = field(default_factory=list)
     held: list[list[int]] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
     prefill: Clock = field(default_factory=Clock)
     selection: list[Clock] = field(default_factory=list)
     tower: list[Clock] = field(default_factory=list)
+    tower_work: TowerWork | None = None
 
     _former: ClassVar[Mapping[str, str]] = {"steered": "edits"}
 

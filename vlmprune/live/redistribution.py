@@ -35,8 +35,8 @@ from vlmprune.live.links import check_routes
 from vlmprune.live.marking import mark_prompt, mark_words_only
 from vlmprune.live.marks import Marks
 from vlmprune.live.record import Edit
-from vlmprune.live.static_cache import StaticMarkedLayer
-from vlmprune.live.static_step import prepare
+from vlmprune.live.static_cache import without_empty_places
+from vlmprune.live.static_step import prepare_steps
 from vlmprune.live.text_only import TextOnly, scaled
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, ModelFacts, Redistributor, ScoreEditor
 from vlmprune.recipe import Recipe
@@ -51,8 +51,8 @@ class Redistribution:
         decoder, facts: the model's language model, and facts about its vision tower.
 
     Attributes:
-        by_layer: the method, bound to this model, that edits each layer.
-        neutral: names of the methods that change nothing.
+        by_layer, edited_by: the method, bound to this model, that edits each layer; and as a recipe string.
+        names, neutral: of the methods that change something, and of those that change nothing.
         needs: probes of the vision tower.
         routed: layers whose attention module is led through `attend`.
 
@@ -66,7 +66,7 @@ class Redistribution:
         family, language_model = self._family, self._language_model
         model = ModelFacts(language_model.config, language_model.config.hidden_size, len(self._layers), facts)
         edited: dict[int, Redistributor] = {}
-        self._names: dict[int, str] = {}
+        self.edited_by: dict[int, str] = {}
         for method in methods:
             bound = method.bind(model)
             for index in method.layers_of(len(self._layers)):
@@ -75,28 +75,19 @@ class Redistribution:
                         f"{other.name} and {method.name} both edit layer {index}: give one of them other layers=…."
                     )
                 if not method.neutral:
-                    self._names[index] = str(Recipe((method,)))
+                    self.edited_by[index] = str(Recipe((method,)))
         self.neutral = tuple(method.name for method in methods if method.neutral)
-        self.by_layer = {index: edited[index] for index in self._names}
+        self.by_layer = {index: edited[index] for index in self.edited_by}
+        self.names = tuple(dict.fromkeys(method.name for method in self.by_layer.values()))
         self.needs: frozenset[str] = frozenset().union(*(m.needs for m in self.by_layer.values()))
         self._routes: dict[str, dict[nn.Module, str]] = {}
         # The text-only stream runs through all layers up to the last that compares with it.
         self._compared = max((index for index, m in self.by_layer.items() if isinstance(m, HeadScaler)), default=-1)
         self.routed = sorted({*self.by_layer, *range(self._compared + 1)})
         _check_kinds(self.names, self.routed, self._compared, decoder.kinds)
-        for index, name in self._names.items():
+        for index, name in self.edited_by.items():
             module = self._layers[index].get_submodule(family.attention)
             self._routes.setdefault(name, {})[module] = f"{family.layers}.{index}"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The methods that change something."""
-        return tuple(dict.fromkeys(method.name for method in self.by_layer.values()))
-
-    @property
-    def edited_by(self) -> dict[int, str]:
-        """The method of each edited layer, as a recipe string."""
-        return self._names
 
     # -- hooks -----------------------------------------------------------------------------------------------------------
 
@@ -121,7 +112,7 @@ class Redistribution:
             return
         layers, marked, idle = cache.layers, call.edits.marked_layers, True
         plain = embeddings is not None and self._compared < 0 and _sees_all(call, embeddings, self._language_model.config)
-        for index, name in self._names.items():
+        for index, name in self.edited_by.items():
             layer = layers[index] if index < len(layers) else None
             if not isinstance(layer, Marked) or (marks := layer.marks) is None or marks.by != name:
                 marked.clear()
@@ -150,7 +141,7 @@ class Redistribution:
         if call.prompt is None and holds_words_only(cache, index, begins=not call.past):
             return None
         layer = call.uncached.setdefault(index, MarkedLayer()) if cache is None else marked_layer(cache, index)
-        name = self._names[index]
+        name = self.edited_by[index]
         if not call.past and call.prompt is None:
             layer.marks = mark_words_only(name, self.by_layer[index], call, hidden)
         if call.past:
@@ -161,10 +152,7 @@ class Redistribution:
     def leave(self, call: Call) -> None:
         """A prompt is over. What recomputed layers need stays as long as the call."""
         for given in call.edits.inputs.values():
-            layer, marks, method = given.layer, given.layer.marks, self.by_layer[given.index]
-            if isinstance(layer, StaticMarkedLayer) and marks is not None and not marks.idle and layer.keys is not None:
-                if not isinstance(method, HeadScaler):
-                    prepare(method, marks, layer.keys.shape[2], torch.promote_types(layer.keys.dtype, torch.float32))
+            prepare_steps(self.by_layer[given.index], given.layer)
         if not call.recomputes:
             call.edits.inputs.clear()
         if call.edits.text_only is not None:
@@ -226,7 +214,7 @@ class Redistribution:
             return self._attend_apart(index, call, own(), query, key, value, scaling, kwargs)
         given = edits.inputs.get(index)
         if given is not None and isinstance(method, HeadScaler):
-            return _scaled(self._names[index], given, method, own())
+            return _scaled(self.edited_by[index], given, method, own())
         if edits.text_only is not None:
             edits.text_only.advance(index)
         return own() if given is None else self._edit(given, own, query, key, value, scaling, kwargs)
@@ -244,8 +232,7 @@ class Redistribution:
         """The same for a layer whose rows are edited: all of them, or some that take the places of the model's own."""
         method = self.by_layer[given.index]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if key.shape[2] > (there := given.call.past + query.shape[2]) and isinstance(given.layer, StaticMarkedLayer):
-            key, value = key[:, :, :there], value[:, :, :there]  # a static cache's empty places
+        key, value = without_empty_places(given.layer, given.call.past + query.shape[2], key, value)
         # Inside `torch.autocast`, rotated queries and keys are fp32, and values have the dtype of what the model returns.
         returned = value.dtype
         if not query.dtype == key.dtype == returned:
@@ -296,7 +283,7 @@ class Redistribution:
         if call.prompt is not None and not (call.resumed and marks is not None):
             assert isinstance(method, GroupEditor | ScoreEditor)
             with torch.autocast(query.device.type, enabled=False):
-                marks = mark_prompt(self._names[given.index], method, given, query, key, scaling)
+                marks = mark_prompt(self.edited_by[given.index], method, given, query, key, scaling)
             given.layer.marks = marks
         assert marks is not None
         if not marks.idle and (call.prompt is not None or query.shape[2] > 1):

@@ -79,7 +79,8 @@ class Report:
     """The last prompt in numbers; `print` shows them as a table.
 
     FLOPs and bytes are those of the language model for the whole prompt and batch, by the formulas of `vlmprune.cost`. Figures
-    named `unpruned` are what the same prompt costs without the recipe.
+    named `unpruned` are what the same prompt costs without the recipe. The tower's FLOPs are apart, and 0 where the recipe
+    drops no patches there.
 
     Attributes:
         recipe: as a string.
@@ -96,8 +97,10 @@ class Report:
         kv_bytes, kv_bytes_unpruned: what the KV cache holds after the prompt.
         kv_bytes_peak: the most it held; more than `kv_bytes` where a stage shortens it, because old and new entries exist side
             by side for a moment.
+        static_bytes, static_bytes_unpruned: what the tensors of a static cache take; 0 for another cache.
         prefill_ms: time in the language model, in milliseconds.
         selection_ms: the part of it that choosing and dropping tokens took.
+        tower_flops, tower_flops_unpruned: floating point operations of the vision tower and the projector.
         overhead: the same by place; and what was spent inside the vision tower, which is no part of `prefill_ms`.
     """
 
@@ -122,6 +125,10 @@ class Report:
     overhead: tuple[tuple[str, float], ...] = ()
     hidden: int = 0
     neutral: tuple[str, ...] = ()
+    tower_flops: int = 0
+    tower_flops_unpruned: int = 0
+    static_bytes: int = 0
+    static_bytes_unpruned: int = 0
 
     @staticmethod
     def of(record: Prefill, recipe: str) -> Report:
@@ -131,6 +138,7 @@ class Report:
         stages: dict[tuple[Site, int, str], list[Kept]] = {}
         for kept in record.kept:
             stages.setdefault((kept.site, kept.layer, kept.method), []).append(kept)
+        in_tower, in_tower_unpruned = (0, 0) if record.tower_work is None else record.tower_work.flops()
         left = {layer: sum(len(k.index) for k in kept) for (site, layer, _), kept in stages.items() if site != "cache"}
         return Report(
             recipe=recipe,
@@ -167,6 +175,10 @@ class Report:
             overhead=_by_place([*record.tower, *record.selection]),
             hidden=record.hidden,
             neutral=record.neutral,
+            tower_flops=in_tower,
+            tower_flops_unpruned=in_tower_unpruned,
+            static_bytes=batch * shape.kv_bytes(record.places, record.itemsize) if record.places else 0,
+            static_bytes_unpruned=batch * shape.kv_bytes(record.places_unpruned, record.itemsize) if record.places else 0,
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -176,6 +188,7 @@ class Report:
         peak = f", {units.size(self.kv_bytes_peak)} before the cache was shortened" if higher else ""
         hidden = [("hidden by the mask", f"{self.hidden} visual tokens, which no stage may keep")] if self.hidden else []
         newlines = [("row separators", f"{self.newlines}, counted as text, {self.newline_policy}")] if self.newlines else []
+        both = [("vision tower FLOPs", units.share(self.tower_flops, self.tower_flops_unpruned, units.operations))]
         visual = f"{self.visual_tokens} of them visual" if self.visual_tokens else "no picture found: nothing to prune"
         rows = f"{self.batch} rows of {self.prompt_tokens}" if self.batch > 1 else f"{self.prompt_tokens}"
         return [
@@ -190,8 +203,13 @@ class Report:
                 "visual tokens per prompt",
                 f"{self.visual_compute_average:.1f} enter a layer on average, {self.visual_nominal_average:.1f} leave it",
             ),
+            *(both if self.tower_flops_unpruned else []),
             ("prefill FLOPs", units.share(self.flops, self.flops_unpruned, units.operations)),
             ("KV cache", units.share(self.kv_bytes, self.kv_bytes_unpruned, units.size) + peak),
+            *(
+                [("static cache", units.share(self.static_bytes, self.static_bytes_unpruned, units.size))]
+                * bool(self.static_bytes)
+            ),
             (
                 "prefill time",
                 f"{units.duration(self.prefill_ms)}, including {units.duration(self.selection_ms)} for choosing and dropping "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from vlmprune.device import on_host
 from vlmprune.errors import UsageError
@@ -19,11 +20,10 @@ from vlmprune.live.entries import Entries
 from vlmprune.live.kinds import Kind, Kinds
 from vlmprune.live.layout import real_tokens
 from vlmprune.live.masks import part_of_mask, pruned_mask
+from vlmprune.live.quantised import stored_in
 from vlmprune.live.rows import Reduction
 
 if TYPE_CHECKING:
-    from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
-
     from vlmprune.live.call import Call
 
 Rotary = tuple[Tensor, Tensor]
@@ -223,10 +223,11 @@ def every_row(call: Call, hidden: Tensor) -> Reduction:
 def complete_entries(call: Call, layer: DynamicLayer | StaticLayer, unpadded: bool | None = None) -> Entries:
     """The entries of a layer that dropped nothing so far; the same for all such layers."""
     length = int(layer.get_seq_length())
+    stored = min(stored_in(layer), length)
     assert layer.keys is not None
-    batch, stored = layer.keys.shape[0], min(layer.keys.shape[2], length)
     if call.complete is None or (call.complete.tokens, call.complete.slots.shape[1]) != (length, stored):
-        call.complete = Entries.complete(batch, length, layer.keys.device, call.mask, unpadded).last(stored)
+        batch = call.batch or layer.keys.shape[0]
+        call.complete = Entries.complete(batch, length, layer.device, call.mask, unpadded).last(stored)
     return call.complete
 
 

@@ -33,8 +33,8 @@ def model_inside(given: Any) -> nn.Module:
         raise UsageError(f"expected a Hugging Face vision-language model, found {_named(given)}, which {held}.")
     if kind is None:
         raise UsageError(
-            f"expected a Hugging Face vision-language model, found {_named(given)}, which has no config.model_type (models of "
-            f"timm and open_clip are vision towers without a language model): {LOAD}."
+            f"expected a Hugging Face vision-language model, found {_named(given)}, which has no config.model_type, and is no "
+            f"image tower of timm or open_clip: {LOAD}."
         )
     if kind not in FAMILIES and not _sees(config):
         raise UsageError(

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune.cost import DecoderShape, LayerShape
+from vlmprune.adapters.family import Tower
+from vlmprune.cost import DecoderShape, LayerShape, TowerShape
 from vlmprune.live.decoder import Decoder
 
 PER_TOKEN = ("num_experts_per_tok", "top_k_experts")
@@ -24,6 +25,24 @@ def shape_of(decoder: Decoder) -> DecoderShape:
     if plain and made[0].stored and made[0].window is None:
         return DecoderShape.of(config)
     return DecoderShape(layers=len(layers), dim=config.hidden_size, by_layer=made)
+
+
+def shape_of_tower(base: nn.Module, tower: Tower, patches_per_token: int) -> TowerShape | None:
+    """The sizes of a vision tower; None if it is not known how patches enter it."""
+    patches = tower.patches
+    if patches is None or patches.refusal(base) is not None:
+        return None
+    embedding: Any = base.get_submodule(patches.embedding)
+    leaving = [tower.projector, *([] if patches.early is None else [patches.early])]
+    blocks: Any = base.get_submodule(tower.blocks)
+    merging = [child.weight.numel() for child in base.get_submodule(tower.root).children() if isinstance(child, nn.Conv2d)]
+    return TowerShape(
+        embedding=embedding.weight.numel(),
+        blocks=tuple(LayerShape(sum(_weights(block, None)), embedding.out_channels) for block in blocks),
+        projector=sum(merging) + sum(size for name in leaving for size in _weights(base.get_submodule(name), None)),
+        before=patches.before(base),
+        patches_per_token=patches_per_token,
+    )
 
 
 def _layer(decoder: Decoder, index: int, chosen: int | None) -> LayerShape:

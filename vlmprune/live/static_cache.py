@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
+from vlmprune.device import on_host
 from vlmprune.errors import UsageError
 from vlmprune.live.cache_layer import REMOVED, UNWRAPPED, Marked, Pruned
 from vlmprune.live.entries import Entries
@@ -46,7 +47,7 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
 
     Attributes:
         room: entries that it has places for.
-        slots, seen: `[batch, place]` slot of the entry that is, or will be, in each place; and whether it is one that tokens see.
+        slots, seen: `[batch, place]` slot of the entry that is, or will be, in each place; and whether tokens may see it.
         gone: how many tokens of the conversation have no entry; a number on the device.
         masked: the running step has its mask from `step_mask`. Otherwise somebody runs the layer who does not know its entries.
     """
@@ -67,7 +68,7 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
     @property
     def length(self) -> int:
         """Tokens of the conversation. Waits for the device."""
-        return int(self.cumulative_length) if self.is_initialized else 0
+        return int(on_host(self.cumulative_length)) if self.is_initialized else 0
 
     @property
     def stored(self) -> int:
@@ -90,6 +91,7 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
     def record(self, entries: Entries) -> None:
         """The call that runs, of a prompt or a later turn, will store the last of `entries`."""
         self._before = self.filled if self.stored else ()
+        self.masked = False  # on the layer itself, as steps leave it: a compiled graph looks whether it is there
         super().record(entries)
         if not self._before and (needed := self.needed(entries)) > (self.room if self.is_initialized else 0):
             self.room, self.is_initialized = needed, False
@@ -146,8 +148,8 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
             return (seen & (slots <= length))[:, None, None]
         if given.shape[3] != self.max_cache_len:
             raise UsageError(
-                f"attention_mask has {given.shape[3]} columns, this static cache has places for {self.max_cache_len} tokens: give "
-                "one column for each place, or [batch, tokens so far]."
+                f"attention_mask has {given.shape[3]} columns, this static cache has places for {self.max_cache_len} tokens: "
+                "give one column for each place, or [batch, tokens so far]."
             )
         return gathered(given, slots, seen)
 
@@ -167,8 +169,8 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
         self.slots, self.seen, self.gone, _ = self.recorded.placed(self.room, self.max_cache_len)
 
     def _places(self, length: Tensor) -> tuple[Tensor, Tensor]:
-        """`[batch, place]` the slot of each place's entry after a step that follows `length` tokens, and whether there is one that
-        it sees."""
+        """`[batch, place]` the slot of each place's entry after a step that follows `length` tokens, and whether there is one
+        that it sees."""
         return self.slots, self.seen
 
     def _count(self, tokens: int) -> None:
@@ -213,8 +215,8 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
 class StaticWindowLayer(StaticPrunedLayer, StaticSlidingWindowLayer):
     """The same for a layer that sees a window.
 
-    Its tensors are a ring: entry number n is in place n modulo `room`, and the youngest entry takes the oldest one's place. They
-    are as long as the window at most, so that all of the window is always there.
+    Its tensors are a ring: entry number n is in place n modulo `room`, and the youngest entry takes the oldest one's place.
+    They are as long as the window at most, so that all of the window is always there.
 
     Attributes:
         window: slots that a token sees, its own among them.
@@ -316,6 +318,18 @@ def first_static(cache: Any) -> StaticLayer | None:
     return None
 
 
+def places_of(cache: Any) -> tuple[list[int], list[int]]:
+    """Per layer, the places of a static cache, and those that it would have if nothing was dropped; empty for another cache."""
+    if first_static(cache) is None:
+        return [], []
+    places, limits = [], []
+    for layer in cache.layers:
+        keys = layer.keys if isinstance(layer, StaticLayer) else None
+        places.append(0 if keys is None else keys.shape[2])
+        limits.append(0 if keys is None else layer.max_cache_len)
+    return places, limits
+
+
 def is_filled(cache: Any) -> bool:
     """Whether it is a static cache, and in use."""
     layer = first_static(cache)
@@ -346,8 +360,15 @@ def check_room(layers: Iterable[Any], coming: int) -> None:
             return
 
 
-def adopted(layer: StaticLayer, kind: type[Any]) -> Any:
+def without_empty_places(layer: Marked, stored: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of a prompt or a turn, where a static layer that dropped nothing returns its empty places, too."""
+    if not isinstance(layer, StaticMarkedLayer) or key.shape[2] <= stored:
+        return key, value
+    return key[:, :, :stored], value[:, :, :stored]
+
+
+def adopted(layer: StaticLayer, kind: type[StaticMarkedLayer]) -> Any:
     """A layer of ours of a kind in the place of an ordinary one, with its tensors."""
-    made = kind.__new__(kind)
+    made: Any = object.__new__(kind)
     vars(made).update(vars(layer))
     return made

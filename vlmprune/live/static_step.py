@@ -1,16 +1,16 @@
 """A decoding step of a conversation in a static cache, which `torch.compile` may run as one graph.
 
-Nothing begins in it, and all that it needs is on the cache: which entries a layer has (`StaticPrunedLayer`), what redistribution
-marked (`Marks`), and whose conversation it is (`Owner`). So there is no `Call`. The hooks of the model, the base model and the
-language model do nothing, and those of the decoder layers are compiled with the layers. In a step that is not compiled, the
-hooks also check what would wait for the device, or what a compiled graph takes for granted.
+Nothing begins in it, and all that it needs is on the cache: which entries a layer has (`StaticPrunedLayer`), what
+redistribution marked (`Marks`), and whose conversation it is (`Owner`). So there is no `Call`. The hooks of the model, the base
+model and the language model do nothing, and those of the decoder layers are compiled with the layers. In a step that is not
+compiled, the hooks also check what would wait for the device, or what a compiled graph takes for granted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,12 @@ from vlmprune.live.attention import CALL_ARGUMENT
 from vlmprune.live.cache_layer import Marked
 from vlmprune.live.marks import Marks
 from vlmprune.live.masks import not_masked
-from vlmprune.live.static_cache import StaticPrunedLayer, is_filled
+from vlmprune.live.static_cache import StaticMarkedLayer, StaticPrunedLayer, is_filled
 from vlmprune.live.text_only import scaled
 from vlmprune.methods.redistributing import GroupEditor, HeadScaler, Redistributor, ScoreEditor
+
+if TYPE_CHECKING:
+    from vlmprune.live.redistribution import Redistribution
 
 IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 """Arguments of a call that brings images."""
@@ -42,8 +45,8 @@ def is_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def is_compiled_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """The same where it is compiled: the hooks around the layers have nothing to do, because the plan that the conversation began
-    with is there."""
+    """The same where it is compiled: the hooks around the layers have nothing to do, because the plan that the conversation
+    began with is there."""
     if not is_step(args, kwargs):
         return False
     owner = getattr(kwargs["past_key_values"], "vlmprune", None)
@@ -74,7 +77,7 @@ def enter_layer(
     hidden = args[0] if args else kwargs["hidden_states"]
     if hidden.shape[1] != 1:
         return None
-    changed = {}
+    changed: dict[str, Any] = {}
     if isinstance(layer, StaticPrunedLayer) and layer.recorded is not None:
         changed["attention_mask"] = layer.step_mask(kwargs.get("attention_mask"), lent=stored_at != index)
         if layer.recorded.shift is not None:
@@ -141,7 +144,7 @@ class StepEdit:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         dtype, keys = torch.promote_types(query.dtype, torch.float32), key.shape[2]
         valid = None if mask is None else not_masked(mask).any(dim=1)[:, 0].expand(query.shape[0], -1)
-        table = prepare(self.method, self.marks, keys, dtype)
+        table = _table(self.method, self.marks, keys, dtype)
         key, value = key.to(query.dtype), value.to(query.dtype)
         compiled = torch.compiler.is_compiling()  # a kernel of ours is not traced
         if isinstance(self.method, ScoreEditor):
@@ -153,27 +156,31 @@ class StepEdit:
         return grouped(query, key, value, scaling, None, valid, table, coefficients)[0].to(value.dtype), weights
 
 
-def prepare(method: Redistributor, marks: Marks, keys: int, dtype: torch.dtype) -> Tensor:
-    """The table of a layer's marks, for `keys` keys. It is made once for all steps."""
+def _table(method: Redistributor, marks: Marks, keys: int, dtype: torch.dtype) -> Tensor:
+    """The table of a layer's marks, for `keys` keys."""
     if isinstance(method, ScoreEditor):
         return marks.weights(method.strengths, keys, dtype)
     assert isinstance(method, GroupEditor)
     return marks.members(method.group_count, keys, dtype)
 
 
-def check_marked(cache: Any, names: dict[int, str], refuse: Callable[[Any, str], None]) -> None:
-    """Before a step that is not compiled: every edited layer has marks of its method, unless the conversation is words only.
+def prepare_steps(method: Redistributor, layer: Marked) -> None:
+    """After a prompt: make the table that all steps of a static layer use, so that no step that is compiled makes it."""
+    marks = layer.marks
+    if isinstance(layer, StaticMarkedLayer) and marks is not None and marks.groups is not None and not marks.idle:
+        assert layer.keys is not None
+        _table(method, marks, layer.keys.shape[2], torch.promote_types(layer.keys.dtype, torch.float32))
 
-    Args:
-        cache: the conversation's.
-        names: the method of each edited layer, as a recipe string.
-        refuse: raises if marks are not of a method.
+
+def check_marked(cache: Any, redistribution: Redistribution) -> None:
+    """Before a step that is not compiled: every edited layer has marks of its method.
+
+    Raises:
+        UsageError: the conversation began without it, or with another one.
     """
-    if getattr(cache, "vlmprune_words_only", False):
-        return
-    for index, name in names.items():
+    for index, name in redistribution.edited_by.items():
         if index < len(cache.layers):
-            refuse(getattr(cache.layers[index], "marks", None), name)
+            redistribution.check_goes_on(getattr(cache.layers[index], "marks", None), name)
 
 
 def check_implementation(implementation: str, what: str) -> None:

@@ -25,7 +25,8 @@ from vlmprune.live.feature_index import FeatureIndex
 from vlmprune.live.pixels import check_pixels, choose_tokens, patches_of_crops, patches_of_list
 from vlmprune.live.prompt import by_name, first_of
 from vlmprune.live.pruning import Pruning
-from vlmprune.live.record import Clock
+from vlmprune.live.record import Clock, TowerWork
+from vlmprune.live.sizes import shape_of_tower
 from vlmprune.live.tower import TowerPass, blocks_of_probes, stage_in_tower
 from vlmprune.live.tower_sequence import Form
 from vlmprune.methods.tower import TowerPruner
@@ -37,6 +38,7 @@ class PerThread(local):
     """What one thread carries from the tower to the prompt."""
 
     clocks: tuple[Clock, ...] = ()  # of the tower, until the language model takes them
+    work: TowerWork | None = None  # likewise
 
 
 class TowerPlan:
@@ -80,6 +82,9 @@ class TowerPlan:
         self._patches = None if family.tower is None or self.pixels is None else family.tower.patches
         packed = not facts.cls if self._patches is None else self._patches.grid is not None
         self._form = Form(packed, 1 if self._patches is None else self._patches.before(base))
+
+        tower = family.tower
+        self._shape = shape_of_tower(base, tower, facts.patches_per_token) if tower is not None and self.shortens else None
 
     @property
     def looks(self) -> bool:
@@ -172,12 +177,12 @@ class TowerPlan:
         enabled, budget = (settings.enabled, settings.budget) if call is None else (call.enabled, call.budget)
         bound = self.stage if enabled else None
         inside = bound is not None and self._between
-        self.now.clocks = ()
+        self.now.clocks, self.now.work = (), None
         form, chosen = self._form, list[Tensor | None]()
         if enabled and self.pixels is not None:
             kept, given = self._pruning.budget_of(self.pixels, budget), by_name(module, args, kwargs)
             form, chosen = self._choose(self.pixels, kept, first_of(module, args, kwargs), given)
-        return TowerPass(
+        tower = TowerPass(
             plan=self._plan,
             facts=self._facts,
             last=self.last_block(),
@@ -189,6 +194,9 @@ class TowerPlan:
             in_call=call is not None,
             chosen=chosen,
         )
+        if self._shape is not None and tower.shortens:
+            tower.work = self.now.work = TowerWork(self._shape, 0)
+        return tower
 
     def _choose(
         self, bound: BoundStage, budget: Budget, pixels: Tensor, given: dict[str, Any]
@@ -227,7 +235,7 @@ class TowerPlan:
         self, index: int, module: nn.Module, tower: TowerPass, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Shorten what enters a block of the tower."""
-        if not (tower.chosen if index == 0 else tower.shortens):
+        if not tower.shortens:
             return None
         if index == 0:
             self.enter_first_block(tower, args, kwargs)
@@ -236,15 +244,18 @@ class TowerPlan:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         with self._timed(hidden.device):
             if index == 0:
-                hidden = tower.enter(hidden)
+                hidden = tower.enter(hidden) if tower.chosen else hidden
             elif tower.drops:
                 hidden = tower.shorten_packed(index, hidden) if tower.packed else tower.shorten_crops(index, hidden)
             if not tower.packed:
                 mask = tower.mask(self._config.vision_config._attn_implementation, hidden.dtype)
+                tower.note([tower.lengths[0] + tower.form.before] * len(hidden), [hidden.shape[1]] * len(hidden))
                 if len(args) > 1:  # transformers hands the mask over by position
                     return (hidden, mask, *args[2:]), kwargs
                 return (hidden,), {**kwargs, "attention_mask": mask}
-            return (hidden, *args[1:]), tower.packed_arguments(kwargs)
+            given = tower.packed_arguments(kwargs)
+            tower.note(kwargs["cu_seqlens"], given["cu_seqlens"])
+            return (hidden, *args[1:]), given
 
     def enter_merger(self, tower: TowerPass, args: tuple[Any, ...]) -> Any:
         return (tower.shorten_packed(len(self._blocks()), args[0]), *args[1:]) if tower.drops else args
@@ -257,9 +268,9 @@ class TowerPlan:
         """
         assert self._family.videos is not None
         if tower.shortened:
-            name = "the recipe" if tower.pruner is None else tower.pruner.name
+            name = tower.plan.recipe if tower.pruner is None else tower.pruner.name
             raise UsageError(
-                f"{name} drops patches between blocks of the vision tower, but squares of a video's patches become one token "
+                f"{name} drops patches in the vision tower, but squares of a video's patches become one token "
                 "behind it, which needs all of them: choose a method that prunes in the language model, or pass the frames as "
                 "pictures."
             )
@@ -272,6 +283,8 @@ class TowerPlan:
     def _remember(self, tower: TowerPass, args: tuple[Any, ...], features: Tensor) -> Tensor:
         tower.over = True
         restored = tower.restore(features)
+        if tower.work is not None:
+            tower.work.tokens = features.flatten(0, -2).shape[0]
         if tower.wanted:
             # transformers casts features to the dtype of the words they are put among, and so must their names
             among = self._language_model.get_input_embeddings().weight.dtype

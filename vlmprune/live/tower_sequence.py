@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from vlmprune.device import on_host
 from vlmprune.live.masks import block_mask
+from vlmprune.live.record import TowerWork
 from vlmprune.live.rows import Reduction
 from vlmprune.methods.tower import TowerState
 from vlmprune.schedule import Budget
@@ -54,12 +55,14 @@ class TowerSequence:
         lengths: patches of every picture, or of each crop, before any were dropped.
         marks: patches may be dropped between blocks, too.
         shortened: some were dropped.
+        work: what it computes, or None.
         scattered: patches were dropped in a packed tower wherever they were; its tokens are no squares of the picture.
     """
 
     def __init__(self, facts: TowerFacts, form: Form, budget: Budget | None, chosen: Sequence[Tensor | None]) -> None:
         self.facts, self.form, self.budget, self.chosen, self.packed = facts, form, budget, chosen, form.packed
         self.states: list[TowerState] = []
+        self.work: TowerWork | None = None
         self.marks = self.shortened = self.scattered = False
         self._entered: list[Tensor] = []  # cells that entered the first block, where some did not
         self._given: dict[tuple[int, int], tuple[Any, Any, dict[str, Any]]] = {}  # what blocks are given, for what they were
@@ -145,6 +148,13 @@ class TowerSequence:
         if implementation == "eager":
             return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
         return visible
+
+    def note(self, entered: Tensor | list[int], left: Tensor | list[int]) -> None:
+        """A block computes segments of these lengths, or ends; `entered` is what it would without the recipe."""
+        if self.work is not None and len(self.work.left) < len(self.work.shape.blocks):  # not run again for a gradient
+            self.work.patches = sum(self.lengths) * (1 if self.packed else self.crops)
+            self.work.entered.append(entered)
+            self.work.left.append(left)
 
     def packed_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a block of a packed tower, for the patches that are left."""

@@ -132,7 +132,8 @@ class FramesProcessor:
             data: dict[str, Any] = {"pixel_values_videos": torch.cat(found), "video_grid_thw": torch.tensor(grids)}
         else:
             if len({tuple(own.shape) for own in frames}) > 1:
-                raise ValueError(f"videos of one batch need the same number of frames, found {[len(own) for own in frames]}")
+                counts = ", ".join(str(len(own)) for own in frames)
+                raise ValueError(f"its videos of one batch need the same number of frames, found {counts}; ask one at a time")
             data = {"pixel_values_videos": torch.stack(frames)}
         if return_metadata:
             data["video_metadata"] = make_batched_metadata(list(videos), video_metadata=video_metadata)

@@ -305,7 +305,7 @@ def check_shown(config: Any, kinds: Collection[str]) -> None:
     if "video" not in kinds:
         return
     if family.videos is None:
-        raise UsageError(f"{family.name} takes no videos here: show it pictures (--image), or choose another model.")
+        raise UsageError(f"{family.name} takes no videos here: show it pictures, or choose another model.")
     if "picture" in kinds and family.videos.token(config) == family.image_token(config):
         raise UsageError(
             f"{family.name} has one placeholder for pictures and videos, so that it cannot be shown both: give --image or "

@@ -11,29 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-WORDS = [
-    "tokens",
-    "that",
-    "nobody",
-    "needs",
-    "cost",
-    "as",
-    "much",
-    "as",
-    "those",
-    "that",
-    "everybody",
-    "reads",
-    "so",
-    "a",
-    "page",
-    "of",
-    "text",
-    "is",
-    "mostly",
-    "white",
-    "paper",
-]
+WORDS = ("tokens", "that", "nobody", "needs", "cost", "as", "much", "as", "those", "that", "everybody", "reads", "a", "page")
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 GREY, BLUE, PALE = (96, 100, 108), (40, 88, 168), (236, 240, 246)
 

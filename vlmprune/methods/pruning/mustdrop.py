@@ -10,11 +10,11 @@
 
 g and the key set are of all tokens of a picture, LLaVA-NeXT's crops together. Differs from the official code: each crop merges
 separately (official: as many windows as the batch's least similar crop); a merged token takes the middle of its window and
-patches stay in raster order (official: merged ones first); the key set is the picture's, by the attention of each crop's own
-CLS token (official: 8 % of each crop); what fills no window stays as it is; pictures are un-padded (official: never); row
+patches stay in raster order (official: merged first); the key set is the picture's, by the attention of each crop's own CLS
+token (official: 8 % of each crop); what fills no window stays as it is; pictures are un-padded (official: never); row
 separators stay unless newlines="drop" (official: none); scores are fp32; positions are kept, in decoding too (official: a
-layer's count of cached tokens). The code prunes after layers 2, 6, 10, 14; here that is before 3, 7, 11, 15. Its default
-thresholds (1.0, 0.0) drop nothing.
+layer's count of cached tokens). The code prunes after layers 2, 6, 10, 14; here that is before 3, 7, 11, 15. Its defaults (1.0,
+0.0) drop nothing.
 """
 
 from __future__ import annotations
@@ -118,10 +118,8 @@ class MustDrop(TowerPruner):
             merged = whole & alive_top(similar, torch.full(similar.shape[:1], self.windows, device=hidden.device), whole)
         mean = hidden[:, window].float().mean(dim=2).to(hidden.dtype)
         hidden[:, middle] = torch.where(merged[..., None], mean, hidden[:, middle])
-        alive = torch.ones_like(there)
-        alive[:, window] = ~merged[..., None]
-        alive[:, middle] = True
-        return state.off_raster(alive), state.off_raster(hidden)
+        there[:, window], there[:, middle] = ~merged[..., None], True
+        return state.off_raster(there), state.off_raster(hidden)
 
     def scores(self, see: View) -> Tensor:
         keys = top(see.attention_from_cls_final.mean(dim=1), min(math.ceil(0.08 * see.entered), see.visual))
