@@ -109,7 +109,7 @@ class Hooks:
 
     def enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call enters the base model: whose plan it follows is decided."""
-        if self._is_step(args, kwargs):
+        if self.owners.is_step(args, kwargs):
             return None
         if args:
             kwargs = by_name(module, args, kwargs)
@@ -133,13 +133,6 @@ class Hooks:
         if not call.past or not self._only_goes_on(call, cache, kwargs):
             begin(call, kwargs)
         return (), {**kwargs, CALL_ARGUMENT: call}
-
-    def _is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether it is a decoding step in a static cache, which goes on by what is on the cache, if it may."""
-        if is_step(args, kwargs):
-            self.owners.check_step(kwargs["past_key_values"])
-            return True
-        return False
 
     def _only_goes_on(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> bool:
         """Whether this is a decoding step, where nothing begins. The caller's settings matter only if layers are edited."""
@@ -195,7 +188,7 @@ class Hooks:
                 return args, {**kwargs, "attention_mask": None}
             call.idle = call.edits.ready and not plan.pruning.at
             return None if call.idle else goes_on(plan, call, args, kwargs)
-        if self._is_step(args, kwargs):
+        if self.owners.is_step(args, kwargs):
             return None
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
