@@ -26,7 +26,7 @@ from vlmprune.live.owner import Encoded, Owner
 from vlmprune.live.owners import Owners
 from vlmprune.live.prefill import begin, enter_prompt, goes_on, leave_prompt
 from vlmprune.live.prompt import FED_AGAIN, begins_again, by_name, strange_embeddings
-from vlmprune.live.static_step import IMAGES
+from vlmprune.live.static_step import IMAGES, is_step
 from vlmprune.live.tower import TowerPass
 
 

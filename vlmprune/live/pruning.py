@@ -90,7 +90,7 @@ class Pruning:
             if images is None or bound.stage.site in IN_TOWER or bound.per_frame:  # which count crops, or frames
                 if budget.fraction != 1.0:
                     return True
-            elif any([budget.resolve(count) < count for count in set(images)]):
+            elif any(budget.resolve(count) < count for count in set(images)):
                 return True
         return False
 
