@@ -40,6 +40,7 @@ class ImageTower:
         patch: height and width of a patch; None where patches overlap, or are made by more than one convolution.
         averaged: path of the module whose output is averaged over patches, or may be, from the tower.
         pools: attention behind the blocks that looks at patches.
+        averages_before: the tokens before the patches are averaged with them.
         rotary: the blocks' keyword argument with rotary embeddings of patches, or None.
     """
 
@@ -54,6 +55,7 @@ class ImageTower:
     image: tuple[int, int] | None
     patch: tuple[int, int] | None
     averaged: str
+    averages_before: bool = False
     pools: tuple[Pool, ...] = ()
     rotary: str | None = None
 

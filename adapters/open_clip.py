@@ -101,6 +101,7 @@ def _of_timm(tower: nn.Module, root: str, name: str, inside: str = "") -> ImageT
         image=None if embedding.img_size is None or not embedding.strict_img_size else _pair(embedding.img_size),
         patch=patch_of(getattr(embedding, "proj", None)) if type(embedding).__name__ == "PatchEmbed" else None,
         averaged=f"{inside}norm",
+        averages_before=bool(getattr(trunk, "pool_include_prefix", False)),
         pools=() if pool is None else (Pool(f"{inside}attn_pool", "attn_mask"),),
         rotary="rope" if getattr(trunk, "rope", None) is not None else None,
     )

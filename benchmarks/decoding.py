@@ -148,10 +148,11 @@ def main(
     recipe: Annotated[list[str] | None, typer.Option(help="Instead of the five; may be given several times.")] = None,
     out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = Path("benchmarks/results/decoding-cpu"),
     compiled: Annotated[bool, typer.Option(help="Compiled steps in a static cache, see compiled_steps.py.")] = False,
+    shape: Annotated[list[str] | None, typer.Option(help="Of compiled steps: of these models only.")] = None,
 ) -> None:
     torch.set_num_threads(threads)
     if compiled:
-        return compare_compiled(rounds, steps, threads, recipe or list(compiled_steps.RECIPES), out)
+        return compare_compiled(rounds, steps, threads, recipe or list(compiled_steps.RECIPES), shape or SHAPES, out)
     recipes = recipe or list(RECIPES)
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
         task = progress.add_task("decoding", total=(rounds + 1) * len(recipes))
@@ -162,13 +163,16 @@ def main(
     result({**stamp(command), "rows": rows}).deliver(Console(), out)
 
 
-def compare_compiled(rounds: int, steps: int, threads: int, recipes: list[str], out: Path) -> None:
+SHAPES = ["llava", "qwen2_5_vl", "qwen3_vl"]
+
+
+def compare_compiled(rounds: int, steps: int, threads: int, recipes: list[str], names: list[str], out: Path) -> None:
     """The table of `compiled_steps.py`."""
-    names = ["llava", "qwen2_5_vl", "qwen3_vl"]
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.no_grad():
         task = progress.add_task("compiled decoding", total=len(names) * len(recipes))
         rows = compiled_steps.measure(names, recipes, rounds, steps, lambda: progress.advance(task))
     command = f"python benchmarks/decoding.py --compiled --rounds {rounds} --steps {steps} --threads {threads} --out {out}"
+    command += "".join(f" --recipe {one!r}" for one in recipes) + "".join(f" --shape {name}" for name in names)
     out.parent.mkdir(parents=True, exist_ok=True)
     compiled_steps.result({**stamp(command), "rows": rows}).deliver(Console(), out)
 

@@ -120,8 +120,10 @@ def measure(
         if not left:
             continue
         pixels = model.pixels([open_picture(path) for path in pictures.paths[start : start + batch]])
+        embedded = {name: _embed(model, plan[name], pixels) for name in order if name in left or name == UNPRUNED}
         for name in left:
-            features, row = _embed(model, plan[name], pixels)
+            features, row = embedded[name]
+            row["seconds_unpruned"] = embedded[UNPRUNED][1]["seconds"]  # of now, also where its own row is from another day
             if texts is None:
                 row["features"] = base64.b64encode(features.cpu().numpy().astype("<f4").tobytes()).decode()
             else:
@@ -209,7 +211,7 @@ def _rows(rows: Mapping[str, Sequence[Stored]], hits: Hits, pictures: PictureSet
     timed = whole[1:] or whole or [0]  # the first warms up
     made = []
     for name, batches in rows.items():
-        ratios = [rows[UNPRUNED][number]["seconds"] / batches[number]["seconds"] for number in timed]
+        ratios = [batches[number]["seconds_unpruned"] / batches[number]["seconds"] for number in timed]
         low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
         made.append(
             Row(

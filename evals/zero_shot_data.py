@@ -2,7 +2,8 @@
 
 folder/CLASS/picture.jpg      as ImageNet has them. The class is called as its folder, "_" read as a space; or as
                               folder/classes.json says, {"n01440764": "tench", …}
-folder/captions.jsonl         {"image": "picture.jpg", "captions": ["a dog in the snow", …]} in each line
+folder/captions.jsonl         {"image": "picture.jpg", "captions": ["a dog in the snow", …]} in each line. Lines about the same
+                              picture (one for each caption) are put together
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def _names(file: Path, folders: Sequence[str]) -> list[str]:
 
 
 def _with_captions(folder: Path) -> PictureSet:
-    file, paths, captions = folder / CAPTIONS, [], []
+    file, captions = folder / CAPTIONS, dict[Path, list[str]]()
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -135,11 +136,10 @@ def _with_captions(folder: Path) -> PictureSet:
         path = folder / entry["image"]
         if not path.is_file():
             raise UsageError(f"{file}, line {number}: there is no picture at {path}.")
-        paths.append(path)
-        captions.append(tuple(texts))
-    if len(paths) < 2:
-        raise UsageError(f"{file} names {len(paths)} pictures: retrieval needs at least two.")
-    return PictureSet(folder, tuple(paths), captions=tuple(captions))
+        captions.setdefault(path, []).extend(texts)
+    if len(captions) < 2:
+        raise UsageError(f"{file} names {len(captions)} pictures: retrieval needs at least two.")
+    return PictureSet(folder, tuple(captions), captions=tuple(map(tuple, captions.values())))
 
 
 def _json(file: Path, text: str, where: str = "") -> Any:

@@ -86,6 +86,17 @@ def test_pictures_by_class(by_class, captioned, tmp_path):
     assert not is_picture_set("pope")
 
 
+def test_a_line_for_each_caption(captioned, tmp_path):
+    """Red: a picture counts as several, so that its other captions are wrong answers."""
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes((captioned / name).read_bytes())
+    lines = [("0.png", "a"), ("1.png", "b"), ("0.png", "c")]
+    text = "\n".join(json.dumps({"image": name, "captions": caption}) for name, caption in lines)
+    (tmp_path / "captions.jsonl").write_text(text)
+    found = open_pictures(str(tmp_path))
+    assert ([path.name for path in found.paths], found.captions) == (["0.png", "1.png"], (("a", "c"), ("b",)))
+
+
 def test_names_of_classes(by_class, tmp_path):
     for name in COLOURS:
         (tmp_path / name).mkdir()
@@ -211,9 +222,26 @@ def test_an_interrupted_run_goes_on(model, by_class, tmp_path, monkeypatch):
     monkeypatch.setattr(zero_shot, "_embed", until(100))
     with Store(tmp_path / "store", {"a": 1}) as store:
         rows = measure(model, pictures, recipes, batch=5, store=store)
-    assert len(calls) == 6  # three batches, twice
+    assert len(calls) == 3 + 4  # three batches, twice; the one that was interrupted began again, for its times
     whole = measure(model, pictures, recipes, batch=5)
     assert [row.scores for row in rows] == [row.scores for row in whole]
+
+
+def test_speed_is_that_of_one_day(model, by_class, monkeypatch):
+    """Red: a recipe that was added later is compared with the un-pruned seconds of another day."""
+    embed, seconds = zero_shot._embed, {"un-pruned": 8.0, "random": 4.0}
+
+    def timed(loaded, recipe, pixels):
+        features, row = embed(loaded, recipe, pixels)
+        return features, row | {"seconds": seconds["random" if recipe else "un-pruned"]}
+
+    monkeypatch.setattr(zero_shot, "_embed", timed)
+    pictures, recipes = open_pictures(str(by_class)), {"one": vp.Recipe.of("random:layer=0,tokens=1")}
+    with Store(None, {}) as store:
+        measure(model, pictures, recipes, batch=6, store=store)
+        seconds |= {"un-pruned": 2.0, "random": 1.0}  # a machine with nothing else to do
+        rows = measure(model, pictures, {**recipes, "two": vp.Recipe.of("random:layer=0,tokens=2")}, batch=6, store=store)
+    assert [row.speedup[0] for row in rows] == [1.0, 2.0, 2.0]
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -238,6 +266,8 @@ def test_the_command(model_folder, by_class, tmp_path, monkeypatch):
     [
         (("--model", "tiny"), "the embedded model answers questions"),
         (("--model", "MODEL", "--template", "a photo"), "has no single place for the class"),
+        (("--model", "MODEL", "--template", "a {.photo}"), "has no single place for the class"),
+        (("--model", "MODEL", "--template", "a {{}}"), "has no single place for the class"),
         (("--model", "MODEL", "--scorer", "vqa", "--split", "test"), "--split and --scorer are about questions"),
         (("--model", "MODEL", "--recipe", "fastv:layer=2,fraction=0.5"), "fastv looks at"),
     ],

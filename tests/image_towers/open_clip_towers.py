@@ -67,6 +67,13 @@ TOWERS = {
     "MobileCLIP": Tower(
         of_timm("vit_base_mci_224", "token", img_size=2 * SIDE, embed_dim=768, depth=4), encode, TRUNK, 1, side=2 * SIDE
     ),  # its stem makes patches of 16 × 16 pixels, 768 numbers wide
+    "averages, its CLS token too": Tower(
+        of_timm("vit_base_patch16_224", "avg", patch_size=PATCH, pool_include_prefix=True),
+        encode,
+        TRUNK,
+        1,
+        average="visual.trunk.norm",
+    ),
     "SigLIP": Tower(
         of_timm("vit_base_patch16_siglip_224", "map", "none", patch_size=PATCH),
         encode,

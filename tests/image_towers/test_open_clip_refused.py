@@ -6,8 +6,8 @@ import open_clip
 import pytest
 import timm
 import torch
-from image_towers.open_clip_towers import TEXT, native
-from image_towers.towers import pictures
+from image_towers.open_clip_towers import TEXT, native, of_timm
+from image_towers.towers import PATCH, pictures
 from open_clip.model import CLIP
 
 import vlmprune as vp
@@ -58,6 +58,30 @@ def test_other_sizes_and_intermediates():
             model.visual.forward_intermediates(pictures(1))
         run.enabled = False
         model.visual.forward_intermediates(pictures(1))
+
+
+def test_pictures_that_the_tower_pads():
+    """Red: patch dropout is blamed alone."""
+    model = timm.create_model(
+        "vit_tiny_patch16_224", depth=3, img_size=64, dynamic_img_size=True, dynamic_img_pad=True, num_classes=0
+    ).eval()
+    with vp.wrap(model, "tome:layer=1,tokens=4") as run, torch.no_grad():
+        with pytest.raises(vp.UsageError, match=r"pads pictures \(dynamic_img_pad\): give them sides that are multiples"):
+            model(torch.randn(1, 3, 66, 64))
+        model(torch.randn(1, 3, 96, 64))
+        assert run.report().entering == (25, 5, 5)
+
+
+def test_blocks_are_wrapped_once():
+    """Red: a ViT of timm drops twice, once as `visual.trunk` and once as `visual`; the second pass ends in an IndexError."""
+    model = of_timm("vit_base_patch16_224", "token", patch_size=PATCH)().eval()
+    for first, second in ((model, model.visual.trunk), (model.visual.trunk, model)):
+        with vp.wrap(first, RECIPE), pytest.raises(vp.UsageError, match="wrapped already, as those of a module around it"):
+            vp.wrap(second, RECIPE)
+    for part in (model, model.visual):  # the same tower: the last recipe replaces the first
+        run = vp.wrap(part, RECIPE)
+    run.remove()
+    assert "forward" not in vars(model.visual)
 
 
 def test_gradient_checkpointing():

@@ -48,7 +48,7 @@ def test_it_is_small_and_stock(loaded) -> None:
     assert processor.tokenizer.get_vocab() == build_clip_tokenizer().get_vocab()
     settings = json.loads((CLIPS_CHECKPOINT / "processor_config.json").read_text())
     assert settings["processor_class"] == "LlavaNextVideoProcessor"
-    assert settings["video_processor"]["image_mean"] == processor.image_processor.image_mean
+    assert settings["video_processor"]["image_mean"] == list(processor.image_processor.image_mean)
 
 
 def test_it_takes_no_pictures(loaded) -> None:

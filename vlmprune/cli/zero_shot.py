@@ -37,8 +37,8 @@ def check_options(given: Mapping[str, Any], templates: Sequence[str]) -> None:
         )
     for template in templates:
         try:
-            good = template.format("cat") != template
-        except (IndexError, KeyError, ValueError):
+            good = template.format("cat") != template.format("dog")
+        except (AttributeError, IndexError, KeyError, ValueError):
             good = False
         if not good:
             raise UsageError(f'--template {template!r} has no single place for the class: write one as "a photo of a {{}}."')

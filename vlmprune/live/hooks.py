@@ -28,6 +28,7 @@ from vlmprune.live.prefill import begin, enter_prompt, goes_on, leave_prompt
 from vlmprune.live.prompt import FED_AGAIN, begins_again, by_name, strange_embeddings
 from vlmprune.live.static_step import IMAGES, is_step
 from vlmprune.live.tower import TowerPass
+from vlmprune.live.tower_plan import enter_pool
 
 
 class _PerThread(threading.local):
@@ -109,7 +110,7 @@ class Hooks:
 
     def enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call enters the base model: whose plan it follows is decided."""
-        if self._is_step(args, kwargs):
+        if self.owners.goes_on_alone(args, kwargs):
             return None
         if args:
             kwargs = by_name(module, args, kwargs)
@@ -133,13 +134,6 @@ class Hooks:
         if not call.past or not self._only_goes_on(call, cache, kwargs):
             begin(call, kwargs)
         return (), {**kwargs, CALL_ARGUMENT: call}
-
-    def _is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether it is a decoding step in a static cache, which goes on by what is on the cache, if it may."""
-        if is_step(args, kwargs):
-            self.owners.check_step(kwargs["past_key_values"])
-            return True
-        return False
 
     def _only_goes_on(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> bool:
         """Whether this is a decoding step, where nothing begins. The caller's settings matter only if layers are edited."""
@@ -195,7 +189,7 @@ class Hooks:
                 return args, {**kwargs, "attention_mask": None}
             call.idle = call.edits.ready and not plan.pruning.at
             return None if call.idle else goes_on(plan, call, args, kwargs)
-        if self._is_step(args, kwargs):
+        if self.owners.goes_on_alone(args, kwargs):
             return None
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None
@@ -281,11 +275,6 @@ class Hooks:
         """What leaves a packed tower before its end has the full number of rows again."""
         return None if (tower := self._thread.tower) is None else tower.restore(features)
 
-    def enter_pool(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Squares of a video's patches become one token each, before the projector."""
-        if (tower := self._thread.tower) is not None:
-            tower.plan.tower.enter_pool(tower)
-
     def leave_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], features: Tensor) -> Any:
         """What the tower saw of every token is recorded with its features."""
         if (tower := self._thread.tower) is None:
@@ -296,6 +285,12 @@ class Hooks:
         tower.output = None
         self._thread.tower = None if left else tower
         return features
+
+
+def enter_video_pool(ours: Hooks, *_: Any) -> None:
+    """Squares of a video's patches become one token each, before the projector."""
+    if (tower := ours._thread.tower) is not None:
+        enter_pool(tower)
 
 
 # -- hooks that need nothing but what they are given -------------------------------------------------------------------------

@@ -101,18 +101,21 @@ class ImageTowerPass(TowerPass):
                 f"{self.plan.recipe} has to see, or to mask, the attention of block {index}, but the block called neither "
                 f"scaled_dot_product_attention nor nn.MultiheadAttention once over all tokens, without a mask (found "
                 f"{attention.count}): use an attention implementation that does, in transformers "
-                'model.set_attn_implementation("sdpa").'
+                'model.set_attn_implementation("sdpa"), in timm without TIMM_FUSED_ATTN=0.'
             )
 
     def average(self, out: Tensor) -> Tensor:
-        """Padding of what is averaged over patches `[picture, token, dim]` gets the mean of the patches that are left, so that
-        the average over all rows is theirs."""
+        """Padding of what is averaged over patches `[picture, token, dim]` gets the mean of the patches that are left (and of the
+        tokens before them, where these are averaged, too), so that the average over all rows is theirs."""
         (state,) = self.states
         if state.valid is None:
             return out
         before, patches, valid = out[:, : self.tower.before], out[:, self.tower.before :], state.valid[..., None]
         wide = patches.to(torch.promote_types(patches.dtype, torch.float32))
-        mean = wide.masked_fill(~valid, 0).sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True)
+        total, count = wide.masked_fill(~valid, 0).sum(dim=1, keepdim=True), valid.sum(dim=1, keepdim=True)
+        if self.tower.averages_before:
+            total, count = total + before.to(wide.dtype).sum(dim=1, keepdim=True), count + self.tower.before
+        mean = total / count
         return torch.cat((before, torch.where(valid, patches, mean.to(patches.dtype))), dim=1)
 
     def hide(self, pool: Pool, keys: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +162,8 @@ class ImageTowerPass(TowerPass):
         if found != patches:
             raise UsageError(
                 f"expected {patches} patches ({self.grid[0]} × {self.grid[1]}) before the first block, found {found}: patch "
-                "dropout is on in training; call model.eval(), or build the model with patch_dropout=0."
+                "dropout is on in training; call model.eval(), or build the model with patch_dropout=0. Or the tower pads "
+                "pictures (dynamic_img_pad): give them sides that are multiples of its patches."
             )
         self.begin([patches], hidden.shape[0], hidden.device)
         self.states[0].side = self.grid[1]

@@ -14,7 +14,7 @@ from vlmprune.adapters.image_tower import ImageTower
 from vlmprune.errors import UsageError
 from vlmprune.live.attachment import carries_hooks
 from vlmprune.live.context import Contexts, truth
-from vlmprune.live.image_tower_attachment import TowerAttachment, tower_attachment_of
+from vlmprune.live.image_tower_attachment import TowerAttachment, tower_attachment_of, tower_attachment_on
 from vlmprune.live.image_tower_plan import ImageTowerPlan
 from vlmprune.live.image_tower_report import TowerRecord, TowerReport, no_pass
 from vlmprune.recipe import Recipe
@@ -51,7 +51,14 @@ class TowerRun:
                 "one first, or give each model a tower of its own."
             )
         with _attaching:  # from here on the model changes
-            self._attachment = tower_attachment_of(root) or TowerAttachment(root, tower)
+            blocks: Any = root.get_submodule(tower.blocks)
+            mine = tower_attachment_of(root)
+            if tower_attachment_on(blocks[0]) is not mine:
+                raise UsageError(
+                    f"the blocks of {tower.name} are wrapped already, as those of a module around it or inside it: call "
+                    "vlmprune.unwrap on that one first."
+                )
+            self._attachment = mine or TowerAttachment(root, tower)
             self._attachment.current = self._plan
 
     def __repr__(self) -> str:

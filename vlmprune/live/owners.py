@@ -21,7 +21,7 @@ from vlmprune.live.owner import Owner, encoded_of, features_of, owner_of
 from vlmprune.live.plan import Plan
 from vlmprune.live.prefill import identity_of
 from vlmprune.live.static_cache import check_room
-from vlmprune.live.static_step import check_marked
+from vlmprune.live.static_step import check_marked, is_step
 
 GONE = (
     "these pictures were encoded while a recipe dropped patches of them inside the vision tower, and that recipe was removed "
@@ -89,16 +89,20 @@ class Owners:
             hand_over(cache, self.current)
         return self.current
 
-    def check_step(self, cache: Any) -> None:
-        """A step in a static cache, which is not compiled, is about to go on.
+    def goes_on_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it is a decoding step in a static cache, not compiled, which needs nothing but what is on the cache.
 
         Raises:
-            UsageError: the conversation began under another recipe, or the cache is full.
+            UsageError: it is, and the conversation began under another recipe, or the cache is full.
         """
+        if not is_step(args, kwargs):
+            return False
+        cache = kwargs["past_key_values"]
         check_room(cache.layers, 1)
         owner = self.of_conversation(cache)
         if owner is not None and owner.plan is not None and owner.plan.contexts.settings.enabled:
             check_marked(cache, owner.plan.redistribution)
+        return True
 
     def of_prompt(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> Owner | None:
         """Whose plan the beginning of a conversation follows: that under which its images were encoded, for the first prompt

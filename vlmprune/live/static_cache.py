@@ -106,7 +106,7 @@ class StaticPrunedLayer(Pruned, StaticMarkedLayer):
     def refill(self, keys: Tensor, values: Tensor, entries: Entries) -> None:
         """Store `entries`, and nothing else any more, in tensors that may be shorter."""
         super().record(entries)
-        self.room = min(self.needed(entries), self.room)
+        self.masked, self.room = False, min(self.needed(entries), self.room)
         self.lazy_initialization(keys, values)
         self._write(keys, values, 0)
         self._lay_out()
