@@ -15,7 +15,7 @@ MATRIX := tests/families/test_matrix.py -k test_cell
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test coverage test-oldest test-lmms test-open_clip lint test-families test-generation test-static test-video
+.PHONY: demo test coverage test-oldest test-lmms test-open_clip lint test-families test-generation test-static test-video test-pixels
 demo: $(STAMP)
 	$(BIN)/vlmprune demo
 
@@ -45,6 +45,10 @@ test-families: $(STAMP) $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 VLMPRUNE_FAMILIES=oldest VLMPRUNE_MATRIX=docs/results/families-oldest.json \
 		$(OLDEST)/bin/python $(PYTEST) -p no:cacheprovider $(MATRIX)
 	$(BIN)/python tests/families/matrix.py
+
+# All families with all stages before the vision tower, of which `make test` runs a third.
+test-pixels: $(STAMP)
+	OMP_NUM_THREADS=1 VLMPRUNE_PIXELS=all $(BIN)/python $(PYTEST) tests/pixels
 
 # All cells of the video matrix, and every method on every video, of which `make test` runs a part; writes docs/families.md, too.
 test-video: $(STAMP)

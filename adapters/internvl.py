@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlmprune.adapters.crops import in_one_row, side_of, without_gap
-from vlmprune.adapters.family import Family, Tower
+from vlmprune.adapters.family import Family
 from vlmprune.adapters.llava import feature_block, features_refused
+from vlmprune.adapters.vision_tower import Tower
 from vlmprune.view import TowerFacts
 
 

@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vlmprune.adapters.family import Family, Patches, Tower
+from vlmprune.adapters.family import Family
+from vlmprune.adapters.vision_tower import Patches, Tower
 from vlmprune.view import TowerFacts
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.adapters.family import Family, Injected, Patches, Tower
+from vlmprune.adapters.family import Family, Injected
 from vlmprune.adapters.videos import Clip, Videos, by_grid_or_position, packed_grids, packed_tokens, written_apart
+from vlmprune.adapters.vision_tower import Patches, Tower
 from vlmprune.view import TowerFacts
 
 

@@ -79,6 +79,13 @@ def test_frames_of_a_folder(made):
     assert len(video) == len(list(video)) == 6
 
 
+def test_names_of_frames_may_have_any_characters(tmp_path):
+    """A raised digit is no number of ours, and names that count alike have an order of their own."""
+    for number, name in enumerate(("a01.png", "a1.png", "a2.png", "²1.png")):
+        videos.frame(number).save(tmp_path / name)
+    assert numbers(open_video(tmp_path, report=no_notes)) == [0, 1, 2, 3]
+
+
 def test_a_video_that_ends_early(tmp_path):
     """What can be decoded is used, and said; the header may promise more."""
     whole = videos.file(tmp_path / "whole.ts", codec="mpeg2video", form="mpegts")
@@ -128,6 +135,11 @@ BAD = {
     "few pictures": (lambda here: videos.folder(here / "f", 2), {"frames": 3}, "f has 2 frames, found --frames 3"),
     "fps of a folder": (lambda here: videos.folder(here / "f", 2), {"fps": 3}, "is a folder of frames, which have no times"),
     "other sizes": (lambda here: mixed(here / "f"), {}, "the frames of a video have one size, found 80 × 64 pixels in"),
+    "a file of two sizes": (
+        lambda here: joined(here),
+        {},
+        "the frames of a video have one size, found 80 × 64 pixels in frame 0 of",
+    ),
     "broken picture": (lambda here: broken(here / "f"), {}, "frame9.png is not a picture that can be read"),
 }
 
@@ -141,6 +153,12 @@ def mixed(path):
     videos.folder(path)
     videos.frame(1, 60, 64).save(path / "frame9.png")
     return path
+
+
+def joined(here):
+    """A stream whose pictures become larger on the way."""
+    parts = [videos.file(here / f"{width}.ts", 6, "mpeg2video", "mpegts", width) for width in (80, 160)]
+    return written(here / "a.ts", b"".join(part.read_bytes() for part in parts))
 
 
 def broken(path):

@@ -33,15 +33,15 @@ def folder(path: Path, count: int = 6, **size: int) -> Path:
     return path
 
 
-def file(path: Path, count: int = 25, codec: str = "mpeg4", form: str | None = None) -> Path:
+def file(path: Path, count: int = 25, codec: str = "mpeg4", form: str | None = None, width: int = WIDTH) -> Path:
     """An encoded video."""
     import av
 
     with av.open(str(path), "w", format=form) as container:
         stream = container.add_stream(codec, rate=RATE)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = WIDTH, HEIGHT, "yuv420p", 4_000_000
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = width, HEIGHT, "yuv420p", 4_000_000
         for number in range(count):
-            for packet in stream.encode(av.VideoFrame.from_image(frame(number))):
+            for packet in stream.encode(av.VideoFrame.from_image(frame(number, width))):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)

@@ -40,8 +40,9 @@ def test_the_same_as_from_ids(given, say):
         with run.override(image_positions=say(inputs)):
             assert torch.equal(model.generate(**embedded, max_new_tokens=5), expected)
             assert [(found.sample, found.layer, found.index.tolist()) for found in run.last.kept] == kept
-            model.generate(**embedded, max_new_tokens=5, num_beams=2, num_return_sequences=2)
+            beams = model.generate(**embedded, max_new_tokens=5, num_beams=2, num_return_sequences=2)
             assert len(run.last.keep[0]) == 2 * len(expected)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=5, num_beams=2, num_return_sequences=2)[:, -5:], beams)
 
 
 def test_a_budget_and_places_go_together(given):

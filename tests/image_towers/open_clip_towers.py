@@ -7,10 +7,10 @@ from typing import Any
 from unittest import mock
 
 import timm
+from image_towers.towers import PATCH, SIDE, Tower
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
-from image_towers.towers import PATCH, SIDE, Tower
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 VIT = {"image_size": SIDE, "patch_size": PATCH, "width": 64, "head_width": 16, "layers": 6}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,20 @@ def _repeat(tokens: Tensor, seed: int) -> None:
                 tokens[row, column] = tokens[row, column - 1]
             elif chance > 0.7 and row:
                 tokens[row, column] = tokens[row - 1, column]
+
+
+def tokens_of(inputs: dict[str, Any]) -> Iterator[tuple[int, int, Tensor]]:
+    """Of every picture, its rows and columns of tokens, and their pixels `[token, value]`."""
+    pixels, grids = inputs["pixel_values"], inputs.get("image_grid_thw")
+    if grids is None:
+        for crop in pixels:
+            side = crop.shape[-1] // PATCH
+            yield side, side, crop.view(3, side, PATCH, side, PATCH).permute(1, 3, 0, 2, 4).reshape(side * side, -1)
+        return
+    start = 0
+    for _, height, width in grids.tolist():
+        yield height // MERGE, width // MERGE, pixels[start : start + height * width].reshape(-1, MERGE**2 * pixels.shape[1])
+        start += height * width
 
 
 def crops_of(inputs: dict[str, Any]) -> int:

@@ -15,8 +15,9 @@ from families import configs
 from families.oracles import MOVED, TOLERANCE, dropped_logits, masked_logits
 from families.running import generate
 from families.table import TINY, make_inputs, shared
+from methods.loops.pixelprune import pixelprune
 from pixels.oracles import hidden_patches, shorter_features
-from pixels.pictures import NAMES, RAGGED, crops_of, packed_of, repetitive
+from pixels.pictures import NAMES, RAGGED, crops_of, packed_of, repetitive, tokens_of
 
 import vlmprune as vp
 from vlmprune.tiny import pages
@@ -91,6 +92,17 @@ def test_pruned_equals_the_model_with_the_same_patches_hidden(name, recipe):
     stock = masked_logits(family, model, inputs, {}, new[:, :-1])[:, -3:]
     torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
     assert (stock - expected).abs().amax(dim=(1, 2)).min() > MOVED
+
+
+@pytest.mark.parametrize("name", [*NAMES, "siglip"])
+def test_what_is_kept_is_what_the_method_chose(name):
+    """By the loops of PixelPrune's rule, of every picture. Red: a choice that is counted row by row is applied in the order of
+    windows; the model is exact then, with other tokens."""
+    model, inputs = model_of(name), inputs_of(name, RAGGED)
+    with vp.wrap(model, "pixelprune") as run:
+        model(**inputs)
+    for kept, (rows, columns, tokens) in zip(run.last.kept, tokens_of(inputs), strict=True):
+        assert kept.index.tolist() == pixelprune(rows, columns, tokens.tolist(), 0.0)[0]
 
 
 @pytest.mark.parametrize("recipe", RECIPES if WHOLE else RECIPES[1:2])

@@ -15,6 +15,7 @@ from vlmprune.loading.models import open_model
 from vlmprune.tiny import CHECKPOINT, CLIPS_CHECKPOINT, load, load_for_clips
 from vlmprune.tiny.clip_model import build_clip_tokenizer
 from vlmprune.tiny.clip_questions import CLIP_SKILLS
+from vlmprune.tiny.clips import make_clip
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,12 @@ def test_it_is_small_and_stock(loaded) -> None:
     assert processor.tokenizer.get_vocab() == build_clip_tokenizer().get_vocab()
     settings = json.loads((CLIPS_CHECKPOINT / "processor_config.json").read_text())
     assert settings["processor_class"] == "LlavaNextVideoProcessor"
-    assert settings["video_processor"]["image_mean"] == processor.image_processor.image_mean
+    assert settings["video_processor"]["image_mean"] == list(processor.image_processor.image_mean)
+
+
+def test_it_takes_no_pictures(loaded) -> None:
+    with pytest.raises(vlmprune.UsageError, match="was never shown pictures, and its processor takes none: show it a video"):
+        loaded[1](text="<image>\nwhat ?", images=[make_clip(0).frames()[0]], return_tensors="pt")
 
 
 def test_its_tower_is_the_picture_models(loaded) -> None:

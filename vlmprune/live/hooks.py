@@ -109,7 +109,7 @@ class Hooks:
 
     def enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call enters the base model: whose plan it follows is decided."""
-        if self.owners.is_step(args, kwargs):
+        if self.owners.goes_on_alone(args, kwargs):
             return None
         if args:
             kwargs = by_name(module, args, kwargs)
@@ -188,7 +188,7 @@ class Hooks:
                 return args, {**kwargs, "attention_mask": None}
             call.idle = call.edits.ready and not plan.pruning.at
             return None if call.idle else goes_on(plan, call, args, kwargs)
-        if self.owners.is_step(args, kwargs):
+        if self.owners.goes_on_alone(args, kwargs):
             return None
         if self._call_inside() is not None:  # the model itself runs it, without what it was given: nothing is pruned
             return None

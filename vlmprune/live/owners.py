@@ -89,11 +89,11 @@ class Owners:
             hand_over(cache, self.current)
         return self.current
 
-    def is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call, which is not compiled, is a step in a static cache; it goes on by what is on the cache, if it may.
+    def goes_on_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it is a decoding step in a static cache, not compiled, which needs nothing but what is on the cache.
 
         Raises:
-            UsageError: the conversation began under another recipe, or the cache is full.
+            UsageError: it is, and the conversation began under another recipe, or the cache is full.
         """
         if not is_step(args, kwargs):
             return False

@@ -90,10 +90,8 @@ class Pruning:
             if images is None or bound.stage.site in IN_TOWER or bound.per_frame:  # which count crops, or frames
                 if budget.fraction != 1.0:
                     return True
-            else:
-                for count in set(images):
-                    if budget.resolve(count) < count:
-                        return True
+            elif any(budget.resolve(count) < count for count in set(images)):
+                return True
         return False
 
     def shortens_at_once(self, call: Call) -> bool:

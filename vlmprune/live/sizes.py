@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune.adapters.family import Tower
+from vlmprune.adapters.vision_tower import Tower
 from vlmprune.cost import DecoderShape, LayerShape, TowerShape
 from vlmprune.live.decoder import Decoder
 

@@ -159,20 +159,19 @@ def _pictures(folder: Path) -> list[Path]:
     Image.init()
     readable = {ending for ending, form in Image.registered_extensions().items() if form in Image.OPEN}
     found = [path for path in folder.iterdir() if path.suffix.lower() in readable and path.is_file()]
-    return sorted(found, key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)])
+    return sorted(found, key=lambda path: (_numbered(path.name), path.name))
+
+
+def _numbered(name: str) -> list[str | int]:
+    """A name in pieces, every second of which is a number."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def _folder(folder: Path, frames: int | None, notes: list[str], note: Callable[[str], object]) -> Video:
     paths = _pictures(folder)
     index = chosen(len(paths), len(paths) if frames is None else frames, None, None, str(folder))
     pictures = [open_picture(paths[place], note) for place in index]
-    for place, picture in zip(index, pictures, strict=True):
-        if picture.size != pictures[0].size:
-            first, other = (f"{size[0]} × {size[1]}" for size in (pictures[0].size, picture.size))
-            raise UsageError(
-                f"the frames of a video have one size, found {first} pixels in {paths[index[0]]} and {other} in "
-                f"{paths[place]}: leave out the pictures that are no frames."
-            )
+    _check_sizes(pictures, [str(paths[place]) for place in index], "leave out the pictures that are no frames")
     return Video(pictures, index, len(paths), None, notes)
 
 
@@ -189,7 +188,26 @@ def _file(path: Path, frames: int | None, fps: float | None, notes: list[str], n
             pictures.append(picture.rotate(turn, expand=True) if turn else picture)
         if len(pictures) == len(wanted):
             break
+    _check_sizes(pictures, [f"frame {place} of {path}" for place in index], "encode it anew in one size")
     return Video(pictures, index, total, rate, notes)
+
+
+def _check_sizes(pictures: Sequence[Image.Image], names: Sequence[str], instead: str) -> None:
+    """Refuse frames of different sizes.
+
+    Args:
+        names: of the frames.
+        instead: what to do.
+
+    Raises:
+        UsageError: names two of them.
+    """
+    for picture, name in zip(pictures, names, strict=True):
+        if picture.size != pictures[0].size:
+            first, other = (f"{size[0]} × {size[1]}" for size in (pictures[0].size, picture.size))
+            raise UsageError(
+                f"the frames of a video have one size, found {first} pixels in {names[0]} and {other} in {name}: {instead}."
+            )
 
 
 def _count(path: Path) -> tuple[int, float | None, str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmprune.errors import UsageError
 from vlmprune.tiny.architecture import CHAT_TEMPLATE, HEADS, TEXT_LAYERS, TEXT_WIDTH, VISION_WIDTH, VOCABULARY
 from vlmprune.tiny.clip_questions import CLIP_WORDS
 from vlmprune.tiny.scenes import GRID, PATCH, SIZE
@@ -157,8 +158,13 @@ def build_clip_processor(tokenizer: Any = None) -> Any:
             super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
         def __call__(
-            self, text: str | Sequence[str], videos: Sequence[Sequence[Image.Image]] = (), **options: Any
+            self, text: str | Sequence[str], videos: Sequence[Sequence[Image.Image]] = (), images: Any = None, **options: Any
         ) -> BatchFeature:
+            if images is not None and len(images):
+                raise UsageError(
+                    "the embedded model for clips was never shown pictures, and its processor takes none: show it a video of "
+                    "eight frames, or ask the embedded model for pictures, 'tiny'."
+                )
             texts = [text] if isinstance(text, str) else list(text)
             if sum(one.count(VIDEO) for one in texts) != len(videos):
                 raise ValueError(f"found {sum(one.count(VIDEO) for one in texts)} {VIDEO} for {len(videos)} clips")
