@@ -101,7 +101,7 @@ which the whole prompt sees itself in both directions (PaliGemma). Time and memo
 ## Pictures that the embeddings hold already
 
 ```python
-with run.override(image_positions=places):      # [batch, token]: true at the tokens of pictures
+with run.override(image_positions=places):  # [batch, token]: true at the tokens of pictures
     model.generate(inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=32)
 ```
 
