@@ -777,7 +777,7 @@ BUGS = (
         "budgets per frame",
         "a picture takes one",
         f"{LIVE}/prefill.py",
-        "    check_budgets(plan.pruning.stages, prompt.layout)\n",
+        "    check_budgets(plan.pruning.stages, prompt.layout, merged is not None)\n",
         "",
         ("test_budgets_of_frames_are_refused_for_pictures",),
     ),

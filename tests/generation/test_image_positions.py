@@ -108,9 +108,13 @@ def test_frames_among_embeddings_are_not_known(recipe):
     """Red: a video is taken for a picture, in which EVS finds nothing that is repeated."""
     model, inputs = shared("qwen2_5_vl", "sdpa"), make_inputs("qwen2_5_vl", BATCHES["video"])
     embedded = merged("qwen2_5_vl", model, inputs)
-    with vp.wrap(model, recipe) as run, run.override(image_positions=visual_columns(inputs)):
-        with pytest.raises(vp.UsageError, match="image_positions says where pictures are, but not which tokens are frames"):
-            model.generate(**embedded, max_new_tokens=2)
+    sentence = "image_positions says where pictures are, but not which tokens are frames"
+    with (
+        vp.wrap(model, recipe) as run,
+        run.override(image_positions=visual_columns(inputs)),
+        pytest.raises(vp.UsageError, match=sentence),
+    ):
+        model.generate(**embedded, max_new_tokens=2)
 
 
 def test_methods_that_read_words_still_need_ids(given):
