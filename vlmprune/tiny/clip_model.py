@@ -173,7 +173,9 @@ def build_clip_processor(tokenizer: Any = None) -> Any:
             made = dict(self.tokenizer(whole, **options))
             if len({len(frames) for frames in videos}) > 1:
                 counts = ", ".join(str(len(frames)) for frames in videos)
-                raise ValueError(f"clips of one batch need the same number of frames, found {counts}; ask one at a time (--batch 1)")
+                raise ValueError(
+                    f"clips of one batch need the same number of frames, found {counts}; ask one at a time (--batch 1)"
+                )
             if videos:
                 pixels = [self.image_processor(list(frames), return_tensors="pt")["pixel_values"] for frames in videos]
                 made["pixel_values_videos"] = torch.stack(pixels)
