@@ -105,8 +105,8 @@ class ImageTowerPass(TowerPass):
             )
 
     def average(self, out: Tensor) -> Tensor:
-        """Padding of what is averaged over patches `[picture, token, dim]` gets the mean of the patches that are left (and of
-        the tokens before them, where these are averaged, too), so that the average over all rows is theirs."""
+        """Padding of what is averaged over patches `[picture, token, dim]` gets the mean of the patches that are left, so that
+        the average over all rows is theirs (and that of the tokens before them, where these are averaged, too)."""
         (state,) = self.states
         if state.valid is None:
             return out
