@@ -33,13 +33,14 @@ def offloading() -> Iterator[dict[str, int]]:
     def offload(layer: Any) -> None:
         if layer.is_initialized and layer.keys.device.type != "meta":
             counts["offloaded"] += 1
-            away[id(layer)] = layer.keys, layer.values
+            there = layer.keys, layer.values
             layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+            away[id(layer.keys)] = there  # another layer may take over the tensors
 
     def prefetch(layer: Any) -> None:
-        if layer.is_initialized and layer.keys.device.type == "meta":
+        if layer.is_initialized and layer.keys.device != layer.device:  # as transformers asks
             counts["fetched"] += 1
-            layer.keys, layer.values = away.pop(id(layer))
+            layer.keys, layer.values = away.pop(id(layer.keys))
 
     theirs = CacheLayerMixin.offload, CacheLayerMixin.prefetch, torch.Stream, torch.cuda.default_stream
     CacheLayerMixin.offload, CacheLayerMixin.prefetch = offload, prefetch

@@ -99,7 +99,12 @@ def test_tokens_are_not_taken_out_of_a_quantised_cache(model):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["zerotuning:gain=2", "divprune:fraction=0.5 + zerotuning:gain=2", "mustdrop:layer=2,fraction=0.3"]
+    "recipe",
+    [
+        "zerotuning:gain=2",
+        "divprune:fraction=0.5 + zerotuning:gain=2",
+        "divprune:fraction=0.5 + random:layer=4,fraction=0.2,cache_layer=2",
+    ],
 )
 def test_offloaded_is_as_if_it_were_not(model, recipe):
     """Red: marks, or a cache stage, read entries that are elsewhere."""
@@ -112,20 +117,17 @@ def test_offloaded_is_as_if_it_were_not(model, recipe):
 
 
 def test_a_filled_cache_may_be_offloaded(model):
-    """A second turn with a picture, after one of words: what is elsewhere is taken over there."""
-    samples = [["text9"]]
-    text, later = make_inputs("llava", samples), make_inputs("llava", [["text2", "image", "text4"]], seed=5)
+    """A second turn with a picture, after one of words: layers whose entries are elsewhere are taken over as they are.
+
+    Red: what is recorded of them is put where they are, and not where the model computes."""
+    text, later = make_inputs("llava", [["text9"]]), make_inputs("llava", [["text2", "image", "text4"]], seed=5)
     answers = []
-    for away in (False, True):
-        with vp.wrap(model, "divprune:layer=1,fraction=0.5"):
-            cache = DynamicCache(config=model.config)
-            first = model.generate(**text, max_new_tokens=2, past_key_values=cache)
-            ids = torch.cat([first, later["input_ids"]], 1)
+    for strategy in ({}, {"cache_implementation": "offloaded"}):
+        with vp.wrap(model, "random:layer=1|3,fraction=0.6|0.3"), offloading():
+            first, _, _ = generate(model, text, 2, **strategy)
+            ids = torch.cat([first.sequences, later["input_ids"]], 1)
             turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": later["pixel_values"]}
-            with offloading():
-                if away:
-                    cache.offloading, cache.only_non_sliding, cache.prefetch_stream = True, False, torch.Stream()
-                answers.append(model.generate(**turn, past_key_values=cache, max_new_tokens=4))
+            answers.append(model.generate(**turn, past_key_values=first.past_key_values, max_new_tokens=4))
     assert torch.equal(*answers)
 
 

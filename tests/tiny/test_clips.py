@@ -159,13 +159,18 @@ def test_training_and_model_read_clips_alike(model, clips: list[Clip]) -> None:
         all_kept = torch.arange(VISUAL).expand(2, -1)
         same = read(model, visual, batch.among(all_kept), places=2 + all_kept)[batch.picture, batch.token]
         short = batch.among(kept)
-        assert read(model, fewer, short, places=2 + kept).shape[1] == batch.ids.shape[1]
+        hidden_short = read(model, fewer, short, places=2 + kept)[0]
+        language = model.model.language_model
+        words = len(asked[0].text.split()) + 2
+        start = language.embed_tokens(torch.tensor([CLIP_VOCABULARY["<s>"], CLIP_VOCABULARY["USER:"]]))
+        embedded = torch.cat([start, fewer[0], language.embed_tokens(batch.ids[0, :words])])[None]
+        places = torch.cat([torch.arange(2), 2 + kept[0], batch.position_ids[0, :words]])[None]
+        alone = language(inputs_embeds=embedded, position_ids=places).last_hidden_state[0, -words:]
     first = [int((batch.question == number).nonzero()[0]) for number in range(2)]
     assert torch.allclose(ours[first], stock, atol=2e-5)
     assert torch.equal(hidden, same)
-    assert torch.equal(
-        kept.gather(1, short.cell[None])[0] if len(kept) == 1 else kept[short.cell_picture, short.cell], batch.cell
-    )
+    assert torch.allclose(normed(language.norm, hidden_short[:words]), alone, atol=2e-4)
+    assert torch.equal(kept[short.cell_picture, short.cell], batch.cell)
     assert torch.allclose(short.noun_wanted.sum(-1), torch.ones(1))
     assert torch.allclose(short.earlier.sum(-1), torch.ones(1))
 

@@ -16,7 +16,8 @@ from vlmprune.schedule import Schedule, scaled_layer
 from vlmprune.tiny.architecture import TEXT_LAYERS
 
 LAYERS = "as 2:-1 or 1|18:"
-KINDS = (("Literal", "text"), ("Positions", "text"), ("str", "text"), ("int", "whole number"), ("float", "number"))
+WORDS = tuple((name, "text") for name in ("Literal", "Positions", "Per", "Site", "str"))
+KINDS = (*WORDS, ("int", "whole number"), ("float", "number"))
 """Types in words: the first whose key is in the annotation."""
 PYTHON = "object, in Python only"
 """The type of parameters that no recipe string or file can hold."""

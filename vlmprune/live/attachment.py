@@ -204,7 +204,7 @@ class Attachment:
         if kind == "pool":
             assert plan.family.videos is not None
             assert plan.family.videos.pool is not None
-            return self._before(part(plan.family.videos.pool), self.hooks.enter_pool)
+            return self._before(part(plan.family.videos.pool), partial(hooks.enter_video_pool, self.hooks))
         return self._after(part(tower.projector), self.hooks.leave_projector)
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> _Place:

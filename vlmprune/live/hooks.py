@@ -28,6 +28,7 @@ from vlmprune.live.prefill import begin, enter_prompt, goes_on, leave_prompt
 from vlmprune.live.prompt import FED_AGAIN, begins_again, by_name, strange_embeddings
 from vlmprune.live.static_step import IMAGES, is_step
 from vlmprune.live.tower import TowerPass
+from vlmprune.live.tower_plan import enter_pool
 
 
 class _PerThread(threading.local):
@@ -274,11 +275,6 @@ class Hooks:
         """What leaves a packed tower before its end has the full number of rows again."""
         return None if (tower := self._thread.tower) is None else tower.restore(features)
 
-    def enter_pool(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Squares of a video's patches become one token each, before the projector."""
-        if (tower := self._thread.tower) is not None:
-            tower.plan.tower.enter_pool(tower)
-
     def leave_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], features: Tensor) -> Any:
         """What the tower saw of every token is recorded with its features."""
         if (tower := self._thread.tower) is None:
@@ -289,6 +285,12 @@ class Hooks:
         tower.output = None
         self._thread.tower = None if left else tower
         return features
+
+
+def enter_video_pool(ours: Hooks, *_: Any) -> None:
+    """Squares of a video's patches become one token each, before the projector."""
+    if (tower := ours._thread.tower) is not None:
+        enter_pool(tower)
 
 
 # -- hooks that need nothing but what they are given -------------------------------------------------------------------------

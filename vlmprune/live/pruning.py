@@ -97,9 +97,8 @@ class Pruning:
     def shortens_at_once(self, call: Call) -> bool:
         """Whether all layers will compute fewer tokens than the prompt has, as far as budgets tell."""
         for bound in self._running.get(0, ()):
-            if bound.stage.site == "llm" and not bound.adaptive:
+            if bound.stage.site == "llm" and not bound.adaptive and call.prompt is not None:
                 budget, prompt = self.budget_of(bound, call.budget), call.prompt
-                assert prompt is not None
                 for image, index in enumerate(call.section.remaining):
                     if bound.keeps(budget, prompt, image) < len(index):
                         return True

@@ -77,6 +77,7 @@ class TowerPlan:
         self.pixels = next((bound for bound in pruning.stages if bound.stage.site == "pixels"), None)
         self.used = bool(self.wanted) or self.stage is not None
         self.memory, self.now = FeatureIndex(), PerThread()
+        self._pool = None if family.videos is None else family.videos.pool
         if self.pixels is not None:
             check_pixels(family, base, self.pixels)
         self._patches = None if family.tower is None or self.pixels is None else family.tower.patches
@@ -100,11 +101,6 @@ class TowerPlan:
     def _between(self) -> bool:
         """Patches are dropped between blocks."""
         return self.stage is not None and self.stage.stage.site == "vision"
-
-    @property
-    def _pool(self) -> str | None:
-        """What makes squares of a video's patches one token, from the base model."""
-        return None if self._family.videos is None else self._family.videos.pool
 
     # -- beforehand ------------------------------------------------------------------------------------------------------
 
@@ -260,22 +256,6 @@ class TowerPlan:
     def enter_merger(self, tower: TowerPass, args: tuple[Any, ...]) -> Any:
         return (tower.shorten_packed(len(self._blocks()), args[0]), *args[1:]) if tower.drops else args
 
-    def enter_pool(self, tower: TowerPass) -> None:
-        """A video is in the tower, and squares of its patches become one token each.
-
-        Raises:
-            UsageError: patches were dropped, so that there are no squares.
-        """
-        assert self._family.videos is not None
-        if tower.shortened:
-            name = tower.plan.recipe if tower.pruner is None else tower.pruner.name
-            raise UsageError(
-                f"{name} drops patches in the vision tower, but squares of a video's patches become one token "
-                "behind it, which needs all of them: choose a method that prunes in the language model, or pass the frames as "
-                "pictures."
-            )
-        tower.pooled = self._family.videos.pooled(self._config)
-
     def leave_projector(self, tower: TowerPass, args: tuple[Any, ...], features: Tensor) -> Tensor:
         with self._timed(features.device):
             return self._remember(tower, args, features)
@@ -310,6 +290,22 @@ class TowerPlan:
         clock = Clock(what="inside the vision tower", device=device)
         self.now.clocks = (*self.now.clocks, clock)
         return clock
+
+
+def enter_pool(tower: TowerPass) -> None:
+    """A video is in the tower, and squares of its patches become one token each.
+
+    Raises:
+        UsageError: patches were dropped, so that there are no squares.
+    """
+    plan = tower.plan
+    if tower.shortened:
+        name = plan.recipe if tower.pruner is None else tower.pruner.name
+        raise UsageError(
+            f"{name} drops patches in the vision tower, but squares of a video's patches become one token behind it, which "
+            "needs all of them: choose a method that prunes in the language model, or pass the frames as pictures."
+        )
+    tower.pooled = plan.family.videos.pooled(plan.config)
 
 
 def passes_on(block: nn.Module) -> bool:
