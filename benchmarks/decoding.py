@@ -146,11 +146,12 @@ def main(
     steps: Annotated[int, typer.Option(min=2, help="Pairs of steps per round.")] = 24,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     recipe: Annotated[list[str] | None, typer.Option(help="Instead of the five; may be given several times.")] = None,
-    out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = Path("benchmarks/results/decoding-cpu"),
+    out: Annotated[Path | None, typer.Option(help="Path of the results, without suffix.")] = None,
     compiled: Annotated[bool, typer.Option(help="Compiled steps in a static cache, see compiled_steps.py.")] = False,
     shape: Annotated[list[str] | None, typer.Option(help="Of compiled steps: of these models only.")] = None,
 ) -> None:
     torch.set_num_threads(threads)
+    out = out or Path(f"benchmarks/results/decoding-cpu{'-compiled' if compiled else ''}")
     if compiled:
         return compare_compiled(rounds, steps, threads, recipe or list(compiled_steps.RECIPES), shape or SHAPES, out)
     recipes = recipe or list(RECIPES)
