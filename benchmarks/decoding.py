@@ -1,7 +1,7 @@
 """How fast a decoding step is under a recipe: time of an un-pruned step divided by ours, above 1 is faster.
 
     python benchmarks/decoding.py [--rounds 12] [--steps 24] [--threads 1] [--recipe …] [--out benchmarks/results/decoding-cpu]
-    python benchmarks/decoding.py --compiled [--rounds 12] [--steps 24] [--out benchmarks/results/decoding-cpu-compiled]
+    python benchmarks/decoding.py --compiled [--rounds 4] [--steps 12] [--shape llava] [--out docs/results/compiled_steps-cpu]
 
 A LLaVA-shaped random model, 640 wide, 8 layers, 10 heads, SDPA on both sides; the prompt has 576 visual tokens and 75 words.
 Every round runs the prompt twice, once plain and once under the recipe, and then decodes the same words from both caches: one
@@ -146,14 +146,15 @@ def main(
     steps: Annotated[int, typer.Option(min=2, help="Pairs of steps per round.")] = 24,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     recipe: Annotated[list[str] | None, typer.Option(help="Instead of the five; may be given several times.")] = None,
-    out: Annotated[Path, typer.Option(help="Path of the results, without suffix.")] = Path("benchmarks/results/decoding-cpu"),
+    out: Annotated[Path | None, typer.Option(help="Path of the results, without suffix.")] = None,
     compiled: Annotated[bool, typer.Option(help="Compiled steps in a static cache, see compiled_steps.py.")] = False,
     shape: Annotated[list[str] | None, typer.Option(help="Of compiled steps: of these models only.")] = None,
 ) -> None:
     torch.set_num_threads(threads)
     if compiled:
+        out = out or Path("docs/results/compiled_steps-cpu")
         return compare_compiled(rounds, steps, threads, recipe or list(compiled_steps.RECIPES), shape or SHAPES, out)
-    recipes = recipe or list(RECIPES)
+    out, recipes = out or Path("benchmarks/results/decoding-cpu"), recipe or list(RECIPES)
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
         task = progress.add_task("decoding", total=(rounds + 1) * len(recipes))
         rows = measure(recipes, rounds, steps, lambda: progress.advance(task))
