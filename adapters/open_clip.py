@@ -75,6 +75,7 @@ def _of_timm(tower: nn.Module, root: str, name: str, inside: str = "") -> ImageT
     kinds = {type(block).__name__ for block in blocks}
     if type(trunk).__name__ not in TRUNKS or not kinds or not kinds <= BLOCKS:
         what = f"blocks of a kind that is not known ({', '.join(sorted(kinds))})" if kinds else "no list of blocks"
+        what = "a way of its own to run its blocks" if kinds and kinds <= BLOCKS else what
         raise UsageError(f"{name} has {what}, so that nothing can be dropped there: {SUITS}.")
     embedding = trunk.patch_embed
     if embedding.grid_size is None:

@@ -33,8 +33,9 @@ VIDEOS = """## On videos
 
 A video is a picture with frames. `per="frame"`, a parameter of every pruning method, gives every frame the budget and decides
 it by itself, as if it were a picture. Without it, the budget is the video's, and this table says what is decided together. A
-budget inside the vision tower is that of a frame, for the tower sees frames one by one. Every method is tested on videos of
-every family, or the sentence by which it is refused (`tests/video/test_video_methods.py`; all pairs: `make test-video`).
+budget inside the vision tower is that of a frame, for the tower sees frames one by one. Before the tower (`site=pixels`),
+videos are refused. Every method is tested on videos of every family, or the sentence by which it is refused
+(`tests/video/test_video_methods.py`; all pairs: `make test-video`).
 """
 
 
@@ -43,7 +44,10 @@ def on_videos() -> str:
     videos = [family for family in FAMILIES.values() if family.videos is not None]
     lines = ["| method | of a video | families |", "| --- | --- | --- |"]
     for name, method in sorted(vlmprune.METHODS.items()):
-        lines.append(f"| `{name}` | {_together(method)} | {_where(method(), videos)} |")
+        if any(stage.site == "pixels" for stage in method().stages):
+            lines.append(f"| `{name}` | refused | none: patches before the tower are followed for pictures only |")
+        else:
+            lines.append(f"| `{name}` | {_together(method)} | {_where(method(), videos)} |")
     for name, method in sorted(vlmprune.REDISTRIBUTORS.items()):
         mine = [family for family in videos if family.facts.cls] if method().needs else videos
         lines.append(f"| `{name}` | the tokens of all frames are visual tokens | {_names(mine, videos)} |")

@@ -101,13 +101,14 @@ which the whole prompt sees itself in both directions (PaliGemma). Time and memo
 ## Pictures that the embeddings hold already
 
 ```python
-with run.override(image_positions=places):      # [batch, token]: true at the tokens of pictures
+with run.override(image_positions=places):  # [batch, token]: true at the tokens of pictures
     model.generate(inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=32)
 ```
 
 Every run of true is a picture. Where a picture's tokens have others between them, give numbers instead: 0 for words, n for
-the tokens of a row's n-th picture. Methods that read token ids still need `input_ids`. Methods that look into the vision
-tower find its probes by the features, if the wrapped model encoded them. DeepStack's features (Qwen3-VL) are not in
+the tokens of a row's n-th picture. Which tokens are frames of a video cannot be said: methods that compare frames (EVS,
+VidCom2, FastVID) and `per=frame` are refused. Methods that read token ids still need `input_ids`. Methods that look into the
+vision tower find its probes by the features, if the wrapped model encoded them. DeepStack's features (Qwen3-VL) are not in
 embeddings: transformers leaves them out, and so do we.
 
 ## Caches, guesses, servers

@@ -103,6 +103,20 @@ def test_places_that_do_not_fit_the_call(given):
             model.generate(**embedded, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("recipe", ["evs:fraction=0.6", "vidcom2:fraction=0.6", "fastvid:fraction=0.6"])
+def test_frames_among_embeddings_are_not_known(recipe):
+    """Red: a video is taken for a picture, in which EVS finds nothing that is repeated."""
+    model, inputs = shared("qwen2_5_vl", "sdpa"), make_inputs("qwen2_5_vl", BATCHES["video"])
+    embedded = merged("qwen2_5_vl", model, inputs)
+    sentence = "image_positions says where pictures are, but not which tokens are frames"
+    with (
+        vp.wrap(model, recipe) as run,
+        run.override(image_positions=visual_columns(inputs)),
+        pytest.raises(vp.UsageError, match=sentence),
+    ):
+        model.generate(**embedded, max_new_tokens=2)
+
+
 def test_methods_that_read_words_still_need_ids(given):
     from cases import ROWS
 

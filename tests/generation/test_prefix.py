@@ -233,6 +233,7 @@ def test_a_second_beginning_of_text_is_noticed(model, monkeypatch):
     [
         (lambda inputs: {"pixel_values": inputs["pixel_values"]}, "with input_ids [1, token], found pixel_values"),
         (lambda inputs: {}, "found nothing"),
+        (lambda inputs: {**inputs, "input_ids": [[20, 1]]}, "input_ids are [[20, 1]], no such tensor"),
         (lambda inputs: make_inputs("llava", [["text2", "image"]] * 2), "found a batch of 2: encode them one by one"),
         (lambda inputs: make_inputs("llava", [["text9"]]), "has no picture"),
         (lambda inputs: {**inputs, "attention_mask": inputs["attention_mask"][:, 1:]}, "must have the shape of input_ids"),
@@ -243,6 +244,23 @@ def test_bad_beginnings(model, change, sentence):
     with vp.wrap(model, BLIND) as run, pytest.raises(vp.UsageError) as refusal:
         run.encode(**change(beginning("llava")))
     assert sentence in str(refusal.value)
+
+
+def test_a_recipe_that_is_switched_off_is_the_reason(model):
+    """Red: the refusal says that there is no picture."""
+    with vp.wrap(model, BLIND) as run, run.override(enabled=False), pytest.raises(vp.UsageError, match="is switched off here"):
+        run.encode(**beginning("llava"))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+@pytest.mark.parametrize("recipe", ["evs:fraction=0.6", "uniform:per=frame,fraction=0.5"])
+def test_a_video_is_pruned_once(family, recipe):
+    model, inputs = shared(family, "sdpa"), make_inputs(family, [["text4", "video", "text2"]])
+    questions = [words(1 + seed, seed) for seed in range(3)]
+    with vp.wrap(model, recipe) as run:
+        alone = [model.generate(**extended(family, inputs, question), max_new_tokens=4)[0, -4:] for question in questions]
+        prefix = run.encode(**inputs)
+        assert torch.equal(model.generate(**prefix.ask(*padded(questions)), max_new_tokens=4)[:, -4:], torch.stack(alone))
 
 
 def test_a_prefix_ends_with_its_recipe(model):

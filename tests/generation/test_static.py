@@ -160,6 +160,16 @@ def test_too_short():
             model(input_ids=WORD, past_key_values=cache)
 
 
+def test_another_number_of_rows_is_refused():
+    """Red: torch says that sizes do not match."""
+    model = shared("llava")
+    with vp.wrap(model, "random:layer=0|2,fraction=0.6|0.3"):
+        cache = model(**make_inputs("llava", model, ONE), past_key_values=StaticCache(model.config, 64)).past_key_values
+        with pytest.raises(vp.UsageError, match=r"holds the conversations of 1 row\(s\), and this call has 2"):
+            model(input_ids=WORD.expand(2, 1), past_key_values=cache)
+        model(input_ids=WORD, past_key_values=cache)
+
+
 def test_a_conversation_stays_with_its_recipe_and_model():
     model, other = build("llava"), build("llava")
     inputs = make_inputs("llava", model, ONE)

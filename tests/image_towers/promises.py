@@ -22,6 +22,7 @@ RECIPES = {
     "two stages": "random:layer=1|3,tokens=9|5",
     "before the tower": "pixelprune",
     "before and between": "pixelprune:tokens=24 + flowcut:tokens=9",
+    "fusing": "pixelprune + evit:tokens=6",
     "two methods": "flowcut:tokens=12 + divprune:layer=3,tokens=9",
 }
 WITHOUT_CLS = {name: RECIPES[name] for name in ("before the tower", "before the first block", "merging", "two stages")}

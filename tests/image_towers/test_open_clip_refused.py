@@ -25,6 +25,7 @@ def test_resnet():
     ("name", "sentence"),
     [
         ("convnext_atto", "has no list of blocks"),
+        ("deit_tiny_distilled_patch16_224", r"\(VisionTransformerDistilled\) has a way of its own to run its blocks"),
         ("vit_relpos_small_patch16_224", r"has blocks of a kind that is not known \(RelPosBlock\)"),
     ],
 )

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import vlmprune
 from vlmprune.evals.answers import UNPRUNED
@@ -16,20 +15,16 @@ from vlmprune.evals.questions import open_questions
 from vlmprune.evals.results import stamp
 from vlmprune.evals.store import Store
 from vlmprune.loading.prompts import placeholders
-from vlmprune.tiny import load
-from vlmprune.tiny.clip_model import build_clip_model, build_clip_processor
+from vlmprune.tiny import load, load_for_clips
+from vlmprune.tiny.clip_model import build_clip_processor
 from vlmprune.tiny.clips import FRAMES
-from vlmprune.tiny.training.clip_language import adopt
 
 ROOT = Path(vlmprune.__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    made = build_clip_model()
-    adopt(made, load()[0])
-    return made
+    return load_for_clips()[0]
 
 
 @pytest.fixture(scope="module")

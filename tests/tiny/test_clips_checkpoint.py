@@ -53,7 +53,13 @@ def test_it_is_small_and_stock(loaded) -> None:
 
 def test_it_takes_no_pictures(loaded) -> None:
     with pytest.raises(vlmprune.UsageError, match="was never shown pictures, and its processor takes none: show it a video"):
-        loaded[1](text="<image>\nwhat ?", images=[make_clip(0).frames()[0]], return_tensors="pt")
+        loaded[1](text="<image>\nwhat ?", images=make_clip(0).frames()[0], return_tensors="pt")
+
+
+def test_clips_of_different_lengths_are_not_one_batch(loaded) -> None:
+    frames = list(make_clip(0).frames())
+    with pytest.raises(ValueError, match="need the same number of frames, found 8, 4; ask one at a time"):
+        loaded[1](text=["<video> what ?"] * 2, videos=[frames, frames[:4]], padding=True, return_tensors="pt")
 
 
 def test_its_tower_is_the_picture_models(loaded) -> None:

@@ -200,7 +200,8 @@ class Run:
         """Prune a picture once, to ask many questions about it: run the beginning of a prompt, up to the question.
 
         `model.generate(**prefix.ask(**tokenized_questions))` answers them, in a batch or one by one, exactly as if each whole
-        prompt were run by itself. `run.last` is the record of the beginning. The caller's settings count (`override`).
+        prompt were run by itself; `random` draws once for the prefix, instead of once for every question. `run.last` is the
+        record of the beginning. The caller's settings count (`override`).
 
         Args:
             inputs: of one prompt, as the processor gives them: ids, mask, pixels and what belongs to these.

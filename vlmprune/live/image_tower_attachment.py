@@ -192,7 +192,7 @@ def _pixels(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def tower_attachment_on(block: nn.Module) -> TowerAttachment | None:
-    """What watches a block, whichever module counts as its tower (a ViT of timm, or what open_clip builds around it); or None."""
+    """What watches a block, whichever module counts as its tower (a ViT of timm, or what open_clip builds around it)."""
     for hook in block._forward_pre_hooks.values():
         owner = getattr(getattr(hook, "func", None), "__self__", None)
         if isinstance(owner, TowerAttachment):

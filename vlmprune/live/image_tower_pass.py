@@ -105,8 +105,8 @@ class ImageTowerPass(TowerPass):
             )
 
     def average(self, out: Tensor) -> Tensor:
-        """Padding of what is averaged over patches `[picture, token, dim]` gets the mean of the patches that are left (and of the
-        tokens before them, where these are averaged, too), so that the average over all rows is theirs."""
+        """Padding of what is averaged over patches `[picture, token, dim]` gets the mean of the patches that are left, so that
+        the average over all rows is theirs (and that of the tokens before them, where these are averaged, too)."""
         (state,) = self.states
         if state.valid is None:
             return out
@@ -203,8 +203,9 @@ class ImageTowerPass(TowerPass):
     def _shorten(self, index: int, hidden: Tensor, state: TowerState) -> Tensor:
         before, patches, shortened = hidden[:, : self.tower.before], hidden[:, self.tower.before :], False
         if self.pruner is not None and index and (left := self.pruner.drop(index - 1, self.last, patches, state)) is not None:
+            fuses = left[1] is not patches
             patches, shortened = self._apply(state, *left), True
-            self._note(index, self.plan.inside, state)
+            self._note(index, self.plan.inside, state, patches.detach() if fuses else None)
         for bound in self._running:
             if bound.stage.layer == index and bound.stage.site != "vision":
                 chosen = choose(bound, self._keep[bound.number], patches, state, self._pictures)

@@ -14,14 +14,15 @@ from weakref import ReferenceType, ref
 from torch import nn
 
 from vlmprune.errors import UsageError
-from vlmprune.live.cache import check_same_stages, hand_over
+from vlmprune.live.cache import check_same_stages, conversation_layer, hand_over
 from vlmprune.live.call import Call
 from vlmprune.live.context import now, open_blocks
 from vlmprune.live.owner import Owner, encoded_of, features_of, owner_of
 from vlmprune.live.plan import Plan
 from vlmprune.live.prefill import identity_of
+from vlmprune.live.prompt import check_rows
 from vlmprune.live.static_cache import check_room
-from vlmprune.live.static_step import check_marked, is_step
+from vlmprune.live.static_step import check_marked, is_step, tokens_of
 
 GONE = (
     "these pictures were encoded while a recipe dropped patches of them inside the vision tower, and that recipe was removed "
@@ -93,12 +94,13 @@ class Owners:
         """Whether it is a decoding step in a static cache, not compiled, which needs nothing but what is on the cache.
 
         Raises:
-            UsageError: it is, and the conversation began under another recipe, or the cache is full.
+            UsageError: it is, and the conversation began under another recipe, or with other rows, or the cache is full.
         """
         if not is_step(args, kwargs):
             return False
         cache = kwargs["past_key_values"]
         check_room(cache.layers, 1)
+        check_rows(conversation_layer(cache), len(tokens_of(args, kwargs)))
         owner = self.of_conversation(cache)
         if owner is not None and owner.plan is not None and owner.plan.contexts.settings.enabled:
             check_marked(cache, owner.plan.redistribution)

@@ -156,7 +156,7 @@ def _find_images(plan: Plan, call: Call, kwargs: dict[str, Any]) -> None:
     prompt = begin_prompt(call, tokens, pictures or (), ids.device, joins, videos or ())
     if videos:
         prompt.layout = with_frames(prompt.layout, family, kwargs, plan.config)
-    check_budgets(plan.pruning.stages, prompt.layout)
+    check_budgets(plan.pruning.stages, prompt.layout, merged is not None)
     call.prompt = prompt
     if known is not None:
         call.prompt.chosen, call.prompt.replayed = known.chosen, bool(known.chosen)

@@ -182,11 +182,16 @@ def encode(plan: Plan, inputs: dict[str, Any]) -> Prefix:
         UsageError: as `Run.encode`.
     """
     _check_recipe(plan)
+    if not plan.contexts.settings.enabled:
+        raise UsageError(
+            "the recipe is switched off here (run.enabled, override(enabled=False)), so that there is no pruned prefix to "
+            "make: switch it on, or run the questions one by one."
+        )
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise UsageError(
             "encode takes what the processor gives for the beginning of a prompt, with input_ids [1, token], found "
-            f"{', '.join(inputs) or 'nothing'}."
+            f"{', '.join(inputs) or 'nothing'}{'' if ids is None else f'; input_ids are {shown(ids)}, no such tensor'}."
         )
     if len(ids) != 1:
         raise UsageError(f"a prefix is the beginning of one prompt, found a batch of {len(ids)}: encode them one by one.")

@@ -63,6 +63,24 @@ def read_mask(call: Call, kwargs: Mapping[str, Any]) -> None:
     call.custom = mask is not None and call.mask is None
 
 
+def check_rows(last: Any, rows: int | None) -> None:
+    """Refuse a call with another number of rows than the conversation has.
+
+    Args:
+        last: a layer of the conversation's cache, or None.
+        rows: of the call; None if unknown.
+
+    Raises:
+        UsageError: says how many.
+    """
+    if isinstance(last, Pruned) and last.recorded is not None and rows not in (None, len(last.recorded.slots)):
+        raise UsageError(
+            f"the cache holds the conversations of {len(last.recorded.slots)} row(s), and this call has {rows}: copy the cache "
+            "and call its batch_repeat_interleave(n); for beams or several sequences of questions on a prefix, "
+            "prefix.ask(…, copies=n); a static cache is made for its rows."
+        )
+
+
 def check_mask_goes_on(call: Call, cache: Cache | None, rows: int | None) -> None:
     """Refuse a later turn without a mask, where the conversation has hidden tokens: those that were dropped at the first stage
     cannot become visible again, as they do in the plain model. And one with another number of rows, `rows`.
@@ -71,12 +89,7 @@ def check_mask_goes_on(call: Call, cache: Cache | None, rows: int | None) -> Non
         UsageError: there is no mask, and something is hidden; or the cache is of another batch.
     """
     last = conversation_layer(cache) if call.past else None
-    if isinstance(last, Pruned) and last.recorded is not None and rows not in (None, len(last.recorded.slots)):
-        raise UsageError(
-            f"the cache holds the conversations of {len(last.recorded.slots)} row(s), and this call has {rows}: copy the cache "
-            "and call its batch_repeat_interleave(n); for beams or several sequences of questions on a prefix, "
-            "prefix.ask(…, copies=n)."
-        )
+    check_rows(last, rows)
     masked = isinstance(last, Pruned) and last.recorded is not None and not last.recorded.unpadded
     if masked and call.mask is None and not call.custom:
         raise UsageError(

@@ -39,9 +39,14 @@ def is_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     for name in IMAGES:
         if kwargs.get(name) is not None:
             return False
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    tokens = tokens_of(args, kwargs)
     return tokens is not None and tokens.shape[1] == 1
+
+
+def tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Ids or embeddings of a call, `[batch, token, …]`; None if it has neither."""
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    return kwargs.get("inputs_embeds") if tokens is None else tokens
 
 
 def is_compiled_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -104,12 +104,15 @@ def with_frames(layout: Layout, family: Family, kwargs: Mapping[str, Any], confi
     return replace(layout, images=tuple(images))
 
 
-def check_budgets(stages: Sequence[BoundStage], layout: Layout) -> None:
-    """Refuse budgets per frame for pictures, and methods that compare frames which are not alike.
+def check_budgets(stages: Sequence[BoundStage], layout: Layout, said: bool) -> None:
+    """Refuse budgets per frame for pictures, and methods that compare frames which are not alike, or not known.
+
+    Args:
+        said: the pictures are among the embeddings, and their caller says where (`image_positions`).
 
     Raises:
-        UsageError: a stage counts frames, and a picture of the prompt has none; or its method compares frames, and those of a
-            video have different numbers of tokens.
+        UsageError: a stage counts frames, and a picture of the prompt has none; or its method compares frames, and nothing says
+            which tokens are frames, or those of a video have different numbers of tokens.
     """
     name = next((bound.method.name for bound in stages if bound.per_frame), None)
     if name is not None and any(not image.frames for image in layout.images):
@@ -118,6 +121,11 @@ def check_budgets(stages: Sequence[BoundStage], layout: Layout) -> None:
             "out, or ask about the picture in a prompt without this recipe."
         )
     name = next((bound.method.name for bound in stages if bound.method.compares_frames), None)
+    if name is not None and said:
+        raise UsageError(
+            f"{name} compares the frames of a video, and image_positions says where pictures are, but not which tokens are "
+            "frames of a video: pass input_ids with the video, or choose a method that compares no frames."
+        )
     for image in layout.images if name is not None else ():
         if image.frame is not None and not _alike(sizes := np.bincount(image.frame)):
             raise UsageError(

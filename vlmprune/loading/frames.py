@@ -133,7 +133,9 @@ class FramesProcessor:
         else:
             if len({tuple(own.shape) for own in frames}) > 1:
                 counts = ", ".join(str(len(own)) for own in frames)
-                raise ValueError(f"its videos of one batch need the same number of frames, found {counts}; ask one at a time")
+                raise ValueError(
+                    f"its videos of one batch need the same number of frames, found {counts}; ask one at a time (--batch 1)"
+                )
             data = {"pixel_values_videos": torch.stack(frames)}
         if return_metadata:
             data["video_metadata"] = make_batched_metadata(list(videos), video_metadata=video_metadata)

@@ -160,7 +160,7 @@ def build_clip_processor(tokenizer: Any = None) -> Any:
         def __call__(
             self, text: str | Sequence[str], videos: Sequence[Sequence[Image.Image]] = (), images: Any = None, **options: Any
         ) -> BatchFeature:
-            if images is not None and len(images):
+            if images is not None and not (isinstance(images, Sequence) and not images):
                 raise UsageError(
                     "the embedded model for clips was never shown pictures, and its processor takes none: show it a video of "
                     "eight frames, or ask the embedded model for pictures, 'tiny'."
@@ -171,6 +171,11 @@ def build_clip_processor(tokenizer: Any = None) -> Any:
             lengths = iter([len(frames) * CELLS * CELLS for frames in videos])
             whole = ["".join(VIDEO * next(lengths) if part == VIDEO else part for part in _split(one)) for one in texts]
             made = dict(self.tokenizer(whole, **options))
+            if len({len(frames) for frames in videos}) > 1:
+                counts = ", ".join(str(len(frames)) for frames in videos)
+                raise ValueError(
+                    f"clips of one batch need the same number of frames, found {counts}; ask one at a time (--batch 1)"
+                )
             if videos:
                 pixels = [self.image_processor(list(frames), return_tensors="pt")["pixel_values"] for frames in videos]
                 made["pixel_values_videos"] = torch.stack(pixels)
