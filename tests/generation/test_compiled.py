@@ -52,8 +52,8 @@ def decoded(model, prompts, recipe, graphs) -> list[int]:
 
 RUNS = [
     ("qwen2_5_vl", "fastv:layer=2,tokens=5,cache_layer=1+pai"),
-    ("llava", f"random:layer=0,tokens=4,positions=compact + {EDITING['var']},layers=1:3 + {EDITING['act']},layers=3:"),
     ("llava", "random:layer=0,tokens=4,positions=compact+zerotuning:gain=2"),
+    ("llava", f"random:layer=0,tokens=4,positions=compact + {EDITING['var']},layers=1:3 + {EDITING['act']},layers=3:"),
     ("llava", "random:layer=1|3,fraction=0.6|0.3"),
     ("llava", "vhr"),
 ]
