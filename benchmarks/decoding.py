@@ -1,7 +1,7 @@
 """How fast a decoding step is under a recipe: time of an un-pruned step divided by ours, above 1 is faster.
 
     python benchmarks/decoding.py [--rounds 12] [--steps 24] [--threads 1] [--recipe …] [--out benchmarks/results/decoding-cpu]
-    python benchmarks/decoding.py --compiled [--rounds 12] [--steps 24] [--out benchmarks/results/decoding-cpu-compiled]
+    python benchmarks/decoding.py --compiled [--rounds 4] [--steps 12] [--shape llava] [--out docs/results/compiled_steps-cpu]
 
 A LLaVA-shaped random model, 640 wide, 8 layers, 10 heads, SDPA on both sides; the prompt has 576 visual tokens and 75 words.
 Every round runs the prompt twice, once plain and once under the recipe, and then decodes the same words from both caches: one
@@ -153,8 +153,9 @@ def main(
     torch.set_num_threads(threads)
     out = out or Path(f"benchmarks/results/decoding-cpu{'-compiled' if compiled else ''}")
     if compiled:
+        out = out or Path("docs/results/compiled_steps-cpu")
         return compare_compiled(rounds, steps, threads, recipe or list(compiled_steps.RECIPES), shape or SHAPES, out)
-    recipes = recipe or list(RECIPES)
+    out, recipes = out or Path("benchmarks/results/decoding-cpu"), recipe or list(RECIPES)
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
         task = progress.add_task("decoding", total=(rounds + 1) * len(recipes))
         rows = measure(recipes, rounds, steps, lambda: progress.advance(task))

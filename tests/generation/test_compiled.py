@@ -1,7 +1,7 @@
 """Compiled decoding: as many graphs as the plain model, none of them broken, none compiled again, and the same tokens.
 
 On a CPU, transformers compiles decoding only if it is told to (`Graphs.config`). Graphs are counted by a backend that runs them
-as they are; inductor itself runs once.
+as they are. `make test-static` also compiles other kinds of layers, and runs inductor itself.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo
 from generation.static_runs import ALL, Graphs
+from gradients import EDITING
 from tiny_models import build, make_inputs
 from transformers import CompileConfig, StaticCache
 
@@ -52,6 +53,7 @@ def decoded(model, prompts, recipe, graphs) -> list[int]:
 RUNS = [
     ("qwen2_5_vl", "fastv:layer=2,tokens=5,cache_layer=1+pai"),
     ("llava", "random:layer=0,tokens=4,positions=compact+zerotuning:gain=2"),
+    ("llava", f"random:layer=0,tokens=4,positions=compact + {EDITING['var']},layers=1:3 + {EDITING['act']},layers=3:"),
     ("llava", "random:layer=1|3,fraction=0.6|0.3"),
     ("llava", "vhr"),
 ]
@@ -63,22 +65,6 @@ def test_generate(family, recipe):
     model = build(family)
     prompts = [make_inputs(family, model, SAMPLES, seed=seed) for seed in range(2)]
     assert decoded(model, prompts, recipe, Graphs()) == [1, 1]
-
-
-def test_kinds_of_layers():
-    """Gemma 3, whose plain model is compiled again as its windows fill; Qwen3-VL with DeepStack, and others, on demand."""
-    from families.table import BATCHES, shared
-    from families.table import make_inputs as inputs_of
-
-    for family in ("gemma3", "qwen3_vl", "qwen3_5", "gemma4_e") if ALL else ("gemma3",):
-        model, inputs = shared(family), inputs_of(family, BATCHES["one"])
-        counts = []
-        for recipe in (None, "random:layer=2,fraction=0.3"):
-            torch._dynamo.reset()
-            vars(model).pop("_compiled_call", None)
-            counts.append(decoded(model, [inputs] * 2, recipe, Graphs())[-1])
-        vars(model).pop("_compiled_call")
-        assert 1 <= counts[1] <= counts[0]
 
 
 @pytest.mark.parametrize("how", ["model", "forward", "in place"] if ALL else ["model"])
@@ -150,12 +136,29 @@ def test_a_compiled_part_is_refused_in_true_words():
         torch.testing.assert_close(model(**inputs).logits, pruned, atol=5e-5, rtol=0)
 
 
-def test_inductor():
-    model = build("llava")
-    inputs = make_inputs("llava", model, SAMPLES)
-    config = CompileConfig(fullgraph=True, mode=None)
-    config._compile_all_devices = True
-    with vp.wrap(model, "random:layer=2,tokens=4+zerotuning:gain=2"):
-        plain = model.generate(**inputs, max_new_tokens=5, cache_implementation="static", disable_compile=True)
-        found = model.generate(**inputs, max_new_tokens=5, cache_implementation="static", compile_config=config)
-    assert torch.equal(found, plain)
+if ALL:  # each takes a compiler half a minute or more
+
+    @pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "qwen3_5", "gemma4_e"])
+    def test_kinds_of_layers(family):
+        """Gemma 3, whose plain model is compiled again as its windows fill; Qwen3-VL with DeepStack, and others."""
+        from families.table import BATCHES, shared
+        from families.table import make_inputs as inputs_of
+
+        model, inputs = shared(family), inputs_of(family, BATCHES["one"])
+        counts = []
+        for recipe in (None, "random:layer=2,fraction=0.3"):
+            torch._dynamo.reset()
+            vars(model).pop("_compiled_call", None)
+            counts.append(decoded(model, [inputs] * 2, recipe, Graphs())[-1])
+        vars(model).pop("_compiled_call")
+        assert 1 <= counts[1] <= counts[0]
+
+    def test_inductor():
+        model = build("llava")
+        inputs = make_inputs("llava", model, SAMPLES)
+        config = CompileConfig(fullgraph=True, mode=None)
+        config._compile_all_devices = True
+        with vp.wrap(model, "random:layer=2,tokens=4+zerotuning:gain=2"):
+            plain = model.generate(**inputs, max_new_tokens=5, cache_implementation="static", disable_compile=True)
+            found = model.generate(**inputs, max_new_tokens=5, cache_implementation="static", compile_config=config)
+        assert torch.equal(found, plain)
