@@ -44,6 +44,8 @@ def test_options_of_language_models():
         vp.wrap(model, "divprune:layer=2,tokens=6", explain=True)
     with pytest.raises(vp.UsageError, match="family='auto' is of vision-language models"):
         vp.wrap(model, "divprune:layer=2,tokens=6", family="auto")
+    with pytest.raises(vp.UsageError, match="check compares answers to a prompt, and the image tower of CLIPModel has no"):
+        vp.check(model, {}, "divprune:layer=2,tokens=6")
     with vp.wrap(model, "divprune:layer=2,tokens=6") as run:
         with pytest.raises(vp.UsageError, match="would keep no patch"), run.override(tokens=0):
             pass

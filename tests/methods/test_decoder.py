@@ -192,8 +192,8 @@ def test_what_the_language_model_tells(before, family, attn):
 
 
 def test_every_probe_of_the_language_model_is_compared():
-    """The comparison above leaves out no probe; four have no counterpart in the stock model and are checked by themselves (those of
-    videos in `tests/video/test_facts.py`)."""
+    """The comparison above leaves out no probe; four have no counterpart in the stock model and are checked by themselves,
+    those of videos in `tests/video/test_facts.py`."""
     model = shared("llava")
     inputs = make_inputs("llava", model, [["text2", "image", "text3"]])
     run, _, found = peeked(model, (Peek(),), inputs)

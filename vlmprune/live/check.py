@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vlmprune.adapters.registry import image_tower_of
 from vlmprune.errors import UsageError
 from vlmprune.live.attachment import attachment_of
 from vlmprune.live.finder import choose_family
 from vlmprune.live.handle import wrap
 from vlmprune.live.judge import Claim, Judge
 from vlmprune.live.record import Prefill
-from vlmprune.live.shells import model_inside
+from vlmprune.live.shells import model_inside, without_shells
 from vlmprune.methods import Pruner
 from vlmprune.recipe import Recipe
 from vlmprune.schedule import IN_TOWER
@@ -144,6 +145,11 @@ def check(
     whole = Recipe.of(recipe)
     layers = sorted({0, *(stage.layer for stage, _ in whole.stages() if stage.site == "llm")})
     keep_all = f"random:layer={'|'.join(map(str, layers))},fraction={'|'.join('1' for _ in layers)}"
+    if (tower := image_tower_of(without_shells(model))) is not None:
+        raise UsageError(
+            f"check compares answers to a prompt, and {tower.name} has no language model: measure what a recipe loses with "
+            "`vlmprune eval`."
+        )
     inside = model_inside(model)
     described = choose_family(inside, family)[0]
     judge = Judge(inside, dict(inputs), new_tokens, None if described.injected is None else described.injected.features)
