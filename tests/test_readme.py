@@ -21,6 +21,7 @@ from folders import FOLDERS
 
 import vlmprune as vp
 from vlmprune import tiny
+from vlmprune.tiny.clips import make_clip
 from vlmprune.tiny.scenes import make_scene
 
 ROOT = Path(vp.__file__).resolve().parent.parent
@@ -37,14 +38,18 @@ INLINE = re.findall(r"`((?:vlmprune|python|pytest|pip|make) [^`]+)`", re.sub(r"^
 EVERY = [shlex.split(line.replace("\n", " "), comments=True) for line in dict.fromkeys([*IN_BLOCKS, *INLINE])]
 COMMANDS = [command for command in EVERY if command[:2] != ["vlmprune", "lmms"]]  # those: tests/lmms/test_commands.py
 MODEL_COMMANDS = [command for command in COMMANDS if command[0] == "vlmprune" and {"--model", "--image"} & set(command)]
+MODEL_COMMANDS = [command for command in MODEL_COMMANDS if "tiny-clips" not in command]  # the same model for every family
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with the picture, the questions and the results that the README names."""
+    """A folder with the picture, the video, the questions and the results that the README names."""
     monkeypatch.chdir(tmp_path)
     made = make_scene(1)
     made.image.save(tmp_path / "cat.jpg")
+    (tmp_path / "door").mkdir()
+    for number, frame in enumerate(make_clip(1).frames()):
+        frame.save(tmp_path / "door" / f"{number}.png")
     (tmp_path / "my-questions").mkdir()
     lines = []
     for number in (1, 2):

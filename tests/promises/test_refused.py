@@ -72,5 +72,5 @@ def test_contradictions_are_refused(family, recipe, sentence):
 @pytest.mark.parametrize("family", QWENS)
 def test_renumbering_is_refused_on_qwen(family, name):
     """Red: places in the picture are shifted as if they were one number."""
-    layer = "" if name == "pixelprune" else "layer=2,"
+    layer = "" if name in ("pixelprune", "fastvid") else "layer=2,"
     refused(family, f"{name}:{layer}fraction=0.4,positions=compact", 'use positions="original"')

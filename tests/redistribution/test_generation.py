@@ -422,13 +422,13 @@ def test_foreign_conversations_are_refused():
 
 
 def test_other_caches_are_refused():
-    from transformers import DynamicCache
+    from transformers import StaticCache
 
     model = shared("llava")
     inputs = make_inputs("llava", model, SAMPLES[:1])
-    cache = DynamicCache(config=model.config)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
     cache.offloading = True
-    with vp.wrap(model, VAR), pytest.raises(vp.UsageError, match=r"found an offloaded cache"):
+    with vp.wrap(model, VAR), pytest.raises(vp.UsageError, match=r"found an offloaded static cache"):
         model(**inputs, past_key_values=cache)
 
 

@@ -154,10 +154,10 @@ def test_frames_that_are_not_alike_are_refused():
     def video(*frame):
         return SimpleNamespace(images=[SimpleNamespace(frames=max(frame) + 1, frame=np.array(frame))])
 
-    check_budgets(stages, video(0, 0, 0, 1, 1, 1))
-    check_budgets(stages, video(0, 0, 0, 1, 1, 1, 1))  # a separator at the end of the video
+    check_budgets(stages, video(0, 0, 0, 1, 1, 1), False)
+    check_budgets(stages, video(0, 0, 0, 1, 1, 1, 1), False)  # a separator at the end of the video
     with pytest.raises(vp.UsageError, match=r"evs compares .* but frames of this one have from 1 to 3 tokens"):
-        check_budgets(stages, video(0, 0, 0, 1, 2, 2))
+        check_budgets(stages, video(0, 0, 0, 1, 2, 2), False)
 
 
 def test_explained():

@@ -21,7 +21,11 @@ KINDS = (*WORDS, ("int", "whole number"), ("float", "number"))
 """Types in words: the first whose key is in the annotation."""
 PYTHON = "object, in Python only"
 """The type of parameters that no recipe string or file can hold."""
-EXAMPLES: dict[str, tuple[str, Any]] = {"var": ("sink_dims", "cosine"), "zerotuning": ("gain", 2)}
+EXAMPLES: dict[str, tuple[str, Any]] = {
+    "pixelprune": ("tolerance", 0.5),
+    "var": ("sink_dims", "cosine"),
+    "zerotuning": ("gain", 2),
+}
 """A parameter for the example of methods whose defaults need a model with known sinks, or change nothing."""
 
 
@@ -103,7 +107,7 @@ def _default(method: Any, parameter: str, given: Any) -> str:
 
 def _example(method: Any) -> str:
     """A recipe with the method's defaults that runs on the embedded model, as in the printed command."""
-    if isinstance(method, Pruner):
+    if isinstance(method, Pruner) and method.name not in EXAMPLES:
         return str(Recipe((_on_embedded_model(method),)))
     own = {key: value for key, value in entry_of(method).items() if key not in ("method", "layers")}
     key, value = EXAMPLES.get(method.name) or next(iter(own.items()))

@@ -152,10 +152,11 @@ class Pruner:
                 f"{self.name} compares the frames of a video, so that it cannot decide about each of them by itself: leave out "
                 'per="frame"; its budget is the video\'s.'
             )
-        if self.per == "frame" and any(stage.site == "vision" for stage in self.stages):
+        if self.per == "frame" and any(stage.site in IN_TOWER for stage in self.stages):
             raise UsageError(
-                f'{self.name}: per="frame" counts tokens of the language model, but this schedule prunes inside the vision '
-                "tower, where every frame is counted by itself anyway: leave per out, or give it stages of the language model."
+                f'{self.name}: per="frame" counts tokens of the language model, but this schedule prunes before it, in the '
+                "vision tower, where every frame is counted by itself anyway: leave per out, or give it stages of the language "
+                "model."
             )
         earliest = min((stage.layer for stage in self.stages if stage.site == "llm"), default=self.first_layer)
         if earliest < self.first_layer:
