@@ -121,13 +121,37 @@ def test_switched_off_for_a_caller():
     torch.testing.assert_close(answers[compiled], answers[model], atol=5e-5, rtol=0)
 
 
-def test_a_compiled_part_is_refused_in_true_words():
-    """Its compiled forward would call the layers of the model past the look that `wrap` takes at them."""
-    for part in (lambda model: model.model.language_model, lambda model: model.model.language_model.layers[1]):
-        model = build("llava")
-        part(model).forward = torch.compile(part(model).forward, backend="eager")
-        with pytest.raises(vp.UsageError, match=r"forward was replaced by torch.compile.*wrap the model first"):
-            vp.wrap(model, "random:layer=1,tokens=4")
+PARTS = {
+    "": "random:layer=1,tokens=4",
+    "model": "random:layer=1,tokens=4",
+    "model.language_model": "random:layer=1,tokens=4",
+    "model.language_model.layers.1": "random:layer=1,tokens=4",
+    "model.language_model.layers.1.self_attn": "zerotuning:gain=2,layers=1:",
+    "model.vision_tower": "flowcut:fraction=0.5",
+    "model.vision_tower.encoder.layers.1": "flowcut:fraction=0.5",
+    "model.multi_modal_projector": "random:site=projector,tokens=4",
+}
+"""Part -> a recipe that looks at it, or into it."""
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_compiled_part_is_refused_in_true_words(part):
+    """Its compiled forward would call the layers of the model past the look that `wrap` takes at them.
+
+    Red: the recipe is ignored, or methods miss what they need of the vision tower.
+    """
+    model = build("llava")
+    module = model.get_submodule(part)
+    module.forward = torch.compile(module.forward, backend="eager")
+    sentence = rf"^{type(module).__name__}.forward was replaced by torch.compile.*wrap the model first"
+    with pytest.raises(vp.UsageError, match=sentence):
+        vp.wrap(model, PARTS[part])
+    del module.forward
+    with vp.wrap(model, PARTS[part]):
+        pass
+
+
+def test_a_part_is_compiled_after_wrap():
     model = build("llava")
     inputs = make_inputs("llava", model, SAMPLES)
     with vp.wrap(model, "random:layer=1,tokens=4"):

@@ -217,7 +217,7 @@ def look_at(model: Any, family: Family) -> Decoder:
     layers = part(language_model, family.layers, f"a list of decoder layers ({family.layers})", type(language_model).__name__)
     check_config(language_model)
     check_unpatched(base, language_model, layers)
-    check_own_forward((language_model, *layers))
+    check_own_forward(model, (language_model, *layers))
     kinds = kinds_of(language_model, layers)
     family = family.as_built(family, base)
     width = getattr(getattr(base.config, "vision_config", None), "hidden_size", 0)

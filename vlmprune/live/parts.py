@@ -71,14 +71,24 @@ def check_unpatched(base: Any, language_model: Any, layers: Any) -> None:
             )
 
 
-def check_own_forward(parts: Iterable[Any]) -> None:
-    """Refuse parts whose `forward` was replaced by a compiled one: what it calls is the part as it was, past our look at it.
+def check_own_forward(whole: nn.Module, seen: Iterable[nn.Module]) -> None:
+    """Refuse a model, or a part of it, whose `forward` was replaced by a compiled one, where modules inside it are looked at.
+
+    What was compiled calls the part as it was, past our look at it: torch does not notice hooks that are added to a module
+    after it was compiled with what is around it.
+
+    Args:
+        whole: the model.
+        seen: modules of it that get hooks, or are led through attention of ours.
 
     Raises:
         UsageError: the sentence names the part.
     """
-    for module in parts:
-        if hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+    wanted = set(seen)
+    for module in whole.modules():
+        if not hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+            continue
+        if not wanted.isdisjoint(module.modules()):
             name = type(module).__name__
             raise UsageError(
                 f"{name}.forward was replaced by torch.compile({name}.forward), and the layers inside it cannot be looked at: "

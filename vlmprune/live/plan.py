@@ -33,6 +33,7 @@ from vlmprune.live.context import Contexts
 from vlmprune.live.decoder import carried, carry, look_at
 from vlmprune.live.finder import choose_family
 from vlmprune.live.links import Links
+from vlmprune.live.parts import check_own_forward
 from vlmprune.live.pruning import Pruning, timed
 from vlmprune.live.redistribution import Redistribution
 from vlmprune.live.refusals import check_edits, check_stages, check_tower
@@ -107,6 +108,7 @@ class Plan:
         self.carried = carried(decoder, (*(bound.stage.layer - 1 for bound in looking), *self.redistribution.routed))
         hooked = [self.layers[index] for kind, index in self.places() if kind == "layer"]
         routed = {**self.observers, **self.editors}
+        check_own_forward(self.model, (*hooked, *self.tower.hooked(), *routed))
         self.links = Links(self.base, self.language_model, (*hooked, *self.tower.hooked()), routed, recipe)
 
     def _attention(self, index: int) -> nn.Module:
