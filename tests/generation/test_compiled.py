@@ -126,10 +126,9 @@ PARTS = {
     "model": "random:layer=1,tokens=4",
     "model.language_model": "random:layer=1,tokens=4",
     "model.language_model.layers.1": "random:layer=1,tokens=4",
-    "model.language_model.layers.1.self_attn": "zerotuning:gain=2,layers=1:",
     "model.vision_tower": "flowcut:fraction=0.5",
     "model.vision_tower.encoder.layers.1": "flowcut:fraction=0.5",
-    "model.multi_modal_projector": "random:site=projector,tokens=4",
+    "model.multi_modal_projector": "cls:fraction=0.5",
 }
 """Part -> a recipe that looks at it, or into it."""
 
