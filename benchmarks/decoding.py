@@ -151,11 +151,10 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="Of compiled steps: of these models only.")] = None,
 ) -> None:
     torch.set_num_threads(threads)
-    out = out or Path(f"benchmarks/results/decoding-cpu{'-compiled' if compiled else ''}")
+    out = out or Path("docs/results/compiled_steps-cpu" if compiled else "benchmarks/results/decoding-cpu")
     if compiled:
-        out = out or Path("docs/results/compiled_steps-cpu")
         return compare_compiled(rounds, steps, threads, recipe or list(compiled_steps.RECIPES), shape or SHAPES, out)
-    out, recipes = out or Path("benchmarks/results/decoding-cpu"), recipe or list(RECIPES)
+    recipes = recipe or list(RECIPES)
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
         task = progress.add_task("decoding", total=(rounds + 1) * len(recipes))
         rows = measure(recipes, rounds, steps, lambda: progress.advance(task))
