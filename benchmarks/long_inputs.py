@@ -25,7 +25,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from vlmprune.evals import bench
 from vlmprune.evals.bench import Measured
-from vlmprune.evals.random_models import Shape
+from vlmprune.evals.random_models import QWEN_MARKS, Shape
 from vlmprune.evals.results import Result, stamp
 from vlmprune.show.table import code, table
 
@@ -94,10 +94,7 @@ def _config(reduce: int) -> Qwen3VLConfig:
     return Qwen3VLConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=151655,
-        video_token_id=151656,
-        vision_start_token_id=151652,
-        vision_end_token_id=151653,
+        **QWEN_MARKS,
     )
 
 

@@ -179,6 +179,15 @@ def _llava_next_config(reduce: int) -> LlavaNextConfig:
     )
 
 
+QWEN_MARKS: dict[str, Any] = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+"""Numbers of the tokens around and in the place of pictures and videos, in every Qwen-VL."""
+
+
 def _qwen_config(reduce: int) -> Qwen2_5_VLConfig:
     depth, heads = _depth(32, reduce), 28 // min(reduce, 7)  # heads divide 28 and stay 128 wide
     whole = max(depth // 4, 2)  # one of so many blocks attends to the whole image
@@ -208,10 +217,7 @@ def _qwen_config(reduce: int) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=151655,
-        video_token_id=151656,
-        vision_start_token_id=151652,
-        vision_end_token_id=151653,
+        **QWEN_MARKS,
     )
 
 

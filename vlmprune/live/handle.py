@@ -13,8 +13,9 @@ from torch import nn
 from vlmprune.adapters.registry import image_tower_of
 from vlmprune.errors import UsageError
 from vlmprune.live.attachment import Attachment, attachment_of, check_unshared
-from vlmprune.live.context import Contexts, truth
+from vlmprune.live.context import truth
 from vlmprune.live.explain import Explanation, explain, not_asked
+from vlmprune.live.handle_base import Handle
 from vlmprune.live.image_tower_run import TowerRun, wrapped_tower_in
 from vlmprune.live.merged import read_positions
 from vlmprune.live.owner import Owner
@@ -78,17 +79,18 @@ def wrap(
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Restore a model, whoever holds its handle, and return it. A model that is not wrapped stays as it is."""
-    if (tower := wrapped_tower_in(without_shells(model))) is not None:
+    inside = without_shells(model)
+    if (tower := wrapped_tower_in(inside)) is not None:
         tower.remove()
         return model
-    inside = without_shells(model) if image_tower_of(without_shells(model)) else model_inside(model)
+    inside = inside if image_tower_of(inside) else model_inside(model)
     found = attachment_of(getattr(inside, "base_model", inside))
     if found is not None:
         found.clear()
     return model
 
 
-class Run:
+class Run(Handle):
     """The handle of a wrapped model, similar to torch's `RemovableHandle`.
 
     Settings (`enabled`, `override`) and records (`last`, `report`, `explain`) belong to the caller: a thread, or an asyncio
@@ -101,8 +103,8 @@ class Run:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, explain: bool = False, family: str | None = None) -> None:
-        self.model, self.recipe, self._explains = model_inside(model), recipe, truth("explain", explain)
-        self._contexts = Contexts()
+        super().__init__(model_inside(model), recipe)
+        self._explains = truth("explain", explain)
         plan = Plan(self.model, recipe, self._contexts, family)  # refuses what cannot work
         self.found = plan.found
         plan.pruning.explains = self._explains
@@ -116,18 +118,7 @@ class Run:
 
     def __repr__(self) -> str:
         current = self._attachment.current
-        state = "removed" if self._plan is None or current is None else "attached" if current is self._owner() else "replaced"
-        switched = "" if self.enabled or state != "attached" else ", switched off for this caller"
-        return f"<vlmprune.Run {str(self.recipe)!r} on {type(self.model).__name__}, {state}{switched}>"
-
-    def __reduce_ex__(self, protocol: object) -> Any:
-        raise UsageError("a wrapped model cannot be copied or pickled: call run.remove() first, and wrap the copy.")
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
+        return self._shown(type(self.model).__name__, self._plan is None or current is None, current is self._owner())
 
     def remove(self) -> None:
         """Restore the model. Conversations whose cache was pruned cannot go on: their next step is refused.
@@ -143,16 +134,6 @@ class Run:
         self._contexts.close()
         if self._attachment.current in (None, self._owner()):
             self._attachment.clear()
-
-    @property
-    def enabled(self) -> bool:
-        """False runs prompts un-pruned: those of the caller, and of threads that it starts later. Other threads keep their own
-        setting."""
-        return self._contexts.settings.enabled
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        self._contexts.switch(truth("enabled", value))
 
     @contextmanager
     def override(
@@ -220,12 +201,8 @@ class Run:
 
     def _budget(self, plan: Plan, tokens: int | None, fraction: float | None) -> Budget:
         stages = [bound for bound in plan.pruning.stages if plan.pruning.may_override(bound)]
-        if len(stages) != 1:
-            raise UsageError(
-                f"override needs a recipe with one stage, found {len(stages)} ({self.recipe}): wrap again instead."
-            )
-        budget = Budget(tokens, fraction)
-        replace(stages[0].stage, budget=budget)  # refuses what the stage would refuse
+        stage, budget = self._only_stage(stages), Budget(tokens, fraction)
+        replace(stage, budget=budget)  # refuses what the stage would refuse
         return budget
 
     @property

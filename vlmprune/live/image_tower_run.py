@@ -13,7 +13,8 @@ from torch import nn
 from vlmprune.adapters.image_tower import ImageTower
 from vlmprune.errors import UsageError
 from vlmprune.live.attachment import carries_hooks
-from vlmprune.live.context import Contexts, truth
+from vlmprune.live.context import truth
+from vlmprune.live.handle_base import Handle
 from vlmprune.live.image_tower_attachment import TowerAttachment, tower_attachment_of, tower_attachment_on
 from vlmprune.live.image_tower_plan import ImageTowerPlan
 from vlmprune.live.image_tower_report import TowerRecord, TowerReport, no_pass
@@ -31,7 +32,7 @@ def wrapped_tower_in(model: nn.Module) -> TowerAttachment | None:
     return None
 
 
-class TowerRun:
+class TowerRun(Handle):
     """The handle of a wrapped image tower: of a model that encodes pictures and has no language model.
 
     Settings (`enabled`, `override`) and records (`last`, `report`) belong to the caller, as those of `Run` do.
@@ -42,7 +43,7 @@ class TowerRun:
     """
 
     def __init__(self, model: nn.Module, tower: ImageTower, recipe: Recipe) -> None:
-        self.model, self.recipe, self._contexts = model, recipe, Contexts()
+        super().__init__(model, recipe)
         self._plan = ImageTowerPlan(model, tower, recipe, self._contexts)  # refuses what cannot work
         root = model.get_submodule(tower.root)
         if carries_hooks(root):
@@ -63,18 +64,7 @@ class TowerRun:
 
     def __repr__(self) -> str:
         current = self._attachment.current
-        state = "removed" if current is None else "attached" if current is self._plan else "replaced"
-        switched = "" if self.enabled or state != "attached" else ", switched off for this caller"
-        return f"<vlmprune.TowerRun {str(self.recipe)!r} on the image tower of {type(self.model).__name__}, {state}{switched}>"
-
-    def __reduce_ex__(self, protocol: object) -> Any:
-        raise UsageError("a wrapped model cannot be copied or pickled: call run.remove() first, and wrap the copy.")
-
-    def __enter__(self) -> TowerRun:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
+        return self._shown(f"the image tower of {type(self.model).__name__}", current is None, current is self._plan)
 
     def remove(self) -> None:
         """Restore the model, bit for bit. A second call does nothing; neither does a call after the model was wrapped again.
@@ -86,15 +76,6 @@ class TowerRun:
         self._contexts.close()
         if self._attachment.current in (None, self._plan):
             self._attachment.remove()
-
-    @property
-    def enabled(self) -> bool:
-        """False encodes pictures un-pruned: those of the caller, and of threads that it starts later."""
-        return self._contexts.settings.enabled
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        self._contexts.switch(truth("enabled", value))
 
     @contextmanager
     def override(
@@ -122,13 +103,9 @@ class TowerRun:
 
     def _budget(self, tokens: int | None, fraction: float | None) -> Budget:
         stages = self._plan.overridable
-        if len(stages) != 1:
-            raise UsageError(
-                f"override needs a recipe with one stage, found {len(stages)} ({self.recipe}): wrap again instead."
-            )
-        budget = Budget(tokens, fraction)
+        stage, budget = self._only_stage(stages), Budget(tokens, fraction)
         self._plan.check_budget(stages[0], budget)
-        replace(stages[0].stage, budget=budget)  # refuses what the stage would refuse
+        replace(stage, budget=budget)  # refuses what the stage would refuse
         return budget
 
     @property

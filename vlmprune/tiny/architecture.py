@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmprune.tiny.questions import COLUMNS, COUNTS, ROWS
 from vlmprune.tiny.scenes import COLOURS, GRID, PATCH, SHAPES, SIZE
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import (
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedModel,
+        PreTrainedTokenizerFast,
+    )
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+Model = TypeVar("Model", bound="PreTrainedModel")
 
 VISION_WIDTH = 128
 TEXT_WIDTH = 128
@@ -39,7 +46,22 @@ CHAT_TEMPLATE = (
 
 def build_model() -> LlavaForConditionalGeneration:
     """A LLaVA of the checkpoint's shape with Transformers' own random weights (float32)."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        **parts(VOCABULARY),
+        image_token_index=VOCABULARY["<image>"],
+        image_seq_length=GRID * GRID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    return finished(LlavaForConditionalGeneration(config))
+
+
+def parts(vocabulary: dict[str, int]) -> dict[str, Any]:
+    """The configs of the vision tower and of the language model, by the names that a LLaVA's config has for them."""
+    from transformers import CLIPVisionConfig, LlamaConfig
 
     vision = CLIPVisionConfig(
         hidden_size=VISION_WIDTH,
@@ -52,7 +74,7 @@ def build_model() -> LlavaForConditionalGeneration:
         hidden_act="gelu",
     )
     text = LlamaConfig(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(vocabulary),
         hidden_size=TEXT_WIDTH,
         intermediate_size=3 * TEXT_WIDTH,
         num_hidden_layers=TEXT_LAYERS,
@@ -60,24 +82,18 @@ def build_model() -> LlavaForConditionalGeneration:
         num_key_value_heads=HEADS,
         max_position_embeddings=1024,
         rms_norm_eps=1e-5,
-        pad_token_id=VOCABULARY["<pad>"],
-        bos_token_id=VOCABULARY["<s>"],
-        eos_token_id=VOCABULARY["</s>"],
+        pad_token_id=vocabulary["<pad>"],
+        bos_token_id=vocabulary["<s>"],
+        eos_token_id=vocabulary["</s>"],
         tie_word_embeddings=False,
     )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=VOCABULARY["<image>"],
-        image_seq_length=GRID * GRID,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config.pad_token_id = VOCABULARY["<pad>"]
-    model.generation_config.bos_token_id = VOCABULARY["<s>"]
-    model.generation_config.eos_token_id = VOCABULARY["</s>"]
+    return {"vision_config": vision, "text_config": text}
+
+
+def finished(model: Model) -> Model:
+    """The model in float32, out of training, which generates with its language model's special tokens."""
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(model.generation_config, name, getattr(model.config.text_config, name))
     return model.float().eval()
 
 

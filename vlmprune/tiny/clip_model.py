@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.errors import UsageError
-from vlmprune.tiny.architecture import CHAT_TEMPLATE, HEADS, TEXT_LAYERS, TEXT_WIDTH, VISION_WIDTH, VOCABULARY
+from vlmprune.tiny.architecture import CHAT_TEMPLATE, VOCABULARY, build_tokenizer, finished, parts
 from vlmprune.tiny.clip_questions import CLIP_WORDS
 from vlmprune.tiny.scenes import GRID, PATCH, SIZE
 
@@ -37,35 +37,10 @@ CLIP_CHAT_TEMPLATE = CHAT_TEMPLATE.replace(
 
 def build_clip_model() -> LlavaNextVideoForConditionalGeneration:
     """A LLaVA-NeXT-Video of the checkpoint's shape with Transformers' own random weights (float32)."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
+    from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
-    vision = CLIPVisionConfig(
-        hidden_size=VISION_WIDTH,
-        intermediate_size=4 * VISION_WIDTH,
-        num_hidden_layers=6,
-        num_attention_heads=HEADS,
-        image_size=SIZE,
-        patch_size=PATCH,
-        projection_dim=VISION_WIDTH,
-        hidden_act="gelu",
-    )
-    text = LlamaConfig(
-        vocab_size=len(CLIP_VOCABULARY),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=3 * TEXT_WIDTH,
-        num_hidden_layers=TEXT_LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=1024,
-        rms_norm_eps=1e-5,
-        pad_token_id=CLIP_VOCABULARY["<pad>"],
-        bos_token_id=CLIP_VOCABULARY["<s>"],
-        eos_token_id=CLIP_VOCABULARY["</s>"],
-        tie_word_embeddings=False,
-    )
     config = LlavaNextVideoConfig(
-        vision_config=vision,
-        text_config=text,
+        **parts(CLIP_VOCABULARY),
         image_token_index=CLIP_VOCABULARY["<image>"],
         video_token_index=CLIP_VOCABULARY[VIDEO],
         image_grid_pinpoints=[[SIZE, SIZE]],
@@ -76,16 +51,11 @@ def build_clip_model() -> LlavaNextVideoForConditionalGeneration:
         spatial_pool_stride=POOL,
         tie_word_embeddings=False,
     )
-    model = LlavaNextVideoForConditionalGeneration(config)
-    for name in ("pad", "bos", "eos"):
-        setattr(model.generation_config, f"{name}_token_id", getattr(text, f"{name}_token_id"))
-    return model.float().eval()
+    return finished(LlavaNextVideoForConditionalGeneration(config))
 
 
 def build_clip_tokenizer() -> PreTrainedTokenizerFast:
     """The picture model's word-level tokenizer with the words of clips."""
-    from vlmprune.tiny.architecture import build_tokenizer
-
     return build_tokenizer(CLIP_VOCABULARY, {"image_token": "<image>", "video_token": VIDEO})
 
 

@@ -23,7 +23,7 @@ from vlmprune.tiny.clip_questions import CLIP_SKILLS
 from vlmprune.tiny.clips import FRAMES, compose_clip
 from vlmprune.tiny.training.clip_packing import VISUAL, ClipBatch, pack_clips, pose_clip
 from vlmprune.tiny.training.clip_pooling import frame_pixels, patches, pooled
-from vlmprune.tiny.training.language import normed, read
+from vlmprune.tiny.training.language import answer_loss, read
 from vlmprune.tiny.training.loop import replace_file
 
 EARLIER_LAYER, EARLIER_HEAD = 1, 3
@@ -102,12 +102,7 @@ class ClipLanguageStage:
                 helped.update(self._help(index, batch, kept, hidden, queries, keys))
 
         hidden = read(self.model, visual, batch, on_layer, 2 + kept)
-        final = normed(self.model.model.language_model.norm, hidden[batch.picture, batch.token])
-        logits = self.model.lm_head(final).float()
-        loss = functional.cross_entropy(logits, batch.labels)
-        if helped:
-            loss = loss + help_weight * torch.stack(list(helped.values())).sum()
-        return loss, {**{name: term.item() for name, term in helped.items()}, **right_by_skill(logits, batch)}
+        return answer_loss(self.model, hidden, batch, helped, help_weight, CLIP_SKILLS)
 
     def _help(
         self, layer: int, batch: ClipBatch, kept: Tensor, hidden: Tensor, queries: Tensor, keys: Tensor
@@ -142,14 +137,3 @@ def _some_background(shown: Tensor, seed: int) -> Tensor:
     count = max(_FEW, int(shown.sum(1).max()))
     chance = torch.rand(shown.shape, generator=torch.Generator().manual_seed(seed % 2**31))
     return (chance + shown).topk(count, dim=1).indices.sort(dim=1).values
-
-
-def right_by_skill(logits: Tensor, batch: ClipBatch) -> dict[str, float]:
-    """Share of answers predicted right to the last token, per skill."""
-    wrong = torch.zeros(len(batch.skills)).index_add(0, batch.question, (logits.argmax(1) != batch.labels).float())
-    shares = {}
-    for skill in CLIP_SKILLS:
-        own = [w == 0 for w, s in zip(wrong.tolist(), batch.skills, strict=True) if s == skill]
-        if own:
-            shares[skill] = sum(own) / len(own)
-    return shares

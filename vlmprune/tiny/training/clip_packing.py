@@ -13,7 +13,7 @@ from vlmprune.tiny.clip_model import CELLS, CLIP_VOCABULARY
 from vlmprune.tiny.clip_questions import ClipQuestion, Sights, ask
 from vlmprune.tiny.clips import FRAMES, Clip
 from vlmprune.tiny.training.clip_cells import CellTarget, cell_target
-from vlmprune.tiny.training.packing import COUNT_RULER, integers, padded
+from vlmprune.tiny.training.packing import COUNT_RULER, Sequences, distribution, integers
 
 VISUAL = FRAMES * CELLS * CELLS
 CLIP_PREFIX = 2 + VISUAL
@@ -119,13 +119,6 @@ class _Cells:
         return weights
 
 
-def _distribution(weights: np.ndarray, start: float = 0.0) -> np.ndarray:
-    """Weights over the prefix as a distribution, with `start` on `<s>` (everything, if no cell has a weight)."""
-    weights = weights.copy()
-    weights[0] = start if start or weights.any() else 1
-    return weights / weights.sum()
-
-
 def _histories(clip: Clip, cells: _Cells) -> list[tuple[int, np.ndarray, tuple[float, float, float]]]:
     """For each core cell: its number, the attention to its object's earlier cells, and what the history probe should say."""
     rows = []
@@ -142,17 +135,13 @@ def _histories(clip: Clip, cells: _Cells) -> list[tuple[int, np.ndarray, tuple[f
                 (now.y - float(np.mean([thing.y for thing in past]))) / _MOVED,
             )
         sights = tuple((index, earlier) for earlier in before)
-        rows.append((int(cell), _distribution(cells.seen(sights, centres=False)), (float(not past), *moved)))
+        rows.append((int(cell), distribution(cells.seen(sights, centres=False)), (float(not past), *moved)))
     return rows
 
 
 def pack_clips(clips: list[Clip], questions: list[list[ClipQuestion]]) -> ClipBatch:
     """Put the questions about each clip one after the other."""
-    tokens: list[list[int]] = [[] for _ in clips]
-    places: list[list[int]] = [[] for _ in clips]
-    owners: list[list[int]] = [[] for _ in clips]
-    answers: list[tuple[int, int, int, int]] = []
-    skills: list[str] = []
+    sequences = Sequences(len(clips), CLIP_VOCABULARY)
     nouns: list[tuple[int, int, np.ndarray]] = []
     histories: list[tuple[int, int, np.ndarray, tuple[float, float, float]]] = []
     shown: list[np.ndarray] = []
@@ -161,36 +150,17 @@ def pack_clips(clips: list[Clip], questions: list[list[ClipQuestion]]) -> ClipBa
         shown.append(cells.shown)
         histories += [(picture, *row) for row in _histories(clip, cells)]
         for question in asked:
-            start = len(tokens[picture])
-            text, answer = question.text.split(), question.answer.split()
-            sequence = [CLIP_VOCABULARY[word] for word in (*text, "ASSISTANT:", *answer)]
-            for offset, word in enumerate((*answer, "</s>")):
-                answers.append((picture, start + len(text) + offset, CLIP_VOCABULARY[word], len(skills)))
-            tokens[picture] += sequence
-            places[picture] += range(len(sequence))
-            owners[picture] += [len(skills)] * len(sequence)
-            skills.append(question.skill)
+            start = sequences.add(picture, question.text.split(), question.answer.split(), question.skill)
             counting = question.skill == "counting"
             for noun in question.nouns:
                 heads = [
-                    _distribution(cells.seen(sights, centres=counting), COUNT_RULER if counting else 0.0)
+                    distribution(cells.seen(sights, centres=counting), COUNT_RULER if counting else 0.0)
                     for sights in (noun.early, noun.late)
                 ]
                 nouns.append((picture, start + noun.word, np.stack(heads)))
 
-    length = -(-max(map(len, tokens)) // 16) * 16
-    owner = padded(owners, length, -1)
-    own = (owner[:, :, None] == owner[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
-    picture_of, token_of, labels, question_of = (integers(list(column)) for column in zip(*answers, strict=True))
     return ClipBatch(
-        ids=padded(tokens, length, CLIP_VOCABULARY["<pad>"]),
-        position_ids=CLIP_PREFIX + padded(places, length, 0),
-        mask=torch.cat([torch.ones(len(clips), length, CLIP_PREFIX, dtype=torch.bool), own], 2)[:, None],
-        picture=picture_of,
-        token=token_of,
-        labels=labels,
-        question=question_of,
-        skills=skills,
+        **sequences.packed(CLIP_PREFIX),
         noun_picture=integers([noun[0] for noun in nouns]),
         noun_token=integers([noun[1] for noun in nouns]),
         noun_wanted=torch.from_numpy(np.stack([noun[2] for noun in nouns])),

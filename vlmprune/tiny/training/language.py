@@ -9,7 +9,7 @@ some layers attend from a word to the patches that it means, and a linear probe 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -151,12 +151,7 @@ class LanguageStage:
                 helped.update(self._help(index, batch, hidden, queries, keys))
 
         hidden = read(self.model, self.visual(scenes), batch, on_layer)
-        final = normed(self.model.model.language_model.norm, hidden[batch.picture, batch.token])
-        logits = self.model.lm_head(final).float()
-        loss = functional.cross_entropy(logits, batch.labels)
-        if helped:
-            loss = loss + help_weight * torch.stack(list(helped.values())).sum()
-        return loss, {**{name: term.item() for name, term in helped.items()}, **_right_by_skill(logits, batch)}
+        return answer_loss(self.model, hidden, batch, helped, help_weight, SKILLS)
 
     def _help(self, layer: int, batch: Batch, hidden: Tensor, queries: Tensor, keys: Tensor) -> dict[str, Tensor]:
         """Auxiliary losses of one layer."""
@@ -193,11 +188,34 @@ def _attention_loss(queries: Tensor, keys: Tensor, batch: Batch, looks: Looks) -
     return -(scores * looks.wanted[:, None]).sum(-1).mean()
 
 
-def _right_by_skill(logits: Tensor, batch: Batch) -> dict[str, float]:
+def answer_loss(
+    model: LlavaForConditionalGeneration | LlavaNextVideoForConditionalGeneration,
+    hidden: Tensor,
+    batch: Batch | ClipBatch,
+    helped: dict[str, Tensor],
+    help_weight: float,
+    skills: Iterable[str],
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of packed questions, and what to log of it.
+
+    Args:
+        hidden: what `read` returned.
+        helped: the auxiliary losses by name, weighted by `help_weight`.
+        skills: those to log, in this order.
+    """
+    final = normed(model.model.language_model.norm, hidden[batch.picture, batch.token])
+    logits = model.lm_head(final).float()
+    loss = functional.cross_entropy(logits, batch.labels)
+    if helped:
+        loss = loss + help_weight * torch.stack(list(helped.values())).sum()
+    return loss, {**{name: term.item() for name, term in helped.items()}, **_right_by_skill(logits, batch, skills)}
+
+
+def _right_by_skill(logits: Tensor, batch: Batch | ClipBatch, skills: Iterable[str]) -> dict[str, float]:
     """Share of answers predicted right to the last token, per skill."""
     wrong = torch.zeros(len(batch.skills)).index_add(0, batch.question, (logits.argmax(1) != batch.labels).float())
     shares = {}
-    for skill in SKILLS:
+    for skill in skills:
         own = [w == 0 for w, s in zip(wrong.tolist(), batch.skills, strict=True) if s == skill]
         if own:
             shares[skill] = sum(own) / len(own)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,13 +94,53 @@ def pose(scene: Scene, rng: random.Random) -> list[Question]:
     return list(asked.values())
 
 
+class Sequences:
+    """The questions about some pictures, put one after the other in one sequence for each picture.
+
+    Attributes:
+        skills: skill of each question.
+    """
+
+    def __init__(self, pictures: int, vocabulary: Mapping[str, int]) -> None:
+        self._vocabulary, self.skills = vocabulary, list[str]()
+        self._tokens: list[list[int]] = [[] for _ in range(pictures)]
+        self._places: list[list[int]] = [[] for _ in range(pictures)]
+        self._owners: list[list[int]] = [[] for _ in range(pictures)]
+        self._answers: list[tuple[int, int, int, int]] = []
+
+    def add(self, picture: int, text: list[str], answer: list[str], skill: str) -> int:
+        """Put a question and its answer behind those that `picture` has; returns the place of its first token."""
+        start = len(self._tokens[picture])
+        sequence = [self._vocabulary[word] for word in (*text, "ASSISTANT:", *answer)]
+        for offset, word in enumerate((*answer, "</s>")):
+            self._answers.append((picture, start + len(text) + offset, self._vocabulary[word], len(self.skills)))
+        self._tokens[picture] += sequence
+        self._places[picture] += range(len(sequence))
+        self._owners[picture] += [len(self.skills)] * len(sequence)
+        self.skills.append(skill)
+        return start
+
+    def packed(self, prefix: int) -> dict[str, Any]:
+        """The fields that `Batch` and a batch of clips have in common, behind a prefix of so many tokens."""
+        length = -(-max(map(len, self._tokens)) // 16) * 16
+        owner = padded(self._owners, length, -1)
+        own = (owner[:, :, None] == owner[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
+        picture, token, labels, question = (integers(list(column)) for column in zip(*self._answers, strict=True))
+        return {
+            "ids": padded(self._tokens, length, self._vocabulary["<pad>"]),
+            "position_ids": prefix + padded(self._places, length, 0),
+            "mask": torch.cat([torch.ones(len(self._tokens), length, prefix, dtype=torch.bool), own], 2)[:, None],
+            "picture": picture,
+            "token": token,
+            "labels": labels,
+            "question": question,
+            "skills": self.skills,
+        }
+
+
 def pack(scenes: list[Scene], targets: list[Target], questions: list[list[Question]]) -> Batch:
     """Put the questions about each scene one after the other."""
-    tokens: list[list[int]] = [[] for _ in scenes]
-    places_in_question: list[list[int]] = [[] for _ in scenes]
-    owners: list[list[int]] = [[] for _ in scenes]
-    answers: list[tuple[int, int, int, int]] = []
-    skills: list[str] = []
+    sequences = Sequences(len(scenes), VOCABULARY)
     words: list[Look] = []
     nouns: list[Look] = []
     digits: list[Look] = []
@@ -107,17 +149,8 @@ def pack(scenes: list[Scene], targets: list[Target], questions: list[list[Questi
     middle = (SIZE - 1) / 2
     for picture, (scene, known, asked) in enumerate(zip(scenes, targets, questions, strict=True)):
         for question in asked:
-            start = len(tokens[picture])
-            text, answer = question.text.split(), question.answer.split()
-            answer_from = start + len(text)
-            sequence = [VOCABULARY[word] for word in (*text, "ASSISTANT:", *answer)]
-            for offset, word in enumerate((*answer, "</s>")):
-                answers.append((picture, answer_from + offset, VOCABULARY[word], len(skills)))
-            tokens[picture] += sequence
-            places_in_question[picture] += range(len(sequence))
-            owners[picture] += [len(skills)] * len(sequence)
-            skills.append(question.skill)
-
+            text = question.text.split()
+            start = sequences.add(picture, text, question.answer.split(), question.skill)
             for offset, word in enumerate(text):
                 if (patches := _saying(word, known)) is not None:
                     words.append((picture, start + offset, _distribution(patches)))
@@ -129,21 +162,10 @@ def pack(scenes: list[Scene], targets: list[Target], questions: list[list[Questi
                 nouns.append((picture, start + noun.word, _meant(question, text[noun.word], noun.objects, known)))
             if question.skill == "reading":
                 for slot in range(DIGIT_SLOTS):
-                    digits.append((picture, answer_from + slot, _distribution(known.slots[:, slot] >= 0)))
+                    digits.append((picture, start + len(text) + slot, _distribution(known.slots[:, slot] >= 0)))
 
-    length = -(-max(map(len, tokens)) // 16) * 16
-    owner = padded(owners, length, -1)
-    own = (owner[:, :, None] == owner[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
-    picture_of, token_of, labels, question_of = (integers(list(column)) for column in zip(*answers, strict=True))
     return Batch(
-        ids=padded(tokens, length, VOCABULARY["<pad>"]),
-        position_ids=PREFIX + padded(places_in_question, length, 0),
-        mask=torch.cat([torch.ones(len(scenes), length, PREFIX, dtype=torch.bool), own], 2)[:, None],
-        picture=picture_of,
-        token=token_of,
-        labels=labels,
-        question=question_of,
-        skills=skills,
+        **sequences.packed(PREFIX),
         words=Looks.of(words),
         nouns=Looks.of(nouns),
         digits=Looks.of(digits),
@@ -160,12 +182,18 @@ def padded(rows: list[list[int]], length: int, filler: int) -> Tensor:
     return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
 
 
+def distribution(weights: np.ndarray, start: float = 0.0) -> np.ndarray:
+    """Weights over the prefix as a distribution, with `start` on `<s>` (everything, if no token has a weight)."""
+    weights = weights.copy()
+    weights[0] = start if start or weights.any() else 1
+    return weights / weights.sum()
+
+
 def _distribution(patches: np.ndarray, start: float = 0.0) -> np.ndarray:
-    """A distribution over the prefix from weights per patch, with `start` on `<s>` (everything, if no patch has a weight)."""
+    """A distribution over the prefix from weights per patch, with `start` on `<s>`."""
     wanted = np.zeros(PREFIX, np.float32)
     wanted[2:] = patches
-    wanted[0] = start if start or patches.any() else 1
-    return wanted / wanted.sum()
+    return distribution(wanted, start)
 
 
 def _saying(word: str, known: Target) -> np.ndarray | None:
